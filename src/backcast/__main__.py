@@ -1,0 +1,3 @@
+from backcast.cli import app
+
+app()

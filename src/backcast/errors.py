@@ -1,0 +1,195 @@
+"""Everything that can go wrong, by who must act on it.
+
+    BackcastError
+    ├── ClientError                     the caller must change the request; becomes a 4xx problem document
+    │   ├── MalformedBody       400     ├── UnsupportedBody     415
+    │   ├── NotFound            404     ├── InvalidInput        422
+    │   │   ├── UnknownTask             │   └── InvalidTarget   422
+    │   │   └── UnknownRun              ├── IdempotencyConflict 422
+    │   ├── NotFinished         409
+    │   ├── NoResult            409
+    │   ├── ResultGone          410
+    │   └── BodyTooLarge        413
+    ├── Unavailable             503     something we need is away; the same request may succeed later
+    │   ├── LedgerUnavailable
+    │   └── StoreUnavailable
+    ├── ConfigurationError              an operator must change a setting; the sentence says which
+    └── RunError                        how an attempt of a run ended badly; its kind decides about a retry
+        ├── UsageError                  the input can't be worked on: never retried
+        ├── FatalError                  no retry will help (a wrong key, an unserialisable result): never retried
+        ├── TransientError              may pass: retried as the task says; a provider's Retry-After beats the backoff
+        └── RunTimeout                  took longer than the task allows: retried as the task says
+
+Every class carries a stable `code` that clients may branch on; the message says what to do next.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One wrong place in a request: a JSON pointer into the body (`""` is the whole body) and a sentence."""
+
+    pointer: str
+    detail: str
+
+
+class BackcastError(Exception):
+    """Root of the tree; never raised itself."""
+
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Something went wrong on our side"
+    status: ClassVar[int] = 500
+
+    @property
+    def detail(self) -> str:
+        return str(self)
+
+
+class ClientError(BackcastError):
+    """The caller must change the request."""
+
+    code = "bad_request"
+    title = "The request can't be used"
+    status = 400
+
+    def __init__(self, detail: str, *, errors: tuple[FieldError, ...] = ()) -> None:
+        super().__init__(detail)
+        self.errors = errors
+
+
+class MalformedBody(ClientError):
+    code = "malformed_body"
+    title = "The body can't be read"
+
+
+class NotFound(ClientError):
+    code = "not_found"
+    title = "There is nothing here"
+    status = 404
+
+
+class UnknownTask(NotFound):
+    code = "unknown_task"
+    title = "No worker has registered this task"
+
+
+class UnknownRun(NotFound):
+    code = "unknown_run"
+    title = "There is no such run"
+
+
+class NotFinished(ClientError):
+    """The run has no result yet; ask again after `retry_after`."""
+
+    code = "not_finished"
+    title = "The run has not finished"
+    status = 409
+    retry_after = timedelta(seconds=1)
+
+
+class NoResult(ClientError):
+    """The run has ended without a result: it failed, was cancelled or expired."""
+
+    code = "no_result"
+    title = "The run has no result"
+    status = 409
+
+
+class ResultGone(ClientError):
+    code = "result_gone"
+    title = "The result is no longer stored"
+    status = 410
+
+
+class BodyTooLarge(ClientError):
+    code = "body_too_large"
+    title = "The body is too large"
+    status = 413
+
+
+class UnsupportedBody(ClientError):
+    code = "unsupported_body"
+    title = "The body has a media type that is not understood here"
+    status = 415
+
+
+class InvalidInput(ClientError):
+    """Readable, but not what the task or the route takes; `errors` names each wrong field."""
+
+    code = "invalid_input"
+    title = "The input is not what is expected"
+    status = 422
+
+
+class InvalidTarget(InvalidInput):
+    code = "invalid_target"
+    title = "The target is not a shape that can be cast to"
+
+
+class IdempotencyConflict(ClientError):
+    code = "idempotency_key_reused"
+    title = "This Idempotency-Key was used with another request"
+    status = 422
+
+
+class Unavailable(BackcastError):
+    """Something we need is away. Nothing is lost; the same request may succeed after `retry_after`."""
+
+    code = "unavailable"
+    title = "The service is not available right now"
+    status = 503
+    retry_after = timedelta(seconds=2)
+
+
+class LedgerUnavailable(Unavailable):
+    code = "ledger_unavailable"
+    title = "The database can't be reached"
+
+
+class StoreUnavailable(Unavailable):
+    code = "store_unavailable"
+    title = "The result store can't be reached"
+
+
+class ConfigurationError(BackcastError):
+    code = "configuration"
+    title = "A setting must be changed"
+
+
+class RunError(BackcastError):
+    """How an attempt of a run ended badly. Tasks may raise the subclasses to decide about their own retry."""
+
+    code = "task_failed"
+    title = "The task failed"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, *, code: str | None = None, retry_after: timedelta | None = None) -> None:
+        super().__init__(detail)
+        if code is not None:
+            self.code = code  # type: ignore[misc]  # an instance may be more precise than its class
+        self.retry_after = retry_after
+
+
+class UsageError(RunError):
+    code = "unusable_input"
+    title = "The task can't work on this input"
+
+
+class FatalError(RunError):
+    code = "task_failed"
+    title = "The task failed for good"
+
+
+class TransientError(RunError):
+    code = "temporarily_failed"
+    title = "The task failed for a reason that may pass"
+    retryable = True
+
+
+class RunTimeout(RunError):
+    code = "timeout"
+    title = "The task took longer than it may"
+    retryable = True

@@ -1,0 +1,110 @@
+"""The nouns: what a run, a task type and a submission are. Values only; no I/O, no HTTP."""
+
+import secrets
+import time
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+JSON = Any
+"""A plain JSON value: None, bool, int, float, str, list, dict with string keys."""
+
+
+class State(StrEnum):
+    """Where a run is, as callers see it. `held` and `scheduled` are internal and shown as `queued`."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (State.QUEUED, State.RUNNING)
+
+
+def uuid7() -> UUID:
+    """A new run id: time-ordered (RFC 9562, with sub-millisecond bits), made here because PostgreSQL 15 to 17 can't."""
+    now = time.time_ns()
+    ms, rest = divmod(now, 1_000_000)
+    return UUID(int=ms << 80 | 7 << 76 | rest * 4096 // 1_000_000 << 64 | 2 << 62 | secrets.randbits(62))
+
+
+def _plain_text(value: str) -> str:
+    if "\x00" in value or not value.isprintable():
+        raise ValueError("only printable characters are allowed")
+    return value
+
+
+Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain_text)]
+"""A short name that ends up in a column: an owner, a lane, a key."""
+
+
+class _Noun(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Problem(_Noun):
+    """Why a run ended badly."""
+
+    code: str
+    """Stable; clients may branch on it."""
+    title: str
+    detail: str
+
+
+class Submission(_Noun):
+    """A request to run a task."""
+
+    input: dict[str, JSON] = {}
+    """The task's parameters by name; checked against the task's input schema."""
+    owner: Label = "default"
+    """Whose run it is: the queue is shared fairly between owners."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Higher runs first, among the runs of the same owner."""
+    run_at: datetime | None = None
+    """Not before this time (with a time zone)."""
+    metadata: dict[str, str] = Field(default={}, max_length=32)
+    """The caller's own labels; returned with the run, not read by anyone else."""
+
+
+class Run(_Noun):
+    """One run of a task, as callers see it. The result has a route of its own."""
+
+    id: UUID
+    """Also the id of the task run in Prefect."""
+    task: str
+    state: State
+    owner: str
+    priority: int
+    attempts: int
+    """Attempts that have been started, the present one included."""
+    error: Problem | None = None
+    """Set when the state is failed, or when the last attempt failed and another one will be made."""
+    metadata: dict[str, str] = {}
+    created_at: datetime
+    run_at: datetime
+    started_at: datetime | None = None
+    """Start of the latest attempt."""
+    finished_at: datetime | None = None
+
+
+class TaskType(_Noun):
+    """A task that can be run, as its workers have registered it."""
+
+    name: str
+    pool: str
+    description: str = ""
+    input_schema: dict[str, JSON]
+    """JSON Schema (2020-12) of `Submission.input`."""
+    output_schema: dict[str, JSON] = {}
+    """JSON Schema of the result; empty when unknown."""
+    version: str = ""
+    retries: int = 0
+    timeout: timedelta | None = None
+    """How long one attempt may take."""

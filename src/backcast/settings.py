@@ -1,0 +1,194 @@
+"""Every setting of every process: one model, unknown keys refused, read at the composition root only.
+
+Sources, later ones win: defaults, the YAML file named by `BACKCAST_CONFIG`, environment variables
+(`BACKCAST_WORKER__SLOTS=20`; two underscores go one level down). Secrets belong in the environment.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from backcast.errors import ConfigurationError
+
+PREFIX = "BACKCAST_"
+CONFIG_VARIABLE = "BACKCAST_CONFIG"
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Database(_Section):
+    url: SecretStr = SecretStr("postgresql://localhost/backcast")
+    """PostgreSQL 15 to 18, as `postgresql://user:password@host:port/database`."""
+    pool: int = Field(default=10, ge=2, le=200)
+    """Connections that one process may hold open, besides one for listening and one for heartbeats."""
+
+
+class Store(_Section):
+    url: str = "file://./.backcast/store"
+    """`file:///folder`, or `s3://bucket/prefix` for any S3."""
+    endpoint: str | None = None
+    """S3 endpoint as a URL; none means AWS."""
+    region: str | None = None
+    """S3 region; none leaves it to the environment."""
+    path_style: bool = True
+    """Address buckets as `endpoint/bucket` (MinIO, SeaweedFS) and not as `bucket.endpoint`."""
+    ca_bundle: Path | None = None
+    """File with the certificate authorities to trust for the endpoint."""
+    access_key: SecretStr | None = None
+    """S3 access key; none uses the ambient identity (environment, profile, workload identity)."""
+    secret_key: SecretStr | None = None
+    """S3 secret key."""
+    timeout: timedelta = timedelta(seconds=10)
+    """How long one call may take before the store counts as unavailable."""
+    patience: timedelta = timedelta(minutes=5)
+    """How long a worker keeps trying to store a finished result before it hands the run back to be done again."""
+
+
+class Api(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    max_body: int = Field(default=1024 * 1024, ge=1024)
+    """Largest request body, in bytes; more is refused before it is read."""
+
+
+class Worker(_Section):
+    pool: str = Field(default="default", pattern=r"^[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?$")
+    """The pool this worker serves; its tasks' runs are queued there."""
+    slots: int = Field(default=10, ge=1, le=1000)
+    """Runs that may execute user code at the same time in this process."""
+    host: str = "127.0.0.1"
+    """Address of the health and metrics port; 0.0.0.0 in a cluster."""
+    port: int = Field(default=8081, ge=0, le=65535)
+    """Port of /livez, /readyz and /metrics; 0 takes a free one."""
+    poll: timedelta = timedelta(seconds=1)
+    """How often an idle worker looks for runs when no notification comes: the guarantee behind the hint."""
+    grace: timedelta = timedelta(seconds=30)
+    """After SIGTERM: how long running work may go on before it is handed back."""
+
+
+class Steward(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(default=8082, ge=0, le=65535)
+    """Port of /livez, /readyz and /metrics; 0 takes a free one."""
+
+
+class Prefect(_Section):
+    api_url: str | None = "http://127.0.0.1:4200/api"
+    """Prefect server that shows the history of runs; none keeps no history. Its absence never stops a run."""
+    auth_string: SecretStr | None = None
+    """`user:password` of the Prefect server, when it has one."""
+    history: bool = True
+    """Mirror every run to the Prefect server."""
+
+
+class Model(_Section):
+    backend: Literal["auto", "openai", "embedded"] = "auto"
+    """`openai`: any compatible provider. `embedded`: the small local model (demo quality). `auto`: by `api_key`."""
+    name: str = "gpt-4o-mini"
+    """The provider's name of the model; the embedded backend ignores it."""
+    base_url: str | None = None
+    """The provider's URL, ending in /v1; none means OpenAI, or the embedded server's own address."""
+    api_key: SecretStr | None = None
+    """The provider's key. It is never logged or stored."""
+    timeout: timedelta = timedelta(seconds=60)
+    """How long one answer of the model may take."""
+    max_tokens: int = Field(default=1024, ge=16)
+    """Longest answer, in tokens."""
+    cache: Path = Field(
+        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "backcast"
+    )
+    """Folder where the embedded model's file is kept, shared between projects."""
+    port: int = Field(default=8083, ge=0, le=65535)
+    """Port of the embedded model's server, on loopback."""
+    slots: int = Field(default=2, ge=1, le=16)
+    """Answers the embedded server works on at the same time; more does not make two cores faster."""
+
+    @property
+    def embedded(self) -> bool:
+        return self.backend == "embedded" or (self.backend == "auto" and self.api_key is None and self.base_url is None)
+
+    @property
+    def embedded_url(self) -> str:
+        return self.base_url or f"http://127.0.0.1:{self.port}/v1"
+
+
+class Settings(BaseSettings):
+    """All settings. Build it with `load()`; tests may pass values directly."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        nested_model_default_partial_update=True,
+    )
+
+    database: Database = Database()
+    store: Store = Store()
+    api: Api = Api()
+    worker: Worker = Worker()
+    steward: Steward = Steward()
+    prefect: Prefect = Prefect()
+    model: Model = Model()
+    tasks: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
+    """Python modules whose Prefect tasks the worker serves, beside the built-in ones; comma-separated in a variable."""
+    lease: timedelta = Field(default=timedelta(seconds=15), ge=timedelta(seconds=2))
+    """A worker that has not been heard of for this long is dead, and its runs are ready again."""
+    max_attempts: int = Field(default=3, ge=1)
+    """How often a run may be lost together with its worker before it fails as `worker_lost`."""
+    max_result: int = Field(default=64 * 1024 * 1024, ge=1024)
+    """Largest result, in bytes of JSON."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # .env files are not read: secrets have one way in
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources = [init_settings, env_settings]
+        if path := os.environ.get(CONFIG_VARIABLE):
+            if not Path(path).is_file():
+                raise ConfigurationError(
+                    f"{CONFIG_VARIABLE} names {path}, which is not a file: create it or unset the variable."
+                )
+            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=path))
+        return tuple(sources)
+
+
+def load() -> Settings:
+    """Read the settings of this process.
+
+    Raises:
+        ConfigurationError: an unknown or wrong setting, named with its environment variable and without its value.
+    """
+    known = {CONFIG_VARIABLE} | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for variable in os.environ:
+        if variable.startswith(PREFIX) and variable.split("__")[0] not in known:
+            raise ConfigurationError(f"{variable} is not a setting of backcast: remove it or correct its name.")
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = PREFIX + "__".join(str(part).upper() for part in first["loc"])
+        raise ConfigurationError(f"{name}: {first['msg']}.") from None

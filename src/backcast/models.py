@@ -2,12 +2,13 @@
 
 import secrets
 import time
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 JSON = Any
 """A plain JSON value: None, bool, int, float, str, list, dict with string keys."""
@@ -67,7 +68,7 @@ class Submission(_Noun):
     """Whose run it is: the queue is shared fairly between owners."""
     priority: int = Field(default=0, ge=-100, le=100)
     """Higher runs first, among the runs of the same owner."""
-    run_at: datetime | None = None
+    run_at: AwareDatetime | None = None
     """Not before this time (with a time zone)."""
     metadata: dict[str, str] = Field(default={}, max_length=32)
     """The caller's own labels; returned with the run, not read by anyone else."""
@@ -86,6 +87,8 @@ class Run(_Noun):
     """Attempts that have been started, the present one included."""
     error: Problem | None = None
     """Set when the state is failed, or when the last attempt failed and another one will be made."""
+    usage: dict[str, JSON] | None = None
+    """What the model took for the result: its name, input_tokens, output_tokens."""
     metadata: dict[str, str] = {}
     created_at: datetime
     run_at: datetime
@@ -108,3 +111,33 @@ class TaskType(_Noun):
     retries: int = 0
     timeout: timedelta | None = None
     """How long one attempt may take."""
+    max_attempts: int = 3
+    """How often a run may be lost together with its worker before it fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """An attempt that returned a value; `body` is its plain JSON in UTF-8."""
+
+    body: bytes
+    usage: dict[str, JSON] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt after which no other one is made."""
+
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """An attempt that failed, to be made again after `delay` seconds; `retries` counts the retries with that one."""
+
+    problem: Problem
+    delay: float
+    retries: int
+
+
+Attempt = Succeeded | Failed | Retry
+"""How an attempt of a run ended."""

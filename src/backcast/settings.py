@@ -22,6 +22,8 @@ from backcast.errors import ConfigurationError
 
 PREFIX = "BACKCAST_"
 CONFIG_VARIABLE = "BACKCAST_CONFIG"
+URL_VARIABLE = "BACKCAST_URL"
+"""Read by the command line only: the address of the API."""
 
 
 def _split(value: Any) -> Any:
@@ -62,7 +64,9 @@ class Store(_Section):
 
 class Api(_Section):
     host: str = "127.0.0.1"
+    """Address that the API listens on; 0.0.0.0 in a cluster."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port that the API listens on."""
     max_body: int = Field(default=1024 * 1024, ge=1024)
     """Largest request body, in bytes; more is refused before it is read."""
 
@@ -84,6 +88,7 @@ class Worker(_Section):
 
 class Steward(_Section):
     host: str = "127.0.0.1"
+    """Address of the health and metrics port; 0.0.0.0 in a cluster."""
     port: int = Field(default=8082, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
 
@@ -95,6 +100,19 @@ class Prefect(_Section):
     """`user:password` of the Prefect server, when it has one."""
     history: bool = True
     """Mirror every run to the Prefect server."""
+
+    def environment(self) -> dict[str, str]:
+        """Prefect's own variables for a worker; they must be set before prefect is imported."""
+        variables = {
+            "PREFECT_API_URL": self.api_url or "http://127.0.0.1:9/api",  # a client is made in any case, never called
+            "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",  # or no worker starts while the server is away
+            "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+            "PREFECT_LOGGING_TO_API_ENABLED": str(self.api_url is not None and self.history).lower(),
+            "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        }
+        if self.auth_string is not None:
+            variables["PREFECT_API_AUTH_STRING"] = self.auth_string.get_secret_value()
+        return variables
 
 
 class Model(_Section):
@@ -156,6 +174,7 @@ class Settings(BaseSettings):
     max_result: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest result, in bytes of JSON."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much backcast itself logs."""
 
     @classmethod
     def settings_customise_sources(
@@ -182,7 +201,7 @@ def load() -> Settings:
     Raises:
         ConfigurationError: an unknown or wrong setting, named with its environment variable and without its value.
     """
-    known = {CONFIG_VARIABLE} | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known = {CONFIG_VARIABLE, URL_VARIABLE} | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     for variable in os.environ:
         if variable.startswith(PREFIX) and variable.split("__")[0] not in known:
             raise ConfigurationError(f"{variable} is not a setting of backcast: remove it or correct its name.")

@@ -1,0 +1,77 @@
+"""Settings die at start with a sentence, never with a value in it."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from backcast.errors import ConfigurationError
+from backcast.settings import Settings, load
+
+
+def every_model(model: type[BaseModel] = Settings) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from every_model(field.annotation)
+
+
+def test_the_environment_and_the_file_are_read_and_the_environment_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("worker: {slots: 3, pool: gpu}\nlease: 20\ntasks: [a]\n")
+    monkeypatch.setenv("BACKCAST_CONFIG", str(tmp_path / "config.yaml"))
+    monkeypatch.setenv("BACKCAST_WORKER__SLOTS", "7")
+    monkeypatch.setenv("BACKCAST_TASKS", "b, c,")
+    settings = load()
+    assert (settings.worker.slots, settings.worker.pool, settings.tasks) == (7, "gpu", ["b", "c"])
+    assert settings.lease == timedelta(seconds=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BACKCAST_WORKER__SLOTZ", "1"),
+        ("BACKCAST_SLOTS", "1"),
+        ("BACKCAST_WORKER__SLOTS", "many"),
+        ("BACKCAST_LEASE", "0"),
+        ("BACKCAST_WORKER__POOL", "Not A Pool"),
+        ("BACKCAST_MODEL__BACKEND", "magic"),
+        ("BACKCAST_CONFIG", "/nowhere/config.yaml"),
+    ],
+)
+def test_what_is_wrong_is_named_and_its_value_is_not(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=name) as caught:
+        load()
+    assert value in ("1", "0", "/nowhere/config.yaml") or value not in str(caught.value)
+
+
+def test_an_unknown_key_in_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("worker: {slotz: 3}\n")
+    monkeypatch.setenv("BACKCAST_CONFIG", str(tmp_path / "config.yaml"))
+    with pytest.raises(ConfigurationError, match="BACKCAST_WORKER__SLOTZ"):
+        load()
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKCAST_DATABASE__URL", "postgresql://u:hunter2@h/d")
+    monkeypatch.setenv("BACKCAST_MODEL__API_KEY", "hunter2")
+    monkeypatch.setenv("BACKCAST_STORE__SECRET_KEY", "hunter2")
+    assert "hunter2" not in repr(load()) + load().model_dump_json()
+
+
+def test_every_setting_says_what_it_means() -> None:
+    for model in every_model():
+        for name, field in model.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            assert is_section or field.description, f"{model.__name__}.{name}"
+
+
+def test_the_embedded_model_is_chosen_only_without_a_provider() -> None:
+    assert Settings().model.embedded
+    assert not Settings.model_validate({"model": {"api_key": "k"}}).model.embedded
+    assert not Settings.model_validate({"model": {"base_url": "http://h/v1"}}).model.embedded
+    assert Settings.model_validate({"model": {"backend": "embedded", "api_key": "k"}}).model.embedded

@@ -1,0 +1,103 @@
+"""A real S3 server (SeaweedFS from its wheel) on free loopback ports, over a folder that outlives it."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class S3Server:
+    """Stopped and started again, it has the same address and objects. Buckets are made by CreateBucket only."""
+
+    folder: Path
+    access_key: str = "test-access-key"
+    secret_key: str = "test-secret-key"
+    _ports: list[int] = field(default_factory=lambda: free_ports(10), repr=False)
+    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._ports[0]}"
+
+    def start(self, *, timeout: float = 30) -> None:
+        """Returns once it can tell our key from others."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        identity = {"accessKey": self.access_key, "secretKey": self.secret_key}
+        config = {"identities": [{"name": "test", "credentials": [identity], "actions": ["Admin"]}]}
+        (self.folder / "s3.json").write_text(json.dumps(config))
+        log = self.folder / "weed.log"
+        names = ("s3", "master", "volume", "filer", "admin")
+        ports = [f"-{name}.port={port}" for name, port in zip(names, self._ports[:5], strict=True)]
+        ports += [f"-{name}.port.grpc={port}" for name, port in zip(names, self._ports[5:], strict=True)]
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [
+                    Path(sys.executable).with_name("weed"),
+                    "mini",
+                    f"-dir={self.folder}",
+                    "-ip=127.0.0.1",
+                    "-ip.bind=127.0.0.1",
+                    f"-s3.config={self.folder / 's3.json'}",
+                    "-s3.autoCreateBucket=false",
+                    "-s3.iam=false",
+                    "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
+                    "-admin.ui=false",
+                    "-webdav=false",
+                    "-master.telemetry=false",
+                    *ports,
+                ],
+                cwd=self.folder,
+                stdout=output,
+                stderr=output,
+            )
+        deadline = time.monotonic() + timeout
+        while (seen := self._answer()) != 403:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"weed does not answer; last seen: {seen}\n{log.read_text()[-3000:]}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # what it has acknowledged is on disk; a polite end takes two seconds
+            self._process.wait()
+            self._process = None
+
+    def _answer(self) -> int | str:
+        """The status of a request without a key."""
+        try:
+            with urllib.request.urlopen(self.url, timeout=2) as response:
+                return response.status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+        except OSError as error:
+            return str(error)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in taken:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in taken]
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    server = S3Server(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,170 @@
+"""Who is there to do the work: workers and their heartbeats, the tasks that they serve, and how much is waiting."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+import asyncpg
+
+from backcast.errors import UnknownTask
+from backcast.ledger import Ledger
+from backcast.models import TaskType
+
+
+async def register(
+    ledger: Ledger, worker_id: UUID, *, pool: str, host: str, version: str, slots: int, tasks: Sequence[TaskType]
+) -> None:
+    """Announce a worker and the tasks it serves. Safe to repeat; the latest registration of a task name counts."""
+    await ledger.execute(
+        """insert into workers (id, pool, host, version, tasks, slots) values ($1, $2, $3, $4, $5, $6)
+           on conflict (id) do update set heartbeat_at = now(), draining = false""",
+        worker_id,
+        pool,
+        host,
+        version,
+        [task.name for task in tasks],
+        slots,
+    )
+    await register_tasks(ledger, tasks)
+
+
+async def register_tasks(ledger: Ledger, tasks: Sequence[TaskType]) -> None:
+    """Announce tasks; the latest registration of a name counts."""
+    # In name order, so that two workers that register the same tasks lock them in the same order.
+    for task in sorted(tasks, key=lambda task: task.name):
+        await ledger.execute(
+            """insert into task_types (name, pool, version, description, input_schema, output_schema, retries, timeout,
+                                       max_attempts)
+               values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+               on conflict (name) do update set pool = excluded.pool, version = excluded.version,
+                   description = excluded.description, input_schema = excluded.input_schema,
+                   output_schema = excluded.output_schema, retries = excluded.retries, timeout = excluded.timeout,
+                   max_attempts = excluded.max_attempts, updated_at = now()""",
+            task.name,
+            task.pool,
+            task.version,
+            task.description,
+            json.dumps(task.input_schema),
+            json.dumps(task.output_schema),
+            task.retries,
+            task.timeout,
+            task.max_attempts,
+        )
+
+
+async def serves(ledger: Ledger, pool: str, task: str) -> bool:
+    """Whether a worker of this pool that was heard of lately has this task."""
+    row = await ledger.fetchrow(
+        """select 1 from workers where pool = $1 and $2 = any(tasks) and not draining
+              and heartbeat_at > now() - interval '1 minute' limit 1""",
+        pool,
+        task,
+    )
+    return row is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A run that the ledger says this worker holds."""
+
+    fence: int
+    cancel: bool
+
+
+# One row per worker, by its key. The runs are read in the same snapshot: what a worker believes to hold and is not
+# here under the same fence has been given to someone else.
+_BEAT = """
+with beat as (update workers set heartbeat_at = now(), busy = $2, draining = $3 where id = $1 returning id)
+select r.id, r.fence, r.cancel_requested_at is not null as cancel, (select count(*) from beat) as known
+  from (select 1) one left join runs r on r.worker_id = $1 and r.state = 'running'"""
+
+
+async def beat(
+    connection: asyncpg.Connection, worker_id: UUID, *, busy: int, draining: bool
+) -> dict[UUID, Held] | None:
+    """Extend the worker's lease; returns the runs it holds, or None when the worker is not registered (any more)."""
+    rows = await connection.fetch(_BEAT, worker_id, busy, draining)
+    if not rows[0]["known"]:
+        return None
+    return {row["id"]: Held(row["fence"], row["cancel"]) for row in rows if row["id"] is not None}
+
+
+async def retire(ledger: Ledger, worker_id: UUID) -> None:
+    """Forget a worker that has handed everything back; one that still holds a run stays, so that it can be missed."""
+    await ledger.execute(
+        """delete from workers w where id = $1
+              and not exists (select from runs r where r.worker_id = w.id and r.state = 'running')""",
+        worker_id,
+    )
+
+
+async def forget_dead(ledger: Ledger, after: timedelta) -> None:
+    """Forget workers that have been silent for `after` and hold no run."""
+    await ledger.execute(
+        """delete from workers w where heartbeat_at < now() - $1::interval
+              and not exists (select from runs r where r.worker_id = w.id and r.state = 'running')""",
+        after,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    alive: int
+    dead: frozenset[UUID]
+    """Workers silent for a lease that still hold runs."""
+    database_started: float
+    """When the database server started, in its own epoch seconds: a change means that every heartbeat paused."""
+
+
+async def fleet(connection: asyncpg.Connection, lease: timedelta) -> Fleet:
+    row = await connection.fetchrow(
+        """select count(*) filter (where heartbeat_at >= now() - $1::interval) as alive,
+                  coalesce(array_agg(id) filter (where heartbeat_at < now() - $1::interval and exists
+                    (select from runs r where r.worker_id = w.id and r.state = 'running')), '{}') as dead,
+                  extract(epoch from pg_postmaster_start_time())::float8 as started
+             from workers w""",
+        lease,
+    )
+    assert row is not None
+    return Fleet(row["alive"], frozenset(row["dead"]), row["started"])
+
+
+def _task(row: asyncpg.Record) -> TaskType:
+    return TaskType(
+        **{key: row[key] for key in ("name", "pool", "version", "description", "retries", "timeout", "max_attempts")},
+        input_schema=json.loads(row["input_schema"]),
+        output_schema=json.loads(row["output_schema"]),
+    )
+
+
+_TASK_COLUMNS = (
+    "name, pool, version, description, input_schema, output_schema, retries, timeout, max_attempts, updated_at"
+)
+
+
+async def task_type(ledger: Ledger, name: str) -> TaskType:
+    """Raises `UnknownTask`."""
+    row = await ledger.fetchrow(f"select {_TASK_COLUMNS} from task_types where name = $1", name)  # noqa: S608
+    if row is None:
+        raise UnknownTask(
+            f"No worker has registered a task {name!r}: see GET /v1/tasks, or start a worker that has it."
+        )
+    return _task(row)
+
+
+async def task_types(ledger: Ledger) -> list[TaskType]:
+    rows = await ledger.fetch(f"select {_TASK_COLUMNS} from task_types order by name")  # noqa: S608  # a constant
+    return [_task(row) for row in rows]
+
+
+async def vacuum(connection: asyncpg.Connection, *, dead_rows: int) -> bool:
+    """Vacuum `runs` once more than `dead_rows` are dead: autovacuum alone is too slow to keep claims fast."""
+    dead = await connection.fetchval(
+        "select n_dead_tup from pg_stat_user_tables where schemaname = 'backcast' and relname = 'runs'"
+    )
+    if dead is None or dead <= dead_rows:
+        return False
+    await connection.execute("vacuum (index_cleanup on, truncate off) runs")
+    return True

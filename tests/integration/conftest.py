@@ -1,0 +1,58 @@
+"""One PostgreSQL server for the whole run; every test that asks for `database` gets a migrated one of its own."""
+
+import itertools
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from backcast import postgres
+from backcast.ledger import Ledger, migrate
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_ambient_environment() -> None:
+    for name in list(os.environ):
+        if name.startswith(("BACKCAST_", "PREFECT_", "AWS_", "OPENAI_", "MARVIN_")):
+            del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres.Postgres]:
+    with postgres.running(
+        tmp_path_factory.mktemp("postgres") / "data", settings={"max_connections": "300", "fsync": "off"}
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def _template(server: postgres.Postgres) -> str:
+    postgres.create_database(server.url(), "template_backcast")
+    assert migrate(server.url("template_backcast")) == "The schema is now 0001."
+    return "template_backcast"
+
+
+@pytest.fixture
+async def database(server: postgres.Postgres, _template: str) -> str:
+    """The URL of a fresh, migrated database."""
+    name = f"test_{next(_numbers)}"
+    admin = await asyncpg.connect(server.url())
+    await admin.execute(f'create database "{name}" template "{_template}"')
+    await admin.close()
+    return server.url(name)
+
+
+@pytest.fixture
+async def ledger(database: str) -> AsyncIterator[Ledger]:
+    ledger = Ledger(database, pool=30)
+    yield ledger
+    await ledger.aclose()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return f"file://{tmp_path}/store"

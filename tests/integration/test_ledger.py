@@ -1,0 +1,353 @@
+"""The rules of the ledger, each against the real PostgreSQL and under the concurrency that would break it."""
+
+import asyncio
+import collections
+import hashlib
+import json
+import random
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
+from backcast.ledger import Ledger, migrate, runs, workers
+from backcast.ledger.runs import Claim, Ending
+from backcast.models import Run, State, Submission, TaskType, uuid7
+
+LEASE = timedelta(seconds=15)
+NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
+
+
+async def submit(ledger: Ledger, *, key: str | None = None, value: object = 1, **fields: object) -> runs.Submitted:
+    text = json.dumps({"x": value})
+    return await runs.submit(
+        ledger,
+        NOOP,
+        Submission(input={"x": value}, **fields),  # type: ignore[arg-type]
+        input_text=text,
+        input_hash=hashlib.sha256(text.encode()).digest(),
+        idempotency_key=key,
+    )
+
+
+async def register(ledger: Ledger) -> UUID:
+    worker = uuid7()
+    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[NOOP])
+    return worker
+
+
+async def claim(ledger: Ledger, worker: UUID, limit: int = 10, cursor: int = 0) -> list[Claim]:
+    return await runs.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
+
+
+def completed(claim: Claim, value: str = "1") -> Ending:
+    key = f"results/{claim.id}/{claim.fence}.json"
+    return Ending(id=claim.id, fence=claim.fence, state="completed", result=value, result_key=key)
+
+
+async def silence(ledger: Ledger, worker: UUID) -> None:
+    """The worker was last heard of more than a lease ago."""
+    await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour' where id = $1", worker)
+
+
+async def test_a_run_from_submit_to_result(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    submitted = await submit(ledger, owner="ann", metadata={"k": "v"})
+    assert submitted.fresh
+    assert (submitted.run.state, submitted.run.attempts) == (State.QUEUED, 0)
+    [taken] = await claim(ledger, worker)
+    assert (taken.id, taken.fence, taken.input) == (submitted.run.id, 1, '{"x": 1}')
+    running = await runs.get(ledger, taken.id)
+    assert (running.state, running.attempts) == (State.RUNNING, 1)
+    settled = await runs.settle(ledger, worker, [completed(taken, "[1]")])
+    assert settled.accepted == {taken.id}
+    result = await runs.result(ledger, taken.id)
+    assert (result.run.state, result.text, result.run.attempts) == (State.COMPLETED, "[1]", 1)
+    assert result.run.metadata == {"k": "v"}
+    assert result.run.finished_at is not None
+
+
+async def test_twenty_racers_with_one_key_make_one_run(ledger: Ledger) -> None:
+    for n in range(20):
+        answers = await asyncio.gather(*[submit(ledger, key=f"k{n}") for _ in range(20)])
+        assert len({answer.run.id for answer in answers}) == 1
+        assert sum(answer.fresh for answer in answers) == 1
+
+
+async def test_a_key_with_another_request_is_a_conflict_and_keys_belong_to_owners(ledger: Ledger) -> None:
+    first = await submit(ledger, key="k", owner="a")
+    with pytest.raises(IdempotencyConflict):
+        await submit(ledger, key="k", owner="a", value=2)
+    with pytest.raises(IdempotencyConflict):
+        await submit(ledger, key="k", owner="a", priority=5)
+    assert (await submit(ledger, key="k", owner="b", value=2)).run.id != first.run.id
+    assert (await submit(ledger, key="k", owner="a")).run.id == first.run.id
+
+
+async def test_many_claimers_never_share_a_run(ledger: Ledger) -> None:
+    made = {(await submit(ledger, owner=f"o{n % 7}")).run.id for n in range(300)}
+    seen: list[UUID] = []
+
+    async def work() -> None:
+        worker = await register(ledger)
+        while claims := await claim(ledger, worker, 7, random.randrange(1 << 62)):
+            seen.extend(c.id for c in claims)
+            await runs.settle(ledger, worker, [completed(c) for c in claims])
+
+    await asyncio.gather(*[work() for _ in range(8)])
+    # A claimer may find nothing while others hold what is left; nothing may be found twice.
+    assert len(seen) == len(set(seen))
+    assert set(seen) == made
+
+
+async def test_one_owner_with_a_backlog_does_not_keep_others_waiting(ledger: Ledger) -> None:
+    for _ in range(200):
+        await submit(ledger, owner="backfill")
+    for n in range(5):
+        await submit(ledger, owner=f"small{n}")
+    worker = await register(ledger)
+    cursor, served = 0, []
+    for _ in range(12):
+        [taken] = await claim(ledger, worker, 1, cursor)
+        cursor = taken.owner_key
+        served.append((await runs.get(ledger, taken.id)).owner)
+    counts = collections.Counter(served)
+    assert counts == {"backfill": 12 - 5, **{f"small{n}": 1 for n in range(5)}}
+    assert len(set(served[:6])) == 6, "a first run waits at most one turn of each owner"
+
+
+async def test_inside_an_owner_priority_then_time_decides(ledger: Ledger) -> None:
+    order = [(await submit(ledger, priority=p)).run.id for p in (0, 5, 0, 9)]
+    worker = await register(ledger)
+    taken = [(await claim(ledger, worker, 1))[0].id for _ in range(4)]
+    assert taken == [order[3], order[1], order[0], order[2]]
+
+
+async def test_a_scheduled_run_waits_for_its_time(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    later = await submit(ledger, run_at=datetime.now(UTC) + timedelta(hours=1))
+    assert later.run.state is State.QUEUED
+    assert await runs.promote(ledger) == set()
+    assert await claim(ledger, worker) == []
+    await ledger.execute("update runs set run_at = now() - interval '1 s'")
+    assert await runs.promote(ledger) == {"default"}
+    assert [c.id for c in await claim(ledger, worker)] == [later.run.id]
+
+
+async def test_a_stale_worker_changes_nothing(ledger: Ledger) -> None:
+    first, second = await register(ledger), await register(ledger)
+    await submit(ledger)
+    [old] = await claim(ledger, first)
+    await silence(ledger, first)
+    assert await claim(ledger, first) == [], "a worker without a lease gets nothing"
+    assert set((await runs.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert (await runs.settle(ledger, first, [completed(old)])).accepted == set(), "it is queued again"
+    [new] = await claim(ledger, second)
+    assert new.fence == old.fence + 1
+    assert (await runs.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it runs elsewhere"
+    assert (await runs.settle(ledger, second, [completed(new, "new")])).accepted == {new.id}
+    assert (await runs.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it has ended elsewhere"
+    result = await runs.result(ledger, new.id)
+    assert (result.text, result.key, result.run.attempts) == ("new", f"results/{new.id}/{new.fence}.json", 2)
+
+
+async def test_an_ending_sent_twice_is_recorded_once_and_accepted_twice(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    await submit(ledger)
+    [taken] = await claim(ledger, worker)
+    assert (await runs.settle(ledger, worker, [completed(taken)])).accepted == {taken.id}
+    assert (await runs.settle(ledger, worker, [completed(taken)])).accepted == {taken.id}
+    assert (await runs.get(ledger, taken.id)).attempts == 1
+
+
+async def test_a_run_that_kills_its_workers_fails_as_worker_lost(ledger: Ledger) -> None:
+    await submit(ledger)
+    states = []
+    for _ in range(3):
+        worker = await register(ledger)
+        [taken] = await claim(ledger, worker)
+        await silence(ledger, worker)
+        states += (await runs.requeue(ledger, LEASE)).values()
+    assert states == ["queued", "queued", "failed"]
+    run = await runs.get(ledger, taken.id)
+    assert run.error is not None
+    assert (run.state, run.error.code, run.attempts) == (State.FAILED, "worker_lost", 3)
+
+
+async def test_retries_of_the_task_do_not_count_as_losses(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    await submit(ledger)
+    for n in range(5):
+        [taken] = await claim(ledger, worker)
+        assert taken.retries_used == n
+        again = Ending(id=taken.id, fence=taken.fence, state="queued", retries_used=n + 1)
+        await runs.settle(ledger, worker, [again])
+    [taken] = await claim(ledger, worker)
+    await silence(ledger, worker)
+    assert set((await runs.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert (await runs.get(ledger, taken.id)).attempts == 6
+
+
+async def test_handing_back_is_not_charged(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    await submit(ledger)
+    for _ in range(5):
+        [taken] = await claim(ledger, worker)
+        await runs.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="queued", charged=False)])
+    run = await runs.get(ledger, taken.id)
+    assert (run.state, run.attempts) == (State.QUEUED, 0)
+
+
+async def test_a_heartbeat_tells_what_is_held_and_what_to_cancel(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    for _ in range(3):
+        await submit(ledger)
+    taken = await claim(ledger, worker)
+    await runs.cancel(ledger, taken[0].id)
+    async with ledger.session() as connection:
+        held = await workers.beat(connection, worker, busy=3, draining=False)
+        assert held is not None
+        assert {run_id: h.cancel for run_id, h in held.items()} == {c.id: c is taken[0] for c in taken}
+        assert await workers.beat(connection, uuid7(), busy=0, draining=False) is None, "an unknown worker hears so"
+
+
+async def test_cancelling(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    queued = (await submit(ledger)).run.id
+    assert (await runs.cancel(ledger, queued)).state is State.CANCELLED
+    assert await claim(ledger, worker) == []
+    running = (await submit(ledger)).run.id
+    [taken] = await claim(ledger, worker)
+    assert (await runs.cancel(ledger, running)).state is State.RUNNING
+    settled = await runs.settle(ledger, worker, [completed(taken)])
+    assert settled.cancelled == {running}, "a cancel that came before the outcome wins"
+    result = await runs.result(ledger, running)
+    assert (result.run.state, result.text, result.key) == (State.CANCELLED, None, None)
+    done = (await submit(ledger)).run.id
+    [taken] = await claim(ledger, worker)
+    await runs.settle(ledger, worker, [completed(taken)])
+    assert (await runs.cancel(ledger, done)).state is State.COMPLETED
+    with pytest.raises(UnknownRun):
+        await runs.cancel(ledger, uuid7())
+
+
+async def test_cancel_races_with_claim_and_settle(ledger: Ledger) -> None:
+    """Whatever the order, a run ends exactly once, and as cancelled when the cancel was answered so."""
+    worker = await register(ledger)
+
+    async def race() -> None:
+        run_id = (await submit(ledger)).run.id
+
+        async def work() -> None:
+            for taken in await claim(ledger, worker, 100):
+                await runs.settle(ledger, worker, [completed(taken)])
+
+        answer, *_ = await asyncio.gather(runs.cancel(ledger, run_id), work(), work())
+        if answer.state is State.CANCELLED:
+            assert (await runs.get(ledger, run_id)).state is State.CANCELLED
+
+    await asyncio.gather(*[race() for _ in range(50)])
+    await asyncio.gather(*[race() for _ in range(50)])
+    left = await ledger.fetch("select id from runs where state not in ('completed', 'cancelled')")
+    assert left == []
+
+
+async def test_listing_pages_through_everything_once(ledger: Ledger) -> None:
+    made = [(await submit(ledger, owner="ab"[n % 2])).run.id for n in range(25)]
+    pages: list[Run] = []
+    before = None
+    while page := await runs.find(ledger, limit=4, before=before):
+        pages += page
+        before = page[-1].id
+    assert [run.id for run in pages] == sorted(made, reverse=True)
+    assert {run.owner for run in await runs.find(ledger, limit=50, owner="a")} == {"a"}
+    assert len(await runs.find(ledger, limit=50, state=State.QUEUED, task="noop")) == 25
+    assert await runs.find(ledger, limit=50, state=State.FAILED) == []
+
+
+async def test_a_claim_does_not_scan_whatever_the_statistics_say(ledger: Ledger) -> None:
+    """A plan made while the table was empty must not become a scan, or a sort, of a large one."""
+    await ledger.execute("analyze runs")
+    worker = await register(ledger)
+    assert await claim(ledger, worker) == []  # the generic plan is made here, on an empty table
+    await ledger.execute(
+        """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
+           select gen_random_uuid(), 'noop', 'default', 'o' || (n % 100), 'queued', 3, '{}', '{}'
+             from generate_series(1, 50000) n"""
+    )
+    async with ledger.session() as connection:
+        await connection.execute("load 'auto_explain'")
+        await connection.execute("set auto_explain.log_min_duration = 0")
+        await connection.execute("set auto_explain.log_analyze = on")
+        await connection.execute("set client_min_messages = log")
+        plans: list[str] = []
+        connection.add_log_listener(lambda _, message: plans.append(str(message)))
+        rows = await connection.fetch(runs._CLAIM, "default", 0, 10, worker, LEASE)
+        assert len(rows) == 10
+        settle = [[r["id"] for r in rows], [r["fence"] for r in rows], ["completed"] * 10, ["1"] * 10, ["k"] * 10]
+        none: list[None] = [None] * 10
+        args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10]
+        assert len(await connection.fetch(runs._SETTLE, worker, *args)) == 10
+    plan = "\n".join(plan for plan in plans if "on runs" in plan)
+    assert "runs_ready" in plan
+    assert "Seq Scan on runs" not in plan, plan
+    assert "Hash Join" not in plan, plan
+
+
+async def test_waking_is_coalesced_and_the_last_wake_is_never_swallowed(ledger: Ledger) -> None:
+    heard: list[int] = []
+    listens = asyncio.Event()
+
+    def ready() -> None:
+        heard.append(1)
+        listens.set()  # the first call says that it listens
+
+    listening = asyncio.create_task(ledger.listen("default", ready))
+    await listens.wait()
+    heard.clear()
+    for _ in range(200):
+        ledger.wake("default")
+        await asyncio.sleep(0)
+    ledger.wake("other")
+    await asyncio.sleep(0.2)
+    assert 1 <= len(heard) <= 5
+    heard.clear()
+    ledger.wake("default")
+    await asyncio.sleep(0.005)
+    ledger.wake("default")  # within the interval: sent after it, not dropped
+    await asyncio.sleep(0.2)
+    assert len(heard) == 2
+    listening.cancel()
+
+
+async def test_migrating_twice_and_from_several_places_is_safe(database: str) -> None:
+    said = await asyncio.gather(*[asyncio.to_thread(migrate, database) for _ in range(4)])
+    assert set(said) == {"The schema is up to date (0001)."}
+    connection = await asyncpg.connect(database)
+    await connection.execute("update backcast.alembic_version set version_num = '9999'")
+    await connection.close()
+    assert "newer" in await asyncio.to_thread(migrate, database)
+
+
+async def test_a_database_that_is_away_or_empty_is_unavailable_with_a_sentence(server: object) -> None:
+    away = Ledger("postgresql://postgres@127.0.0.1:1/none")
+    with pytest.raises(LedgerUnavailable, match="right now"):
+        await away.check()
+    await away.aclose()
+    empty = Ledger(server.url("postgres"))  # type: ignore[attr-defined]
+    with pytest.raises(LedgerUnavailable, match="backcast migrate"):
+        await empty.check()
+    await empty.aclose()
+
+
+@pytest.fixture(autouse=True)
+async def _invariants(ledger: Ledger) -> AsyncIterator[None]:
+    yield
+    odd = await ledger.fetch(
+        """select id, state from runs where (state in ('completed', 'failed', 'cancelled', 'expired'))
+              <> (finished_at is not null) or (state = 'completed') <> (result_key is not null)"""
+    )
+    assert odd == []

@@ -1,0 +1,169 @@
+"""What the embedded model is asked, instead of Marvin's prompt: some 60 tokens and worked examples, not 400 and rules.
+
+Decides words only. Text that comes from callers can't end its paragraph or forge another (its lines are indented, the
+model's control tokens are broken up); it can still talk the model into a wrong answer, which then has the right shape.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from backcast.models import JSON
+
+Schema = dict[str, Any]
+
+_FORMATS = {
+    "date": "the date as YYYY-MM-DD",
+    "date-time": "the date and time, ISO 8601",
+    "time": "the time as HH:MM:SS",
+    "email": "the email address",
+    "uri": "the URL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A system message, worked examples as question and answer, and the question."""
+
+    system: str
+    examples: tuple[tuple[str, JSON], ...]
+    question: str
+
+
+def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
+    """The prompt for casting `data` to a (self-contained) JSON Schema."""
+    text, told = _quote(data), _quote(instructions or "")
+    if labels := _labels(schema):
+        listed = ", ".join(labels)
+        return Prompt(
+            "Choose the label that best describes the text.",
+            (
+                ("Text: The soup was cold and bland.\nLabels: travel, food, money\n", "food"),
+                ("Text: The report has twelve pages.\nLabels: good, bad, neutral\n", "neutral"),
+            ),
+            f"Text: {text}\nLabels: {listed}\n" + (f"{told}\n" if told else ""),
+        )
+    shape = wanted(schema)
+    if not told:
+        asked = shape
+    elif schema.get("type") in ("string", "array", "boolean") and not _is_special(schema):
+        asked = told  # "the cities" says all there is to say; the grammar knows that it is a list
+    else:
+        asked = f"{told}; {shape}"
+    return Prompt(
+        "Convert the text to the wanted value. Copy facts exactly from the text; never invent.",
+        tuple((_question(about, ask or shape), answer) for about, ask, answer in _examples(schema)),
+        _question(text, asked),
+    )
+
+
+def wanted(schema: Schema, plural: bool = False) -> str:
+    """A schema in words, as short as a small model likes it."""
+    shape = _shape(schema, plural)
+    return f"{_quote(schema['description'])}; {shape}" if schema.get("description") else shape
+
+
+def _shape(schema: Schema, plural: bool) -> str:
+    kind, form = schema.get("type"), schema.get("format")
+    if labels := _labels(schema):
+        return f"one of: {', '.join(labels)}"
+    if isinstance(kind, list):
+        return " or ".join(wanted({**schema, "type": one}, plural) for one in kind)
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            return " or ".join(wanted(one, plural) for one in schema[union])
+    if form in _FORMATS:
+        return _FORMATS[form]
+    if kind == "string" and "pattern" in schema:
+        return f"a string like {schema['pattern']}"
+    match kind:
+        case "integer":
+            return "all numbers, as integers" if plural else "the number, as an integer"
+        case "number":
+            return "all numbers" if plural else "the number"
+        case "boolean":
+            return "true if the text says yes, agrees or is positive; false if it says no, refuses or is negative"
+        case "string":
+            return "a string"
+        case "null":
+            return "null"
+        case "array":
+            items = schema.get("items")
+            return "a list of " + wanted(items if isinstance(items, dict) else {}, plural=True).removeprefix("all ")
+        case _:
+            fields = ", ".join(_fields(schema.get("properties", {})))
+            return f"JSON with {fields}" if fields else "JSON"
+
+
+def _fields(properties: dict[str, Any]) -> Iterator[str]:
+    for name, schema in properties.items():
+        if not isinstance(schema, dict):
+            yield name
+        elif about := ", ".join(part for part in (_quote(schema.get("description", "")), _field_shape(schema)) if part):
+            yield f"{name} ({about})"
+        else:
+            yield name
+
+
+def _field_shape(schema: Schema) -> str:
+    """Only what neither the field's name nor the grammar says."""
+    if _labels(schema) or _is_special(schema):
+        return _shape(schema, plural=False)
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            return " or ".join(filter(None, (_field_shape(one) for one in schema[union])))
+    match schema:
+        case {"properties": dict(properties)}:
+            return ", ".join(_fields(properties))
+        case {"items": dict(items)} if shape := _field_shape(items):
+            return f"list of {shape}"
+        case _:
+            return ""
+
+
+def _is_special(schema: Schema) -> bool:
+    return schema.get("format") in _FORMATS or "pattern" in schema
+
+
+def _labels(schema: Schema) -> list[str]:
+    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    return [value if isinstance(value, str) else json.dumps(value) for value in values]
+
+
+def _question(text: str, ask: str) -> str:
+    return f"Text: {text}\nWanted: {ask}\n"
+
+
+def _examples(schema: Schema) -> list[tuple[str, str | None, JSON]]:
+    """Text, what is wanted (none: the schema in words), answer. They steady a tiny model more than any rule does."""
+    match schema:
+        case {"type": "boolean"}:
+            return [
+                ("Yep, that works.", None, True),
+                ("I won't do it.", None, False),
+                ("The door is closed.", "Is the door open?", False),
+                ("Never!", None, False),
+            ]
+        case {"type": "integer"}:
+            return [("Around ninety-one people came.", None, 91), ("2,050 likes", None, 2050)]
+        case {"type": "number"}:
+            return [("2 euros 25 cents", None, 2.25), ("It fell by -0.8 points", None, -0.8)]
+        case {"type": "string", "format": "date"}:
+            return [("7 Jun 1988", None, "1988-06-07"), ("October 31st, 2011", None, "2011-10-31")]
+        case {"type": "string"} if "format" not in schema and "pattern" not in schema:
+            return [
+                ("Ticket T-55 was closed by Sam Hall.", "who closed the ticket", "Sam Hall"),
+                ("Ticket T-55 was closed by Sam Hall.", "the ticket number", "T-55"),
+                ("good morning", "convert to title case", "Good Morning"),
+            ]
+        case {"type": "array", "items": {"type": "string"}}:
+            return [("Shapes: circle, square & cone", None, ["circle", "square", "cone"])]
+        case _:
+            return []
+
+
+def _quote(value: JSON) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "\n  ".join(re.sub(r"<\|(?=\w)", "< |", text.strip()).splitlines())

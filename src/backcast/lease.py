@@ -1,0 +1,135 @@
+"""A worker's place in the fleet: registered, heard of every second, and told what it holds. Decides whether the lease
+is good; what to do with runs that are lost or cancelled it leaves to the worker.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+from backcast import __version__
+from backcast.errors import LedgerUnavailable
+from backcast.ledger import Ledger, workers
+from backcast.ledger.workers import Held
+from backcast.models import TaskType, uuid7
+from backcast.settings import Settings
+
+log = logging.getLogger("backcast.worker")
+
+BEAT = 1.0
+"""Seconds between heartbeats: also how soon a running run hears that it was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a worker says of itself in a heartbeat."""
+
+    fences: dict[UUID, int]
+    """The runs it believes to hold."""
+    busy: int
+    draining: bool
+
+
+class Lease:
+    """Registration and heartbeats of one worker.
+
+    `report` is asked for each heartbeat, in another thread; `heard` is called on the loop with what was said and with
+    what the ledger says is held.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        types: list[TaskType],
+        *,
+        report: Callable[[], Beat],
+        heard: Callable[[Beat, dict[UUID, Held]], None],
+    ) -> None:
+        self.id = uuid7()
+        self._settings, self._ledger, self._types = settings, ledger, types
+        self._report, self._heard = report, heard
+        self._length = settings.lease.total_seconds()
+        self._last = -self._length
+        self._stopped = threading.Event()
+        self._registering: asyncio.Task[None] | None = None
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last heartbeat. The monotonic clock also counts while the process was stopped."""
+        return time.monotonic() - self._last
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nobody can have taken our runs. Two thirds: we stop before the steward gives them to others."""
+        return self.age < self._length * 2 / 3
+
+    async def register(self) -> None:
+        """Announce this worker and its tasks; waits for the database for as long as it takes."""
+        quiet = False
+        while True:
+            try:
+                await workers.register(
+                    self._ledger,
+                    self.id,
+                    pool=self._settings.worker.pool,
+                    host=socket.gethostname(),
+                    version=__version__,
+                    slots=self._settings.worker.slots,
+                    tasks=self._types,
+                )
+            except LedgerUnavailable as error:
+                if not quiet:
+                    log.warning("waiting for the database: %s", error)
+                quiet = True
+                await asyncio.sleep(1)
+            else:
+                return
+
+    def start(self) -> None:
+        """Begin to beat, in a thread and on a connection of its own: a task that blocks the event loop must not cost
+        the lease of all the other runs."""
+        self._last = time.monotonic()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._beat, args=(loop,), name="heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        async def beat() -> None:
+            while not self._stopped.is_set():
+                try:
+                    async with self._ledger.session() as connection:
+                        while not self._stopped.is_set():
+                            sent, said = time.monotonic(), self._report()
+                            held = await workers.beat(connection, self.id, busy=said.busy, draining=said.draining)
+                            loop.call_soon_threadsafe(self._answered, sent, said, held)
+                            await asyncio.sleep(BEAT)
+                except LedgerUnavailable:
+                    pass  # said by whoever needs the database; the lease decides what follows
+                except RuntimeError:
+                    return  # the loop is closed: the process is ending
+                except Exception:
+                    log.exception("heartbeats failed, trying on")
+                await asyncio.sleep(BEAT / 2)
+
+        asyncio.run(beat())
+
+    def _answered(self, sent: float, said: Beat, held: dict[UUID, Held] | None) -> None:
+        if held is not None:
+            self._last = sent
+        elif self._registering is None or self._registering.done():
+            # Forgotten after a long silence: nobody holds anything for us any more.
+            self._registering = asyncio.create_task(self.register())
+        self._heard(said, held or {})
+
+    async def give_up(self) -> None:
+        """Leave the fleet, unless a run is still held."""
+        with contextlib.suppress(LedgerUnavailable):
+            await workers.retire(self._ledger, self.id)

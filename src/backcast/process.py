@@ -1,0 +1,85 @@
+"""What worker and steward have in common as processes: logging, signals, and a port for probes and metrics.
+Knows nothing about what they do."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from backcast.errors import ConfigurationError, Unavailable
+
+log = logging.getLogger("backcast")
+
+
+def configure_logging(level: str) -> None:
+    """One line per event on stderr; colours and prefixes are the business of who reads it."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)-7s %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("backcast").setLevel(level.upper())
+
+
+class Stop:
+    """SIGTERM or SIGINT asks to stop; the second one asks to stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        if self.asked.is_set():
+            self.at_once.set()
+        self.asked.set()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: this process has its own way to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def probes(
+    host: str, port: int, *, ready: Callable[[], Awaitable[None]], registry: CollectorRegistry
+) -> AsyncIterator[int]:
+    """Serve /livez, /readyz and /metrics while entered; yields the port. `ready` raises `Unavailable` when it isn't."""
+
+    async def livez(_: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(_: Request) -> Response:
+        try:
+            await ready()
+        except Unavailable as error:
+            return JSONResponse({"status": "unavailable", "code": error.code, "detail": error.detail}, 503)
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    app = Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)])
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
+    server = _Server(config)
+    try:
+        socket = config.bind_socket()
+    except SystemExit:
+        raise ConfigurationError(f"Port {port} on {host} is taken: set another one.") from None
+    serving = asyncio.create_task(server.serve(sockets=[socket]))
+    try:
+        yield socket.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+        socket.close()

@@ -1,0 +1,464 @@
+"""The worker's loop: claims runs into slots, has them executed, stores their results and settles outcomes in batches.
+Decides when to stop a run and what to hand back; how a task is executed it leaves to the engine that it is given.
+
+A slot is held by the user's code only. Storing and settling happen after it is free, and what is finished but not yet
+settled is bounded, so a store or database that is away stops the claiming, not the worker.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+from uuid import UUID
+
+import asyncpg
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from backcast.errors import BackcastError, FatalError, LedgerUnavailable, StoreUnavailable, Unavailable, UsageError
+from backcast.lease import BEAT, Beat, Lease
+from backcast.ledger import Ledger, runs, workers
+from backcast.ledger.runs import Claim, Ending
+from backcast.models import JSON, Attempt, Failed, Problem, Retry, Succeeded, TaskType
+from backcast.process import Stop, configure_logging, probes
+from backcast.settings import Settings
+from backcast.store import Missing, Store, open_store
+
+log = logging.getLogger("backcast.worker")
+
+UNSETTLED = 200
+"""Finished runs that may wait for the store or the database before the worker stops claiming."""
+_KEY_SPACE, _HALF = 1 << 64, 1 << 63
+
+Execute = Callable[[str, UUID, dict[str, JSON], int], Awaitable[Attempt]]
+"""Make one attempt: task name, run id, input, retries made before."""
+Reason = Literal["cancelled", "lost", "handed back"]
+
+
+@dataclass(slots=True)
+class _Held:
+    """A run that this worker has claimed and not yet settled."""
+
+    claim: Claim
+    execution: "asyncio.Task[Attempt] | None" = None
+    reason: Reason | None = None
+    """Why the execution was stopped, if it was."""
+
+    def stop(self, reason: Reason) -> None:
+        if self.execution is not None and not self.execution.done() and self.reason is None:
+            self.reason = reason
+            self.execution.cancel()
+
+
+def problem(error: BackcastError) -> Problem:
+    return Problem(code=error.code, title=error.title, detail=error.detail)
+
+
+def _farthest(cursor: int, owners: list[int]) -> int:
+    """The owner served last, going round from `cursor`: where the next claim goes on."""
+    return max(owners, key=lambda owner: (owner - cursor - 1) % _KEY_SPACE)
+
+
+class Worker:
+    def __init__(
+        self, settings: Settings, ledger: Ledger, store: Store, *, types: list[TaskType], execute: Execute
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._store = store
+        self._lease = Lease(settings, ledger, types, report=self._report, heard=self._heard)
+        self._names = {task.name for task in types}
+        self._execute = execute
+        self._held: dict[UUID, _Held] = {}
+        self._busy = 0
+        self._works: set[asyncio.Task[None]] = set()
+        self._endings: asyncio.Queue[Ending] = asyncio.Queue()
+        self._wake = asyncio.Event()
+        self._draining = False
+        self.registry = CollectorRegistry()
+        self._metrics()
+
+    def _metrics(self) -> None:
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            Gauge(f"backcast_worker_{name}", text, registry=self.registry).set_function(value)
+
+        gauge("slots", "Runs that may execute at the same time", lambda: self._settings.worker.slots)
+        gauge("busy", "Runs that execute now", lambda: self._busy)
+        gauge("unsettled", "Runs claimed and not yet settled", lambda: len(self._held))
+        gauge("heartbeat_age_seconds", "Since the last heartbeat", lambda: self._lease.age)
+        self._ended = Counter(
+            "backcast_worker_attempts", "Attempts that ended, by how", ["ending"], registry=self.registry
+        )
+
+    # -- being there ------------------------------------------------------------------------------------------------
+
+    async def check(self) -> None:
+        """Readiness: the lease is good and the store is reachable."""
+        if not self._lease.is_good:
+            raise LedgerUnavailable("This worker has no lease: its heartbeats do not reach the database.")
+        await self._store.check()
+
+    def _report(self) -> Beat:
+        fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
+        return Beat(fences, self._busy, self._draining)
+
+    def _heard(self, said: Beat, holds: dict[UUID, workers.Held]) -> None:
+        for run_id, fence in said.fences.items():
+            ours, theirs = self._held.get(run_id), holds.get(run_id)
+            if ours is None or ours.claim.fence != fence:
+                continue  # settled, or claimed anew, since it was said
+            if theirs is None or theirs.fence != fence:
+                ours.stop("lost")
+            elif theirs.cancel:
+                ours.stop("cancelled")
+
+    async def _watch_lease(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT / 2)
+            if not self._lease.is_good and self._busy:
+                log.warning(
+                    "no heartbeat for two thirds of the lease: stopping %d runs, others may do them", self._busy
+                )
+                for held in self._held.values():
+                    held.stop("handed back")
+
+    # -- claiming ---------------------------------------------------------------------------------------------------
+
+    async def _claim(self) -> None:
+        cursor = random.randrange(-_HALF, _HALF)  # noqa: S311  # where to start among the owners
+        quiet = False
+        while not self._draining:
+            self._wake.clear()
+            room = min(
+                self._settings.worker.slots - self._busy, UNSETTLED + self._settings.worker.slots - len(self._held)
+            )
+            claims: list[Claim] = []
+            if room > 0 and self._lease.is_good:
+                try:
+                    claims = await runs.claim(
+                        self._ledger,
+                        pool=self._settings.worker.pool,
+                        cursor=cursor,
+                        limit=room,
+                        worker_id=self._lease.id,
+                        lease=self._settings.lease,
+                    )
+                    quiet = False
+                except LedgerUnavailable as error:
+                    if not quiet:
+                        log.warning("can't claim: %s", error)
+                    quiet = True
+            for claim in claims:
+                self._start(claim)
+            if claims:
+                cursor = _farthest(cursor, [claim.owner_key for claim in claims])
+            if len(claims) < room or room <= 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
+
+    async def _promote(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.worker.poll.total_seconds())
+            with contextlib.suppress(LedgerUnavailable):
+                await runs.promote(self._ledger)
+
+    # -- working ----------------------------------------------------------------------------------------------------
+
+    def _start(self, claim: Claim) -> None:
+        self._busy += 1
+        held = self._held[claim.id] = _Held(claim)
+        work = asyncio.create_task(self._work(held))
+        self._works.add(work)
+        work.add_done_callback(self._works.discard)
+
+    async def _work(self, held: _Held) -> None:
+        claim = held.claim
+        held.execution = asyncio.create_task(self._attempt(claim))
+        try:
+            await asyncio.wait({held.execution})
+        finally:
+            self._busy -= 1
+            self._wake.set()
+        if held.execution.cancelled():
+            ending = self._stopped(held)
+        else:
+            ending = await self._ending(held, held.execution.result())
+        if ending is None:
+            self._held.pop(claim.id, None)
+        else:
+            self._endings.put_nowait(ending)
+
+    async def _attempt(self, claim: Claim) -> Attempt:
+        try:
+            if claim.task not in self._names:
+                return await self._unknown(claim)
+            text = claim.input
+            if text is None:
+                assert claim.input_key is not None
+                text = await self._store.get(claim.input_key)
+            given = json.loads(text)
+            return await self._execute(claim.task, claim.id, given, claim.retries_used)
+        except Unavailable as error:
+            return Retry(problem(error), delay=5.0, retries=claim.retries_used)
+        except Missing:
+            return Failed(problem(UsageError("The stored input is gone: submit the run again.", code="input_lost")))
+        except (ValueError, RecursionError) as error:
+            return Failed(problem(UsageError(f"The stored input can't be read: {error}", code="unreadable_input")))
+
+    async def _unknown(self, claim: Claim) -> Attempt:
+        """A run of our pool whose task we don't have, as in the middle of a deployment: leave it to a worker that has
+        it, wait a little for one to come, then fail it with a sentence."""
+        if await workers.serves(self._ledger, self._settings.worker.pool, claim.task):
+            return Retry(_ELSEWHERE, delay=1.0, retries=claim.retries_used)
+        if claim.attempts_used - claim.retries_used + 1 < claim.max_attempts:
+            return Retry(_UNKNOWN, delay=5.0, retries=claim.retries_used)
+        return Failed(_UNKNOWN)
+
+    def _stopped(self, held: _Held) -> Ending | None:
+        claim = held.claim
+        match held.reason:
+            case "lost":
+                return None
+            case "cancelled":  # settle sees the request and makes the outcome cancelled
+                return Ending(id=claim.id, fence=claim.fence, state="failed", retries_used=claim.retries_used)
+            case "handed back" | None:
+                return Ending(
+                    id=claim.id, fence=claim.fence, state="queued", charged=False, retries_used=claim.retries_used
+                )
+
+    async def _ending(self, held: _Held, attempt: Attempt) -> Ending | None:
+        claim = held.claim
+        match attempt:
+            case Retry(reason, delay, retries):
+                return Ending(
+                    id=claim.id,
+                    fence=claim.fence,
+                    state="scheduled" if delay > 0 else "queued",
+                    delay=delay,
+                    error=reason,
+                    retries_used=retries,
+                    charged=retries > claim.retries_used or reason is _UNKNOWN,
+                )
+            case Failed(reason):
+                return Ending(
+                    id=claim.id, fence=claim.fence, state="failed", error=reason, retries_used=claim.retries_used
+                )
+            case Succeeded(body, usage):
+                return await self._keep(held, body, usage)
+
+    async def _keep(self, held: _Held, body: bytes, usage: dict[str, JSON] | None) -> Ending:
+        """Store a result, for as long as it takes within reason: computing it again may be dear."""
+        claim = held.claim
+        if len(body) > self._settings.max_result:
+            error = FatalError(
+                f"The result has {len(body)} bytes of JSON, more than the {self._settings.max_result} allowed: return"
+                " less, or store it yourself and return its address.",
+                code="result_too_large",
+            )
+            return Ending(
+                id=claim.id, fence=claim.fence, state="failed", error=problem(error), retries_used=claim.retries_used
+            )
+        key = f"results/{claim.id}/{claim.fence}.json"
+        give_up, delay = time.monotonic() + self._settings.store.patience.total_seconds(), 0.5
+        while True:
+            try:
+                await self._store.put(key, body)
+            except StoreUnavailable as error:
+                if delay == 0.5:  # the first time
+                    log.warning("can't store the result of %s, trying on: %s", claim.id, error)
+                if time.monotonic() > give_up or self._draining:
+                    return Ending(
+                        id=claim.id,
+                        fence=claim.fence,
+                        state="scheduled",
+                        delay=5.0,
+                        error=problem(error),
+                        charged=False,
+                        retries_used=claim.retries_used,
+                    )
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 10.0)
+            else:
+                return Ending(
+                    id=claim.id,
+                    fence=claim.fence,
+                    state="completed",
+                    result=body.decode() if len(body) <= runs.INLINE_RESULT else None,
+                    result_key=key,
+                    usage=usage,
+                    retries_used=claim.retries_used,
+                )
+
+    # -- settling ---------------------------------------------------------------------------------------------------
+
+    async def _settle(self) -> None:
+        while True:
+            batch = [await self._endings.get()]
+            while not self._endings.empty() and len(batch) < UNSETTLED:
+                batch.append(self._endings.get_nowait())
+            try:
+                await self._settle_batch(batch)
+            finally:
+                for _ in batch:
+                    self._endings.task_done()
+            self._wake.set()
+
+    async def _settle_batch(self, batch: list[Ending]) -> None:
+        settled, delay = None, 0.1
+        while settled is None:
+            try:
+                settled = await runs.settle(self._ledger, self._lease.id, batch)
+            except LedgerUnavailable as error:  # its fate is unknown; the fence makes it safe to send again
+                if delay == 0.1:  # the first time
+                    log.warning("can't settle %d runs, trying on: %s", len(batch), error)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 2.0)
+            except asyncpg.PostgresError as error:  # one ending that the database refuses must not hold up the others
+                log.error("the database refused an ending: %s", error)  # its text says it all
+                if len(batch) > 1:
+                    for ending in batch:
+                        await self._settle_batch([ending])
+                    return
+                refused = Problem(code="unstorable_outcome", title="The outcome can't be recorded", detail=str(error))
+                batch = [Ending(id=batch[0].id, fence=batch[0].fence, state="failed", error=refused)]
+        for ending in batch:
+            self._held.pop(ending.id, None)
+            recorded = ending.id in settled.accepted and ending.id not in settled.cancelled
+            self._ended.labels(ending.state if recorded else "dropped").inc()
+            if ending.result_key is not None and not recorded:
+                with contextlib.suppress(StoreUnavailable):
+                    await self._store.delete([ending.result_key])
+
+    # -- the whole --------------------------------------------------------------------------------------------------
+
+    async def run(self, stop: Stop) -> None:
+        """Work until `stop` is asked for, then drain: finish within the grace period, hand back the rest."""
+        await self._until(stop, self._lease.register())
+        self._lease.start()
+        settling = asyncio.create_task(self._settle())
+        pool = self._settings.worker.pool
+        claiming = asyncio.create_task(self._claim())
+        others = (self._promote(), self._watch_lease(), self._ledger.listen(pool, self._wake.set))
+        loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
+        log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(sorted(self._names)))
+        asked = asyncio.create_task(stop.asked.wait())
+        # A loop that ends has failed: better to be restarted than to look alive.
+        done, _ = await asyncio.wait({asked, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
+        await self._drain(stop, claiming, settling)
+        self._lease.stop()
+        for task in (asked, settling, *loops):
+            task.cancel()
+        await asyncio.gather(asked, settling, *loops, return_exceptions=True)
+        for task in done:
+            if task is not asked:
+                task.result()
+
+    async def _drain(self, stop: Stop, claiming: asyncio.Task[None], settling: asyncio.Task[None]) -> None:
+        self._draining = True
+        self._wake.set()
+        await asyncio.wait({claiming}, timeout=5)  # a claim that is under way still brings runs
+        if self._works:
+            log.info("draining: %d runs may finish within %s", len(self._works), self._settings.worker.grace)
+            now = asyncio.create_task(stop.at_once.wait())
+            finished = asyncio.create_task(asyncio.wait(set(self._works)))
+            await asyncio.wait(
+                {now, finished},
+                timeout=self._settings.worker.grace.total_seconds(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in (now, finished):
+                task.cancel()
+        for held in self._held.values():
+            held.stop("handed back")
+        if self._works:
+            log.info("handing back %d runs", len(self._works))
+            await asyncio.wait(set(self._works), timeout=2)
+        with contextlib.suppress(TimeoutError, LedgerUnavailable):
+            async with asyncio.timeout(5):
+                if not settling.done():
+                    await self._endings.join()
+                await self._lease.give_up()
+
+    async def _until(self, stop: Stop, work: Awaitable[None]) -> None:
+        task, asked = asyncio.ensure_future(work), asyncio.create_task(stop.asked.wait())
+        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        for one in (task, asked):
+            one.cancel()
+
+
+_ELSEWHERE = Problem(
+    code="task_elsewhere",
+    title="This worker does not have the task",
+    detail="The worker that claimed this run does not have its task, another one of the pool does: it goes back.",
+)
+_UNKNOWN = Problem(
+    code="unknown_task",
+    title="No worker has this task",
+    detail="The worker that claimed this run does not have its task: start one whose BACKCAST_TASKS names its module.",
+)
+
+
+async def _serve(settings: Settings) -> None:
+    # The one late import: Prefect reads its settings when it is imported, and ours must be there first.
+    from backcast import engine as prefect_engine
+    from backcast import llm
+    from backcast.mirror import Mirror
+
+    stop = Stop()
+    store = open_store(settings.store)
+    ledger = Ledger(settings.database.url.get_secret_value(), pool=settings.database.pool, name="backcast-worker")
+    mirror = Mirror(settings.prefect)
+    mirror.install()
+    llm.connect(settings.model)
+    tasks = prefect_engine.discover(["backcast.tasks", *settings.tasks])
+    engine = prefect_engine.Engine(
+        tasks,
+        pool=settings.worker.pool,
+        max_attempts=settings.max_attempts,
+        store=store,
+        threads=settings.worker.slots,
+    )
+    mirroring = asyncio.create_task(mirror.run())
+    try:
+        async with engine:
+
+            async def execute(name: str, run_id: UUID, given: dict[str, JSON], retries: int) -> Attempt:
+                with llm.metered() as used:
+                    attempt = await engine.execute(name, run_id, given, retries=retries)
+                if not used or not isinstance(attempt, Succeeded):
+                    return attempt
+                tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
+                return replace(attempt, usage={"model": used[-1].model, **tokens})
+
+            worker = Worker(settings, ledger, store, types=engine.types, execute=execute)
+            Gauge(
+                "backcast_worker_history_waiting", "Events not yet shown to Prefect", registry=worker.registry
+            ).set_function(lambda: mirror.waiting)
+            async with probes(settings.worker.host, settings.worker.port, ready=worker.check, registry=worker.registry):
+                await worker.run(stop)
+    finally:
+        mirroring.cancel()
+        await asyncio.gather(mirroring, return_exceptions=True)
+        await llm.aclose()
+        await mirror.aclose(timeout=2)
+        await ledger.aclose()
+        await store.aclose()
+
+
+def main(settings: Settings) -> None:
+    """Run a worker until SIGTERM or SIGINT."""
+    import uvloop
+
+    configure_logging(settings.log_level)
+    os.environ.update(settings.prefect.environment())
+    uvloop.run(_serve(settings))
+    # Everything is settled. A sync task that ignores being handed back must not keep the process.
+    if any(thread.name.startswith("task") for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(0)

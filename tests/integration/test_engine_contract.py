@@ -1,0 +1,256 @@
+"""The facts of Prefect 3.8.8 that engine.py and mirror.py rest on, one test each: when a pin moves, these say which
+fact broke. No server runs: `PREFECT_API_URL` points to nobody."""
+
+import asyncio
+import collections
+import json
+import os
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from backcast.models import Attempt, Failed, Retry, Succeeded
+from backcast.settings import Prefect
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
+from tests.support.stack import free_port
+from tests.support.waiting import until
+
+os.environ.update(Prefect(api_url=f"http://127.0.0.1:{free_port()}/api").environment())
+
+from prefect import task
+from prefect.events.worker import EventsWorker
+
+from backcast import engine as subject
+from backcast.mirror import Mirror
+from tests.support import sample_tasks
+
+
+class Recorded(Mirror):
+    """A mirror that also keeps what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(Prefect(api_url="http://127.0.0.1:9/api"))
+        self.events: list[Any] = []
+
+    def put(self, item: Any) -> None:
+        self.events.append(item[1])
+        super().put(item)
+
+    def states(self, run_id: object) -> list[str]:
+        return [e.event.removeprefix("prefect.task-run.") for e in self.events if str(run_id) in e.resource.id]
+
+
+@pytest.fixture
+async def mirror() -> AsyncIterator[Recorded]:
+    mirror = Recorded()
+    mirror.install()
+    yield mirror
+    EventsWorker.set_client_override(None)
+    await mirror.aclose(0)
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, mirror: Recorded, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[subject.Engine]:
+    monkeypatch.chdir(tmp_path)
+    store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+    await store.ensure()
+    tasks = subject.discover([sample_tasks.__name__])
+    async with subject.Engine(tasks, pool="default", max_attempts=3, store=store, threads=4) as engine:
+        yield engine
+    await store.aclose()
+
+
+async def run(engine: subject.Engine, task: str, retries: int = 0, *, run_id: Any = None, **given: Any) -> Attempt:
+    return await engine.execute(task, run_id or uuid4(), given, retries=retries)
+
+
+async def test_no_http_call_is_on_the_hot_path(engine: subject.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: collections.Counter[str] = collections.Counter()
+    for client in (httpx.AsyncClient, httpx.Client):
+        build = client.build_request
+
+        def count(self: Any, method: str, url: Any, _build: Any = build, **rest: Any) -> Any:
+            calls[f"{method} {url}"] += 1
+            return _build(self, method, url, **rest)
+
+        monkeypatch.setattr(client, "build_request", count)
+    for _ in range(3):
+        assert await run(engine, "echo", value=1) == Succeeded(b"1")
+        assert await run(engine, "block", seconds=0) == Succeeded(b"0")
+        assert isinstance(await run(engine, "flaky", name="x", fails=0), Succeeded)
+    assert calls == {}
+
+
+async def test_every_state_goes_through_the_one_door(engine: subject.Engine, mirror: Recorded) -> None:
+    for name, given in (("echo", {"value": 1}), ("block", {"seconds": 0})):
+        run_id = uuid4()
+        await run(engine, name, run_id=run_id, **given)
+        assert mirror.states(run_id) == ["Pending", "Running", "Completed"]
+    last = mirror.events[-1].payload["task_run"]
+    assert last["name"] == "block"
+    assert list(last["task_inputs"]) == ["seconds"]
+
+
+async def test_the_mirror_keeps_the_last_word_on_each_run(engine: subject.Engine, mirror: Recorded) -> None:
+    for _ in range(5):
+        await run(engine, "echo", value=1)
+    assert mirror.waiting == 5
+    assert len(mirror.events) == 15
+
+
+async def test_an_attempt_parks_and_goes_on_as_the_same_run(engine: subject.Engine, mirror: Recorded) -> None:
+    run_id = uuid4()
+    first = await run(engine, "flaky", run_id=run_id, name="p", fails=1)
+    assert isinstance(first, Retry)
+    assert 0 < first.delay <= 0.2
+    assert (first.retries, first.problem.code) == (1, "temporarily_failed")
+    second = await run(engine, "flaky", first.retries, run_id=run_id, name="p", fails=1)
+    assert second == Succeeded(b"2")
+    assert mirror.states(run_id) == ["Pending", "Running", "AwaitingRetry", "Pending", "Running", "Completed"]
+    assert mirror.events[-1].payload["task_run"]["run_count"] == 2, "Prefect shows one run with two attempts"
+
+
+async def test_our_error_kinds_decide_about_retries(engine: subject.Engine) -> None:
+    assert isinstance(await run(engine, "fail", kind="usage"), Failed)
+    assert isinstance(await run(engine, "fail", kind="fatal"), Failed)
+    assert isinstance(await run(engine, "fail", kind="plain"), Retry)
+    assert isinstance(await run(engine, "fail", 3, kind="plain"), Failed)
+
+
+async def test_a_value_that_is_not_json_fails_in_prefect_too(engine: subject.Engine, mirror: Recorded) -> None:
+    run_id = uuid4()
+    assert isinstance(await run(engine, "unserialisable", run_id=run_id, kind="object"), Failed)
+    assert mirror.states(run_id)[-1] == "Failed"
+
+
+async def test_a_message_that_is_not_text_does_not_lose_the_state(engine: subject.Engine, mirror: Recorded) -> None:
+    run_id = uuid4()
+    failed = await run(engine, "fail", run_id=run_id, kind="usage")
+    assert isinstance(failed, Failed)
+    assert failed.problem.detail == r"as asked \x00 \ud800"
+    assert mirror.states(run_id)[-1] == "Failed"
+
+
+async def test_a_cached_value_is_plain_json_and_shared(engine: subject.Engine, tmp_path: Path) -> None:
+    payload = {"__class__": "subprocess.Popen", "data": ["touch", "pwned"]}
+    for _ in range(2):
+        assert await run(engine, "counted", name="c", payload=payload) == Succeeded(b"1")
+    [record] = (tmp_path / "store" / "cache").rglob("*")
+    assert json.loads(record.read_text())
+    assert "prefect.serializers" not in record.read_text()
+    assert not (tmp_path / "pwned").exists()
+
+
+async def test_a_cancelled_execution_ends_at_once(engine: subject.Engine, mirror: Recorded) -> None:
+    run_id = uuid4()
+    execution = asyncio.create_task(run(engine, "nap", run_id=run_id, seconds=60))
+
+    async def states() -> list[str]:
+        return mirror.states(run_id)
+
+    await until(states, lambda seen: "Running" in seen)
+    execution.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await execution
+    assert mirror.states(run_id)[-1] == "Crashed"
+
+
+async def test_the_users_task_object_stays_as_it_was(tmp_path: Path) -> None:
+    @task(tags={"a"}, result_storage_key="mine", retries=2)
+    async def mine(x: int) -> int:
+        return x
+
+    before = dict(vars(mine))
+    store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+    engine = subject.Engine({"mine": mine}, pool="default", max_attempts=3, store=store, threads=1)
+    served = engine.served["mine"]
+    assert served.task.tags == set()
+    assert vars(mine) == before
+    assert mine.with_options(retries=5).retries == 5
+    await store.aclose()
+
+
+def test_names_route_runs_not_files_or_lines() -> None:
+    source = "from prefect import task\n{}@task\ndef moved(x: int) -> int:\n    return x\n"
+    names = []
+    for text in (source.format(""), source.format("\n\n\n")):
+        space: dict[str, Any] = {"__name__": "m"}
+        exec(compile(text, f"{len(text)}.py", "exec"), space)
+        names.append(space["moved"].name)
+    assert names == ["moved", "moved"]
+
+
+def test_discovery_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backcast.errors import ConfigurationError
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "clash_one.py").write_text("from prefect import task\n@task\ndef same(): ...\n")
+    (tmp_path / "clash_two.py").write_text("from prefect import task\n@task\ndef same(): ...\n")
+    (tmp_path / "broken_tasks.py").write_text("1 / 0")
+    with pytest.raises(ConfigurationError, match="Two tasks are named 'same'"):
+        subject.discover(["clash_one", "clash_two"])
+    with pytest.raises(ConfigurationError, match="ZeroDivisionError"):
+        subject.discover(["broken_tasks"])
+    with pytest.raises(ConfigurationError, match="not_there"):
+        subject.discover(["not_there"])
+    assert list(subject.discover(["clash_one", "clash_one"])) == ["same"]
+
+
+def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    tasks = subject.discover(["shop_tasks"])
+    assert set(tasks) == {"fetch_title", "word_frequencies", "reserve_stock"}
+    served = {
+        name: subject.serve(one, pool="p", max_attempts=3, storage=subject.CacheStorage())
+        for name, one in tasks.items()
+    }
+    assert served["reserve_stock"].type.retries == 4
+    assert served["word_frequencies"].type.input_schema["properties"]["most"]["maximum"] == 1000
+    assert served["fetch_title"].type.output_schema["properties"]["status"] == {"title": "Status", "type": "integer"}
+
+
+async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: Path) -> None:
+    """Beyond what memory may hold they go to a file; a refused event does not hold up the others."""
+    from prefect.events.schemas.events import Event
+
+    from backcast import mirror as module
+
+    posted: list[Any] = []
+    answers = iter([503, None])
+
+    async def post(scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        events = json.loads(body)
+        status = next(answers, None) or 204
+        if any(event["event"] == "prefect.task-run.Bad" for event in events):
+            status = 422
+        if status == 204:
+            posted.extend(events)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body"})
+
+    mirror = module.Mirror(Prefect(api_url="http://prefect/api"))
+    mirror._client = httpx.AsyncClient(transport=httpx.ASGITransport(post), base_url="http://prefect/api")
+    total = module.IN_MEMORY + 50
+    for n in range(total):
+        kind = "Bad" if n == 7 else "Completed"
+        resource = {"prefect.resource.id": f"prefect.task-run.{n}"}
+        event = Event(event=f"prefect.task-run.{kind}", resource=resource, occurred=datetime.now(UTC))
+        mirror.put(("event", event))
+    assert mirror.waiting < module.IN_MEMORY, "some are in the file"
+    with pytest.raises(httpx.HTTPStatusError):
+        await mirror._flush()
+    await mirror._flush()
+    assert len({event["resource"]["prefect.resource.id"] for event in posted}) == total - 1
+    await mirror.aclose(1)

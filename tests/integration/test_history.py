@@ -1,0 +1,81 @@
+"""Prefect's own server shows every run, and may be away without anyone noticing."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.stack import Stack, free_port, prefect_server, stack
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(150)
+
+
+async def seen(url: str, run_id: str, state: str) -> dict[str, Any]:
+    """The run as Prefect has it, once it is in this state."""
+    async with httpx.AsyncClient() as client:
+
+        async def look() -> dict[str, Any]:
+            answer = await client.get(f"{url}/task_runs/{run_id}")
+            return dict(answer.json()) if answer.status_code == 200 else {}
+
+        return await until(look, lambda run: run.get("state_type") == state, timeout=20)
+
+
+async def logs(url: str, run_id: str) -> list[str]:
+    async with httpx.AsyncClient() as client:
+
+        async def look() -> list[str]:
+            wanted = {"logs": {"task_run_id": {"any_": [run_id]}}, "sort": "TIMESTAMP_ASC"}
+            return [log["message"] for log in (await client.post(f"{url}/logs/filter", json=wanted)).json()]
+
+        return await until(look, lambda found: len(found) >= 2, timeout=20)
+
+
+async def test_prefect_shows_every_run(database: str, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    async with stack(database, tmp_path, BACKCAST_PREFECT__HISTORY="true", BACKCAST_PREFECT__API_URL=url) as product:
+        # The worker starts and works while there is no Prefect server at all.
+        await product.up("api", "worker")
+        before = await product.submit("echo", value=1)
+        await product.result(before)
+        with prefect_server(tmp_path, port=port) as server:
+            await server.ready("/health", timeout=60)
+            await check(product, url, before)
+            server.kill()
+            during = [await product.submit("echo", value=n) for n in range(30)]
+            for run_id in during:
+                await product.result(run_id)
+        with prefect_server(tmp_path, port=port) as server:
+            await server.ready("/health", timeout=60)
+            for run_id in during:
+                await seen(url, run_id, "COMPLETED")
+
+
+async def check(product: Stack, url: str, before: str) -> None:
+    echoed = await seen(url, before, "COMPLETED")
+    ours = await product.run(before)
+    assert echoed["name"] == "echo"
+    assert list(echoed["task_inputs"]) == ["value"]
+    assert abs(_seconds(echoed["start_time"]) - _seconds(ours["started_at"])) < 2
+    assert abs(_seconds(echoed["end_time"]) - _seconds(ours["finished_at"])) < 2
+    talked = await product.submit("talk", words="hello")
+    await product.result(talked)
+    await seen(url, talked, "COMPLETED")
+    assert await logs(url, talked) == ["logged: hello", "printed: hello"]
+    failed = await product.submit("fail", kind="usage")
+    await product.ended(failed)
+    assert "as asked" in (await seen(url, failed, "FAILED"))["state"]["message"]
+    retried = await product.submit("flaky", name="h", fails=2)
+    await product.result(retried)
+    assert (await seen(url, retried, "COMPLETED"))["run_count"] == 3
+    running = await product.submit("nap", seconds=60)
+    await seen(url, running, "RUNNING")
+    await product.client.post(f"/v1/runs/{running}/cancel")
+
+
+def _seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()

@@ -1,0 +1,318 @@
+"""The worker as a real process, with real signals: what was accepted is finished, with exactly one outcome."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+import pytest
+
+from backcast import postgres
+from backcast.ledger import Ledger, migrate
+from tests.support.s3 import s3_server
+from tests.support.stack import FINAL, Stack, prefect_server, stack
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    """An API and a worker."""
+    async with stack(database, tmp_path) as running:
+        await running.up("api", "worker")
+        yield running
+
+
+def calls(product: Stack, name: str) -> int:
+    """How often a sample task of this name was called."""
+    path = product.folder / f"calls-{name}"
+    return path.stat().st_size if path.exists() else 0
+
+
+async def test_tasks_run_and_return(product: Stack) -> None:
+    async def check(expected: object, task: str, **given: object) -> None:
+        assert await product.result(await product.submit(task, **given)) == expected
+
+    order = {"item": "x", "quantity": 1, "due": "2024-01-01"}
+    await asyncio.gather(
+        check({"a": [1, None, "é"]}, "echo", value={"a": [1, None, "é"]}),
+        check("x" * 40_000, "echo", value="x" * 40_000),
+        check("y" * 100_000, "echo", value="y" * 100_000),
+        check(0.1, "nap", seconds=0.1),
+        check(0.1, "block", seconds=0.1),
+        check({**order, "due": "2025-02-03"}, "reorder", order=order, on="2025-02-03"),
+        check([1], "unserialisable", kind="set"),
+    )
+    files = {path.name.partition("~")[2] for path in (product.folder / "store" / "results").iterdir()}
+    assert files == {"1.json"}, "every result is in the store, under its fence"
+
+
+async def test_task_types_come_from_signatures_and_docstrings(product: Stack) -> None:
+    task = (await product.client.get("/v1/tasks/reorder")).json()
+    assert task["description"].startswith("Change the date of an order.")
+    assert task["input_schema"]["properties"]["on"]["description"] == "the new date"
+    assert task["input_schema"]["required"] == ["order", "on"]
+    assert task["output_schema"]["properties"]["quantity"] == {"title": "Quantity", "type": "integer"}
+    answer = await product.client.post("/v1/tasks/reorder/runs", json={"input": {"order": {}, "on": "x"}})
+    assert answer.status_code == 422
+    flaky = (await product.client.get("/v1/tasks/flaky")).json()
+    assert (flaky["retries"], flaky["timeout"]) == (3, None)
+
+
+async def test_endings(product: Stack) -> None:
+    async def check(code: str, task: str, attempts: int, **given: object) -> None:
+        run = await product.ended(await product.submit(task, **given))
+        assert (run["state"], run["error"]["code"], run["attempts"]) == ("failed", code, attempts), run
+
+    await asyncio.gather(
+        check("unusable_input", "fail", 1, kind="usage", name="u"),
+        check("task_failed", "fail", 1, kind="fatal", name="f"),
+        check("task_failed", "fail", 4, kind="plain", name="p"),
+        check("timeout", "too_slow", 1),
+        check("unserialisable_result", "unserialisable", 1, kind="bytes"),
+        check("unserialisable_result", "unserialisable", 1, kind="object"),
+        check("unserialisable_result", "unserialisable", 1, kind="nan"),
+        check("unserialisable_result", "unserialisable", 1, kind="surrogate"),
+    )
+    assert (calls(product, "u"), calls(product, "f"), calls(product, "p")) == (1, 1, 4)
+
+
+async def test_retries_are_durable_and_counted(product: Stack) -> None:
+    later, at_once = await asyncio.gather(
+        product.submit("flaky", name="a", fails=2), product.submit("flaky_at_once", name="b", fails=2)
+    )
+    assert await product.result(later) == 3
+    assert await product.result(at_once) == 3
+    run = await product.run(later)
+    assert (run["attempts"], run["error"]) == (3, None), "an error that was got over is not shown"
+
+
+async def test_a_retry_waits_in_the_database_and_survives_its_worker(product: Stack, ledger: Ledger) -> None:
+    run_id = await product.submit("fail", kind="plain", name="z")
+    await until(lambda: asyncio.to_thread(calls, product, "z"))
+    product.parts[1].kill()
+    await ledger.execute("update workers set heartbeat_at = now() - interval '1 minute'")
+    steward = product.start("steward")
+    worker = product.start("worker")
+    await asyncio.gather(steward.ready(), worker.ready())
+    run = await product.ended(run_id)
+    assert (run["state"], run["error"]["code"]) == ("failed", "task_failed")
+
+
+async def test_cached_tasks_share_results_and_each_run_has_its_own(product: Stack) -> None:
+    first = await product.submit("counted", name="c", payload={"a": 1})
+    assert await product.result(first) == 1
+    second = await product.submit("counted", name="c", payload={"a": 1})
+    assert await product.result(second) == 1, "a hit"
+    assert await product.result(await product.submit("counted", name="c", payload={"a": 2})) == 2
+    for run in (first, second):
+        assert (product.folder / "store" / "results" / f"{run}~1.json").read_text() == "1"
+
+
+async def test_a_running_run_is_cancelled_within_seconds(product: Stack) -> None:
+    run_id = await product.submit("nap", seconds=60)
+    await product.state(run_id, "running")
+    assert (await product.client.post(f"/v1/runs/{run_id}/cancel")).status_code == 200
+    run = await product.state(run_id, "cancelled", timeout=10)
+    assert run["error"] is None
+
+
+async def test_a_blocked_loop_does_not_cost_the_lease(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "worker", "steward")
+        blocking = await product.submit("block_the_loop", seconds=8)  # the lease is 3 s
+        other = await product.submit("nap", seconds=0.1)
+        assert await product.result(blocking, timeout=40) == 8
+        assert await product.result(other, timeout=40) == 0.1
+        assert (await product.run(blocking))["attempts"] == 1
+
+
+async def test_a_task_that_no_worker_has_fails_with_a_code(product: Stack, ledger: Ledger) -> None:
+    run_id = await product.submit("echo", value=1)
+    await product.result(run_id)
+    await ledger.execute(
+        "insert into task_types select 'gone', pool, version, '', '{}', '{}', 0, null, 1 from task_types limit 1"
+    )
+    run = await product.ended(await product.submit("gone"))
+    assert (run["state"], run["error"]["code"]) == ("failed", "unknown_task")
+
+
+async def test_an_input_that_was_damaged_fails_with_a_code(product: Stack, ledger: Ledger) -> None:
+    product.parts[1].signal(signal.SIGSTOP)
+    damaged, lost = await product.submit("echo", value=1), await product.submit("echo", value="x" * 70_000)
+    await ledger.execute("update runs set input = '{' where id = $1", UUID(damaged))
+    for path in (product.folder / "store" / "inputs").iterdir():
+        path.unlink()
+    product.parts[1].signal(signal.SIGCONT)
+    codes = [(await product.ended(run))["error"]["code"] for run in (damaged, lost)]
+    assert codes == ["unreadable_input", "input_lost"]
+
+
+async def test_sigterm_finishes_what_fits_and_hands_back_the_rest(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path, BACKCAST_WORKER__GRACE="PT2S", BACKCAST_WORKER__SLOTS="4") as product:
+        await product.up("api", "worker")
+        worker = product.parts[1]
+        short = [await product.submit("nap", seconds=1, name="short") for _ in range(2)]
+        long = [await product.submit("nap", seconds=4, name="long"), await product.submit("block", seconds=4)]
+        waiting = await product.submit("nap", seconds=0.1, name="waiting")
+        for run in (*short, *long):
+            await product.state(run, "running")
+        worker.signal(signal.SIGTERM)
+        assert await worker.ended(timeout=15) == 0
+        for run in short:
+            assert (await product.run(run))["state"] == "completed"
+        for run in (*long, waiting):
+            back = await product.run(run)
+            assert (back["state"], back["attempts"]) == ("queued", 0)
+        await product.start("worker").ready()
+        for run in (*long, waiting):
+            await product.result(run)
+
+
+async def test_a_second_signal_hands_back_at_once(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "worker")
+        worker = product.parts[1]
+        run_id = await product.submit("nap", seconds=60)
+        await product.state(run_id, "running")
+        worker.signal(signal.SIGINT)
+        await until(lambda: asyncio.to_thread(lambda: worker.text), lambda text: "draining" in text)
+        worker.signal(signal.SIGINT)
+        assert await worker.ended(timeout=8) == 0
+        assert (await product.run(run_id))["state"] == "queued"
+
+
+async def test_probes_and_metrics(product: Stack) -> None:
+    worker = product.parts[1]
+    await product.result(await product.submit("echo", value=1))
+    async with httpx.AsyncClient(base_url=worker.url) as client:
+        assert (await client.get("/livez")).status_code == 200
+        text = (await client.get("/metrics")).text
+        assert 'backcast_worker_attempts_total{ending="completed"} 1.0' in text
+        assert "backcast_worker_slots 10.0" in text
+        (product.folder / "store").rename(product.folder / "gone")
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+
+
+async def test_a_lost_store_delays_results_and_loses_none(product: Stack) -> None:
+    (product.folder / "store").rename(product.folder / "gone")
+    runs = [await product.submit("nap", seconds=0.01, name="n") for _ in range(20)]
+    await until(lambda: asyncio.to_thread(calls, product, "n"), lambda n: n == 20)
+    states = {(await product.run(run))["state"] for run in runs}
+    assert states == {"running"}, "not completed before it is stored"
+    (product.folder / "gone").rename(product.folder / "store")
+    for run in runs:
+        await product.result(run)
+    assert calls(product, "n") == 20, "nothing was computed twice"
+
+
+async def test_everything_waits_for_the_database(tmp_path: Path) -> None:
+    """Started before there is a database, and through a crash of it: nobody exits, nothing is lost."""
+    data = tmp_path / "pg"
+    postgres.prepare(data)
+    async with stack(postgres.url(data, "backcast"), tmp_path) as product:
+        api, worker, steward = (product.start(name) for name in ("api", "worker", "steward"))
+        for part in (api, worker):
+            await part.ready("/livez")
+            assert (await product.client.get(f"{part.url}/readyz")).status_code == 503
+        with postgres.running(data) as database:
+            postgres.create_database(database.url(), "backcast")
+            migrate(database.url("backcast"))
+            await asyncio.gather(*[part.ready() for part in (api, worker, steward)])
+            product.client.base_url = httpx.URL(api.url)
+            runs = [await product.submit("nap", seconds=2, name="db") for _ in range(5)]
+            await product.state(runs[0], "running")
+        answer = await product.client.get(f"/v1/runs/{runs[0]}")
+        assert (answer.status_code, answer.json()["code"]) == (503, "ledger_unavailable")
+        with postgres.running(data):
+            for run in runs:
+                await product.result(run, timeout=40)
+
+
+async def test_sigkill_of_each_part_in_turn_under_load(database: str, tmp_path: Path) -> None:
+    """200 runs of 0.5 s; every process is killed once (the database has a test of its own above)."""
+    with prefect_server(tmp_path) as prefect:
+        await prefect.ready("/health", timeout=60)
+        env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": prefect.url}
+        async with stack(database, tmp_path, **env) as product:
+            await product.up("api", "worker", "steward")
+            api, worker, steward = product.parts
+            second = await product.start("worker").ready()
+            runs = [await product.submit("nap", seconds=0.5, name="load") for _ in range(200)]
+            prefect.kill()
+            api.kill()
+            worker.kill()
+            port = int(api.url.rpartition(":")[2])
+            await product.start("api", port).ready()
+            await product.start("worker").ready()
+            steward.kill()
+            await product.start("steward").ready()
+            second.kill()
+            await product.start("worker").ready()
+            for run in runs:
+                ended = await product.ended(run, timeout=60)
+                assert ended["state"] == "completed", ended
+            left = list((tmp_path / "store" / "results").iterdir())
+            assert {path.name.partition("~")[0] for path in left} == set(runs)
+
+
+async def test_a_run_that_kills_its_worker_gets_through_on_a_later_attempt(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "steward", "worker")
+        run_id = await product.submit("kill_worker", name="k", times=2)
+        async with asyncio.timeout(60):
+            while (await product.run(run_id))["state"] not in FINAL:
+                if product.parts[-1].process.poll() is not None:
+                    product.start("worker")
+                await asyncio.sleep(0.2)
+        run = await product.run(run_id)
+        assert (run["state"], run["attempts"]) == ("completed", 3)
+
+
+async def test_two_stewards_are_safe(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("steward", "steward")
+        first, second = product.parts
+
+        async def leading() -> list[bool]:
+            texts = [await asyncio.to_thread(lambda p=part: p.text) for part in (first, second)]
+            return ["leading" in text for text in texts]
+
+        found = await until(leading, lambda seen: any(seen))
+        assert sum(found) == 1
+        (first if found[0] else second).kill()
+        await until(leading, lambda seen: all(seen))
+
+
+async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
+    """Results, large inputs and cache records in a bucket; its loss is waited out and said."""
+    (tmp_path / "s3").mkdir()
+    with s3_server(tmp_path / "s3") as s3:
+        env = {
+            "BACKCAST_STORE__URL": "s3://results/team",
+            "BACKCAST_STORE__ENDPOINT": s3.url,
+            "BACKCAST_STORE__ACCESS_KEY": s3.access_key,
+            "BACKCAST_STORE__SECRET_KEY": s3.secret_key,
+        }
+        async with stack(database, tmp_path, **env) as product:
+            made = product.spawn("migrate", [sys.executable, "-m", "backcast", "migrate"], "")
+            assert await made.ended() == 0, made.text
+            await product.up("api", "worker")
+            large = "x" * 100_000
+            assert await product.result(await product.submit("echo", value=large)) == large
+            for _ in range(2):
+                assert await product.result(await product.submit("counted", name="s3", payload=1)) == 1
+            s3.stop()
+            waiting = await product.submit("nap", seconds=0, name="away")
+            await until(lambda: asyncio.to_thread(calls, product, "away"))
+            assert (await product.run(waiting))["state"] == "running"
+            answer = await product.client.get("/readyz")
+            assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+            s3.start()
+            await product.result(waiting)
+            assert calls(product, "away") == 1

@@ -1,0 +1,119 @@
+"""Tasks of a user, as the tests need them. Side effects go to the folder that the worker was started in."""
+
+import asyncio
+import os
+import signal
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import INPUTS, TASK_SOURCE
+from pydantic import BaseModel
+
+from backcast.errors import FatalError, TransientError, UsageError
+
+
+class Order(BaseModel):
+    item: str
+    quantity: int
+    due: date
+
+
+def _note(name: str) -> int:
+    """Count the calls of a name, across processes."""
+    with Path(f"calls-{name}").open("a") as file:
+        file.write(".")
+    return Path(f"calls-{name}").stat().st_size
+
+
+@task
+async def echo(value: Any) -> Any:
+    return value
+
+
+@task
+async def nap(seconds: float, name: str = "nap") -> float:
+    _note(name)
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+@task
+def block(seconds: float) -> float:
+    """Sleeps in a thread."""
+    time.sleep(seconds)
+    return seconds
+
+
+@task
+async def block_the_loop(seconds: float) -> float:
+    """What one should not do: an async task that blocks."""
+    time.sleep(seconds)
+    return seconds
+
+
+@task
+async def reorder(order: Order, on: date) -> Order:
+    """Change the date of an order.
+
+    Args:
+        order: what was ordered
+        on: the new date
+    """
+    assert isinstance(order, Order)
+    assert isinstance(on, date)
+    return order.model_copy(update={"due": on})
+
+
+@task(retries=3, retry_delay_seconds=0.2)
+async def flaky(name: str, fails: int) -> int:
+    calls = _note(name)
+    if calls <= fails:
+        raise TransientError(f"call {calls} of {name}")
+    return calls
+
+
+@task(retries=3, retry_delay_seconds=0)
+def flaky_at_once(name: str, fails: int) -> int:
+    calls = _note(name)
+    if calls <= fails:
+        raise ValueError(f"call {calls} of {name}")
+    return calls
+
+
+@task(retries=3, retry_delay_seconds=0.1)
+async def fail(kind: str, name: str = "fail") -> None:
+    _note(name)
+    raise {"usage": UsageError, "fatal": FatalError, "plain": ValueError}[kind]("as asked \x00 \ud800")
+
+
+@task(timeout_seconds=0.3)
+async def too_slow() -> None:
+    await asyncio.sleep(30)
+
+
+@task
+async def unserialisable(kind: str) -> Any:
+    return {"bytes": b"\xff\x00", "object": object(), "nan": [float("nan")], "surrogate": "\ud800", "set": {1}}[kind]
+
+
+@task(cache_policy=INPUTS + TASK_SOURCE)
+async def counted(name: str, payload: Any) -> int:
+    return _note(name)
+
+
+@task(log_prints=True)
+async def talk(words: str) -> str:
+    get_run_logger().info("logged: %s", words)
+    print(f"printed: {words}")
+    return words
+
+
+@task
+async def kill_worker(name: str, times: int) -> int:
+    calls = _note(name)
+    if calls <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return calls

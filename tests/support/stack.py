@@ -1,0 +1,192 @@
+"""Real processes of the product: started as a user starts them, killed by real signals, ended by their pid."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
+from tests.support.waiting import until
+
+ROOT = Path(__file__).parents[2]
+FINAL = {"completed", "failed", "cancelled", "expired"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Part:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    url: str
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    async def ready(self, path: str = "/readyz", *, timeout: float = 30) -> "Part":
+        async with httpx.AsyncClient() as client:
+
+            async def look() -> int:
+                assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}:\n{self.text}"
+                with contextlib.suppress(httpx.HTTPError):
+                    return (await client.get(self.url + path, timeout=2)).status_code
+                return 0
+
+            try:
+                await until(look, lambda status: status == 200, timeout=timeout)
+            except AssertionError as error:
+                raise AssertionError(f"{self.name} is not ready: {error}\n{self.text}") from None
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL, for the whole group: nobody gets to say goodbye."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self, *, timeout: float = 30) -> int:
+        async def look() -> int | None:
+            return self.process.poll()
+
+        code = await until(look, lambda code: code is not None, timeout=timeout)
+        assert code is not None
+        return code
+
+
+@dataclass
+class Stack:
+    """A database, a folder, and whatever parts a test starts over them."""
+
+    database: str
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
+    client: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=30))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "default",
+            "BACKCAST_DATABASE__URL": self.database,
+            "BACKCAST_STORE__URL": f"file://{self.folder}/store",
+            "BACKCAST_PREFECT__HISTORY": "false",
+            "BACKCAST_TASKS": "tests.support.sample_tasks",
+            "BACKCAST_LEASE": "PT3S",
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            **self.env,
+            **more,
+        }
+
+    def spawn(self, name: str, command: list[str], url: str, **more: str) -> Part:
+        log = self.folder / f"{name}-{len(self.parts)}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                env=self.environment(**more),
+                cwd=self.folder,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        part = Part(name, process, log, url)
+        self.parts.append(part)
+        return part
+
+    def start(self, name: str, port: int | None = None, **more: str) -> Part:
+        """Start `backcast <name>`; its port is free unless given."""
+        port = port or free_port()
+        settings = {f"BACKCAST_{name.upper()}__PORT": str(port), **more}
+        return self.spawn(name, [sys.executable, "-m", "backcast", name], f"http://127.0.0.1:{port}", **settings)
+
+    async def up(self, *names: str, **more: str) -> None:
+        """Start these parts and wait for them; the first `api` becomes the client's."""
+        parts = [self.start(name, **more) for name in names]
+        await asyncio.gather(*[part.ready() for part in parts])
+        for part in parts:
+            if part.name == "api":
+                self.client.base_url = httpx.URL(part.url)
+
+    async def submit(self, task: str, **given: Any) -> str:
+        answer = await self.client.post(f"/v1/tasks/{task}/runs", json={"input": given})
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    async def run(self, run_id: str) -> dict[str, Any]:
+        answer = await self.client.get(f"/v1/runs/{run_id}")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def ended(self, run_id: str, *, timeout: float = 30) -> dict[str, Any]:
+        return await until(lambda: self.run(run_id), lambda run: run["state"] in FINAL, timeout=timeout)
+
+    async def result(self, run_id: str, *, timeout: float = 30) -> Any:
+        run = await self.ended(run_id, timeout=timeout)
+        assert run["state"] == "completed", run
+        answer = await self.client.get(f"/v1/runs/{run_id}/result")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def state(self, run_id: str, state: str, *, timeout: float = 20) -> dict[str, Any]:
+        return await until(lambda: self.run(run_id), lambda run: run["state"] == state, timeout=timeout)
+
+    def stop(self) -> None:
+        for part in self.parts:
+            part.kill()
+
+
+@contextlib.asynccontextmanager
+async def stack(database: str, folder: Path, **env: str) -> AsyncIterator[Stack]:
+    running = Stack(database, folder, env)
+    store = open_store(StoreSettings(url=f"file://{folder}/store"))
+    await store.ensure()
+    await store.aclose()
+    try:
+        yield running
+    finally:
+        await running.client.aclose()
+        running.stop()
+
+
+@contextlib.contextmanager
+def prefect_server(folder: Path, database: str | None = None, port: int | None = None) -> Iterator[Part]:
+    """A stock Prefect server, on SQLite unless a database is given."""
+    port = port or free_port()
+    stage = Stack("", folder)
+    url = f"http://127.0.0.1:{port}/api"
+    env = {
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_HOME": str(folder / "prefect-server"),
+        "PYTHONWARNINGS": "ignore",
+    }
+    if database is not None:
+        env["PREFECT_API_DATABASE_CONNECTION_URL"] = database.replace("postgresql://", "postgresql+asyncpg://")
+    prefect = str(Path(sys.executable).with_name("prefect"))
+    command = [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+    part = stage.spawn("prefect", command, url, **env)
+    try:
+        yield part
+    finally:
+        part.kill()

@@ -1,0 +1,72 @@
+"""Reading request bodies: a limit that holds before anything is buffered, and errors that name the wrong field."""
+
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from backcast.errors import BodyTooLarge, FieldError, InvalidInput, MalformedBody, UnsupportedBody
+from backcast.models import JSON
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class LimitBody:
+    """Middleware that refuses a body of more than `limit` bytes: by its announced length, or once it is exceeded."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app, self._limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        too_large = BodyTooLarge(f"A body may have {self._limit} bytes: send less, or send a link to the data instead.")
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            if announced.isdigit() and int(announced) > self._limit:
+                raise too_large
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._limit:
+                raise too_large
+            return message
+
+        return await self._app(scope, limited, send)
+
+
+async def json_body(request: Request) -> JSON:
+    """The body as JSON. Raises `MalformedBody` or `UnsupportedBody`."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedBody(f"The body is {kind}: send JSON, with `Content-Type: application/json`.")
+    return parse_json(await request.body())
+
+
+def parse_json(text: bytes | str) -> JSON:
+    """Strict JSON: no NaN, no lone surrogates, bounded nesting and number length. Raises `MalformedBody`."""
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise MalformedBody(f"The body is not JSON that can be used: {error}.") from None
+
+
+JSONBody = Annotated[Any, Depends(json_body)]
+
+
+def validate(model: type[Model], body: JSON) -> Model:
+    """Raises `InvalidInput` that names every wrong field."""
+    if not isinstance(body, dict):
+        raise InvalidInput("The body must be a JSON object.", errors=(FieldError("", "not an object"),))
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        fields = tuple(
+            FieldError("".join(f"/{part}" for part in field["loc"]), field["msg"])
+            for field in error.errors(include_url=False, include_input=False, include_context=False)
+        )
+        raise InvalidInput(f"{fields[0].pointer}: {fields[0].detail}.", errors=fields) from None

@@ -1,0 +1,26 @@
+"""Probes: alive, and ready to take and answer for runs."""
+
+import asyncio
+
+from fastapi import APIRouter
+
+from backcast.api import problems
+from backcast.api.deps import Deps
+from backcast.errors import LedgerUnavailable, StoreUnavailable
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez", summary="The process is alive")
+async def livez() -> dict[str, str]:
+    return {"status": "alive"}
+
+
+@router.get(
+    "/readyz",
+    summary="The database and the store are reachable",
+    responses=problems.responses(LedgerUnavailable, StoreUnavailable),
+)
+async def readyz(deps: Deps) -> dict[str, str]:
+    await asyncio.gather(deps.ledger.check(), deps.store.check())
+    return {"status": "ready"}

@@ -1,0 +1,180 @@
+"""Runs: submit, look, wait, fetch the result, cancel."""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Header, Query, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from backcast.api import problems
+from backcast.api.body import JSONBody, validate
+from backcast.api.deps import Backend, Deps
+from backcast.api.submit import idempotency_key, submit
+from backcast.errors import (
+    BodyTooLarge,
+    IdempotencyConflict,
+    InvalidInput,
+    InvalidTarget,
+    LedgerUnavailable,
+    MalformedBody,
+    NoResult,
+    NotFinished,
+    ResultGone,
+    StoreUnavailable,
+    UnknownRun,
+    UnknownTask,
+    UnsupportedBody,
+)
+from backcast.ledger import runs
+from backcast.ledger.runs import Result
+from backcast.models import Run, State, Submission
+from backcast.store import Missing
+
+router = APIRouter(prefix="/v1", tags=["runs"])
+
+LONGEST_WAIT = 50.0
+"""Seconds that `Prefer: wait` may ask for: proxies cut at 60."""
+_WAIT = re.compile(r"\bwait\s*=\s*\"?(\d{1,6})\"?")
+
+SUBMIT_PROBLEMS = problems.responses(
+    MalformedBody,
+    BodyTooLarge,
+    UnsupportedBody,
+    InvalidInput,
+    InvalidTarget,
+    IdempotencyConflict,
+    LedgerUnavailable,
+    StoreUnavailable,
+)
+
+
+def json_request(model: type[BaseModel]) -> dict[str, object]:
+    """For the OpenAPI document: bodies are read by `body.py`, so FastAPI does not see their shape."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@router.post(
+    "/tasks/{name}/runs",
+    status_code=202,
+    summary="Submit a run",
+    response_model=Run,
+    responses=problems.responses(UnknownTask) | SUBMIT_PROBLEMS,
+    openapi_extra=json_request(Submission),
+)
+async def submit_run(
+    name: str,
+    body: JSONBody,
+    deps: Deps,
+    idempotency: Annotated[
+        str | None, Header(alias="Idempotency-Key", description="Repeat a request safely: same key, same run.")
+    ] = None,
+) -> Response:
+    submitted = await submit(deps, name, validate(Submission, body), key=idempotency_key(idempotency))
+    headers = {"Location": f"/v1/runs/{submitted.run.id}", "Retry-After": "1"}
+    if not submitted.fresh:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(submitted.run.model_dump_json(), 202, headers, "application/json")
+
+
+class RunList(BaseModel):
+    items: list[Run]
+    next_cursor: UUID | None
+    """Pass it as `cursor` for the next page; none on the last one."""
+
+
+@router.get(
+    "/runs", summary="List runs, the newest first", responses=problems.responses(InvalidInput, LedgerUnavailable)
+)
+async def list_runs(
+    deps: Deps,
+    state: State | None = None,
+    task: Annotated[str | None, Query(max_length=200)] = None,
+    owner: Annotated[str | None, Query(max_length=200)] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: UUID | None = None,
+) -> RunList:
+    for name, value in (("task", task), ("owner", owner)):
+        if value is not None and "\x00" in value:
+            raise InvalidInput(f"query/{name}: NUL is not allowed.")
+    found = await runs.find(deps.ledger, limit=limit + 1, before=cursor, state=state, task=task, owner=owner)
+    more = len(found) > limit
+    return RunList(items=found[:limit], next_cursor=found[limit - 1].id if more else None)
+
+
+@router.get(
+    "/runs/{run_id}",
+    summary="Get a run",
+    response_model=Run,
+    responses=problems.responses(UnknownRun, LedgerUnavailable),
+)
+async def get_run(
+    run_id: UUID,
+    deps: Deps,
+    prefer: Annotated[str | None, Header(description=f"`wait=N`: answer once the run has ended, or after N seconds "
+                                                     f"(at most {LONGEST_WAIT:.0f}).")] = None,
+) -> Response:  # fmt: skip
+    asked = _WAIT.search(prefer or "")
+    run = await _ended(deps, run_id, min(float(asked[1]), LONGEST_WAIT) if asked else 0.0)
+    headers = {"Preference-Applied": f"wait={asked[1]}"} if asked else {}
+    if not run.state.is_final:
+        headers["Retry-After"] = "1"
+    return Response(run.model_dump_json(), 200, headers, "application/json")
+
+
+async def _ended(deps: Backend, run_id: UUID, wait: float) -> Run:
+    """The run, once it has ended or `wait` seconds have passed; looked at seldom enough for many to wait at once."""
+    deadline, pause = time.monotonic() + wait, 0.02
+    while True:
+        run = await runs.get(deps.ledger, run_id)
+        left = deadline - time.monotonic()
+        if run.state.is_final or left <= 0:
+            return run
+        await asyncio.sleep(min(pause, left))
+        pause = min(pause * 1.5, 1.0)
+
+
+@router.get(
+    "/runs/{run_id}/result",
+    summary="Get the result of a run",
+    response_model=None,
+    responses={
+        200: {"description": "The result, any JSON value", "content": {"application/json": {"schema": {}}}},
+        **problems.responses(UnknownRun, NotFinished, NoResult, ResultGone, LedgerUnavailable, StoreUnavailable),
+    },
+)
+async def get_result(run_id: UUID, deps: Deps) -> Response:
+    found = await runs.result(deps.ledger, run_id)
+    if not found.run.state.is_final:
+        raise NotFinished(f"The run is {found.run.state.value}: ask again, or wait with `Prefer: wait` on the run.")
+    if found.run.state is not State.COMPLETED:
+        why = f": {found.run.error.code}, {found.run.error.detail}" if found.run.error else ""
+        raise NoResult(f"The run was {found.run.state.value}{why}.")
+    if found.text is not None:
+        return Response(found.text, media_type="application/json")
+    return StreamingResponse(await stored(deps, found), media_type="application/json")
+
+
+async def stored(deps: Backend, found: Result) -> AsyncIterator[bytes]:
+    """The stored result in chunks; what goes wrong before the first one is still a problem document."""
+    assert found.key is not None
+    try:
+        return await deps.store.stream(found.key)
+    except Missing:
+        raise ResultGone("The run completed, but its result is no longer in the store: submit it again.") from None
+
+
+@router.post(
+    "/runs/{run_id}/cancel",
+    summary="Cancel a run",
+    description="A queued run never starts; a running one is asked to stop. A run that has ended stays as it is.",
+    responses=problems.responses(UnknownRun, LedgerUnavailable),
+)
+async def cancel_run(run_id: UUID, deps: Deps) -> Run:
+    return await runs.cancel(deps.ledger, run_id)

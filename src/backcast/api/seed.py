@@ -1,0 +1,117 @@
+"""The two routes of Prefect's background-task example, unchanged in meaning: post a payload and a wanted type, ask for
+the status. They are a thin face of the same runs."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import from_json
+
+from backcast.api import problems
+from backcast.api.body import json_body, validate
+from backcast.api.deps import Deps
+from backcast.api.runs import SUBMIT_PROBLEMS, json_request, stored
+from backcast.api.submit import idempotency_key, submit
+from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun
+from backcast.ledger import runs
+from backcast.models import JSON, State, Submission
+
+router = APIRouter(tags=["as in Prefect's example"])
+
+CAST = "create_structured_output"
+_PLACES = {"data": "/payload", "target": "/target_type", "instructions": "/instructions"}
+
+
+class CastRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    payload: JSON
+    """What to cast: text, or any JSON value."""
+    target_type: str | dict[str, JSON]
+    """The wanted shape: a name such as `int` or `list[str]`, or a JSON Schema."""
+    instructions: str | None = None
+    """What to look for, in words."""
+
+
+class Accepted(BaseModel):
+    task_run_id: UUID
+
+
+class Status(BaseModel):
+    task_run_id: UUID
+    status: Literal["completed", "pending", "error"]
+    result: JSON = None
+    """Only when completed."""
+    message: str | None = None
+    """Only when not."""
+
+
+async def _form_or_json(request: Request) -> dict[str, Any]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("application/x-www-form-urlencoded", "multipart/form-data"):
+        return await json_body(request)
+    async with request.form(max_files=0, max_fields=10) as form:
+        fields: dict[str, Any] = {name: value for name, value in form.items() if value != "" or name == "payload"}
+    for name in ("payload", "target_type"):  # a form has only text; what reads as JSON is JSON
+        try:
+            value = from_json(fields[name], allow_inf_nan=False)
+        except (ValueError, KeyError):
+            continue
+        if name == "payload" or isinstance(value, dict):
+            fields[name] = value
+    return fields
+
+
+@router.post(
+    "/tasks",
+    status_code=202,
+    summary="Cast a payload into a wanted type",
+    response_model=Accepted,
+    responses=SUBMIT_PROBLEMS,
+    openapi_extra=json_request(CastRequest),
+)
+async def create_task(
+    request: Request, deps: Deps, idempotency: Annotated[str | None, Header(alias="Idempotency-Key")] = None
+) -> Response:
+    cast = validate(CastRequest, await _form_or_json(request))
+    submission = Submission(input={"data": cast.payload, "target": cast.target_type, "instructions": cast.instructions})
+    submitted = await submit(deps, CAST, submission, key=idempotency_key(idempotency), places=_PLACES)
+    headers = {"Location": f"/tasks/{submitted.run.id}/status", "Retry-After": "1"}
+    return Response(Accepted(task_run_id=submitted.run.id).model_dump_json(), 202, headers, "application/json")
+
+
+@router.get(
+    "/tasks/{run_id}/status",
+    summary="Ask how a task is doing",
+    response_model=Status,
+    responses=problems.responses(UnknownRun, LedgerUnavailable, StoreUnavailable),
+)
+async def get_status(run_id: UUID, deps: Deps) -> Response:
+    found = await runs.result(deps.ledger, run_id)
+    match found.run.state:
+        case State.COMPLETED:
+            head = f'{{"task_run_id":"{run_id}","status":"completed","result":'
+            if found.text is not None:
+                return Response(f"{head}{found.text}}}", media_type="application/json")
+            chunks = await stored(deps, found)
+            return StreamingResponse(_wrapped(head.encode(), chunks), media_type="application/json")
+        case State.QUEUED | State.RUNNING:
+            status, message = "pending", f"The run is {found.run.state.value}."
+        case State.FAILED | State.CANCELLED | State.EXPIRED:
+            error = found.run.error
+            status = "error"
+            message = error.detail if error else f"The run was {found.run.state.value}."
+    body = {"task_run_id": str(run_id), "status": status, "message": message}
+    headers = {"Retry-After": "1"} if status == "pending" else {}
+    return Response(json.dumps(body), 200, headers, "application/json")
+
+
+async def _wrapped(head: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield head
+    async for chunk in chunks:
+        yield chunk
+    yield b"}"

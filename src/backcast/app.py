@@ -1,0 +1,53 @@
+"""The API process: puts the routes over the collaborators it is given. Never imports prefect, marvin or users' code."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from backcast import __version__
+from backcast.api import health, problems, runs, seed, tasks
+from backcast.api.body import LimitBody
+from backcast.api.deps import Backend
+from backcast.ledger import Ledger
+from backcast.process import configure_logging
+from backcast.settings import Settings
+from backcast.store import Store, open_store
+
+_ABOUT = """Background tasks you can rely on. Submit a run, get its id at once, fetch the result when it is there.
+Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` says what to do."""
+
+
+def create_app(ledger: Ledger, store: Store, *, max_body: int) -> FastAPI:
+    """The API over these collaborators, which it closes when it ends."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await ledger.aclose()
+        await store.aclose()
+
+    app = FastAPI(title="backcast", version=__version__, description=_ABOUT, lifespan=lifespan, redirect_slashes=False)
+    app.state.backend = Backend(ledger, store)
+    app.add_middleware(LimitBody, limit=max_body)
+    problems.install(app)
+    for router in (tasks.router, runs.router, seed.router, health.router, problems.router):
+        app.include_router(router)
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Serve the API until SIGTERM or SIGINT; requests that are being answered are finished first."""
+    configure_logging(settings.log_level)
+    ledger = Ledger(settings.database.url.get_secret_value(), pool=settings.database.pool, name="backcast-api")
+    app = create_app(ledger, open_store(settings.store), max_body=settings.api.max_body)
+    uvicorn.run(
+        app,
+        host=settings.api.host,
+        port=settings.api.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+    )

@@ -1,0 +1,71 @@
+"""Writes the generated files, or with --check says which are not current: docs/openapi.json and docs/settings.md."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from backcast.app import create_app
+from backcast.ledger import Ledger
+from backcast.settings import PREFIX, Settings
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def openapi() -> str:
+    app = create_app(Ledger("postgresql://nowhere/none"), open_store(StoreSettings()), max_body=1)
+    return json.dumps(app.openapi(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _rows(model: type[BaseModel], prefix: str, defaults: Any) -> list[str]:
+    rows: list[str] = []
+    for name, field in model.model_fields.items():
+        variable = f"{prefix}{name.upper()}"
+        kind = field.annotation
+        default = getattr(defaults, name) if defaults is not None else field.get_default()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += _rows(kind, f"{variable}__", default)
+            continue
+        shown = "" if default in (None, PydanticUndefined) else f"`{default}`"
+        if name == "cache":
+            shown = "`~/.cache/backcast`"
+        elif name == "url" and "DATABASE" in prefix:
+            shown = "`postgresql://localhost/backcast`"
+        elif hasattr(default, "total_seconds"):
+            shown = f"`{default.total_seconds():g}` s"
+        rows.append(f"| `{variable}` | {shown} | {' '.join((field.description or '').split())} |")
+    return rows
+
+
+def settings() -> str:
+    head = [
+        "# Settings",
+        "",
+        "Generated from `src/backcast/settings.py` by `make gen`. Environment variables, or the same tree as YAML",
+        "in the file that `BACKCAST_CONFIG` names. Durations are seconds or ISO 8601 (`PT15S`). Unknown names",
+        "are refused.",
+        "",
+        "| variable | default | meaning |",
+        "|---|---|---|",
+    ]
+    return "\n".join(head + _rows(Settings, PREFIX, Settings())) + "\n"
+
+
+def main(check: bool) -> int:
+    stale = 0
+    for path, text in ((DOCS / "openapi.json", openapi()), (DOCS / "settings.md", settings())):
+        if check and (not path.exists() or path.read_text() != text):
+            print(f"{path.relative_to(DOCS.parent)} is not current: run `make gen` and commit it.", file=sys.stderr)
+            stale += 1
+        elif not check:
+            path.write_text(text)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv))

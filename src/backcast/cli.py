@@ -1,0 +1,559 @@
+"""The command line: starts the processes, and talks to a running service over HTTP.
+
+Decides how things look and which exit code a script gets; knows nothing of the database or the queue. The process
+commands import their process when called, so that the API never loads prefect or marvin.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from backcast import __version__, client
+from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable
+from backcast.models import JSON, Run, State, Submission, TaskType
+from backcast.settings import URL_VARIABLE, load
+
+OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = (
+    "Exit codes: 0 fine; 1 the run failed, was cancelled or expired; 2 wrong usage, or the service refused; "
+    "3 the service can't be reached, or --timeout has passed."
+)
+
+_COLOURS = {
+    State.QUEUED: "cyan",
+    State.RUNNING: "blue",
+    State.COMPLETED: "green",
+    State.FAILED: "red",
+    State.CANCELLED: "magenta",
+    State.EXPIRED: "yellow",
+}
+_WORDS = ("TASK", "OWNER", "PARAMETERS", "DESCRIPTION")  # what gives way on a narrow terminal; an id is for pasting
+_URL_FILE = Path(".backcast/url")  # written by `up`
+_PATIENCE = 3.0  # seconds: a person looks at the screen
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class _Readable(TyperGroup):
+    """Every error of ours ends as a red sentence on stderr and an exit code, never as a traceback."""
+
+    def invoke(self, ctx: Any) -> object:
+        try:
+            return super().invoke(ctx)
+        except BackcastError as error:
+            _complain(error.detail)
+            for field in error.errors if isinstance(error, ClientError) else ():
+                if field.detail not in error.detail:
+                    _complain(f"  {field.pointer}: {field.detail}")
+            raise typer.Exit(_exit_code(error)) from None
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("backcast"):
+                raise
+            _complain(f"{error.name} is not installed, and this command needs it: pip install 'backcast[local]'.")
+            raise typer.Exit(REFUSED) from None
+
+
+def _exit_code(error: BackcastError) -> int:
+    match error:
+        case RunError() | NoResult():
+            return RUN_FAILED
+        case Unavailable() | client.WaitTimeout():
+            return AWAY
+        case _:
+            return REFUSED
+
+
+app = typer.Typer(
+    name="backcast", cls=_Readable, no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_CODES
+)
+_use = partial(app.command, rich_help_panel="Use the service", epilog=EXIT_CODES)
+_run = partial(app.command, rich_help_panel="Run the service")
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        envvar=URL_VARIABLE,
+        show_default=False,
+        help=f"Address of the service; without it, the one in {_URL_FILE} or {client.DEFAULT_URL}.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to wait at most.", min=0, show_default=False)]
+RunId = Annotated[UUID, typer.Argument(metavar="ID", help="The run's id.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"backcast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Background tasks you can rely on: what was accepted is finished, and its result waits for you."""
+
+
+# Processes
+
+
+@_run()
+def up(
+    data: Annotated[Path, typer.Option(help="Folder for the database, the results and the logs.")] = Path(".backcast"),
+    model: Annotated[bool, typer.Option(help="Serve the embedded model, when no provider is set.")] = True,
+    port: Annotated[int, typer.Option(help="Port of the API; the next free one if it is taken.")] = 8000,
+    slots: Annotated[
+        int | None, typer.Option(help="Runs that are worked on at the same time.", show_default=False)
+    ] = None,
+) -> None:
+    """Run the whole product on this machine."""
+    from backcast import local
+
+    raise typer.Exit(local.up(data=data, model=model, port=port, slots=slots))
+
+
+@_run()
+def api() -> None:
+    """Run the HTTP API."""
+    from backcast import app
+
+    app.serve(load())
+
+
+@_run()
+def worker() -> None:
+    """Run a worker, which claims runs and executes them."""
+    from backcast import worker
+
+    worker.main(load())
+
+
+@_run()
+def steward() -> None:
+    """Run the steward, which requeues the runs of dead workers and cleans up."""
+    from backcast import steward
+
+    steward.main(load())
+
+
+@_run()
+def model() -> None:
+    """Run the embedded model's server; its file is downloaded first if need be."""
+    from backcast import llama, weights
+
+    settings = load().model
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        bar = bars.add_task("model", total=None)
+
+        def show(done: int, total: int, source: str) -> None:
+            bars.update(bar, completed=done, total=total, description=f"model from {source}")
+
+        file = weights.fetch(settings.cache, show)
+    llama.main(settings, file)
+
+
+@_run()
+def migrate() -> None:
+    """Bring the database to this version's schema, and create the store's folder or bucket."""
+    import asyncio
+
+    from backcast import ledger, store
+
+    async def ensure() -> None:
+        async with aclosing(store.open_store(settings.store)) as opened:
+            await opened.ensure()
+
+    settings = load()
+    typer.echo(ledger.migrate(settings.database.url.get_secret_value()))
+    asyncio.run(ensure())
+    typer.echo(f"The store {settings.store.url} is there.")
+
+
+# Values on the command line
+
+
+def _address(url: str | None) -> str:
+    return url or (_URL_FILE.read_text().strip() if _URL_FILE.is_file() else client.DEFAULT_URL)
+
+
+def _connect(url: str | None) -> client.Client:
+    return client.Client(_address(url), patience=_PATIENCE)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise typer.BadParameter("what comes from stdin is not text.") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_loads = partial(json.loads, parse_constant=_refuse_constant)
+
+
+def _json_or_file(given: str) -> JSON:
+    try:
+        if given == "@-":
+            return _loads(_stdin())
+        return _loads(Path(given[1:]).read_text() if given.startswith("@") else given)
+    except OSError as error:
+        raise typer.BadParameter(f"{given[1:]} can't be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise typer.BadParameter(f"this is not JSON ({error}).") from None
+
+
+def _json_object(given: str) -> dict[str, JSON]:
+    value = _json_or_file(given)
+    if not isinstance(value, dict):
+        raise typer.BadParameter("a JSON object is wanted: the task's parameters by name.")
+    return value
+
+
+def _target(given: str) -> JSON:
+    return _json_or_file(given) if given.startswith(("@", "{")) else given
+
+
+def _moment(given: str) -> datetime:
+    try:
+        return datetime.fromisoformat(given).astimezone()  # without an offset it is this machine's time
+    except ValueError:
+        raise typer.BadParameter("a time is wanted, such as 2030-01-31T08:00 or 2030-01-31T08:00Z.") from None
+
+
+def _parameters(pairs: Iterable[str]) -> dict[str, JSON]:
+    parameters: dict[str, JSON] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE.")
+        try:
+            parameters[name] = _loads(text)
+        except ValueError:
+            parameters[name] = text
+    return parameters
+
+
+# Runs and tasks
+
+
+@_use()
+def cast(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="What to cast; - reads it from stdin.")],
+    to: Annotated[
+        Any,
+        typer.Option(
+            "--to",
+            parser=_target,
+            metavar="TARGET",
+            help="The wanted shape: int, list\\[str], date, …, a JSON Schema, or @FILE with one.",
+            show_default=False,
+        ),
+    ],
+    instructions: Annotated[str | None, typer.Option(help="What to look for, in words.", show_default=False)] = None,
+    timeout: Timeout = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn messy data into a value of the wanted shape, and print it."""
+    wanted = {"data": _stdin() if data == "-" else data, "target": to}
+    if instructions is not None:
+        wanted["instructions"] = instructions
+    with _connect(url) as service:
+        _finish(service, service.submit(client.CAST, wanted), timeout, as_json)
+
+
+@_use()
+def submit(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name; see `backcast tasks`.")],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Parameters; a value that reads as JSON is JSON.", show_default=False),
+    ] = None,
+    given: Annotated[
+        Any,
+        typer.Option(
+            "--input",
+            parser=_json_object,
+            metavar="JSON",
+            help="All parameters as a JSON object, or @FILE (@- is stdin) with one.",
+            show_default=False,
+        ),
+    ] = None,
+    owner: Annotated[str, typer.Option(help="Whose run it is; owners get equal shares of the queue.")] = "default",
+    priority: Annotated[int, typer.Option(help="Among the owner's runs, higher ones start first.")] = 0,
+    run_at: Annotated[
+        Any, typer.Option(parser=_moment, metavar="TIME", help="Not before this time.", show_default=False)
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency-Key: the same key gives the same run.", show_default=False)
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it instead of the id.")] = False,
+    timeout: Timeout = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a run of a task, and print its id."""
+    parameters = (given or {}) | _parameters(pairs or ())
+    try:
+        submission = Submission(input=parameters, owner=owner, priority=priority, run_at=run_at)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise typer.BadParameter(f"{first['msg']}.", param_hint=f"--{first['loc'][0]}") from None
+    with _connect(url) as service:
+        run = service.submit(task, submission, key=key)
+        if wait:
+            _finish(service, run, timeout, as_json)
+        elif as_json:
+            _print_document(run.model_dump(mode="json"))
+        else:
+            typer.echo(run.id)
+
+
+@_use()
+def get(
+    run_id: RunId,
+    result: Annotated[bool, typer.Option("--result", help="Print the result.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run, or print its result."""
+    with _connect(url) as service:
+        if result:
+            _print_value(service.result(run_id), as_json)
+        else:
+            _print_run(service.get(run_id), as_json)
+
+
+@_use()
+def wait(run_id: RunId, timeout: Timeout = None, url: Url = None, as_json: AsJson = False) -> None:
+    """Wait until a run has ended, and show it."""
+    with _connect(url) as service:
+        run = _ended(service, run_id, timeout)
+    _print_run(run, as_json)
+    client.raise_for_state(run)
+
+
+@_use("list")
+def list_(
+    state: Annotated[State | None, typer.Option(help="Only runs in this state.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option(help="Only runs of this task.", show_default=False)] = None,
+    owner: Annotated[str | None, typer.Option(help="Only runs of this owner.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(help="Runs to show at most.", min=1)] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, the newest first."""
+    with _connect(url) as service:
+        runs = list(service.list(limit=limit, state=state, task=task, owner=owner))
+    if as_json:
+        _print_document([run.model_dump(mode="json") for run in runs])
+        return
+    now = datetime.now(UTC)
+    _print_table(
+        ("ID", "TASK", "STATE", "OWNER", "AGE", "TOOK"),
+        [(str(run.id), run.task, run.state, run.owner, _span(now - run.created_at), _took(run)) for run in runs],
+    )
+
+
+@_use()
+def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
+    """Cancel a run: a queued one never starts, a running one is asked to stop."""
+    with _connect(url) as service:
+        run = service.cancel(run_id)
+    if as_json:
+        _print_document(run.model_dump(mode="json"))
+    elif run.state.is_final:
+        typer.echo(f"Run {run.id} is {run.state}.")
+    else:
+        typer.echo(f"Run {run.id} is {run.state} and was asked to stop.")
+
+
+@_use()
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the tasks that can be run, or show one with its parameters."""
+    with _connect(url) as service:
+        if name is not None:
+            _print_task(service.task(name), as_json)
+            return
+        found = service.tasks()
+    if as_json:
+        _print_document([task.model_dump(mode="json") for task in found])
+    else:
+        rows = [(task.name, " ".join(_usage(task)), task.description.partition("\n")[0]) for task in found]
+        _print_table(("TASK", "PARAMETERS", "DESCRIPTION"), rows)
+
+
+# Waiting
+
+
+def _finish(service: client.Client, run: Run, timeout: float | None, as_json: bool) -> None:
+    run = _ended(service, run.id, timeout)
+    client.raise_for_state(run)
+    _print_value(service.result(run.id), as_json)
+
+
+def _ended(service: client.Client, run_id: UUID, timeout: float | None) -> Run:
+    try:
+        with _watching(run_id) as progress:
+            return service.wait(run_id, timeout=timeout, progress=progress)
+    except KeyboardInterrupt:
+        err.print(f"The run goes on: backcast wait {run_id}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _watching(run_id: UUID) -> Iterator[client.Progress | None]:
+    """On a terminal, a line that moves while entered: the state of the run and how long it has been."""
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bars:
+        bar = bars.add_task(f"run {run_id}", total=None)
+
+        def show(run: Run) -> None:
+            again = f", attempt {run.attempts}" if run.attempts > 1 else ""
+            bars.update(bar, description=f"{run.task} is {run.state}{again}")
+
+        yield show
+
+
+# How things look
+
+
+def _complain(sentence: str) -> None:
+    err.print(Text(_printable(sentence), style="red"), soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """What others wrote must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _print_document(value: JSON) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print_value(value: JSON, as_json: bool) -> None:
+    if as_json:
+        _print_document(value)
+    elif isinstance(value, str):
+        typer.echo(_printable(value) if out.is_terminal else value)
+    else:
+        out.print_json(json.dumps(value))
+
+
+def _print_run(run: Run, as_json: bool) -> None:
+    if as_json:
+        _print_document(run.model_dump(mode="json"))
+        return
+    facts = {
+        "id": str(run.id),
+        "task": run.task,
+        "state": run.state,
+        "owner": run.owner,
+        "priority": str(run.priority),
+        "attempts": str(run.attempts),
+        "created": _local(run.created_at),
+        "not before": _local(run.run_at) if run.run_at > run.created_at else "",
+        "started": _local(run.started_at),
+        "finished": _local(run.finished_at),
+        "took": _took(run),
+        "error": f"{run.error.code}: {run.error.detail}" if run.error else "",
+        **{f"metadata.{name}": value for name, value in run.metadata.items()},
+    }
+    _print_facts(facts)
+
+
+def _print_task(task: TaskType, as_json: bool) -> None:
+    if as_json:
+        _print_document(task.model_dump(mode="json"))
+        return
+    facts = {
+        "task": task.name,
+        "about": task.description,
+        "pool": task.pool,
+        "version": task.version,
+        "retries": str(task.retries),
+        "timeout": _span(task.timeout) if task.timeout else "",
+        "submit": " ".join(["backcast submit", task.name, *_usage(task)]),
+        "input": json.dumps(task.input_schema, indent=2, ensure_ascii=False),
+    }
+    _print_facts(facts)
+
+
+def _usage(task: TaskType) -> list[str]:
+    required = task.input_schema.get("required", ())
+    return [f"{name}=…" if name in required else f"[{name}=…]" for name in task.input_schema.get("properties", ())]
+
+
+def _print_facts(facts: Mapping[str, str]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        if value and out.is_terminal:
+            grid.add_row(Text(_printable(name), style="dim"), _styled(value))
+        elif value:
+            typer.echo(f"{name}\t{value}")
+    if out.is_terminal:
+        out.print(grid)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; elsewhere lines with tabs, for cut and awk."""
+    if not out.is_terminal:
+        for row in (columns, *rows):
+            typer.echo("\t".join(" ".join(cell.split()) for cell in row))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column, no_wrap=column not in _WORDS, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*map(_styled, row))
+    out.print(table)
+
+
+def _styled(value: str) -> Text:
+    return Text(_printable(value), style=_COLOURS[value] if isinstance(value, State) else "")
+
+
+def _local(moment: datetime | None) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
+
+
+def _took(run: Run) -> str:
+    return _span(run.finished_at - run.started_at) if run.finished_at and run.started_at else ""
+
+
+def _span(time: timedelta) -> str:
+    seconds = time.total_seconds()
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{max(seconds, 0):.1f} s"

@@ -1,0 +1,311 @@
+"""`backcast up`: the whole product on one machine, in one terminal, on loopback, with one folder for all that it keeps.
+
+Decides in which order the parts start and stop, on which ports, and what a person gets to see of them. The parts are
+the processes they are elsewhere, set up by their settings only; of runs this module knows nothing.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Set
+from functools import partial
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from backcast import postgres, weights
+from backcast.client import AsyncClient
+from backcast.errors import BackcastError, ConfigurationError, Unavailable
+from backcast.ledger import migrate
+from backcast.part import Part
+from backcast.process import Stop
+from backcast.settings import URL_VARIABLE, Settings, load
+from backcast.store import open_store
+
+GRACE = 10
+"""Seconds that running work may go on after Ctrl-C, before it is handed back."""
+_EXAMPLE = "We put 31 chairs in the hall"
+_STYLES = {
+    "backcast": "bold",
+    "postgres": "blue",
+    "api": "green",
+    "steward": "cyan",
+    "worker": "magenta",
+    "model": "yellow",
+    "prefect": "bright_blue",
+}
+_WIDTH = max(map(len, _STYLES))
+_HEALTH = {"model": "/health", "prefect": "/api/health"}  # the others have /readyz
+
+
+def up(*, data: Path, model: bool = True, port: int = 8000, slots: int | None = None) -> int:
+    """Run everything until Ctrl-C or SIGTERM, and return the exit code.
+
+    Raises:
+        BackcastError: it can't be started; the sentence says what to change.
+    """
+    if slots is not None:
+        os.environ["BACKCAST_WORKER__SLOTS"] = str(slots)
+
+    async def run() -> None:
+        await _Up(folder, load(), port=port, model=model).run()
+
+    with _alone(folder := data.expanduser().resolve()):
+        asyncio.run(run())
+    return 0
+
+
+class _Up:
+    def __init__(self, data: Path, settings: Settings, *, port: int, model: bool) -> None:
+        self._began = time.monotonic()
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._data = data
+        self._model = settings.model
+        here = {"url": f"file://{data}/store"}
+        self._store = settings.store if "BACKCAST_STORE__URL" in os.environ else settings.store.model_copy(update=here)
+        self._serves_model = model and settings.model.embedded
+        self._stop = Stop()
+        self._http = httpx.AsyncClient(trust_env=False, timeout=2)
+        self._download: Progress | None = None
+        self._ports: dict[str, int] = {}
+        wanted = {"api": port, "worker": settings.worker.port, "steward": settings.steward.port, "prefect": 4200}
+        wanted |= {"model": settings.model.port} if self._serves_model else {}
+        for name, number in wanted.items():
+            others = {*wanted.values(), *self._ports.values()} - ({number} - {*self._ports.values()})
+            self._ports[name] = got = free_port(number, others)
+            if got != number != 0:
+                self._say(name, f"port {number} is taken, using {got}", "yellow")
+        environ = {"BACKCAST_STORE__URL": self._store.url} | os.environ | self._variables()
+        python = [sys.executable, "-m"]
+        commands: dict[str, Callable[[], list[str]]] = {
+            name: lambda name=name: [*python, "backcast", name] for name in ("worker", "api", "steward", "model")
+        }
+        serve = [*python, "prefect", "server", "start", "--host=127.0.0.1", f"--port={self._ports['prefect']}"]
+        commands |= {"postgres": partial(postgres.command, data / "postgres"), "prefect": lambda: serve}
+        self._parts = {
+            name: Part(name, command, environ, data / "log" / f"{name}.log", self._say)
+            for name, command in commands.items()
+        }
+        self._parts["postgres"].stop_by = signal.SIGINT
+
+    async def run(self) -> None:
+        starting = asyncio.create_task(self._start())
+        starting.add_done_callback(lambda it: it.cancelled() or it.exception() is None or self._stop.asked.set())
+        await self._stop.asked.wait()
+        starting.cancel()
+        await asyncio.wait([starting])
+        await self._drain()
+        await self._http.aclose()
+        if not starting.cancelled():
+            starting.result()
+
+    async def _start(self) -> None:
+        await asyncio.to_thread(postgres.prepare, self._data / "postgres")
+        await self._bring_up("postgres")
+        for name in ("backcast", "prefect"):
+            await asyncio.to_thread(postgres.create_database, self._database("postgres"), name)
+        await asyncio.to_thread(migrate, self._database("backcast"))
+        async with contextlib.aclosing(open_store(self._store)) as store:
+            await store.ensure()
+        async with asyncio.TaskGroup() as group:
+            model = group.create_task(self._start_model())
+            await asyncio.gather(*map(self._bring_up, ("worker", "api", "steward")))
+            (self._data / "url").write_text(f"{self._url('api')}\n")
+            self._welcome()
+            group.create_task(self._start_prefect())  # last: it takes longest, and nobody needs it to begin
+            await model
+            if self._serves_model or not self._model.embedded:
+                await self._prove()
+
+    async def _bring_up(self, name: str) -> None:
+        """Start a part and wait until it can be used."""
+        self._parts[name].start()
+        patience = time.monotonic() + 30
+        while why := await self._why_not_ready(name):
+            if time.monotonic() > patience:
+                self._say(name, f"is still not ready: {why}", "yellow")
+                patience += 30
+            await asyncio.sleep(0.05)
+
+    async def _why_not_ready(self, name: str) -> str | None:
+        if name == "postgres":
+            return await asyncio.to_thread(postgres.why_not_ready, self._database("postgres"))
+        url = self._url(name) + _HEALTH.get(name, "/readyz")
+        try:
+            response = await self._http.get(url)
+        except httpx.HTTPError as error:
+            return f"{url} does not answer ({type(error).__name__})"
+        return None if response.is_success else f"{url} says {response.status_code} {response.text[:200]}"
+
+    async def _start_prefect(self) -> None:
+        await self._bring_up("prefect")
+        self._say("prefect", f"is up: {self._url('prefect')}")
+
+    async def _start_model(self) -> None:
+        if not self._serves_model:
+            return
+        if weights.find(self._model.cache) is None:
+            async with self._turning_away():
+                while not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # no event says the network is back
+                    await asyncio.sleep(60)
+        await self._bring_up("model")
+
+    def _fetch(self) -> bool:
+        """Download the model's file, in a thread; whether it is there now."""
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True) as self._download:
+            bar, show = self._download.add_task("", total=None), self._download.update
+
+            def progress(done: int, total: int, source: str) -> None:
+                if self._stop.asked.is_set():
+                    raise Unavailable("The download was interrupted; the next one goes on.")
+                show(bar, completed=done, total=total, description=f"{'model':>{_WIDTH}} │ from {source}")
+
+            try:
+                weights.fetch(self._model.cache, progress)
+            except BackcastError as error:
+                self._say("model", error.detail, "red")
+                return False
+        return True
+
+    @contextlib.asynccontextmanager
+    async def _turning_away(self) -> AsyncIterator[None]:
+        """While the model's file is downloaded, its port tells the worker when to come again: casts are back in the
+        queue until then, and the runs of other tasks have the slots."""
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(writer):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+                await reader.readexactly(int(length[1]) if length else 0)  # a close with bytes unread is a reset
+                left = self._download.tasks[0].time_remaining if self._download else None
+                wait = min(max(2, left or 10), 120)
+                writer.write(b"HTTP/1.1 503 Loading\r\nRetry-After: %d\r\nContent-Length: 0\r\n\r\n" % wait)
+                await writer.drain()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", self._ports["model"])
+        try:
+            yield
+        finally:
+            server.close()
+
+    async def _prove(self) -> None:
+        began = time.monotonic()
+        words = _EXAMPLE.replace("31", str(random.randint(11, 99)))  # noqa: S311  # anew, or the cache would answer
+        try:
+            async with AsyncClient(self._url("api")) as client:
+                answer = await client.cast(words, "int", timeout=300)
+        except BackcastError as error:
+            self._say("backcast", f"the first cast has failed: {error.detail}", "red")
+        else:
+            self._say("backcast", f"“{words}” → int → {answer} ({time.monotonic() - began:.1f} s)", "green")
+
+    async def _drain(self) -> None:
+        self._say("backcast", f"draining: running work has {GRACE} s; Ctrl-C again hands it back at once")
+        (self._data / "url").unlink(missing_ok=True)
+        parts = dict(self._parts)
+        hurry = asyncio.create_task(self._hurry())
+        await parts.pop("worker").stop(GRACE + 2)
+        hurry.cancel()
+        database = parts.pop("postgres")
+        await asyncio.gather(*(part.stop(3) for part in parts.values()))
+        await database.stop(10)
+        self._say("backcast", "stopped")
+
+    async def _hurry(self) -> None:
+        await self._stop.at_once.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self._parts["worker"].send(number)
+            await asyncio.sleep(2)
+
+    def _welcome(self) -> None:
+        """What to do next; the lines to paste stand outside the panel, where no border gets in the way."""
+        it = weights.MODEL
+        model = f"{it.name}, {it.size / 1e6:.0f} MB, {it.licence}\ndemo quality; kept in {self._model.cache}; "
+        model += "--no-model does without"
+        if not self._model.embedded:
+            model = f"{self._model.name}, by your provider"
+        elif not self._serves_model:
+            model = "none: casts fail; BACKCAST_MODEL__API_KEY uses a provider's"
+        table = Table.grid(padding=(0, 2))
+        table.add_row("API", f"{self._url('api')}/docs")
+        table.add_row("Prefect", f"{self._url('prefect')} (in a moment)")
+        table.add_row("Model", model)
+        table.add_row("Data", str(self._data))
+        title = f"backcast is up ({time.monotonic() - self._began:.1f} s)"
+        self._console.print(Panel.fit(table, title=title, border_style="green"))
+        where = "" if self._data == Path(".backcast").resolve() else f"{URL_VARIABLE}={self._url('api')} "
+        self._console.print(f"  curl {self._url('api')}/tasks -d target_type=int -d payload='{_EXAMPLE}'")
+        self._console.print(f"  {where}backcast cast '{_EXAMPLE}' --to int")
+
+    def _say(self, name: str, words: str, style: str = "") -> None:
+        self._console.print(Text.assemble((f"{name:>{_WIDTH}} │ ", _STYLES[name]), (words, style)))
+
+    def _url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self._ports[name]}"
+
+    def _database(self, name: str) -> str:
+        return postgres.url(self._data / "postgres", name)
+
+    def _variables(self) -> dict[str, str]:
+        ours = {name: port for name, port in self._ports.items() if name != "prefect"}
+        prefect = f"{self._url('prefect')}/api"
+        return {f"BACKCAST_{name.upper()}__PORT": str(port) for name, port in ours.items()} | {
+            "BACKCAST_DATABASE__URL": self._database("backcast"),
+            "BACKCAST_PREFECT__API_URL": prefect,
+            "BACKCAST_WORKER__GRACE": f"PT{GRACE}S",
+            "PREFECT_HOME": str(self._data / "prefect"),
+            "PREFECT_API_DATABASE_CONNECTION_URL": self._database("prefect").replace(":", "+asyncpg:", 1),
+            "PREFECT_UI_API_URL": prefect,
+            "PREFECT_UI_STATIC_DIRECTORY": str(
+                self._data / "prefect" / "ui"
+            ),  # else it writes to where it is installed
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+            # Less of its CPU per run: what is off serves flows, automations and the feed of raw events only.
+            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
+            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+            "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
+        }
+
+
+def free_port(wanted: int, taken: Set[int] = frozenset()) -> int:
+    """`wanted`, or the next one on loopback that nobody listens on and that is not in `taken`; for 0, any."""
+    for port in sorted(set(range(wanted, min(wanted + 100, 1 << 16))) - taken):
+        with socket.socket() as attempt, contextlib.suppress(OSError):
+            attempt.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as servers do: it may have been used just now
+            attempt.bind(("127.0.0.1", port))
+            return attempt.getsockname()[1]
+    raise ConfigurationError(f"Port {wanted} and the hundred above it are taken: name another one.")
+
+
+@contextlib.contextmanager
+def _alone(data: Path) -> Iterator[None]:
+    """Hold the folder; the kernel lets go of it when this process ends, however it ends."""
+    try:
+        (data / "log").mkdir(parents=True, exist_ok=True)
+        (data / ".gitignore").write_text("*\n")
+        lock = (data / "lock").open("a+")
+    except OSError as error:
+        raise ConfigurationError(f"{data} can't be used ({error.strerror}): choose another folder by --data.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(f"backcast is already up on {data}: stop it, or choose another --data.") from None
+        yield

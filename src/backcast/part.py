@@ -1,0 +1,129 @@
+"""One child process of `backcast up`: kept running, its output shown line by line, ended in time.
+
+Decides when a process is started again and which of its lines a person gets to see; knows nothing of the product.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from backcast.errors import BackcastError
+
+DELAYS = (0.5, 1, 2, 5, 30)
+"""Seconds before a part is started again that has died once, twice, … within a minute; the last means: little hope."""
+_OURS = r"(?!Traceback|During handling|The above exception|\s)"  # of a traceback, the last line will do
+_WORTH = {  # which lines of a part people get to see; its log file has them all
+    "postgres": r".*(WARNING|ERROR|PANIC|FATAL): (?!.*(starting up|shutting down|not yet acc|administrator command))",
+    "prefect": r".*\b(ERROR|CRITICAL)\b",
+    "model": r"ERROR|WARNING",
+    "worker": _OURS + r"(?!.*(Prefect (can't be reached|is back)|Error logging to API))",  # normal before Prefect is up
+}
+# The kernel ends a part when `up` is gone, even by SIGKILL (Linux only). It takes a program of its own, because code
+# between fork and exec (`preexec_fn`) may deadlock when there are threads.
+_TOGETHER = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, int(sys.argv[1]))
+os.getppid() == int(sys.argv[2]) and os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A process that is started again whenever it ends, until it is stopped."""
+
+    name: str
+    command: Callable[[], list[str]]
+    environ: Mapping[str, str]
+    log: Path
+    say: Callable[[str, str, str], None]
+    """Print a line: the part's name, the words, how they look."""
+    stop_by: signal.Signals = signal.SIGTERM
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _child: asyncio.subprocess.Process | None = field(default=None, init=False)
+    _running: asyncio.Task[None] | None = field(default=None, init=False)
+
+    def start(self) -> Self:
+        self._running = asyncio.create_task(self._run())
+        return self
+
+    def send(self, number: signal.Signals) -> None:
+        if self._child is not None and self._child.returncode is None:
+            self._child.send_signal(number)
+
+    async def stop(self, patience: float) -> None:
+        """Ask it to end; after `patience` seconds it is killed."""
+        self._stopping.set()
+        if self._running is None:
+            return
+        self.send(self.stop_by)
+        if not (await asyncio.wait([self._running], timeout=patience))[0]:
+            self.say(self.name, f"has not stopped within {patience:g} s: killed", "yellow")
+            self.send(signal.SIGKILL)
+        await self._running
+
+    async def _run(self) -> None:
+        deaths: deque[float] = deque(maxlen=len(DELAYS))
+        while not self._stopping.is_set():
+            last: deque[str] = deque(maxlen=12)
+            try:
+                code = await self._run_once(last)
+            except (OSError, BackcastError) as error:  # it could not be started at all
+                code = 1
+                self.say(self.name, str(error), "red")
+            if self._stopping.is_set():
+                return
+            deaths.append(time.monotonic())
+            recent = sum(time.monotonic() - death < 60 for death in deaths)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            if recent == len(DELAYS):
+                how += f" for the {recent}th time within a minute; the reason may be above or in {self.log}"
+                for line in last:
+                    self.say(self.name, line, "dim")
+            self.say(self.name, f"{how}; starting it again in {DELAYS[recent - 1]:g} s", "red")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), DELAYS[recent - 1])
+
+    async def _run_once(self, last: deque[str]) -> int:
+        command = self.command()
+        if sys.platform == "linux":
+            with_us = signal.SIGKILL if self.stop_by == signal.SIGTERM else self.stop_by
+            command = [sys.executable, "-ISc", _TOGETHER, str(int(with_us)), str(os.getpid()), *command]
+        with self.log.open("ab", buffering=0) as log:
+            self._child = await asyncio.create_subprocess_exec(
+                *command,
+                env=self.environ,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,  # the terminal's Ctrl-C is for us: we stop the parts in order
+                limit=1 << 24,  # bytes in a line
+            )
+            if self._stopping.is_set():
+                self.send(self.stop_by)
+            reading = asyncio.create_task(self._read(self._child.stdout, log.write, last))
+            code = await self._child.wait()
+            await asyncio.wait([reading], timeout=1)  # a grandchild may keep the pipe open
+            reading.cancel()
+            return code
+
+    async def _read(
+        self, output: asyncio.StreamReader | None, keep: Callable[[bytes], object], last: deque[str]
+    ) -> None:
+        assert output is not None
+        worth = re.compile(_WORTH.get(self.name, _OURS))
+        async for raw in output:
+            with contextlib.suppress(OSError):  # a full disk must not stop the reading: the part would hang in print
+                keep(raw)
+            if line := raw.decode(errors="replace").rstrip():
+                last.append(line)
+                if worth.match(line):
+                    self.say(self.name, line.removeprefix("INFO").lstrip(), "")

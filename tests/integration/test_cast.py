@@ -1,0 +1,114 @@
+"""The main job through the whole product, with a scripted model: messy data and a shape in, the typed value out."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from backcast.testing import Reply, ScriptedModel
+from tests.support.stack import Stack, free_port, stack
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(120)
+KEY = "sk-very-secret-key"
+CHAIRS = {"payload": "We put 31 chairs in the hall", "instructions": "how many chairs", "target_type": "int"}
+
+
+@pytest.fixture
+def model() -> Iterator[ScriptedModel]:
+    with ScriptedModel() as model:
+        yield model
+
+
+@pytest.fixture
+async def product(database: str, tmp_path: Path, model: ScriptedModel) -> AsyncIterator[Stack]:
+    env = {"BACKCAST_MODEL__BASE_URL": model.url, "BACKCAST_MODEL__API_KEY": KEY, "BACKCAST_MODEL__NAME": "scripted"}
+    async with stack(database, tmp_path, **env) as running:
+        await running.up("api", "worker")
+        yield running
+
+
+async def cast(product: Stack, **body: object) -> dict[str, object]:
+    """The answer of the example's status route, once it is not pending."""
+    answer = await product.client.post("/tasks", json=body)
+    assert answer.status_code == 202, answer.text
+    await product.ended(answer.json()["task_run_id"])
+    return dict((await product.client.get(answer.headers["location"])).json())
+
+
+async def test_the_example(product: Stack) -> None:
+    status = await cast(product, **CHAIRS)
+    assert (status["status"], status["result"]) == ("completed", 31)
+    run = await product.run(str(status["task_run_id"]))
+    assert run["usage"]["model"] == "scripted"
+    assert run["usage"]["output_tokens"] > 0
+
+
+async def test_shapes(product: Stack) -> None:
+    order = {
+        "type": "object",
+        "properties": {"lines": {"type": "array", "items": {"$ref": "#/$defs/line"}, "maxItems": 3}},
+        "required": ["lines"],
+        "$defs": {"line": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}},
+    }
+    for target in ("list[str]", "builtins.float", "typing.List[int]", "date", order, {"enum": ["a", "b"]}):
+        status = await cast(product, payload="2024-05-01: 12 boxes", instructions="what", target_type=target)
+        assert status["status"] == "completed", status
+
+
+async def test_targets_are_checked_before_a_run_is_accepted(product: Stack) -> None:
+    """By the real task's registered schema, not by a copy of it in a test."""
+    for target in ("subprocess.Popen", "os", {"$ref": "#"}):
+        for path, body, place in (
+            ("/tasks", {"payload": "x", "target_type": target}, "/target_type"),
+            (
+                "/v1/tasks/create_structured_output/runs",
+                {"input": {"data": "x", "target": target}},
+                "/input/target",
+            ),
+        ):
+            answer = await product.client.post(path, json=body)
+            assert (answer.status_code, answer.json()["code"]) == (422, "invalid_target")
+            assert answer.json()["errors"][0]["pointer"].startswith(place)
+
+
+async def test_the_same_question_asks_the_model_once(product: Stack, model: ScriptedModel) -> None:
+    first, second = await cast(product, **CHAIRS), await cast(product, **CHAIRS)
+    assert first["result"] == second["result"] == 31
+    assert first["task_run_id"] != second["task_run_id"]
+    assert len(model.requests) == 1
+
+
+async def test_a_model_that_is_away_is_waited_for(database: str, tmp_path: Path) -> None:
+    port = free_port()
+    env = {"BACKCAST_MODEL__BASE_URL": f"http://127.0.0.1:{port}/v1", "BACKCAST_MODEL__API_KEY": KEY}
+    async with stack(database, tmp_path, **env) as product:
+        await product.up("api", "worker")
+        answer = await product.client.post("/tasks", json=CHAIRS)
+        run_id = answer.json()["task_run_id"]
+
+        run = await until(lambda: product.run(run_id), lambda run: run["error"] is not None)
+        assert (run["state"], run["error"]["code"]) == ("queued", "model_unavailable")
+        with ScriptedModel([Reply(status=429, retry_after=1), Reply(31)], port=port):
+            assert await product.result(run_id, timeout=60) == 31
+
+
+async def test_a_refused_key_fails_at_once_and_is_not_repeated_anywhere(database: str, tmp_path: Path) -> None:
+    with ScriptedModel([Reply(status=401, message=f"Incorrect API key provided: {KEY}")]) as model:
+        env = {"BACKCAST_MODEL__BASE_URL": model.url, "BACKCAST_MODEL__API_KEY": KEY}
+        async with stack(database, tmp_path, **env) as product:
+            await product.up("api", "worker")
+            status = await cast(product, **CHAIRS)
+            run = await product.run(str(status["task_run_id"]))
+            assert (run["state"], run["error"]["code"], run["attempts"]) == ("failed", "model_refused_key", 1)
+            assert len(model.requests) == 1
+            everything = f"{status} {run} " + " ".join(part.text for part in product.parts)
+            assert KEY not in everything
+            for path in tmp_path.rglob("*"):
+                assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+async def test_marvin_leaves_no_data_on_the_disk(product: Stack) -> None:
+    await cast(product, **{**CHAIRS, "payload": "31 chairs and a canary"})
+    left = [path for path in product.folder.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert left == [], "only the database and the result know the data"

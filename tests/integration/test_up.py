@@ -1,0 +1,242 @@
+"""`backcast up` as a user has it: started in a shell, asked over HTTP, ended by signals. And its PostgreSQL alone."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import psycopg
+import pytest
+
+from backcast import postgres
+from backcast.testing import ScriptedModel
+from tests.support.stack import FINAL, ROOT, free_port
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Up:
+    """One `backcast up`; on a port that was free, with a folder of its own and no ambient settings."""
+
+    def __init__(self, folder: Path, *options: str, **environ: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=30)
+        self.log = folder / "terminal"
+        self.data = folder / "data"
+        with self.log.open("ab") as terminal:
+            self.process = psutil.Popen(
+                [sys.executable, "-m", "backcast", "up", "--data", self.data, "--port", str(self.port), *options],
+                env=os.environ | {"HOME": str(folder), "COLUMNS": "200", "PYTHONPATH": str(ROOT)} | environ,
+                cwd=folder,
+                stdout=terminal,
+                stderr=subprocess.STDOUT,
+            )
+
+    async def says(self, pattern: str, *, timeout: float = 40) -> str:
+        async def look() -> str:
+            text = self.log.read_text(errors="replace")
+            assert self.process.poll() is None or re.search(pattern, text), f"it has ended:\n{text}"
+            return text
+
+        return await until(look, lambda text: bool(re.search(pattern, text)), timeout=timeout)
+
+    async def ended(self) -> int:
+        async def look() -> int | None:
+            return self.process.poll()
+
+        return await until(look, lambda code: code is not None, timeout=30) or 0
+
+    async def get(self, path: str) -> dict[str, Any]:
+        answer = await self.http.get(path)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+    async def submit(self, task: str, **given: object) -> str:
+        answer = await self.http.post(f"/v1/tasks/{task}/runs", json={"input": given})
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    async def run(self, run_id: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        return await until(lambda: self.get(f"/v1/runs/{run_id}"), holds, timeout=30)
+
+    def parts(self) -> dict[str, psutil.Process]:
+        """Its children by name."""
+        found: dict[str, psutil.Process] = {}
+        for child in self.process.children():
+            words = child.cmdline()
+            name = "postgres" if words[0].endswith("postgres") else words[3 if words[2] == "backcast" else 2]
+            found[name] = child
+        return found
+
+
+@contextlib.asynccontextmanager
+async def up(folder: Path, *options: str, **environ: str) -> AsyncIterator[Up]:
+    it = Up(folder, *options, **environ)
+    try:
+        yield it
+    finally:
+        await it.http.aclose()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = it.process.children(recursive=True)
+            it.process.kill()
+            psutil.wait_procs(family, timeout=10)
+        it.process.wait()
+
+
+@pytest.fixture
+def model() -> Iterator[dict[str, str]]:
+    """Settings of a provider that answers by script."""
+    with ScriptedModel() as provider:
+        yield {"BACKCAST_MODEL__API_KEY": "any", "BACKCAST_MODEL__BASE_URL": provider.url}
+
+
+def is_gone(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def has_ended(run: dict[str, Any]) -> bool:
+    return run["state"] in FINAL
+
+
+async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: dict[str, str]) -> None:
+    async with up(tmp_path, **model) as it:
+        text = await it.says("chairs in the hall” → int → ")
+        assert re.search(r"We put (\d+) chairs in the hall” → int → \1 ", text)
+        assert f"API      {it.url}/docs" in text
+        assert (await it.http.get("/docs")).status_code == 200
+        assert (it.data / "url").read_text() == f"{it.url}\n"
+
+        # The lines to paste, as they stand there.
+        pasted = re.search(rf"^ *(curl {it.url}/tasks .*)\n *(.*backcast (cast .*))$", text, re.MULTILINE)
+        assert pasted
+        answer = subprocess.run(pasted[1], shell=True, capture_output=True, check=True).stdout
+        path = f"/tasks/{json.loads(answer)['task_run_id']}/status"
+        assert (await until(lambda: it.get(path), lambda seen: seen["status"] != "pending"))["result"] == 31
+        assert pasted[2] == f"BACKCAST_URL={it.url} backcast {pasted[3]}"
+        command = f"BACKCAST_URL={it.url} {sys.executable} -m backcast {pasted[3]}"
+        assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout == "31\n"
+
+        prefect = re.findall(r"is up: (http\S+)", await it.says("prefect │ is up: http"))[0]
+        assert (await it.http.get(f"{prefect}/api/health")).json() is True
+        assert "<html" in (await it.http.get(prefect, follow_redirects=True)).text
+
+        second = subprocess.run(
+            [sys.executable, "-m", "backcast", "up", "--data", it.data], capture_output=True, text=True, check=False
+        )
+        assert second.returncode == 2
+        assert f"backcast is already up on {it.data}: stop it, or choose another --data." in second.stderr
+
+        family = it.process.children(recursive=True)
+        it.process.send_signal(signal.SIGINT)
+        assert await it.ended() == 0
+        assert all(map(is_gone, family))
+        assert not (it.data / "url").exists()
+        assert it.log.read_text().endswith("backcast │ stopped\n")
+        assert "Traceback" not in it.log.read_text()
+
+
+async def test_what_is_killed_comes_back(tmp_path: Path, model: dict[str, str]) -> None:
+    async with up(tmp_path, **model) as it:
+        await it.says(r" → int → \d+ ")
+        for name in ("worker", "postgres"):
+            it.parts()[name].kill()
+            await it.says(rf"{name} │ was killed by SIGKILL; starting it again in 0.5 s")
+        run_id = await until(lambda: it.submit("create_structured_output", data="about 12 of them", target="int"))
+        assert (await it.run(run_id, has_ended))["state"] == "completed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help exists on Linux only")
+async def test_the_parts_go_with_it_and_a_new_one_takes_over(tmp_path: Path, model: dict[str, str]) -> None:
+    async with up(tmp_path, **model) as first:
+        await first.says(r" → int → \d+ ")
+        family = first.process.children(recursive=True)
+        first.process.kill()
+        async with up(tmp_path, **model) as second:
+            await second.says(r"is up(?s:.*)is up(?s:.*) → int → \d+ ")
+            assert all(map(is_gone, family))
+            assert len((await second.get("/v1/runs"))["items"]) == 2  # the first one's proof is still there
+            second.process.send_signal(signal.SIGTERM)
+            assert await second.ended() == 0
+
+
+async def test_running_work_is_let_finish_and_a_second_ctrl_c_hands_it_back(tmp_path: Path) -> None:
+    tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
+    async with up(tmp_path, "--no-model", **tasks) as it:
+        await it.says("backcast is up")
+        short, long = await it.submit("nap", seconds=2), await it.submit("nap", seconds=300)
+        for run_id in (short, long):
+            await it.run(run_id, lambda run: run["state"] == "running")
+        it.process.send_signal(signal.SIGINT)
+        await it.says("draining: running work has 10 s")
+        await it.run(short, has_ended)
+        it.process.send_signal(signal.SIGINT)
+        assert await it.ended() == 0
+    async with up(tmp_path, "--no-model", **tasks) as it:
+        await it.says("is up(?s:.*)is up")
+        again = await it.run(long, lambda run: run["state"] == "running")
+        assert again["error"] is None
+        assert (await it.get(f"/v1/runs/{short}"))["state"] == "completed"
+
+
+async def test_a_port_that_is_taken_is_replaced_in_one_line(tmp_path: Path) -> None:
+    with ScriptedModel() as other:
+        async with up(tmp_path, "--no-model", "--port", str(other.port)) as it:
+            said = re.search(rf"    api │ port {other.port} is taken, using (\d+)\n", await it.says("backcast is up"))
+            assert said
+            assert (await it.http.get(f"http://127.0.0.1:{said[1]}/readyz")).status_code == 200
+
+
+async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(tmp_path: Path) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    environ = {"HTTPS_PROXY": nowhere, "PIP_INDEX_URL": nowhere, "BACKCAST_MODEL__CACHE": str(tmp_path / "cache")}
+    environ |= {"BACKCAST_MODEL__PORT": str(free_port()), "BACKCAST_TASKS": "tests.support.sample_tasks"}
+    async with up(tmp_path, **environ) as it:
+        await it.says("model │ The embedded model's file can't be had")
+        await it.says("backcast is up")
+        cast = await it.submit("create_structured_output", data="31 chairs", target="int")
+        waiting = await it.run(cast, lambda run: run["error"] is not None)
+        assert (waiting["state"], waiting["error"]["code"]) == ("queued", "model_unavailable")
+        other = await it.submit("nap", seconds=0)
+        assert (await it.run(other, has_ended))["state"] == "completed"
+        it.process.send_signal(signal.SIGINT)
+        assert await it.ended() == 0
+
+
+def test_postgres_survives_the_kill_of_its_server(tmp_path: Path) -> None:
+    with postgres.running(tmp_path / "data") as server, psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute("create table kept as select 31 as number")
+        os.kill(server.pid, signal.SIGKILL)
+    with postgres.running(tmp_path / "data") as server, psycopg.connect(server.url()) as connection:
+        assert connection.execute("select number from kept").fetchall() == [(31,)]
+        assert not server.url("x").startswith("postgresql://localhost")
+    assert postgres.why_not_ready(server.url()) is not None
+
+
+def test_postgres_is_not_fooled_by_a_pid_that_someone_else_has_now(tmp_path: Path) -> None:
+    with postgres.running(tmp_path / "data"):
+        pass
+    (tmp_path / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n{tmp_path}/data\n")
+    with postgres.running(tmp_path / "data") as server:
+        assert postgres.why_not_ready(server.url()) is None
+
+
+def test_postgres_takes_long_and_odd_paths_and_every_driver(tmp_path: Path) -> None:
+    with postgres.running(tmp_path / ("a long name, 50% of it spaces " * 4) / "data") as server:
+        postgres.create_database(server.url(), "other")
+        postgres.create_database(server.url(), "other")
+        with psycopg.connect(server.url("other")) as connection:
+            collation = "select datlocprovider, pg_encoding_to_char(encoding) from pg_database where datname = 'other'"
+            assert connection.execute(collation).fetchone() == ("b", "UTF8")
+            connection.execute("create extension pg_trgm")

@@ -1,0 +1,284 @@
+"""The command line as scripts and people meet it: what is printed where, and the exit code."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from backcast.cli import app
+from tests.unit.test_client import Service
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.chdir(tmp_path)
+    with Service() as running:
+        monkeypatch.setenv("BACKCAST_URL", running.url)
+        yield running
+
+
+@pytest.fixture
+def cli(service: Service) -> Cli:
+    def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
+        return CliRunner().invoke(app, arguments, input=stdin)
+
+    return run
+
+
+def fails(result: Result, code: int, says: str) -> None:
+    """The exit code, one readable sentence on stderr, nothing on stdout and no traceback."""
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert says in " ".join(result.stderr.replace("│", " ").split())
+    assert isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (31, "31\n"),
+        ("a [b]\n[/c]", "a [b]\n[/c]\n"),
+        (True, "true\n"),
+        (["é", 1.5], '[\n  "é",\n  1.5\n]\n'),
+        ("x" * 200, "x" * 200 + "\n"),
+        (["x" * 200], '[\n  "' + "x" * 200 + '"\n]\n'),
+        (None, "null\n"),
+    ],
+)
+def test_cast_prints_the_value(cli: Cli, service: Service, value: Any, plain: str) -> None:
+    service.result = value
+    result = cli("cast", "twelve boxes, two broken", "--to", "int")
+    assert (result.stdout, result.stderr, result.exit_code) == (plain, "", 0)
+    assert json.loads(cli("cast", "twelve boxes", "--to", "int", "--json").stdout) == value
+
+
+@pytest.mark.parametrize(
+    ("to", "target"),
+    [("int", "int"), ("list[str]", "list[str]"), ('{"type": "object"}', {"type": "object"}), ("@s.json", {"a": 1})],
+)
+def test_cast_takes_a_name_a_schema_or_a_file(cli: Cli, service: Service, to: str, target: Any) -> None:
+    Path("s.json").write_text('{"a": 1}')
+    assert cli("cast", "-", "--to", to, "--instructions", "count", stdin="from stdin").exit_code == 0
+    assert service.seen[0].body["input"] == {"data": "from stdin", "target": target, "instructions": "count"}
+
+
+@pytest.mark.parametrize(("to", "says"), [("{", "not JSON"), ("@none.json", "none.json can't be read: No such file")])
+def test_a_target_that_can_not_be_read(cli: Cli, service: Service, to: str, says: str) -> None:
+    fails(cli("cast", "x", "--to", to), 2, says)
+    assert service.seen == []
+
+
+def test_stdin_that_is_no_text(cli: Cli) -> None:
+    fails(cli("cast", "-", "--to", "int", stdin=b"\xff\xfe"), 2, "stdin is not text")
+
+
+def test_submit_prints_the_id_and_nothing_else(cli: Cli, service: Service) -> None:
+    run_id = cli("submit", "add", "a=1", "b=NaN", "name=ana", "flag=true", "e=", "eq=x=y").stdout.strip()
+    assert UUID(run_id)
+    assert service.seen[0].body["input"] == {"a": 1, "b": "NaN", "name": "ana", "flag": True, "e": "", "eq": "x=y"}
+
+
+def test_submit_passes_its_options_on(cli: Cli, service: Service) -> None:
+    Path("in.json").write_text('{"a": 1, "b": 2}')
+    options = ("--owner", "ana", "--priority", "-5", "--run-at", "2030-01-31T08:00Z", "--key", "k", "--json")
+    run = json.loads(cli("submit", "add", "--input", "@in.json", "b=3", *options).stdout)
+    sent = service.seen[0]
+    assert (run["owner"], sent.headers["idempotency-key"]) == ("ana", "k")
+    assert (sent.body["input"], sent.body["priority"]) == ({"a": 1, "b": 3}, -5)
+    assert sent.body["run_at"].startswith("2030-01-31T")
+    assert cli("submit", "add", "--input", "@-", "--wait", stdin='{"a": 1}').stdout == "31\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("submit", "add", "a"), "'a' is not KEY=VALUE"),
+        (("submit", "add", "--input", "[1]"), "a JSON object is wanted"),
+        (("submit", "add", "--run-at", "soon"), "a time is wanted"),
+        (("submit", "add", "--priority", "1000"), "--priority"),
+        (("submit", "add", "--key", "zwölf"), "printable ASCII"),
+        (("submit", "unknown"), "No worker has registered unknown."),
+        (("submit", "add", "a=wrong"), "/input/a: not a number. /input/b: missing"),
+        (("get", "7"), "ID"),
+        (("get", str(UUID(int=7))), "There is no such run."),
+        (("get", str(UUID(int=7)), "--result", "--json"), "There is no such run."),
+        (("list", "--state", "lost"), "completed"),
+        (("tasks", "--url", "localhost"), "write it as http://host:port"),
+    ],
+)
+def test_wrong_usage_and_refusals_are_2(cli: Cli, arguments: tuple[str, ...], says: str) -> None:
+    fails(cli(*arguments), 2, says)
+
+
+def test_a_failed_run_is_1(cli: Cli, service: Service) -> None:
+    service.states = ("queued", "failed")
+    service.error = {"code": "unusable_input", "title": "No", "detail": "there is no number"}
+    fails(cli("cast", "x", "--to", "int"), 1, "failed: there is no number")
+    fails(cli("submit", "add", "--wait", "--json"), 1, "failed: there is no number")
+    run_id = service.add_run()
+    waited = cli("wait", run_id, "--json")
+    assert (waited.exit_code, json.loads(waited.stdout)["error"]["code"]) == (1, "unusable_input")
+    assert "there is no number" in waited.stderr
+    fails(cli("get", run_id, "--result"), 1, "The run was failed")
+    assert cli("get", run_id).exit_code == 0
+
+
+def test_nobody_there_is_3(cli: Cli) -> None:
+    fails(cli("list", "--url", "http://127.0.0.1:1"), 3, "http://127.0.0.1:1 can't be reached")
+
+
+def test_time_is_up_is_3(cli: Cli, service: Service) -> None:
+    service.states = ("running",)
+    fails(cli("wait", service.add_run(), "--timeout", "0.1"), 3, "is still running after 0.1 s; it goes on")
+
+
+def test_get_shows_a_run(cli: Cli, service: Service) -> None:
+    run_id = service.add_run(metadata={"state": "mine"}, error={"code": "c", "title": "t", "detail": "d"})
+    shown = dict(line.split("\t") for line in cli("get", run_id).stdout.splitlines())
+    assert (shown["id"], shown["state"], shown["error"], shown["metadata.state"]) == (
+        run_id,
+        "running",
+        "c: d",
+        "mine",
+    )
+    assert json.loads(cli("get", run_id, "--json").stdout)["state"] == "completed"
+    assert cli("get", run_id, "--result").stdout == "31\n"
+
+
+def test_list_is_for_scripts_when_it_is_not_on_a_terminal(cli: Cli, service: Service) -> None:
+    ids = [service.add_run("a_task_with_quite_a_long_name_" * 4) for _ in range(3)]
+    head, *rows = [line.split("\t") for line in cli("list", "--limit", "2", "--task", "x").stdout.splitlines()]
+    assert head[:3] == ["ID", "TASK", "STATE"]
+    assert [row[0] for row in rows] == ids[:2]
+    assert service.seen[0].query == {"task": "x", "limit": "2"}
+    assert [run["id"] for run in json.loads(cli("list", "--json").stdout)] == ids
+
+
+def test_cancel(cli: Cli, service: Service) -> None:
+    run_id = service.add_run()
+    assert cli("cancel", run_id).stdout == f"Run {run_id} is cancelled.\n"
+
+
+def test_tasks(cli: Cli) -> None:
+    assert cli("tasks").stdout.splitlines()[1] == "add\ta=… b=… [note=…]\tAdd two numbers."
+    assert "submit\tbackcast submit add a=… b=… [note=…]" in cli("tasks", "add").stdout
+    assert json.loads(cli("tasks", "add", "--json").stdout)["name"] == "add"
+    assert [task["name"] for task in json.loads(cli("tasks", "--json").stdout)] == ["add"]
+
+
+def test_the_address_is_the_option_then_the_variable_then_the_file(
+    cli: Cli, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(".backcast").mkdir()
+    Path(".backcast/url").write_text("http://127.0.0.1:1\n")
+    assert cli("tasks").exit_code == 0
+    monkeypatch.delenv("BACKCAST_URL")
+    assert cli("tasks", "--url", service.url).exit_code == 0
+    Path(".backcast/url").write_text(f"{service.url}\n")
+    assert cli("tasks").exit_code == 0
+
+
+@pytest.mark.parametrize("process", ["api", "worker", "steward", "model", "migrate"])
+def test_a_wrong_setting_is_a_sentence(cli: Cli, monkeypatch: pytest.MonkeyPatch, process: str) -> None:
+    monkeypatch.setenv("BACKCAST_SLOTS", "3")
+    fails(cli(process), 2, "BACKCAST_SLOTS is not a setting of backcast")
+
+
+def test_the_variable_of_the_command_line_is_no_wrong_setting(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKCAST_DATABASE__URL", "postgresql://127.0.0.1:1/none")
+    fails(cli("migrate"), 3, "127.0.0.1")
+
+
+@pytest.mark.parametrize("command", [(), ("cast",), ("list",)])
+def test_help_tells_the_exit_codes(cli: Cli, command: tuple[str, ...]) -> None:
+    assert "Exit codes: 0 fine; 1 the run failed" in " ".join(cli(*command, "--help").stdout.split())
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").stdout.startswith("backcast 0.")
+
+
+def test_the_command_line_brings_neither_prefect_nor_the_database(service: Service) -> None:
+    heavy = ["prefect", "marvin", "asyncpg", "fastapi", "s3fs"]
+    code = f"import sys, backcast.cli; print([name for name in {heavy} if name in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout == "[]\n"
+
+
+class Terminal:
+    """`backcast …` on a terminal of its own, 100 columns wide."""
+
+    def __init__(self, *arguments: str, **env: str) -> None:
+        ours, theirs = pty.openpty()
+        self._ours, self.screen = ours, ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "backcast", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", **env},
+        )
+        os.close(theirs)
+
+    def read(self, until: str | None = None, *, timeout: float = 20) -> str:
+        """All that is on the screen once it shows `until`, or at the end of the process."""
+        deadline = time.monotonic() + timeout
+        while until is None or until not in self.screen:
+            assert time.monotonic() < deadline, f"waited for {until!r} in vain; last seen: {self.screen!r}"
+            if not select.select([self._ours], [], [], 0.1)[0]:
+                continue
+            try:
+                chunk = os.read(self._ours, 65536)
+            except OSError:  # Linux's way to say that the other side is closed
+                chunk = b""
+            if not chunk:
+                assert until is None, f"ended without {until!r}; last seen: {self.screen!r}"
+                break
+            self.screen += chunk.decode(errors="replace")
+        return self.screen
+
+    def ended(self) -> int:
+        os.close(self._ours)
+        return self.process.wait(10)
+
+
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
+def test_people_get_a_table_with_colours(service: Service, env: dict[str, str]) -> None:
+    run_id = service.add_run("create_structured_output", owner="[red]ana\x1b[2J")
+    terminal = Terminal("list", **env)
+    screen = terminal.read()
+    assert terminal.ended() == 0
+    assert run_id in screen
+    assert ("\x1b[36mqueued" in screen) == (env == {})
+    assert "[red]ana" in screen
+    assert "\x1b[2J" not in screen
+
+
+def test_people_see_a_run_move_and_may_leave(service: Service) -> None:
+    service.states = ("queued", "running")
+    terminal = Terminal("cast", "x", "--to", "int")
+    terminal.read("create_structured_output is running")
+    terminal.process.send_signal(signal.SIGINT)
+    assert "The run goes on: backcast wait" in terminal.read()
+    assert terminal.ended() == 130
+
+
+def test_a_result_can_not_steer_the_terminal(service: Service) -> None:
+    service.result = "plain\x1b]0;title\x07"
+    terminal = Terminal("cast", "x", "--to", "str")
+    screen = terminal.read()
+    assert terminal.ended() == 0
+    assert "plain\N{REPLACEMENT CHARACTER}]0;title\N{REPLACEMENT CHARACTER}" in screen

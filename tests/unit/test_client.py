@@ -1,0 +1,424 @@
+"""The client against a small stand-in for the API over real HTTP; every promise is kept by both of its forms."""
+
+import asyncio
+import json
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import pytest
+from pydantic import BaseModel
+
+from backcast.client import AsyncClient, Client, WaitTimeout, raise_for_state
+from backcast.errors import (
+    ClientError,
+    ConfigurationError,
+    IdempotencyConflict,
+    InvalidInput,
+    NoResult,
+    NotFinished,
+    RunError,
+    Unavailable,
+    UnknownRun,
+    UnknownTask,
+)
+from backcast.models import Run, State, Submission, uuid7
+
+DROP = 0
+"""As a status: close the connection without an answer."""
+
+
+@dataclass
+class Seen:
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: Any
+
+
+@dataclass
+class Service:
+    """Runs move on by one state with every look. `troubles` are answered first, in order."""
+
+    states: tuple[str, ...] = ("queued", "running", "completed")
+    result: Any = 31
+    error: dict[str, str] | None = None
+    troubles: deque[int | tuple[int, str, Any]] = field(default_factory=deque)
+    seen: list[Seen] = field(default_factory=list)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keys: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _route(self))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def add_run(self, task: str = "add", **fields: Any) -> str:
+        run_id = str(uuid7())
+        moment = "2030-01-31T08:00:00Z"
+        run = {"id": run_id, "task": task, "state": self.states[0], "owner": "default", "priority": 0, "attempts": 0}
+        self.runs[run_id] = run | {"created_at": moment, "run_at": moment, "news": {"from": "a newer version"}} | fields
+        return run_id
+
+    def answer(self, seen: Seen) -> tuple[int, Any]:
+        match seen.method, seen.path.split("/")[2:]:
+            case "POST", ["tasks", name, "runs"]:
+                return self._submit(name, seen)
+            case "GET", ["tasks"]:
+                return 200, {"items": [_TASK]}
+            case "GET", ["tasks", "add"]:
+                return 200, _TASK
+            case "GET", ["runs"]:
+                return self._page(seen.query)
+            case "GET", ["runs", run_id] if run_id in self.runs:
+                return 200, self._move_on(run_id)
+            case "GET", ["runs", run_id, "result"] if run_id in self.runs:
+                match self.runs[run_id]["state"]:
+                    case "completed":
+                        return 200, self.result
+                    case "failed":
+                        return _problem(409, "no_result", "The run was failed.")
+                    case _:
+                        return _problem(409, "not_finished", "The run is queued.")
+            case "POST", ["runs", run_id, "cancel"] if run_id in self.runs:
+                self.runs[run_id]["state"] = "cancelled"
+                return 200, self.runs[run_id]
+            case _, ["runs", *_]:
+                return _problem(404, "unknown_run", "There is no such run.")
+            case _:
+                return _problem(404, "unknown_task", "No worker has registered this task.")
+
+    def _submit(self, name: str, seen: Seen) -> tuple[int, Any]:
+        if name not in ("add", "create_structured_output"):
+            return _problem(404, "unknown_task", f"No worker has registered {name}.")
+        if seen.body.get("input", {}).get("a") == "wrong":
+            fields = [{"pointer": "/input/a", "detail": "not a number"}, {"pointer": "/input/b", "detail": "missing"}]
+            return _problem(422, "invalid_input", "/input/a: not a number.", errors=fields)
+        before = self.keys.setdefault(seen.headers["idempotency-key"], (seen.body, ""))
+        if before[0] != seen.body:
+            return _problem(422, "idempotency_key_reused", "Use another key.")
+        run_id = before[1] or self.add_run(name, owner=seen.body.get("owner", "default"))
+        self.keys[seen.headers["idempotency-key"]] = (seen.body, run_id)
+        return 202, self.runs[run_id]
+
+    def _move_on(self, run_id: str) -> dict[str, Any]:
+        run = self.runs[run_id]
+        at = self.states.index(run["state"])
+        run["state"] = self.states[min(at + 1, len(self.states) - 1)]
+        if run["state"] == "failed" and self.error:
+            run["error"] = self.error
+        return run
+
+    def _page(self, query: dict[str, str]) -> tuple[int, Any]:
+        start, size = int(query.get("cursor", 0)), int(query["limit"])
+        found = [run for run in self.runs.values() if query.get("owner", run["owner"]) == run["owner"]]
+        end = start + size
+        return 200, {"items": found[start:end], "next_cursor": str(end) if end < len(found) else None}
+
+
+_TASK = {
+    "name": "add",
+    "pool": "default",
+    "description": "Add two numbers.\nSlowly.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"a": {"type": "number"}, "b": {"type": "number"}, "note": {"type": "string"}},
+        "required": ["a", "b"],
+    },
+    "timeout": "PT90S",
+    "colour": "a newer version's",
+}
+
+
+def _problem(status: int, code: str, detail: str, **more: Any) -> tuple[int, Any]:
+    return status, {"type": "about:blank", "title": code, "status": status, "code": code, "detail": detail, **more}
+
+
+def _route(service: Service) -> type[BaseHTTPRequestHandler]:
+    class Route(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            seen = Seen(self.command, url.path, query, headers, json.loads(body) if body else None)
+            service.seen.append(seen)
+            kind = "application/json"
+            match service.troubles.popleft() if service.troubles else None:
+                case None:
+                    status, document = service.answer(seen)
+                case 0:
+                    return
+                case int(status):
+                    status, document = _problem(status, "ledger_unavailable", "The database can't be reached.")
+                case status, kind, document:
+                    pass
+            text = document if kind == "text/html" else json.dumps(document)
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_POST = do_GET  # noqa: N815  # the name is the base class's
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Route
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as running:
+        yield running
+
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request: pytest.FixtureRequest, service: Service) -> Call:
+    """`call("get", run_id)` is that method of a new client of the service; `options` are the client's."""
+
+    def sync_call(method: str, *given: Any, options: dict[str, Any] | None = None, **named: Any) -> Any:
+        with Client(**({"url": service.url} | (options or {}))) as client:
+            answer = getattr(client, method)(*given, **named)
+            return list(answer) if method == "list" else answer
+
+    async def async_call(method: str, *given: Any, options: dict[str, Any] | None = None, **named: Any) -> Any:
+        async with AsyncClient(**({"url": service.url} | (options or {}))) as client:
+            answer = getattr(client, method)(*given, **named)
+            return [run async for run in answer] if method == "list" else await answer
+
+    return sync_call if request.param == "sync" else lambda *a, **k: asyncio.run(async_call(*a, **k))
+
+
+def test_a_submission_is_sent_as_it_is_and_with_a_key_of_its_own(call: Call, service: Service) -> None:
+    first = call("submit", "add", {"a": 1, "b": 2.5})
+    second = call("submit", "add", Submission(input={"a": 1, "b": 2.5}, owner="ana", priority=5))
+    assert isinstance(first, Run)
+    assert (first.state, second.owner) == (State.QUEUED, "ana")
+    assert first.id != second.id
+    assert [seen.body for seen in service.seen] == [
+        {"input": {"a": 1, "b": 2.5}},
+        {"input": {"a": 1, "b": 2.5}, "owner": "ana", "priority": 5},
+    ]
+
+
+def test_the_same_key_is_the_same_run(call: Call) -> None:
+    first = call("submit", "add", {"a": 1}, key="order 7")
+    assert call("submit", "add", {"a": 1}, key="order 7").id == first.id
+    with pytest.raises(IdempotencyConflict, match="another key"):
+        call("submit", "add", {"a": 2}, key="order 7")
+
+
+def test_a_submission_survives_an_outage_and_is_made_once(call: Call, service: Service) -> None:
+    service.troubles.extend([503, DROP, 429])
+    run = call("submit", "add", {"a": 1})
+    assert list(service.runs) == [str(run.id)]
+    assert len({seen.headers["idempotency-key"] for seen in service.seen}) == 1
+    assert len(service.seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        (503, "The database can't be reached."),
+        (429, "The database can't be reached."),
+        (500, "The database can't be reached."),
+        (DROP, "can't be reached .*: is the service running there"),
+        ((502, "text/html", "<h1>Bad gateway</h1>"), "answered 502 Bad Gateway"),
+    ],
+)
+def test_patience_has_an_end(call: Call, service: Service, trouble: Any, says: str) -> None:
+    service.troubles.append(trouble)
+    with pytest.raises(Unavailable, match=says):
+        call("get", uuid7(), options={"patience": 0})
+
+
+def test_nobody_is_there(call: Call) -> None:
+    with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:1 can't be reached"):
+        call("tasks", options={"url": "http://127.0.0.1:1", "patience": 0.2})
+
+
+def test_waiting_tells_of_every_look_and_survives_an_outage(call: Call, service: Service) -> None:
+    run_id, looks = service.add_run(), []
+    service.troubles.extend([503, DROP])
+    run = call("wait", run_id, progress=lambda run: looks.append((run.state, service.troubles.append(503))[0]))
+    assert run.state is State.COMPLETED
+    assert looks == [State.RUNNING, State.COMPLETED]
+    assert service.seen[0].headers["prefer"] == "wait=2"
+
+
+def test_nobody_looks_on_so_the_service_holds_the_poll(call: Call, service: Service) -> None:
+    call("wait", service.add_run())
+    assert service.seen[0].headers["prefer"] == "wait=20"
+
+
+def test_waiting_has_an_end(call: Call, service: Service) -> None:
+    service.states = ("running",)
+    run_id = service.add_run()
+    with pytest.raises(WaitTimeout, match=f"Run {run_id} is still running after 0.3 s"):
+        call("wait", run_id, timeout=0.3)
+    assert len(service.seen) == 3  # four looks per second, and one at the end
+
+
+def test_a_result(call: Call, service: Service) -> None:
+    run_id = service.add_run()
+    with pytest.raises(NotFinished):
+        call("result", run_id)
+    call("wait", run_id)
+    assert call("result", run_id) == 31
+
+
+def test_there_will_be_no_result(call: Call, service: Service) -> None:
+    with pytest.raises(NoResult):
+        call("result", service.add_run(state="failed"))
+
+
+def test_cancel(call: Call, service: Service) -> None:
+    run = call("cancel", service.add_run())
+    assert run.state is State.CANCELLED
+    with pytest.raises(RunError, match="was cancelled"):
+        raise_for_state(run)
+
+
+def test_tasks(call: Call) -> None:
+    (task,) = call("tasks")
+    assert task == call("task", "add")
+    assert task.timeout.total_seconds() == 90
+    with pytest.raises(UnknownTask):
+        call("task", "a/b?c")
+
+
+@pytest.mark.parametrize(("limit", "pages"), [(None, 3), (150, 2), (100, 1), (1, 1), (0, 0)])
+def test_a_list_is_read_page_by_page(call: Call, service: Service, limit: int | None, pages: int) -> None:
+    ids = [service.add_run() for _ in range(250)]
+    assert [str(run.id) for run in call("list", limit=limit)] == ids[:limit]
+    assert len(service.seen) == pages
+
+
+def test_a_list_can_be_narrowed(call: Call, service: Service) -> None:
+    service.add_run()
+    ours = service.add_run(owner="ana")
+    assert [str(run.id) for run in call("list", owner="ana", state=State.QUEUED, task=None)] == [ours]
+    assert service.seen[0].query == {"owner": "ana", "state": "queued", "limit": "100"}
+
+
+class Box(BaseModel):
+    size: int
+    broken: bool = False
+
+
+@pytest.mark.parametrize(
+    ("target", "answer", "value"),
+    [
+        ("int", 31, 31),
+        ({"type": "integer"}, 31, 31),
+        (int, 31, 31),
+        (list[str], ["a"], ["a"]),
+        (tuple[int, int], [1, 2], (1, 2)),
+        (Box, {"size": 3, "broken": True}, Box(size=3, broken=True)),
+        (list[Box], [{"size": 3}], [Box(size=3)]),
+    ],
+)
+def test_cast_to_a_name_a_schema_or_a_python_type(
+    call: Call, service: Service, target: Any, answer: Any, value: Any
+) -> None:
+    service.result = answer
+    assert call("cast", "twelve boxes", target, "count them") == value
+    sent = service.seen[0].body["input"]
+    assert (sent["data"], sent["instructions"]) == ("twelve boxes", "count them")
+    if target is Box:
+        assert sent["target"]["required"] == ["size"]
+
+
+def test_a_failed_cast_says_why(call: Call, service: Service) -> None:
+    service.states = ("queued", "failed")
+    service.error = {"code": "unusable_input", "title": "No", "detail": "there is no number", "hint": "newer"}
+    with pytest.raises(RunError, match="failed: there is no number") as caught:
+        call("cast", "nothing", int)
+    assert caught.value.code == "unusable_input"
+
+
+def test_a_refusal_is_the_error_it_was(call: Call, service: Service) -> None:
+    with pytest.raises(UnknownRun):
+        call("get", "not a run/at all")
+    with pytest.raises(InvalidInput) as caught:
+        call("submit", "add", {"a": "wrong"})
+    assert [field.pointer for field in caught.value.errors] == ["/input/a", "/input/b"]
+
+
+def test_an_unknown_refusal_is_told_by_its_code(call: Call, service: Service) -> None:
+    document = {"title": "I'm a teapot", "code": "teapot", "detail": "Short and stout."}
+    service.troubles.append((418, "application/problem+json", document))
+    with pytest.raises(ClientError, match="Short and stout") as caught:
+        call("tasks")
+    assert (caught.value.code, caught.value.status) == ("teapot", 418)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, "text/html", "<h1>It works!</h1>"),
+        (404, "text/html", "<h1>Not found</h1>"),
+        (404, "application/json", {"detail": "Not Found"}),
+        (200, "application/json", {"items": [{"name": "add"}]}),
+        (200, "application/json", []),
+    ],
+)
+def test_somebody_else_is_there(call: Call, service: Service, answer: Any) -> None:
+    service.troubles.append(answer)
+    with pytest.raises(ConfigurationError, match=r"does not answer as backcast does .*: check the URL"):
+        call("tasks")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "/v1", "ftp://host", "http://", "http://host:port", "http://[::1"])
+def test_a_wrong_url(call: Call, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="write it as http://host:port"):
+        call("tasks", options={"url": url})
+
+
+@pytest.mark.parametrize("value", [math.nan, object(), "\ud800"])
+def test_only_json_is_sent(call: Call, service: Service, value: Any) -> None:
+    with pytest.raises(InvalidInput, match="not plain JSON"):
+        call("submit", "add", {"a": value})
+    assert service.seen == []
+
+
+@pytest.mark.parametrize("key", ["", "zwölf", "a\nb"])
+def test_a_key_that_is_no_header(call: Call, service: Service, key: str) -> None:
+    with pytest.raises(InvalidInput, match="printable ASCII"):
+        call("submit", "add", {}, key=key)
+
+
+def test_headers_go_along_and_a_prefix_is_kept(call: Call, service: Service) -> None:
+    with pytest.raises(UnknownTask):
+        call("get", UUID(int=0), options={"url": f"{service.url}/prefix/", "headers": {"Authorization": "Bearer x"}})
+    assert service.seen[0].headers["authorization"] == "Bearer x"
+    assert service.seen[0].path.startswith("/prefix/v1/runs/")
+
+
+def test_loopback_is_never_reached_through_a_proxy(
+    call: Call, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    assert call("tasks", options={"patience": 0})

@@ -1,0 +1,150 @@
+"""What `backcast up` is made of, with small programs in the place of its parts."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from backcast import postgres
+from backcast.errors import ConfigurationError
+from backcast.local import free_port, up
+from backcast.part import Part
+from tests.support.waiting import until
+
+Lines = list[tuple[str, str, str]]
+
+
+def part(folder: Path, lines: Lines, program: str, *, name: str = "api", **given: object) -> Part:
+    def say(*line: str) -> None:
+        lines.append(line)  # type: ignore[arg-type]
+
+    return Part(name, lambda: [sys.executable, "-uISc", program], os.environ, folder / "part.log", say, **given)  # type: ignore[arg-type]
+
+
+async def words(lines: Lines, wanted: str, *, times: int = 1) -> Lines:
+    async def look() -> Lines:
+        return list(lines)
+
+    return await until(look, lambda seen: sum(wanted in line[1] for line in seen) >= times)
+
+
+async def test_a_part_that_dies_is_started_again_and_people_are_told(tmp_path: Path) -> None:
+    lines: Lines = []
+    it = part(tmp_path, lines, "print('INFO    hello'); raise SystemExit(3)").start()
+    await words(lines, "hello", times=2)
+    await it.stop(5)
+    assert lines[:3] == [
+        ("api", "hello", ""),
+        ("api", "ended with exit code 3; starting it again in 0.5 s", "red"),
+        ("api", "hello", ""),
+    ]
+
+
+async def test_a_killed_part_is_named_with_its_signal(tmp_path: Path) -> None:
+    lines: Lines = []
+    it = part(tmp_path, lines, "import os; os.kill(os.getpid(), 9)").start()
+    await words(lines, "was killed by SIGKILL; starting it again in 0.5 s")
+    await it.stop(5)
+
+
+async def test_a_part_that_can_not_even_be_started_is_tried_again(tmp_path: Path) -> None:
+    lines: Lines = []
+    it = part(tmp_path / "missing", lines, "").start()
+    await words(lines, "No such file or directory", times=2)
+    await it.stop(5)
+
+
+async def test_of_a_traceback_people_see_the_last_line_and_the_log_has_it_all(tmp_path: Path) -> None:
+    lines: Lines = []
+    it = part(
+        tmp_path, lines, "def f(): raise ValueError('no')\ntry: f()\nexcept ValueError as e: raise KeyError from e"
+    )
+    it.start()
+    await words(lines, "ended with exit code 1")
+    await it.stop(5)
+    assert [words for _, words, _ in lines][:2] == ["ValueError: no", "KeyError"]
+    assert "Traceback (most recent call last)" in (tmp_path / "part.log").read_text()
+
+
+async def test_very_long_and_broken_lines_do_no_harm(tmp_path: Path) -> None:
+    lines: Lines = []
+    program = "import sys, time; sys.stdout.buffer.write(b'x' * 200_000 + b'\\xff\\n\\nend\\n'); time.sleep(60)"
+    it = part(tmp_path, lines, program).start()
+    await words(lines, "end")
+    await it.stop(5)
+    assert [len(words) for _, words, _ in lines] == [200_001, 3]
+
+
+async def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+    lines: Lines = []
+    it = part(tmp_path, lines, "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(60)")
+    it.start()
+    await words(lines, "on")
+    async with asyncio.timeout(10):
+        await it.stop(0.1)
+    assert lines[-1] == ("api", "has not stopped within 0.1 s: killed", "yellow")
+
+
+async def test_a_part_may_be_stopped_before_it_was_started_and_while_it_waits(tmp_path: Path) -> None:
+    lines: Lines = []
+    await part(tmp_path, lines, "").stop(5)
+    it = part(tmp_path, lines, "").start()
+    await words(lines, "starting it again")
+    async with asyncio.timeout(5):
+        await it.stop(60)
+    assert len(lines) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help exists on Linux only")
+async def test_the_stop_signal_is_the_one_that_was_chosen(tmp_path: Path) -> None:
+    lines: Lines = []
+    program = (
+        "import signal, sys, time\nsignal.signal(2, lambda *_: sys.exit(print('fast')))\nprint('on')\ntime.sleep(60)"
+    )
+    it = part(tmp_path, lines, program, stop_by=signal.SIGINT).start()
+    await words(lines, "on")
+    await it.stop(10)
+    assert lines[-1][1] == "fast"
+
+
+def test_a_port_that_is_taken_is_replaced_by_the_next() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        assert taken < free_port(taken) <= taken + 99
+    assert free_port(taken) == taken
+    assert free_port(taken, {taken}) > taken
+    assert free_port(0) > 0
+
+
+def test_without_a_free_port_there_is_a_sentence() -> None:
+    with pytest.raises(ConfigurationError, match="Port 65535 and the hundred above it are taken"):
+        free_port(65535, {65535})
+
+
+def test_a_folder_that_can_not_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"file/data can't be used \(Not a directory\): choose another folder"):
+        up(data=tmp_path / "file" / "data")
+
+
+def test_a_socket_lives_in_the_data_folder_unless_its_path_is_long_or_odd(tmp_path: Path) -> None:
+    plain = Path("/var/lib/it/postgres")
+    assert postgres.url(plain, "db") == "postgresql://postgres@/db?host=/var/lib/it/postgres"
+    for odd in (plain / ("deep/" * 20), plain / "with space", plain / "50%"):
+        address = postgres.url(odd, "db")
+        assert address == postgres.url(odd, "db") != postgres.url(plain / "other space", "db")
+        assert len(address.partition("host=")[2]) < 80
+
+
+def test_the_callers_settings_of_postgresql_win(tmp_path: Path) -> None:
+    command = postgres.command(tmp_path, settings={"max_connections": "300", "fsync": "off"})
+    options = [word for before, word in pairwise(command) if before == "-c"]
+    assert {"max_connections=300", "fsync=off", "shared_buffers=128MB", "listen_addresses="} <= set(options)
+    assert "max_connections=100" not in options

@@ -1,0 +1,27 @@
+"""Migrates, and registers the tasks: the benchmark submits before the first worker has been there."""
+
+import asyncio
+
+from backcast.ledger import Ledger, migrate, workers
+from backcast.models import TaskType
+from backcast.settings import load
+from backcast.store import open_store
+
+settings = load()
+url = settings.database.url.get_secret_value()
+migrate(url)
+
+
+async def main() -> None:
+    ledger = Ledger(url)
+    for name in ("noop", "sleep"):
+        schema = {"type": "object", "properties": {"n": {"type": "integer"}, "seconds": {"type": "number"}}}
+        task = TaskType(name=name, pool="default", input_schema=schema)
+        await workers.register_tasks(ledger, [task])
+    await ledger.aclose()
+    store = open_store(settings.store)
+    await store.ensure()
+    await store.aclose()
+
+
+asyncio.run(main())

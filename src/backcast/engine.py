@@ -29,6 +29,7 @@ from prefect.context import AsyncClientContext, SyncClientContext
 from prefect.filesystems import WritableFileSystem
 from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
 from prefect.serializers import Serializer
+from prefect.states import Cancelled, Pending
 from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine, TaskRunTimeoutError
 from prefect.utilities.callables import parameter_schema
 from pydantic import PrivateAttr, TypeAdapter, ValidationError
@@ -254,6 +255,18 @@ class _AsyncEngine(_Observed, AsyncTaskRunEngine[Any, Any]):
     async def handle_timeout(self, exc: TimeoutError) -> None:
         self.cause = exc
         await super().handle_timeout(exc)
+
+    async def handle_crash(self, exc: BaseException) -> None:
+        match exc.args[:1]:  # see `models.Reason`
+            case ("cancelled",):
+                await self.set_state(Cancelled(message="Cancelled by request."), force=True)
+            case ("handed back",):
+                message = "Its worker stopped before it had finished; another one runs it."
+                await self.set_state(Pending(name="HandedBack", message=message), force=True)
+            case ("lost",):
+                pass  # another worker has the run and speaks for it
+            case _:
+                await super().handle_crash(exc)
 
     async def drive(self, run_id: UUID) -> None:
         async with self.start(task_run_id=run_id):

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
@@ -141,3 +141,6 @@ class Retry:
 
 Attempt = Succeeded | Failed | Retry
 """How an attempt of a run ended."""
+Reason = Literal["cancelled", "lost", "handed back"]
+"""Why an attempt was stopped: its caller asked, another worker has the run, or this worker stops. It is the message of
+the attempt's `CancelledError`."""

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 from uuid import UUID
 
 import asyncpg
@@ -25,7 +24,7 @@ from backcast.errors import BackcastError, FatalError, LedgerUnavailable, StoreU
 from backcast.lease import BEAT, Beat, Lease
 from backcast.ledger import Ledger, runs, workers
 from backcast.ledger.runs import Claim, Ending
-from backcast.models import JSON, Attempt, Failed, Problem, Retry, Succeeded, TaskType
+from backcast.models import JSON, Attempt, Failed, Problem, Reason, Retry, Succeeded, TaskType
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
 from backcast.store import Missing, Store, open_store
@@ -38,7 +37,6 @@ _KEY_SPACE, _HALF = 1 << 64, 1 << 63
 
 Execute = Callable[[str, UUID, dict[str, JSON], int], Awaitable[Attempt]]
 """Make one attempt: task name, run id, input, retries made before."""
-Reason = Literal["cancelled", "lost", "handed back"]
 
 
 @dataclass(slots=True)
@@ -53,7 +51,7 @@ class _Held:
     def stop(self, reason: Reason) -> None:
         if self.execution is not None and not self.execution.done() and self.reason is None:
             self.reason = reason
-            self.execution.cancel()
+            self.execution.cancel(reason)
 
 
 def problem(error: BackcastError) -> Problem:

@@ -147,7 +147,12 @@ async def test_a_cached_value_is_plain_json_and_shared(engine: subject.Engine, t
     assert not (tmp_path / "pwned").exists()
 
 
-async def test_a_cancelled_execution_ends_at_once(engine: subject.Engine, mirror: Recorded) -> None:
+@pytest.mark.parametrize(
+    ("reason", "state"), [("cancelled", "Cancelled"), ("handed back", "HandedBack"), ("lost", "Running")]
+)
+async def test_a_stopped_execution_ends_at_once_and_prefect_hears_why(
+    engine: subject.Engine, mirror: Recorded, reason: str, state: str
+) -> None:
     run_id = uuid4()
     execution = asyncio.create_task(run(engine, "nap", run_id=run_id, seconds=60))
 
@@ -155,10 +160,10 @@ async def test_a_cancelled_execution_ends_at_once(engine: subject.Engine, mirror
         return mirror.states(run_id)
 
     await until(states, lambda seen: "Running" in seen)
-    execution.cancel()
+    execution.cancel(reason)
     with pytest.raises(asyncio.CancelledError):
         await execution
-    assert mirror.states(run_id)[-1] == "Crashed"
+    assert mirror.states(run_id)[-1] == state
 
 
 async def test_the_users_task_object_stays_as_it_was(tmp_path: Path) -> None:

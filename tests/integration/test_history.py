@@ -75,6 +75,7 @@ async def check(product: Stack, url: str, before: str) -> None:
     running = await product.submit("nap", seconds=60)
     await seen(url, running, "RUNNING")
     await product.client.post(f"/v1/runs/{running}/cancel")
+    await seen(url, running, "CANCELLED")
 
 
 def _seconds(time: str) -> float:

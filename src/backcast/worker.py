@@ -154,9 +154,9 @@ class Worker:
                     quiet = True
             for claim in claims:
                 self._start(claim)
-            if claims:
+            if claims:  # and there may be more: an owner had less than its share, or another claimer was there
                 cursor = _farthest(cursor, [claim.owner_key for claim in claims])
-            if len(claims) < room or room <= 0:
+            else:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 
@@ -385,9 +385,11 @@ class Worker:
 
     async def _until(self, stop: Stop, work: Awaitable[None]) -> None:
         task, asked = asyncio.ensure_future(work), asyncio.create_task(stop.asked.wait())
-        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
         for one in (task, asked):
             one.cancel()
+        if task in done:
+            task.result()
 
 
 _ELSEWHERE = Problem(

@@ -11,13 +11,13 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from backcast.store import Store, open_store
 
 from backcast.app import create_app
 from backcast.ledger import Ledger, runs, workers
 from backcast.ledger.runs import Ending
 from backcast.models import TaskType, uuid7
 from backcast.settings import Store as StoreSettings
+from backcast.store import Store, open_store
 from tests.integration.test_ledger import LEASE
 
 ECHO = TaskType(

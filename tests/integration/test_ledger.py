@@ -16,6 +16,7 @@ from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
 from backcast.ledger import Ledger, migrate, runs, workers
 from backcast.ledger.runs import Claim, Ending
 from backcast.models import Run, State, Submission, TaskType, uuid7
+from tests.support.waiting import until
 
 LEASE = timedelta(seconds=15)
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
@@ -318,8 +319,11 @@ async def test_waking_is_coalesced_and_the_last_wake_is_never_swallowed(ledger: 
     ledger.wake("default")
     await asyncio.sleep(0.005)
     ledger.wake("default")  # within the interval: sent after it, not dropped
-    await asyncio.sleep(0.2)
-    assert len(heard) == 2
+
+    async def count() -> int:
+        return len(heard)
+
+    assert await until(count, lambda seen: seen >= 2) == 2
     listening.cancel()
 
 

@@ -153,11 +153,11 @@ async def test_an_input_that_was_damaged_fails_with_a_code(product: Stack, ledge
 
 
 async def test_sigterm_finishes_what_fits_and_hands_back_the_rest(database: str, tmp_path: Path) -> None:
-    async with stack(database, tmp_path, BACKCAST_WORKER__GRACE="PT2S", BACKCAST_WORKER__SLOTS="4") as product:
+    async with stack(database, tmp_path, BACKCAST_WORKER__GRACE="PT3S", BACKCAST_WORKER__SLOTS="4") as product:
         await product.up("api", "worker")
         worker = product.parts[1]
         short = [await product.submit("nap", seconds=1, name="short") for _ in range(2)]
-        long = [await product.submit("nap", seconds=4, name="long"), await product.submit("block", seconds=4)]
+        long = [await product.submit("nap", seconds=6, name="long"), await product.submit("block", seconds=6)]
         waiting = await product.submit("nap", seconds=0.1, name="waiting")
         for run in (*short, *long):
             await product.state(run, "running")
@@ -171,6 +171,22 @@ async def test_sigterm_finishes_what_fits_and_hands_back_the_rest(database: str,
         await product.start("worker").ready()
         for run in (*long, waiting):
             await product.result(run)
+
+
+async def test_free_slots_are_filled_whatever_each_owner_has(product: Stack) -> None:
+    """Ten slots, an owner with one run and another with nine: a fair share that is not used up goes to the other."""
+    worker = product.parts[1]
+    worker.signal(signal.SIGSTOP)
+    runs = []
+    for owner in ("few", *["many"] * 9):
+        body = {"input": {"seconds": 5}, "owner": owner}
+        runs.append((await product.client.post("/v1/tasks/nap/runs", json=body)).json()["id"])
+    worker.signal(signal.SIGCONT)
+
+    async def running() -> int:
+        return sum([(await product.run(run))["state"] == "running" for run in runs])
+
+    await until(running, lambda seen: seen == 10, timeout=4)
 
 
 async def test_a_second_signal_hands_back_at_once(database: str, tmp_path: Path) -> None:

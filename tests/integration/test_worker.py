@@ -13,7 +13,7 @@ import pytest
 from backcast import postgres
 from backcast.ledger import Ledger, migrate
 from tests.support.s3 import s3_server
-from tests.support.stack import FINAL, Stack, prefect_server, stack
+from tests.support.stack import FINAL, Stack, stack
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.timeout(120)
@@ -248,33 +248,6 @@ async def test_everything_waits_for_the_database(tmp_path: Path) -> None:
         with postgres.running(data):
             for run in runs:
                 await product.result(run, timeout=40)
-
-
-async def test_sigkill_of_each_part_in_turn_under_load(database: str, tmp_path: Path) -> None:
-    """200 runs of 0.5 s; every process is killed once (the database has a test of its own above)."""
-    with prefect_server(tmp_path) as prefect:
-        await prefect.ready("/health", timeout=60)
-        env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": prefect.url}
-        async with stack(database, tmp_path, **env) as product:
-            await product.up("api", "worker", "steward")
-            api, worker, steward = product.parts
-            second = await product.start("worker").ready()
-            runs = [await product.submit("nap", seconds=0.5, name="load") for _ in range(200)]
-            prefect.kill()
-            api.kill()
-            worker.kill()
-            port = int(api.url.rpartition(":")[2])
-            await product.start("api", port).ready()
-            await product.start("worker").ready()
-            steward.kill()
-            await product.start("steward").ready()
-            second.kill()
-            await product.start("worker").ready()
-            for run in runs:
-                ended = await product.ended(run, timeout=60)
-                assert ended["state"] == "completed", ended
-            left = list((tmp_path / "store" / "results").iterdir())
-            assert {path.name.partition("~")[0] for path in left} == set(runs)
 
 
 async def test_a_run_that_kills_its_worker_gets_through_on_a_later_attempt(database: str, tmp_path: Path) -> None:

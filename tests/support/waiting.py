@@ -5,6 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import httpx
+
 Seen = TypeVar("Seen")
 
 
@@ -22,7 +24,7 @@ async def until(
             seen: object = await look()
             if holds(seen):  # type: ignore[arg-type]
                 return seen  # type: ignore[return-value]
-        except (AssertionError, OSError) as error:
+        except (AssertionError, OSError, httpx.TransportError) as error:
             seen = error
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout} s in vain; last seen: {seen!r}")

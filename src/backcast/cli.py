@@ -6,9 +6,9 @@ commands import their process when called, so that the API never loads prefect o
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable
+from contextlib import aclosing
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,15 +16,12 @@ from uuid import UUID
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from typer.core import TyperGroup
 
-from backcast import __version__, client
+from backcast import __version__, client, terminal
 from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable
-from backcast.models import JSON, Run, State, Submission, TaskType
+from backcast.models import JSON, Run, State, Submission
 from backcast.settings import URL_VARIABLE, load
 
 OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
@@ -33,20 +30,8 @@ EXIT_CODES = (
     "3 the service can't be reached, or --timeout has passed."
 )
 
-_COLOURS = {
-    State.QUEUED: "cyan",
-    State.RUNNING: "blue",
-    State.COMPLETED: "green",
-    State.FAILED: "red",
-    State.CANCELLED: "magenta",
-    State.EXPIRED: "yellow",
-}
-_WORDS = ("TASK", "OWNER", "PARAMETERS", "DESCRIPTION")  # what gives way on a narrow terminal; an id is for pasting
 _URL_FILE = Path(".backcast/url")  # written by `up`
 _PATIENCE = 3.0  # seconds: a person looks at the screen
-
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 
 class _Readable(TyperGroup):
@@ -56,15 +41,17 @@ class _Readable(TyperGroup):
         try:
             return super().invoke(ctx)
         except BackcastError as error:
-            _complain(error.detail)
+            terminal.complain(error.detail)
             for field in error.errors if isinstance(error, ClientError) else ():
                 if field.detail not in error.detail:
-                    _complain(f"  {field.pointer}: {field.detail}")
+                    terminal.complain(f"  {field.pointer}: {field.detail}")
             raise typer.Exit(_exit_code(error)) from None
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("backcast"):
                 raise
-            _complain(f"{error.name} is not installed, and this command needs it: pip install 'backcast[local]'.")
+            terminal.complain(
+                f"{error.name} is not installed, and this command needs it: pip install 'backcast[local]'."
+            )
             raise typer.Exit(REFUSED) from None
 
 
@@ -162,7 +149,7 @@ def model() -> None:
 
     settings = load().model
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with Progress(*columns, console=terminal.err, transient=True, disable=not terminal.err.is_terminal) as bars:
         bar = bars.add_task("model", total=None)
 
         def show(done: int, total: int, source: str) -> None:
@@ -327,7 +314,7 @@ def submit(
         if wait:
             _finish(service, run, timeout, as_json)
         elif as_json:
-            _print_document(run.model_dump(mode="json"))
+            terminal.print_document(run.model_dump(mode="json"))
         else:
             typer.echo(run.id)
 
@@ -342,9 +329,9 @@ def get(
     """Show a run, or print its result."""
     with _connect(url) as service:
         if result:
-            _print_value(service.result(run_id), as_json)
+            terminal.print_value(service.result(run_id), as_json)
         else:
-            _print_run(service.get(run_id), as_json)
+            terminal.print_run(service.get(run_id), as_json)
 
 
 @_use()
@@ -352,7 +339,7 @@ def wait(run_id: RunId, timeout: Timeout = None, url: Url = None, as_json: AsJso
     """Wait until a run has ended, and show it."""
     with _connect(url) as service:
         run = _ended(service, run_id, timeout)
-    _print_run(run, as_json)
+    terminal.print_run(run, as_json)
     client.raise_for_state(run)
 
 
@@ -369,12 +356,15 @@ def list_(
     with _connect(url) as service:
         runs = list(service.list(limit=limit, state=state, task=task, owner=owner))
     if as_json:
-        _print_document([run.model_dump(mode="json") for run in runs])
+        terminal.print_document([run.model_dump(mode="json") for run in runs])
         return
     now = datetime.now(UTC)
-    _print_table(
+    terminal.print_table(
         ("ID", "TASK", "STATE", "OWNER", "AGE", "TOOK"),
-        [(str(run.id), run.task, run.state, run.owner, _span(now - run.created_at), _took(run)) for run in runs],
+        [
+            (str(run.id), run.task, run.state, run.owner, terminal.span(now - run.created_at), terminal.took(run))
+            for run in runs
+        ],
     )
 
 
@@ -384,7 +374,7 @@ def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
     with _connect(url) as service:
         run = service.cancel(run_id)
     if as_json:
-        _print_document(run.model_dump(mode="json"))
+        terminal.print_document(run.model_dump(mode="json"))
     elif run.state.is_final:
         typer.echo(f"Run {run.id} is {run.state}.")
     else:
@@ -400,14 +390,14 @@ def tasks(
     """List the tasks that can be run, or show one with its parameters."""
     with _connect(url) as service:
         if name is not None:
-            _print_task(service.task(name), as_json)
+            terminal.print_task(service.task(name), as_json)
             return
         found = service.tasks()
     if as_json:
-        _print_document([task.model_dump(mode="json") for task in found])
+        terminal.print_document([task.model_dump(mode="json") for task in found])
     else:
-        rows = [(task.name, " ".join(_usage(task)), task.description.partition("\n")[0]) for task in found]
-        _print_table(("TASK", "PARAMETERS", "DESCRIPTION"), rows)
+        rows = [(task.name, " ".join(terminal.usage(task)), task.description.partition("\n")[0]) for task in found]
+        terminal.print_table(("TASK", "PARAMETERS", "DESCRIPTION"), rows)
 
 
 # Waiting
@@ -416,144 +406,13 @@ def tasks(
 def _finish(service: client.Client, run: Run, timeout: float | None, as_json: bool) -> None:
     run = _ended(service, run.id, timeout)
     client.raise_for_state(run)
-    _print_value(service.result(run.id), as_json)
+    terminal.print_value(service.result(run.id), as_json)
 
 
 def _ended(service: client.Client, run_id: UUID, timeout: float | None) -> Run:
     try:
-        with _watching(run_id) as progress:
+        with terminal.watching(run_id) as progress:
             return service.wait(run_id, timeout=timeout, progress=progress)
     except KeyboardInterrupt:
-        err.print(f"The run goes on: backcast wait {run_id}", soft_wrap=True)
+        terminal.err.print(f"The run goes on: backcast wait {run_id}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-
-
-@contextmanager
-def _watching(run_id: UUID) -> Iterator[client.Progress | None]:
-    """On a terminal, a line that moves while entered: the state of the run and how long it has been."""
-    if not err.is_terminal:
-        yield None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bars:
-        bar = bars.add_task(f"run {run_id}", total=None)
-
-        def show(run: Run) -> None:
-            again = f", attempt {run.attempts}" if run.attempts > 1 else ""
-            bars.update(bar, description=f"{run.task} is {run.state}{again}")
-
-        yield show
-
-
-# How things look
-
-
-def _complain(sentence: str) -> None:
-    err.print(Text(_printable(sentence), style="red"), soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """What others wrote must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _print_document(value: JSON) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
-def _print_value(value: JSON, as_json: bool) -> None:
-    if as_json:
-        _print_document(value)
-    elif isinstance(value, str):
-        typer.echo(_printable(value) if out.is_terminal else value)
-    else:
-        out.print_json(json.dumps(value))
-
-
-def _print_run(run: Run, as_json: bool) -> None:
-    if as_json:
-        _print_document(run.model_dump(mode="json"))
-        return
-    facts = {
-        "id": str(run.id),
-        "task": run.task,
-        "state": run.state,
-        "owner": run.owner,
-        "priority": str(run.priority),
-        "attempts": str(run.attempts),
-        "created": _local(run.created_at),
-        "not before": _local(run.run_at) if run.run_at > run.created_at else "",
-        "started": _local(run.started_at),
-        "finished": _local(run.finished_at),
-        "took": _took(run),
-        "error": f"{run.error.code}: {run.error.detail}" if run.error else "",
-        **{f"metadata.{name}": value for name, value in run.metadata.items()},
-    }
-    _print_facts(facts)
-
-
-def _print_task(task: TaskType, as_json: bool) -> None:
-    if as_json:
-        _print_document(task.model_dump(mode="json"))
-        return
-    facts = {
-        "task": task.name,
-        "about": task.description,
-        "pool": task.pool,
-        "version": task.version,
-        "retries": str(task.retries),
-        "timeout": _span(task.timeout) if task.timeout else "",
-        "submit": " ".join(["backcast submit", task.name, *_usage(task)]),
-        "input": json.dumps(task.input_schema, indent=2, ensure_ascii=False),
-    }
-    _print_facts(facts)
-
-
-def _usage(task: TaskType) -> list[str]:
-    required = task.input_schema.get("required", ())
-    return [f"{name}=…" if name in required else f"[{name}=…]" for name in task.input_schema.get("properties", ())]
-
-
-def _print_facts(facts: Mapping[str, str]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        if value and out.is_terminal:
-            grid.add_row(Text(_printable(name), style="dim"), _styled(value))
-        elif value:
-            typer.echo(f"{name}\t{value}")
-    if out.is_terminal:
-        out.print(grid)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal; elsewhere lines with tabs, for cut and awk."""
-    if not out.is_terminal:
-        for row in (columns, *rows):
-            typer.echo("\t".join(" ".join(cell.split()) for cell in row))
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        table.add_column(column, no_wrap=column not in _WORDS, overflow="ellipsis")
-    for row in rows:
-        table.add_row(*map(_styled, row))
-    out.print(table)
-
-
-def _styled(value: str) -> Text:
-    return Text(_printable(value), style=_COLOURS[value] if isinstance(value, State) else "")
-
-
-def _local(moment: datetime | None) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
-
-
-def _took(run: Run) -> str:
-    return _span(run.finished_at - run.started_at) if run.finished_at and run.started_at else ""
-
-
-def _span(time: timedelta) -> str:
-    seconds = time.total_seconds()
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{max(seconds, 0):.1f} s"

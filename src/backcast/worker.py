@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from uuid import UUID
@@ -20,7 +19,9 @@ from uuid import UUID
 import asyncpg
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from backcast.errors import BackcastError, FatalError, LedgerUnavailable, StoreUnavailable, Unavailable, UsageError
+from backcast import endings
+from backcast.endings import Keeper
+from backcast.errors import FatalError, LedgerUnavailable, StoreUnavailable, Unavailable, UsageError
 from backcast.lease import BEAT, Beat, Lease
 from backcast.ledger import Ledger, runs, workers
 from backcast.ledger.runs import Claim, Ending
@@ -54,10 +55,6 @@ class _Held:
             self.execution.cancel(reason)
 
 
-def problem(error: BackcastError) -> Problem:
-    return Problem(code=error.code, title=error.title, detail=error.detail)
-
-
 def _farthest(cursor: int, owners: list[int]) -> int:
     """The owner served last, going round from `cursor`: where the next claim goes on."""
     return max(owners, key=lambda owner: (owner - cursor - 1) % _KEY_SPACE)
@@ -71,6 +68,7 @@ class Worker:
         self._ledger = ledger
         self._store = store
         self._lease = Lease(settings, ledger, types, report=self._report, heard=self._heard)
+        self._keeper = Keeper(store, settings)
         self._names = {task.name for task in types}
         self._execute = execute
         self._held: dict[UUID, _Held] = {}
@@ -183,10 +181,15 @@ class Worker:
         finally:
             self._busy -= 1
             self._wake.set()
-        if held.execution.cancelled():
-            ending = self._stopped(held)
-        else:
-            ending = await self._ending(held, held.execution.result())
+        try:
+            if held.execution.cancelled():
+                ending = endings.stopped(claim, held.reason)
+            else:
+                ending = await self._keeper.ending(claim, held.execution.result())
+        except Exception:
+            log.exception("run %s could not be brought to its end", claim.id)
+            bug = FatalError("The worker failed on this run; its log has the details.", code="internal_error")
+            ending = await self._keeper.ending(claim, Failed(endings.problem(bug)))
         if ending is None:
             self._held.pop(claim.id, None)
         else:
@@ -203,95 +206,24 @@ class Worker:
             given = json.loads(text)
             return await self._execute(claim.task, claim.id, given, claim.retries_used)
         except Unavailable as error:
-            return Retry(problem(error), delay=5.0, retries=claim.retries_used)
+            return Retry(endings.problem(error), delay=5.0, retries=claim.retries_used)
         except Missing:
-            return Failed(problem(UsageError("The stored input is gone: submit the run again.", code="input_lost")))
+            return Failed(
+                endings.problem(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
+            )
         except (ValueError, RecursionError) as error:
-            return Failed(problem(UsageError(f"The stored input can't be read: {error}", code="unreadable_input")))
+            return Failed(
+                endings.problem(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
+            )
 
     async def _unknown(self, claim: Claim) -> Attempt:
         """A run of our pool whose task we don't have, as in the middle of a deployment: leave it to a worker that has
         it, wait a little for one to come, then fail it with a sentence."""
         if await workers.serves(self._ledger, self._settings.worker.pool, claim.task):
-            return Retry(_ELSEWHERE, delay=1.0, retries=claim.retries_used)
+            return Retry(endings.ELSEWHERE, delay=1.0, retries=claim.retries_used)
         if claim.attempts_used - claim.retries_used + 1 < claim.max_attempts:
-            return Retry(_UNKNOWN, delay=5.0, retries=claim.retries_used)
-        return Failed(_UNKNOWN)
-
-    def _stopped(self, held: _Held) -> Ending | None:
-        claim = held.claim
-        match held.reason:
-            case "lost":
-                return None
-            case "cancelled":  # settle sees the request and makes the outcome cancelled
-                return Ending(id=claim.id, fence=claim.fence, state="failed", retries_used=claim.retries_used)
-            case "handed back" | None:
-                return Ending(
-                    id=claim.id, fence=claim.fence, state="queued", charged=False, retries_used=claim.retries_used
-                )
-
-    async def _ending(self, held: _Held, attempt: Attempt) -> Ending | None:
-        claim = held.claim
-        match attempt:
-            case Retry(reason, delay, retries):
-                return Ending(
-                    id=claim.id,
-                    fence=claim.fence,
-                    state="scheduled" if delay > 0 else "queued",
-                    delay=delay,
-                    error=reason,
-                    retries_used=retries,
-                    charged=retries > claim.retries_used or reason is _UNKNOWN,
-                )
-            case Failed(reason):
-                return Ending(
-                    id=claim.id, fence=claim.fence, state="failed", error=reason, retries_used=claim.retries_used
-                )
-            case Succeeded(body, usage):
-                return await self._keep(held, body, usage)
-
-    async def _keep(self, held: _Held, body: bytes, usage: dict[str, JSON] | None) -> Ending:
-        """Store a result, for as long as it takes within reason: computing it again may be dear."""
-        claim = held.claim
-        if len(body) > self._settings.max_result:
-            error = FatalError(
-                f"The result has {len(body)} bytes of JSON, more than the {self._settings.max_result} allowed: return"
-                " less, or store it yourself and return its address.",
-                code="result_too_large",
-            )
-            return Ending(
-                id=claim.id, fence=claim.fence, state="failed", error=problem(error), retries_used=claim.retries_used
-            )
-        key = f"results/{claim.id}/{claim.fence}.json"
-        give_up, delay = time.monotonic() + self._settings.store.patience.total_seconds(), 0.5
-        while True:
-            try:
-                await self._store.put(key, body)
-            except StoreUnavailable as error:
-                if delay == 0.5:  # the first time
-                    log.warning("can't store the result of %s, trying on: %s", claim.id, error)
-                if time.monotonic() > give_up or self._draining:
-                    return Ending(
-                        id=claim.id,
-                        fence=claim.fence,
-                        state="scheduled",
-                        delay=5.0,
-                        error=problem(error),
-                        charged=False,
-                        retries_used=claim.retries_used,
-                    )
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 10.0)
-            else:
-                return Ending(
-                    id=claim.id,
-                    fence=claim.fence,
-                    state="completed",
-                    result=body.decode() if len(body) <= runs.INLINE_RESULT else None,
-                    result_key=key,
-                    usage=usage,
-                    retries_used=claim.retries_used,
-                )
+            return Retry(endings.UNKNOWN, delay=5.0, retries=claim.retries_used)
+        return Failed(endings.UNKNOWN)
 
     # -- settling ---------------------------------------------------------------------------------------------------
 
@@ -358,7 +290,7 @@ class Worker:
                 task.result()
 
     async def _drain(self, stop: Stop, claiming: asyncio.Task[None], settling: asyncio.Task[None]) -> None:
-        self._draining = True
+        self._draining = self._keeper.is_hurried = True
         self._wake.set()
         await asyncio.wait({claiming}, timeout=5)  # a claim that is under way still brings runs
         if self._works:
@@ -390,18 +322,6 @@ class Worker:
             one.cancel()
         if task in done:
             task.result()
-
-
-_ELSEWHERE = Problem(
-    code="task_elsewhere",
-    title="This worker does not have the task",
-    detail="The worker that claimed this run does not have its task, another one of the pool does: it goes back.",
-)
-_UNKNOWN = Problem(
-    code="unknown_task",
-    title="No worker has this task",
-    detail="The worker that claimed this run does not have its task: start one whose BACKCAST_TASKS names its module.",
-)
 
 
 async def _serve(settings: Settings) -> None:

@@ -1,0 +1,109 @@
+"""How the end of an attempt becomes the ending that the ledger records; a result is stored before it is one.
+
+Decides what is charged, what waits and for how long a store that is away is tried; knows nothing of slots or batches.
+"""
+
+import asyncio
+import logging
+import time
+
+from backcast.errors import BackcastError, FatalError, StoreUnavailable
+from backcast.ledger.runs import INLINE_RESULT, Claim, Ending
+from backcast.models import Attempt, Failed, Problem, Reason, Retry, Succeeded
+from backcast.settings import Settings
+from backcast.store import Store
+
+log = logging.getLogger("backcast.worker")
+
+ELSEWHERE = Problem(
+    code="task_elsewhere",
+    title="This worker does not have the task",
+    detail="The worker that claimed this run does not have its task, another one of the pool does: it goes back.",
+)
+UNKNOWN = Problem(
+    code="unknown_task",
+    title="No worker has this task",
+    detail="The worker that claimed this run does not have its task: start one whose BACKCAST_TASKS names its module.",
+)
+
+
+def problem(error: BackcastError) -> Problem:
+    return Problem(code=error.code, title=error.title, detail=error.detail)
+
+
+def stopped(claim: Claim, reason: Reason | None) -> Ending | None:
+    """The ending of an attempt that was stopped; none when the run is no longer ours to speak for."""
+    match reason:
+        case "lost":
+            return None
+        case "cancelled":  # settle sees the request and makes the outcome cancelled
+            return _failed(claim, None)
+        case "handed back" | None:
+            return Ending(
+                id=claim.id, fence=claim.fence, state="queued", charged=False, retries_used=claim.retries_used
+            )
+
+
+def _failed(claim: Claim, error: Problem | None) -> Ending:
+    return Ending(id=claim.id, fence=claim.fence, state="failed", error=error, retries_used=claim.retries_used)
+
+
+class Keeper:
+    """Makes endings, and stores the results among them."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._patience = settings.store.patience.total_seconds()
+        self._largest = settings.max_result
+        self.is_hurried = False
+        """Set while the worker drains: a store that is away is not waited for."""
+
+    async def ending(self, claim: Claim, attempt: Attempt) -> Ending:
+        match attempt:
+            case Failed(reason):
+                return _failed(claim, reason)
+            case Retry(reason, delay, retries):
+                return Ending(
+                    id=claim.id,
+                    fence=claim.fence,
+                    state="scheduled" if delay > 0 else "queued",
+                    delay=delay,
+                    error=reason,
+                    retries_used=retries,
+                    charged=retries > claim.retries_used or reason is UNKNOWN,
+                )
+            case Succeeded(body) if len(body) > self._largest:
+                error = FatalError(
+                    f"The result has {len(body)} bytes of JSON, more than the {self._largest} allowed: return less, or"
+                    " store it yourself and return its address.",
+                    code="result_too_large",
+                )
+                return _failed(claim, problem(error))
+            case Succeeded():
+                return await self._stored(claim, attempt)
+
+    async def _stored(self, claim: Claim, attempt: Succeeded) -> Ending:
+        """Store a result, for as long as it takes within reason: computing it again may be dear."""
+        key = f"results/{claim.id}/{claim.fence}.json"
+        give_up, delay = time.monotonic() + self._patience, 0.5
+        while True:
+            try:
+                await self._store.put(key, attempt.body)
+            except StoreUnavailable as error:
+                if delay == 0.5:  # the first time
+                    log.warning("can't store the result of %s, trying on: %s", claim.id, error)
+                if time.monotonic() > give_up or self.is_hurried:
+                    again = Retry(problem(error), delay=5.0, retries=claim.retries_used)
+                    return await self.ending(claim, again)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 10.0)
+            else:
+                return Ending(
+                    id=claim.id,
+                    fence=claim.fence,
+                    state="completed",
+                    result=attempt.body.decode() if len(attempt.body) <= INLINE_RESULT else None,
+                    result_key=key,
+                    usage=attempt.usage,
+                    retries_used=claim.retries_used,
+                )

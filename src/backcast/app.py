@@ -49,5 +49,6 @@ def serve(settings: Settings) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=10,
+        timeout_keep_alive=75,  # longer than a proxy's usual 60 s: it must be the one to close an idle connection
         server_header=False,
     )

@@ -12,7 +12,8 @@
     │   └── BodyTooLarge        413
     ├── Unavailable             503     something we need is away; the same request may succeed later
     │   ├── LedgerUnavailable
-    │   └── StoreUnavailable
+    │   ├── StoreUnavailable
+    │   └── NoWorkerYet
     ├── ConfigurationError              an operator must change a setting; the sentence says which
     └── RunError                        how an attempt of a run ended badly; its kind decides about a retry
         ├── UsageError                  the input can't be worked on: never retried
@@ -152,6 +153,13 @@ class LedgerUnavailable(Unavailable):
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
     title = "The result store can't be reached"
+
+
+class NoWorkerYet(Unavailable):
+    """The first worker has not registered its tasks yet, so no task is known."""
+
+    code = "no_worker_yet"
+    title = "No worker has registered its tasks yet"
 
 
 class ConfigurationError(BackcastError):

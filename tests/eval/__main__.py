@@ -7,7 +7,6 @@ product and casts in this process, against the model's server at BACKCAST_MODEL_
 import argparse
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -128,9 +127,8 @@ def product() -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix="backcast-eval-") as folder,
         (Path(folder) / "log").open("w+") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "backcast", "up"],
+            [sys.executable, "-m", "backcast", "up", "--port", str(port)],
             cwd=folder,
-            env=os.environ | {"BACKCAST_API__PORT": str(port)},
             stdout=log,
             stderr=log,
         ) as process,
@@ -146,7 +144,7 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline, seen = time.monotonic() + 600, "nothing"  # the first start downloads 491 MB
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            answer = httpx.get(f"{url}/readyz", timeout=5)
+            answer = httpx.get(f"{url}/v1/tasks/create_structured_output", timeout=5)
             seen = f"{answer.status_code}: {answer.text}"
             if answer.is_success:
                 return

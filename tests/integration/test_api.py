@@ -280,6 +280,16 @@ async def test_unknown_things(api: httpx.AsyncClient) -> None:
     problem(await api.post("/tasks", content="x", headers={"content-type": "text/plain"}), 415, "unsupported_body")
 
 
+async def test_before_the_first_worker_came_a_task_is_not_unknown_but_not_there_yet(
+    ledger: Ledger, store: Store
+) -> None:
+    app = create_app(ledger, store, max_body=MAX_BODY)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as api:
+        answer = await api.post("/tasks", json={"payload": "x", "target_type": "int"})
+        problem(answer, 503, "no_worker_yet")
+        assert int(answer.headers["retry-after"]) >= 1
+
+
 async def test_idempotency(api: httpx.AsyncClient) -> None:
     async def post(value: object, key: str) -> httpx.Response:
         return await api.post("/v1/tasks/echo/runs", json={"input": {"value": value}}, headers={"Idempotency-Key": key})

@@ -24,6 +24,7 @@ from backcast.errors import (
     MalformedBody,
     NoResult,
     NotFinished,
+    NoWorkerYet,
     ResultGone,
     StoreUnavailable,
     UnknownRun,
@@ -49,6 +50,7 @@ SUBMIT_PROBLEMS = problems.responses(
     InvalidTarget,
     IdempotencyConflict,
     LedgerUnavailable,
+    NoWorkerYet,
     StoreUnavailable,
 )
 

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
-from backcast.errors import UnknownTask
+from backcast.errors import NoWorkerYet, UnknownTask
 from backcast.ledger import Ledger
 from backcast.models import TaskType
 
@@ -145,9 +145,11 @@ _TASK_COLUMNS = (
 
 
 async def task_type(ledger: Ledger, name: str) -> TaskType:
-    """Raises `UnknownTask`."""
+    """Raises `UnknownTask`, or `NoWorkerYet` while no task is known at all."""
     row = await ledger.fetchrow(f"select {_TASK_COLUMNS} from task_types where name = $1", name)  # noqa: S608
     if row is None:
+        if await ledger.fetchrow("select 1 from task_types limit 1") is None:
+            raise NoWorkerYet("No worker has registered its tasks yet: start one, or wait for the first to be ready.")
         raise UnknownTask(
             f"No worker has registered a task {name!r}: see GET /v1/tasks, or start a worker that has it."
         )

@@ -1,8 +1,9 @@
-"""Shows every run in Prefect's UI without making anyone wait for it. Takes the events that Prefect's engine emits,
-keeps the last word on each run, and posts them in bulk for as long as it takes; decides nothing about runs.
+"""Shows every run in Prefect's UI without making anyone wait for it. Takes the events that Prefect's engine emits, and
+what the ledger alone knows, keeps the last word on each run, and posts them in bulk for as long as it takes.
 """
 
 import asyncio
+import json
 import logging
 import tempfile
 import threading
@@ -10,8 +11,9 @@ from collections import OrderedDict
 from typing import IO, TYPE_CHECKING
 
 import httpx
-from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
 
+from backcast.ledger.runs import Told
+from backcast.models import JSON, uuid7
 from backcast.settings import Prefect
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Mirror:
             headers={"content-type": "application/json"},
             timeout=30,
         )
-        self._enabled = server.api_url is not None and server.history
+        self.is_enabled = server.api_url is not None and server.history
 
     def install(self) -> None:
         """Become the destination of this process's Prefect events. Prefect ignores any other client class.
@@ -51,6 +53,8 @@ class Mirror:
         State changes of runs come straight to us: Prefect's own thread would only look for related flows, which our
         runs do not have, and takes longer over it than the run.
         """
+        from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient  # the steward has no Prefect
+
         EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=self)
         worker = EventsWorker.instance()
         send = worker.send
@@ -62,10 +66,16 @@ class Mirror:
 
     def put(self, item: "tuple[str, Event]") -> None:
         event = item[1]
-        if not self._enabled:
-            return
-        key = str(event.resource.id if event.event.startswith(_STATE) else event.id)
-        body = event.model_dump_json().encode()
+        if self.is_enabled:
+            key = str(event.resource.id if event.event.startswith(_STATE) else event.id)
+            self._keep(key, event.model_dump_json().encode())
+
+    def tell(self, run: Told) -> None:
+        """Show what the ledger knows of a run and no engine has said: that it waits, or how it ended."""
+        if self.is_enabled:
+            self._keep(f"{_STATE}{run.id}", json.dumps(_event(run)).encode())
+
+    def _keep(self, key: str, body: bytes) -> None:
         with self._lock:
             self._waiting.pop(key, None)
             self._waiting[key] = body
@@ -146,3 +156,50 @@ class Mirror:
             log.warning("Prefect refused an event: %s", response.text[:300])
         else:
             response.raise_for_status()
+
+
+def _event(run: Told) -> dict[str, JSON]:
+    """A state event as Prefect's engine would emit it. The server keeps the newest state of a run, by `occurred`."""
+    kind, name, at = run.state.upper(), run.state.capitalize(), run.at.isoformat()
+    shown: dict[str, JSON] = {
+        "name": run.task,
+        "task_key": run.task,
+        "dynamic_key": f"{run.task}-{run.id}",
+        "empirical_policy": {},
+        "tags": [],
+        "task_inputs": {name: [] for name in run.parameters},
+        "run_count": run.attempts,
+        "expected_start_time": run.due.isoformat(),
+    }
+    if run.state != "scheduled":
+        start = run.started_at or run.at
+        shown |= {"start_time": start.isoformat(), "end_time": at, "total_run_time": (run.at - start).total_seconds()}
+    details: JSON = {"scheduled_time": run.due.isoformat()} if run.state == "scheduled" else {}
+    return {
+        "id": str(uuid7()),
+        "occurred": at,
+        "event": f"{_STATE}{name}",
+        "resource": {
+            "prefect.resource.id": f"{_STATE}{run.id}",
+            "prefect.resource.name": run.task,
+            "prefect.run-count": str(run.attempts),
+            "prefect.state-message": run.message,
+            "prefect.state-name": name,
+            "prefect.state-timestamp": at,
+            "prefect.state-type": kind,
+            "prefect.orchestration": "client",
+        },
+        "related": [],
+        "payload": {
+            "intended": {"from": None, "to": kind},
+            "initial_state": None,
+            "validated_state": {
+                "type": kind,
+                "name": name,
+                "message": run.message,
+                "state_details": details,
+                "data": None,
+            },
+            "task_run": shown,
+        },
+    }

@@ -29,9 +29,12 @@ class State(StrEnum):
         return self not in (State.QUEUED, State.RUNNING)
 
 
-def uuid7() -> UUID:
-    """A new run id: time-ordered (RFC 9562, with sub-millisecond bits), made here because PostgreSQL 15 to 17 can't."""
-    now = time.time_ns()
+def uuid7(ago: float = 0.0) -> UUID:
+    """A new run id: time-ordered (RFC 9562, with sub-millisecond bits), made here because PostgreSQL 15 to 17 can't.
+
+    With `ago` seconds it is one as it would have been made then: a bound for ranges of ids.
+    """
+    now = time.time_ns() - int(ago * 1_000_000_000)
     ms, rest = divmod(now, 1_000_000)
     return UUID(int=ms << 80 | 7 << 76 | rest * 4096 // 1_000_000 << 64 | 2 << 62 | secrets.randbits(62))
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import asyncpg
@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from backcast.errors import LedgerUnavailable
 from backcast.ledger import Ledger, runs, workers
+from backcast.mirror import Mirror
+from backcast.models import uuid7
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
 
@@ -24,6 +26,11 @@ ROUND = 1.0
 VACUUM_EVERY = 2.0
 DEAD_ROWS = 5000
 FORGET_WORKERS_AFTER = timedelta(hours=1)
+WAITS_AFTER = 2.0
+"""Seconds after which a run that no worker has taken is shown as waiting; most never are, and cost nothing."""
+LOOK_BACK = 60.0
+PAGE = 2000
+"""Runs told of in one round; more than end in one transaction."""
 _LOCK = "backcast.steward"
 
 
@@ -52,9 +59,30 @@ class Vigil:
         return True
 
 
+@dataclass
+class Chronicle:
+    """Tells Prefect what its engine can't: which runs wait, and how those ended that never reached an engine or whose
+    worker died. Looks back a minute when it begins; telling twice does no harm."""
+
+    ledger: Ledger
+    mirror: Mirror
+    _accepted: UUID = field(default_factory=lambda: uuid7(LOOK_BACK), init=False)
+    _ended: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(seconds=LOOK_BACK), init=False)
+
+    async def go_on(self) -> None:
+        until = uuid7(WAITS_AFTER)
+        waiting = await runs.waiting(self.ledger, self._accepted, until, limit=PAGE)
+        self._accepted = waiting[-1].id if len(waiting) == PAGE else until
+        ended = await runs.ended_badly(self.ledger, self._ended, limit=PAGE)
+        if ended:  # a full page may end inside a batch with one time: that batch again
+            self._ended = ended[-1].at - timedelta(microseconds=len(ended) == PAGE)
+        for run in (*waiting, *ended):
+            self.mirror.tell(run)
+
+
 class Steward:
-    def __init__(self, ledger: Ledger, lease: timedelta) -> None:
-        self._ledger, self._lease = ledger, lease
+    def __init__(self, ledger: Ledger, lease: timedelta, mirror: Mirror) -> None:
+        self._ledger, self._lease, self._mirror = ledger, lease, mirror
         self._leading = False
         self._last_round = 0.0
         self.registry = CollectorRegistry()
@@ -90,6 +118,7 @@ class Steward:
 
     async def _lead(self, connection: asyncpg.Connection) -> None:
         vigil, vacuumed, forgotten = Vigil(self._lease.total_seconds()), 0.0, 0.0
+        chronicle = Chronicle(self._ledger, self._mirror)
         while True:
             now = time.monotonic()
             if not self._leading:  # held by the session, so it falls to another steward when this one dies
@@ -107,6 +136,8 @@ class Steward:
                 if now - forgotten > 60:
                     forgotten = now
                     await workers.forget_dead(self._ledger, FORGET_WORKERS_AFTER)
+                if self._mirror.is_enabled:
+                    await chronicle.go_on()
             await runs.promote(self._ledger)
             self._last_round = now
             await asyncio.sleep(ROUND)
@@ -122,14 +153,17 @@ class Steward:
 async def _serve(settings: Settings) -> None:
     stop = Stop()
     ledger = Ledger(settings.database.url.get_secret_value(), pool=2, name="backcast-steward")
-    steward = Steward(ledger, settings.lease)
+    mirror = Mirror(settings.prefect)
+    steward = Steward(ledger, settings.lease, mirror)
     async with probes(settings.steward.host, settings.steward.port, ready=steward.check, registry=steward.registry):
-        running, asked = asyncio.create_task(steward.run()), asyncio.create_task(stop.asked.wait())
+        running, mirroring = asyncio.create_task(steward.run()), asyncio.create_task(mirror.run())
+        asked = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
-        asked.cancel()
-        running.cancel()
+        for task in (asked, mirroring, running):
+            task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
+    await mirror.aclose(timeout=2)
     await ledger.aclose()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from backcast.ledger import Ledger
 from tests.support.stack import Stack, free_port, prefect_server, stack
 from tests.support.waiting import until
 
@@ -80,3 +81,33 @@ async def check(product: Stack, url: str, before: str) -> None:
 
 def _seconds(time: str) -> float:
     return datetime.fromisoformat(time).timestamp()
+
+
+async def test_prefect_also_shows_what_no_engine_has_said(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    """Runs that wait, that are cancelled while they wait, and that fail before there is an attempt."""
+    with prefect_server(tmp_path) as server:
+        await server.ready("/health", timeout=60)
+        env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
+        async with stack(database, tmp_path, **env) as product:
+            await product.up("api", "worker", "steward")
+            product.parts[1].kill()
+            await ledger.execute(
+                """insert into task_types select 'gone', pool, version, '', '{}', '{}', 0, null, 1
+                     from task_types limit 1"""
+            )
+            done, cancelled, gone = [
+                await product.submit("echo", value=1),
+                await product.submit("echo", value=2),
+                await product.submit("gone"),
+            ]
+            waiting = await seen(server.url, done, "SCHEDULED")
+            assert waiting["name"] == "echo"
+            assert list(waiting["task_inputs"]) == ["value"]
+            await seen(server.url, cancelled, "SCHEDULED")
+            await product.client.post(f"/v1/runs/{cancelled}/cancel")
+            await seen(server.url, cancelled, "CANCELLED")
+            await product.start("worker").ready()
+            completed = await seen(server.url, done, "COMPLETED")
+            assert completed["id"] == done
+            failed = await seen(server.url, gone, "FAILED")
+            assert "does not have its task" in failed["state"]["message"]

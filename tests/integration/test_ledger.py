@@ -15,7 +15,7 @@ import pytest
 from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
 from backcast.ledger import Ledger, migrate, runs, workers
 from backcast.ledger.runs import Claim, Ending
-from backcast.models import Run, State, Submission, TaskType, uuid7
+from backcast.models import Problem, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
 
 LEASE = timedelta(seconds=15)
@@ -254,6 +254,30 @@ async def test_cancel_races_with_claim_and_settle(ledger: Ledger) -> None:
     await asyncio.gather(*[race() for _ in range(50)])
     left = await ledger.fetch("select id from runs where state not in ('completed', 'cancelled')")
     assert left == []
+
+
+async def test_what_a_mirror_is_told(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    start, began = uuid7(1), datetime.now(UTC) - timedelta(seconds=1)
+    made = [(await submit(ledger, value=n)).run.id for n in range(5)]
+    [taken] = await claim(ledger, worker, 1)
+    await runs.cancel(ledger, made[4])
+    lost = Problem(code="c", title="t", detail="why")
+    await runs.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="failed", error=lost)])
+    told = await runs.waiting(ledger, start, uuid7(), limit=2)
+    assert [(run.id, run.state, run.parameters) for run in told] == [(made[n], "scheduled", ["x"]) for n in (1, 2)]
+    assert [run.id for run in await runs.waiting(ledger, told[-1].id, uuid7(), limit=2)] == [made[3]]
+    assert await runs.waiting(ledger, start, uuid7(1), limit=9) == [], "not before their time"
+
+    async def ended() -> list[runs.Told]:
+        return await runs.ended_badly(ledger, began, limit=9)
+
+    ends = await until(ended, lambda seen: len(seen) == 2)
+    assert {(run.id, run.state, run.message) for run in ends} == {
+        (made[4], "cancelled", ""),
+        (made[0], "failed", "why"),
+    }
+    assert await runs.ended_badly(ledger, ends[-1].at, limit=9) == []
 
 
 async def test_listing_pages_through_everything_once(ledger: Ledger) -> None:

@@ -5,11 +5,12 @@ so a `where` on state, fence and worker is decided by the newest version of the 
 run while it holds a first one, except `settle`, which nobody who holds run locks ever waits for.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
@@ -363,3 +364,61 @@ async def requeue(ledger: Ledger, lease: timedelta) -> dict[UUID, str]:
     for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
         ledger.wake(pool)
     return {row["id"]: row["state"] for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a mirror of the ledger shows of a run that no engine has spoken for."""
+
+    id: UUID
+    task: str
+    state: Literal["scheduled", "failed", "cancelled"]
+    parameters: list[str]
+    """Names only."""
+    message: str
+    at: datetime
+    due: datetime
+    started_at: datetime | None
+    attempts: int
+
+
+def _told(row: asyncpg.Record) -> Told:
+    state = row["state"] if row["state"] in ("failed", "cancelled") else "scheduled"
+    names: list[str] = []
+    with contextlib.suppress(ValueError, AttributeError):  # a large input is elsewhere, a damaged one has no names
+        names = list(json.loads(row["input"] or "{}").keys())
+    problem = Problem.model_validate_json(row["error"]) if row["error"] and state == "failed" else None
+    return Told(
+        id=row["id"],
+        task=row["task"],
+        state=state,
+        parameters=names,
+        message=problem.detail if problem else "",
+        at=row["created_at"] if state == "scheduled" else row["finished_at"],
+        due=row["run_at"],
+        started_at=None if state == "scheduled" else row["started_at"],
+        attempts=row["attempts_used"],
+    )
+
+
+_TOLD = "id, task, state, input, error, created_at, run_at, started_at, finished_at, attempts_used"
+
+# By the primary key: ids are time-ordered, so "accepted since" is a range of it, and each row is looked at once.
+_WAITING = f"""
+select {_TOLD} from runs where id > $1 and id <= $2 and fence = 0 and state in ('held', 'scheduled', 'queued')
+ order by id limit $3"""  # noqa: S608  # a constant
+
+# By runs_ended_badly. A second's distance lets the transactions commit that took their time before they did.
+_ENDED_BADLY = f"""
+select {_TOLD} from runs where state in ('failed', 'cancelled') and finished_at > $1
+   and finished_at <= now() - interval '1 second' order by finished_at limit $2"""  # noqa: S608  # a constant
+
+
+async def waiting(ledger: Ledger, after: UUID, until: UUID, *, limit: int) -> list[Told]:
+    """Runs with ids in (after, until] that no worker has had yet, the oldest first."""
+    return [_told(row) for row in await ledger.fetch(_WAITING, after, until, limit)]
+
+
+async def ended_badly(ledger: Ledger, after: datetime, *, limit: int) -> list[Told]:
+    """Runs that failed or were cancelled after this time (by the database's clock), the earliest first."""
+    return [_told(row) for row in await ledger.fetch(_ENDED_BADLY, after, limit)]

@@ -83,6 +83,7 @@ def upgrade() -> None:
     create index runs_live on runs (worker_id) where state = 'running';
     create unique index runs_idempotency on runs (owner, idem_key) where idem_key is not null;
     create index runs_by_owner on runs (owner, id);
+    create index runs_ended_badly on runs (finished_at) where state in ('failed', 'cancelled');
 
     create view backlog as
         select t.pool,

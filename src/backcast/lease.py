@@ -31,6 +31,8 @@ class Beat:
 
     fences: dict[UUID, int]
     """The runs it believes to hold."""
+    claims: int | None
+    """How many claims it had made; none while it waited for the answer to one."""
     busy: int
     draining: bool
 

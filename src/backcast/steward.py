@@ -29,8 +29,11 @@ FORGET_WORKERS_AFTER = timedelta(hours=1)
 WAITS_AFTER = 2.0
 """Seconds after which a run that no worker has taken is shown as waiting; most never are, and cost nothing."""
 LOOK_BACK = 60.0
-PAGE = 2000
-"""Runs told of in one round; more than end in one transaction."""
+WAITING_PAGE = 200
+"""Waiting runs told of in one round: a backlog must not keep Prefect's server from the runs that end. What has been
+taken by a worker when its turn comes is not told of at all."""
+ENDED_PAGE = 2000
+"""Ended runs told of in one round; more than end in one transaction."""
 _LOCK = "backcast.steward"
 
 
@@ -71,11 +74,11 @@ class Chronicle:
 
     async def go_on(self) -> None:
         until = uuid7(WAITS_AFTER)
-        waiting = await runs.waiting(self.ledger, self._accepted, until, limit=PAGE)
-        self._accepted = waiting[-1].id if len(waiting) == PAGE else until
-        ended = await runs.ended_badly(self.ledger, self._ended, limit=PAGE)
+        waiting = await runs.waiting(self.ledger, self._accepted, until, limit=WAITING_PAGE)
+        self._accepted = waiting[-1].id if len(waiting) == WAITING_PAGE else until
+        ended = await runs.ended_badly(self.ledger, self._ended, limit=ENDED_PAGE)
         if ended:  # a full page may end inside a batch with one time: that batch again
-            self._ended = ended[-1].at - timedelta(microseconds=len(ended) == PAGE)
+            self._ended = ended[-1].at - timedelta(microseconds=len(ended) == ENDED_PAGE)
         for run in (*waiting, *ended):
             self.mirror.tell(run)
 

@@ -77,6 +77,7 @@ class Worker:
         self._endings: asyncio.Queue[Ending] = asyncio.Queue()
         self._wake = asyncio.Event()
         self._draining = False
+        self._claims, self._claiming = 0, False
         self.registry = CollectorRegistry()
         self._metrics()
 
@@ -101,8 +102,9 @@ class Worker:
         await self._store.check()
 
     def _report(self) -> Beat:
+        claims = None if self._claiming else self._claims  # first: a claim from here on is one more
         fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
-        return Beat(fences, self._busy, self._draining)
+        return Beat(fences, claims, self._busy, self._draining)
 
     def _heard(self, said: Beat, holds: dict[UUID, workers.Held]) -> None:
         for run_id, fence in said.fences.items():
@@ -113,6 +115,15 @@ class Worker:
                 ours.stop("lost")
             elif theirs.cancel:
                 ours.stop("cancelled")
+        if said.claims is None or said.claims != self._claims or self._claiming:
+            return  # what we do not know of may just have been claimed
+        for run_id, theirs in holds.items():
+            if run_id not in said.fences and run_id not in self._held:
+                log.warning("handing back %s: the answer to its claim was lost", run_id)
+                back = Ending(
+                    id=run_id, fence=theirs.fence, state="queued", charged=False, retries_used=theirs.retries_used
+                )
+                self._endings.put_nowait(back)
 
     async def _watch_lease(self) -> None:
         while True:
@@ -136,6 +147,7 @@ class Worker:
             )
             claims: list[Claim] = []
             if room > 0 and self._lease.is_good:
+                self._claiming = True
                 try:
                     claims = await runs.claim(
                         self._ledger,
@@ -152,6 +164,7 @@ class Worker:
                     quiet = True
             for claim in claims:
                 self._start(claim)
+            self._claims, self._claiming = self._claims + 1, False
             if claims:  # and there may be more: an owner had less than its share, or another claimer was there
                 cursor = _farthest(cursor, [claim.owner_key for claim in claims])
             else:

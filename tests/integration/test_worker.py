@@ -4,6 +4,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from backcast import postgres
-from backcast.ledger import Ledger, migrate
+from backcast.ledger import Ledger, migrate, runs
 from tests.support.s3 import s3_server
 from tests.support.stack import FINAL, Stack, stack
 from tests.support.waiting import until
@@ -187,6 +188,23 @@ async def test_free_slots_are_filled_whatever_each_owner_has(product: Stack) -> 
         return sum([(await product.run(run))["state"] == "running" for run in runs])
 
     await until(running, lambda seen: seen == 10, timeout=4)
+
+
+async def test_a_claim_whose_answer_was_lost_is_handed_back(product: Stack, ledger: Ledger) -> None:
+    """As when the connection breaks after the commit: the ledger says that the worker has a run it never heard of."""
+    worker = product.parts[1]
+    await product.result(await product.submit("echo", value=0))
+    [row] = await ledger.fetch("select id from workers")
+    worker.signal(signal.SIGSTOP)
+    run_id = await product.submit("echo", value=1)
+    [lost] = await runs.claim(
+        ledger, pool="default", cursor=0, limit=1, worker_id=row["id"], lease=timedelta(seconds=15)
+    )
+    assert str(lost.id) == run_id
+    worker.signal(signal.SIGCONT)
+    assert await product.result(run_id, timeout=15) == 1
+    assert (await product.run(run_id))["attempts"] == 1
+    assert "the answer to its claim was lost" in worker.text
 
 
 async def test_a_second_signal_hands_back_at_once(database: str, tmp_path: Path) -> None:

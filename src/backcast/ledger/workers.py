@@ -71,13 +71,14 @@ class Held:
 
     fence: int
     cancel: bool
+    retries_used: int
 
 
 # One row per worker, by its key. The runs are read in the same snapshot: what a worker believes to hold and is not
 # here under the same fence has been given to someone else.
 _BEAT = """
 with beat as (update workers set heartbeat_at = now(), busy = $2, draining = $3 where id = $1 returning id)
-select r.id, r.fence, r.cancel_requested_at is not null as cancel, (select count(*) from beat) as known
+select r.id, r.fence, r.cancel_requested_at is not null as cancel, r.retries_used, (select count(*) from beat) as known
   from (select 1) one left join runs r on r.worker_id = $1 and r.state = 'running'"""
 
 
@@ -88,7 +89,7 @@ async def beat(
     rows = await connection.fetch(_BEAT, worker_id, busy, draining)
     if not rows[0]["known"]:
         return None
-    return {row["id"]: Held(row["fence"], row["cancel"]) for row in rows if row["id"] is not None}
+    return {row["id"]: Held(row["fence"], row["cancel"], row["retries_used"]) for row in rows if row["id"] is not None}
 
 
 async def retire(ledger: Ledger, worker_id: UUID) -> None:

@@ -165,9 +165,10 @@ class Worker:
             for claim in claims:
                 self._start(claim)
             self._claims, self._claiming = self._claims + 1, False
-            if claims:  # and there may be more: an owner had less than its share, or another claimer was there
+            if claims:
                 cursor = _farthest(cursor, [claim.owner_key for claim in claims])
-            else:
+            # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
+            if not 1 < len(claims) < room:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 

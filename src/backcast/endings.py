@@ -6,6 +6,7 @@ Decides what is charged, what waits and for how long a store that is away is tri
 import asyncio
 import logging
 import time
+from uuid import UUID
 
 from backcast.errors import BackcastError, FatalError, StoreUnavailable
 from backcast.ledger.runs import INLINE_RESULT, Claim, Ending
@@ -39,9 +40,12 @@ def stopped(claim: Claim, reason: Reason | None) -> Ending | None:
         case "cancelled":  # settle sees the request and makes the outcome cancelled
             return _failed(claim, None)
         case "handed back" | None:
-            return Ending(
-                id=claim.id, fence=claim.fence, state="queued", charged=False, retries_used=claim.retries_used
-            )
+            return handed_back(claim.id, claim.fence, claim.retries_used)
+
+
+def handed_back(run_id: UUID, fence: int, retries_used: int) -> Ending:
+    """The run is ready again at once, as if this worker had never had it."""
+    return Ending(id=run_id, fence=fence, state="queued", charged=False, retries_used=retries_used)
 
 
 def _failed(claim: Claim, error: Problem | None) -> Ending:

@@ -104,15 +104,6 @@ def why_not_ready(address: str) -> str | None:
     return None
 
 
-def wait_ready(address: str, *, timeout: float = 30) -> None:
-    """Return once the server answers; after `timeout` seconds raise LedgerUnavailable with the last thing seen."""
-    deadline = time.monotonic() + timeout
-    while why := why_not_ready(address):
-        if time.monotonic() > deadline:
-            raise LedgerUnavailable(f"PostgreSQL was not ready within {timeout:g} s: {why}")
-        time.sleep(_LOOK)
-
-
 def create_database(address: str, name: str) -> None:
     """Create the database, unless it is there; `address` names another one on the same server."""
     import psycopg

@@ -120,10 +120,7 @@ class Worker:
         for run_id, theirs in holds.items():
             if run_id not in said.fences and run_id not in self._held:
                 log.warning("handing back %s: the answer to its claim was lost", run_id)
-                back = Ending(
-                    id=run_id, fence=theirs.fence, state="queued", charged=False, retries_used=theirs.retries_used
-                )
-                self._endings.put_nowait(back)
+                self._endings.put_nowait(endings.handed_back(run_id, theirs.fence, theirs.retries_used))
 
     async def _watch_lease(self) -> None:
         while True:

@@ -6,7 +6,7 @@ commands import their process when called, so that the API never loads prefect o
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from backcast import __version__, client, terminal
 from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable
-from backcast.models import JSON, Run, State, Submission
+from backcast.models import JSON, Lane, Limits, Run, State, Submission
 from backcast.settings import URL_VARIABLE, load
 
 OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
@@ -230,6 +230,11 @@ def _moment(given: str) -> datetime:
         raise typer.BadParameter("a time is wanted, such as 2030-01-31T08:00 or 2030-01-31T08:00Z.") from None
 
 
+def _wrong_option(error: ValidationError) -> typer.BadParameter:
+    first = error.errors(include_url=False)[0]
+    return typer.BadParameter(f"{first['msg']}.", param_hint=f"--{str(first['loc'][0]).replace('_', '-')}")
+
+
 def _parameters(pairs: Iterable[str]) -> dict[str, JSON]:
     parameters: dict[str, JSON] = {}
     for pair in pairs:
@@ -294,6 +299,13 @@ def submit(
     run_at: Annotated[
         Any, typer.Option(parser=_moment, metavar="TIME", help="Not before this time.", show_default=False)
     ] = None,
+    deadline: Annotated[
+        Any,
+        typer.Option(parser=_moment, metavar="TIME", help="Not if it has not started by then.", show_default=False),
+    ] = None,
+    lane: Annotated[
+        str | None, typer.Option(help="What it draws on; see `backcast lanes`.", show_default=False)
+    ] = None,
     key: Annotated[
         str | None, typer.Option(help="Idempotency-Key: the same key gives the same run.", show_default=False)
     ] = None,
@@ -305,10 +317,11 @@ def submit(
     """Queue a run of a task, and print its id."""
     parameters = (given or {}) | _parameters(pairs or ())
     try:
-        submission = Submission(input=parameters, owner=owner, priority=priority, run_at=run_at)
+        submission = Submission(
+            input=parameters, owner=owner, priority=priority, run_at=run_at, deadline=deadline, lane=lane
+        )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise typer.BadParameter(f"{first['msg']}.", param_hint=f"--{first['loc'][0]}") from None
+        raise _wrong_option(error) from None
     with _connect(url) as service:
         run = service.submit(task, submission, key=key)
         if wait:
@@ -398,6 +411,61 @@ def tasks(
     else:
         rows = [(task.name, " ".join(terminal.usage(task)), task.description.partition("\n")[0]) for task in found]
         terminal.print_table(("TASK", "PARAMETERS", "DESCRIPTION"), rows)
+
+
+# Lanes
+
+
+@_use()
+def lanes(url: Url = None, as_json: AsJson = False) -> None:
+    """List the lanes that have limits."""
+    with _connect(url) as service:
+        _print_lanes(service.lanes(), as_json)
+
+
+@_use()
+def lane(
+    name: Annotated[str, typer.Argument(metavar="LANE", help="The lane's name.")],
+    max_running: Annotated[
+        int | None,
+        typer.Option(help="Runs that may run at the same time; 0 holds them all.", min=0, show_default=False),
+    ] = None,
+    max_per_minute: Annotated[
+        float | None, typer.Option(help="Runs that may start in a minute.", show_default=False)
+    ] = None,
+    lift: Annotated[bool, typer.Option("--lift", help="Take its limits away.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the limits of a lane, or set or lift them. Limits that are not given are removed."""
+    is_set = max_running is not None or max_per_minute is not None
+    if lift and is_set:
+        raise typer.BadParameter("--lift takes no limits with it.")
+    try:
+        limits = Limits(max_running=max_running, max_per_minute=max_per_minute)
+    except ValidationError as error:
+        raise _wrong_option(error) from None
+    with _connect(url) as service:
+        if lift:
+            service.lift_lane(name)
+            if not as_json:
+                typer.echo(f"The lane {name} has no limits any more.")
+            return
+        found = service.limit_lane(name, limits) if is_set else service.lane(name)
+    _print_lanes([found], as_json, one=True)
+
+
+def _print_lanes(found: Sequence[Lane], as_json: bool, *, one: bool = False) -> None:
+    if as_json:
+        documents = [lane.model_dump(mode="json") for lane in found]
+        terminal.print_document(documents[0] if one else documents)
+        return
+    rows = [
+        (lane.name, *("" if limit is None else f"{limit:g}" for limit in (lane.max_running, lane.max_per_minute)),
+         str(lane.admitted), str(lane.held))
+        for lane in found
+    ]  # fmt: skip
+    terminal.print_table(("LANE", "MAX RUNNING", "MAX PER MINUTE", "ADMITTED", "HELD"), rows)
 
 
 # Waiting

@@ -10,7 +10,8 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -25,9 +26,10 @@ from backcast.errors import (
     FieldError,
     InvalidInput,
     RunError,
+    TooManyWaiting,
     Unavailable,
 )
-from backcast.models import JSON, Run, State, Submission, TaskType
+from backcast.models import JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CAST = "create_structured_output"
@@ -54,6 +56,18 @@ class Filters(TypedDict, total=False):
     state: State | None
     task: str | None
     owner: str | None
+    batch: UUID | str | None
+
+
+class Options(TypedDict, total=False):
+    """The fields of a `Submission` beside its input."""
+
+    owner: str
+    priority: int
+    run_at: datetime | None
+    deadline: datetime | None
+    lane: str | None
+    metadata: dict[str, str]
 
 
 class _Ask(NamedTuple):
@@ -72,6 +86,10 @@ class _RunPage(BaseModel):
 
 class _TaskTypes(BaseModel):
     items: list[TaskType]
+
+
+class _Lanes(BaseModel):
+    items: list[Lane]
 
 
 class _Page(NamedTuple):
@@ -108,12 +126,30 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def submit(self, task: str, submission: Submission | Mapping[str, JSON], *, key: str | None = None) -> Run:
-        """Queue a run of `task`. A mapping is the task's input, with every other field left at its default.
+    def submit(
+        self,
+        task: str,
+        submission: Submission | Mapping[str, JSON],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Run:
+        """Queue a run of `task`. A mapping is the task's input; `options` set the other fields of the submission.
 
         `key` is the Idempotency-Key; one is made up when none is given.
         """
-        return self._perform(_submit(task, submission, key, self._patience))
+        return self._perform(_submit(task, submission, options, key, self._patience))
+
+    def submit_many(
+        self,
+        task: str,
+        submissions: Iterable[Submission | Mapping[str, JSON]],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Batch:
+        """Queue a run of `task` for each of them, all or none, with one request; `options` hold for every one."""
+        return self._perform(_submit_many(task, submissions, options, key, self._patience))
 
     @overload
     def cast(self, data: JSON, target: type[T], instructions: str | None = None, **waiting: Unpack[Waiting]) -> T: ...
@@ -159,6 +195,29 @@ class Client:
     def tasks(self) -> Sequence[TaskType]:
         return self._perform(_tasks(self._patience))
 
+    def batch(self, batch_id: UUID | str) -> Batch:
+        """A batch, with its runs counted by state; `list(batch=…)` has the runs."""
+        return self._perform(_batch("GET", batch_id, "", self._patience))
+
+    def cancel_batch(self, batch_id: UUID | str) -> Batch:
+        """Cancel every run of the batch that has not ended."""
+        return self._perform(_batch("POST", batch_id, "/cancel", self._patience))
+
+    def lanes(self) -> Sequence[Lane]:
+        """The lanes that have limits."""
+        return self._perform(_lanes(self._patience))
+
+    def lane(self, name: str) -> Lane:
+        return self._perform(_lane("GET", name, None, self._patience))
+
+    def limit_lane(self, name: str, limits: Limits) -> Lane:
+        """Replace the limits of a lane."""
+        return self._perform(_lane("PUT", name, limits, self._patience))
+
+    def lift_lane(self, name: str) -> None:
+        """Take the limits of a lane away; its runs that wait for it go on."""
+        self._perform(_lift_lane(name, self._patience))
+
     def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Run]:
         """Runs, newest first; pages are fetched as they are read."""
         ask = _first_page(filters, limit)
@@ -200,8 +259,25 @@ class AsyncClient:
     async def aclose(self) -> None:
         await self._http.aclose()
 
-    async def submit(self, task: str, submission: Submission | Mapping[str, JSON], *, key: str | None = None) -> Run:
-        return await self._perform(_submit(task, submission, key, self._patience))
+    async def submit(
+        self,
+        task: str,
+        submission: Submission | Mapping[str, JSON],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Run:
+        return await self._perform(_submit(task, submission, options, key, self._patience))
+
+    async def submit_many(
+        self,
+        task: str,
+        submissions: Iterable[Submission | Mapping[str, JSON]],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Batch:
+        return await self._perform(_submit_many(task, submissions, options, key, self._patience))
 
     @overload
     async def cast(
@@ -231,6 +307,24 @@ class AsyncClient:
 
     async def tasks(self) -> Sequence[TaskType]:
         return await self._perform(_tasks(self._patience))
+
+    async def batch(self, batch_id: UUID | str) -> Batch:
+        return await self._perform(_batch("GET", batch_id, "", self._patience))
+
+    async def cancel_batch(self, batch_id: UUID | str) -> Batch:
+        return await self._perform(_batch("POST", batch_id, "/cancel", self._patience))
+
+    async def lanes(self) -> Sequence[Lane]:
+        return await self._perform(_lanes(self._patience))
+
+    async def lane(self, name: str) -> Lane:
+        return await self._perform(_lane("GET", name, None, self._patience))
+
+    async def limit_lane(self, name: str, limits: Limits) -> Lane:
+        return await self._perform(_lane("PUT", name, limits, self._patience))
+
+    async def lift_lane(self, name: str) -> None:
+        await self._perform(_lift_lane(name, self._patience))
 
     async def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> AsyncIterator[Run]:
         ask = _first_page(filters, limit)
@@ -274,10 +368,43 @@ def raise_for_state(run: Run) -> None:
 # The exchanges
 
 
-def _submit(task: str, submission: Submission | Mapping[str, JSON], key: str | None, patience: float) -> Flow[Run]:
-    headers = {"Content-Type": "application/json", "Idempotency-Key": uuid4().hex if key is None else _header(key)}
-    path = f"/v1/tasks/{quote(task, safe='')}/runs"
-    return _read(Run, (yield from _answer(_Ask("POST", path, {}, _body(submission), headers), patience)))
+def _submit(
+    task: str, submission: Submission | Mapping[str, JSON], options: Options, key: str | None, patience: float
+) -> Flow[Run]:
+    ask = _Ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", {}, _body(submission, options), _headers(key))
+    return _read(Run, (yield from _answer(ask, patience)))
+
+
+def _submit_many(
+    task: str,
+    submissions: Iterable[Submission | Mapping[str, JSON]],
+    options: Options,
+    key: str | None,
+    patience: float,
+) -> Flow[Batch]:
+    body = b"".join(_body(submission, options) + b"\n" for submission in submissions)
+    headers = _headers(key) | {"Content-Type": "application/jsonl"}
+    ask = _Ask("POST", "/v1/batches", {"task": task}, body, headers, timeout=60.0)
+    return _read(Batch, (yield from _answer(ask, patience)))
+
+
+def _batch(method: str, batch_id: UUID | str, verb: str, patience: float) -> Flow[Batch]:
+    ask = _Ask(method, f"/v1/batches/{quote(str(batch_id), safe='')}{verb}", timeout=60.0)
+    return _read(Batch, (yield from _answer(ask, patience)))
+
+
+def _lanes(patience: float) -> Flow[Sequence[Lane]]:
+    return _read(_Lanes, (yield from _answer(_Ask("GET", "/v1/lanes"), patience))).items
+
+
+def _lane(method: str, name: str, limits: Limits | None, patience: float) -> Flow[Lane]:
+    body = None if limits is None else limits.model_dump_json(include=set(Limits.model_fields)).encode()
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    return _read(Lane, (yield from _answer(_Ask(method, _lane_path(name), {}, body, headers), patience)))
+
+
+def _lift_lane(name: str, patience: float) -> Flow[None]:
+    yield from _answer(_Ask("DELETE", _lane_path(name)), patience)
 
 
 def _cast(data: JSON, target: Any, instructions: str | None, waiting: Waiting, patience: float) -> Flow[Any]:
@@ -286,7 +413,7 @@ def _cast(data: JSON, target: Any, instructions: str | None, waiting: Waiting, p
     wanted = {"data": data, "target": target if python_type is None else python_type.json_schema()}
     if instructions is not None:
         wanted["instructions"] = instructions
-    run = yield from _submit(CAST, wanted, None, patience)
+    run = yield from _submit(CAST, wanted, {}, None, patience)
     if progress := waiting.get("progress"):
         progress(run)
     run = yield from _wait(run.id, waiting, patience)
@@ -406,19 +533,32 @@ def _run_path(run_id: UUID | str) -> str:
     return f"/v1/runs/{quote(str(run_id), safe='')}"
 
 
+def _lane_path(name: str) -> str:
+    return f"/v1/lanes/{quote(name, safe='')}"
+
+
+def _headers(key: str | None) -> dict[str, str]:
+    return {"Content-Type": "application/json", "Idempotency-Key": uuid4().hex if key is None else _header(key)}
+
+
 def _header(key: str) -> str:
     if not key or not key.isascii() or not key.isprintable():
         raise InvalidInput("An Idempotency-Key is made of printable ASCII characters.")
     return key
 
 
-def _body(submission: Submission | Mapping[str, JSON]) -> bytes:
+def _body(submission: Submission | Mapping[str, JSON], given: Options) -> bytes:
     try:
         if not isinstance(submission, Submission):
-            submission = Submission(input=dict(submission))
+            submission = Submission(input=dict(submission), **given)
+        elif given:
+            submission = Submission.model_validate({**dict(submission), **given})
         options = submission.model_dump(mode="json", exclude_defaults=True, exclude={"input"})
         # Not by pydantic, which would send NaN as null.
         return json.dumps(options | {"input": submission.input}, allow_nan=False, ensure_ascii=False).encode()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InvalidInput(f"{'/'.join(map(str, first['loc']))}: {first['msg']}.") from None
     except (ValueError, TypeError) as error:  # NaN, a lone surrogate, an object that is no JSON value
         raise InvalidInput(f"The input is not plain JSON: {error}.") from None
 
@@ -472,6 +612,10 @@ def _refusal(answer: httpx.Response) -> BackcastError:
         said = f"{answer.status_code} {answer.reason_phrase}".strip()
         return Unavailable(f"{answer.url} answered {said}.") if is_away else _foreign(answer, said)
     kind = _KINDS.get(code, Unavailable if is_away else ClientError)
-    error = kind(detail, errors=errors) if issubclass(kind, ClientError) else kind(detail)
+    if issubclass(kind, TooManyWaiting):
+        retry_after = answer.headers.get("Retry-After", "")
+        error = kind(detail, retry_after=timedelta(seconds=int(retry_after) if retry_after.isdecimal() else 30))
+    else:
+        error = kind(detail, errors=errors) if issubclass(kind, ClientError) else kind(detail)
     vars(error).update(code=code, title=title, status=answer.status_code)
     return error

@@ -9,7 +9,8 @@ import time
 from uuid import UUID
 
 from backcast.errors import BackcastError, FatalError, StoreUnavailable
-from backcast.ledger.runs import INLINE_RESULT, Claim, Ending
+from backcast.ledger.attempts import INLINE_RESULT, Claim, Ending
+from backcast.ledger.workers import Held
 from backcast.models import Attempt, Failed, Problem, Reason, Retry, Succeeded
 from backcast.settings import Settings
 from backcast.store import Store
@@ -28,6 +29,11 @@ UNKNOWN = Problem(
 )
 
 
+def result_key(run_id: UUID, fence: int) -> str:
+    """Where an attempt stores its result: attempts never share an object."""
+    return f"results/{run_id}/{fence}.json"
+
+
 def problem(error: BackcastError) -> Problem:
     return Problem(code=error.code, title=error.title, detail=error.detail)
 
@@ -40,16 +46,25 @@ def stopped(claim: Claim, reason: Reason | None) -> Ending | None:
         case "cancelled":  # settle sees the request and makes the outcome cancelled
             return _failed(claim, None)
         case "handed back" | None:
-            return handed_back(claim.id, claim.fence, claim.retries_used)
+            return handed_back(claim.id, claim)
 
 
-def handed_back(run_id: UUID, fence: int, retries_used: int) -> Ending:
+def handed_back(run_id: UUID, held: Claim | Held) -> Ending:
     """The run is ready again at once, as if this worker had never had it."""
-    return Ending(id=run_id, fence=fence, state="queued", charged=False, retries_used=retries_used)
+    return Ending(
+        id=run_id, fence=held.fence, lane=held.lane, state="queued", charged=False, retries_used=held.retries_used
+    )
 
 
 def _failed(claim: Claim, error: Problem | None) -> Ending:
-    return Ending(id=claim.id, fence=claim.fence, state="failed", error=error, retries_used=claim.retries_used)
+    return Ending(
+        id=claim.id,
+        fence=claim.fence,
+        lane=claim.lane,
+        state="failed",
+        error=error,
+        retries_used=claim.retries_used,
+    )
 
 
 class Keeper:
@@ -59,6 +74,7 @@ class Keeper:
         self._store = store
         self._patience = settings.store.patience.total_seconds()
         self._largest = settings.max_result
+        self._is_away = False
         self.is_hurried = False
         """Set while the worker drains: a store that is away is not waited for."""
 
@@ -66,12 +82,14 @@ class Keeper:
         match attempt:
             case Failed(reason):
                 return _failed(claim, reason)
-            case Retry(reason, delay, retries):
+            case Retry(reason, delay, retries, behind):
                 return Ending(
                     id=claim.id,
                     fence=claim.fence,
+                    lane=claim.lane,
                     state="scheduled" if delay > 0 else "queued",
                     delay=delay,
+                    flight=behind,
                     error=reason,
                     retries_used=retries,
                     charged=retries > claim.retries_used or reason is UNKNOWN,
@@ -88,23 +106,26 @@ class Keeper:
 
     async def _stored(self, claim: Claim, attempt: Succeeded) -> Ending:
         """Store a result, for as long as it takes within reason: computing it again may be dear."""
-        key = f"results/{claim.id}/{claim.fence}.json"
+        key = result_key(claim.id, claim.fence)
         give_up, delay = time.monotonic() + self._patience, 0.5
         while True:
             try:
                 await self._store.put(key, attempt.body)
             except StoreUnavailable as error:
-                if delay == 0.5:  # the first time
-                    log.warning("can't store the result of %s, trying on: %s", claim.id, error)
+                if not self._is_away:
+                    log.warning("can't store results, trying on: %s", error)
+                self._is_away = True
                 if time.monotonic() > give_up or self.is_hurried:
                     again = Retry(problem(error), delay=5.0, retries=claim.retries_used)
                     return await self.ending(claim, again)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 10.0)
             else:
+                self._is_away = False
                 return Ending(
                     id=claim.id,
                     fence=claim.fence,
+                    lane=claim.lane,
                     state="completed",
                     result=attempt.body.decode() if len(attempt.body) <= INLINE_RESULT else None,
                     result_key=key,

@@ -5,7 +5,9 @@
     │   ├── MalformedBody       400     ├── UnsupportedBody     415
     │   ├── NotFound            404     ├── InvalidInput        422
     │   │   ├── UnknownTask             │   └── InvalidTarget   422
-    │   │   └── UnknownRun              ├── IdempotencyConflict 422
+    │   │   ├── UnknownRun              ├── IdempotencyConflict 422
+    │   │   ├── UnknownBatch            ├── TooManyWaiting      429
+    │   │   └── UnknownLane
     │   ├── NotFinished         409
     │   ├── NoResult            409
     │   ├── ResultGone          410
@@ -82,6 +84,16 @@ class UnknownRun(NotFound):
     title = "There is no such run"
 
 
+class UnknownBatch(NotFound):
+    code = "unknown_batch"
+    title = "There is no such batch"
+
+
+class UnknownLane(NotFound):
+    code = "unknown_lane"
+    title = "This lane has no limits"
+
+
 class NotFinished(ClientError):
     """The run has no result yet; ask again after `retry_after`."""
 
@@ -134,6 +146,18 @@ class IdempotencyConflict(ClientError):
     code = "idempotency_key_reused"
     title = "This Idempotency-Key was used with another request"
     status = 422
+
+
+class TooManyWaiting(ClientError):
+    """As many runs wait as may wait; ask again after `retry_after`, by when there should be room."""
+
+    code = "too_many_waiting"
+    title = "Too many runs are waiting"
+    status = 429
+
+    def __init__(self, detail: str, *, retry_after: timedelta) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
 
 
 class Unavailable(BackcastError):

@@ -35,6 +35,8 @@ class Beat:
     """How many claims it had made; none while it waited for the answer to one."""
     busy: int
     draining: bool
+    settled: int
+    """Runs settled since it started."""
 
 
 class Lease:
@@ -110,7 +112,9 @@ class Lease:
                     async with self._ledger.session() as connection:
                         while not self._stopped.is_set():
                             sent, said = time.monotonic(), self._report()
-                            held = await workers.beat(connection, self.id, busy=said.busy, draining=said.draining)
+                            held = await workers.beat(
+                                connection, self.id, busy=said.busy, draining=said.draining, settled=said.settled
+                            )
                             loop.call_soon_threadsafe(self._answered, sent, said, held)
                             await asyncio.sleep(BEAT)
                 except LedgerUnavailable:

@@ -1,5 +1,5 @@
-"""Shows every run in Prefect's UI without making anyone wait for it. Takes the events that Prefect's engine emits, and
-what the ledger alone knows, keeps the last word on each run, and posts them in bulk for as long as it takes.
+"""Shows every run in Prefect's UI without making anyone wait for it. Keeps the last word on each run, and what tasks
+log, and posts them in bulk for as long as it takes; asks the server what it knows, and has it forget.
 """
 
 import asyncio
@@ -7,13 +7,15 @@ import json
 import logging
 import tempfile
 import threading
-from collections import OrderedDict
-from typing import IO, TYPE_CHECKING
+from collections import OrderedDict, deque
+from datetime import datetime
+from typing import IO, TYPE_CHECKING, Any
+from uuid import UUID
 
 import httpx
 
-from backcast.ledger.runs import Told
-from backcast.models import JSON, uuid7
+from backcast.changes import RESOURCE, Change, event
+from backcast.ledger.history import Told
 from backcast.settings import Prefect
 
 if TYPE_CHECKING:
@@ -22,20 +24,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("backcast.mirror")
 
 INTERVAL = 0.5
-"""Seconds between two posts: a run that starts and ends within it costs the server one event, not three."""
+"""Seconds between two posts: a run that starts and ends within it costs the server one event, not two."""
 BATCH = 200
-"""Events in one post: about 300 KB."""
+"""Events or log lines in one post (events: 200 KB), and runs in one question, which is the server's limit."""
 IN_MEMORY = 20_000
-"""Events kept in memory while the server is away, about 100 MB; more go to a temporary file."""
-
-_STATE = "prefect.task-run."
+"""Events kept in memory while the server is away, about 14 MB; more go to a temporary file."""
+LOGS = 16 * 1024 * 1024
+"""Bytes of log lines kept while the server is away; the oldest are dropped first."""
+AT_ONCE = 8
+"""Deletions that the server works on at the same time; it has no route that takes several."""
 
 
 class Mirror:
-    """The queue that Prefect's forwarding client puts events into. `put` comes from Prefect's thread, `run` is ours."""
+    """`show`, `put` and `keep_log` may come from any thread; `run` is a loop of ours."""
 
     def __init__(self, server: Prefect) -> None:
-        self._waiting: OrderedDict[str, bytes] = OrderedDict()
+        # Events are written as late as they are posted: most are overtaken by the next one of their run.
+        self._waiting: OrderedDict[str, bytes | Change | Event] = OrderedDict()
+        self._logs: deque[bytes] = deque()
+        self._log_bytes = 0
         self._lock = threading.Lock()
         self._spool: IO[bytes] | None = None
         auth = server.auth_string.get_secret_value().partition(":") if server.auth_string else None
@@ -48,37 +55,54 @@ class Mirror:
         self.is_enabled = server.api_url is not None and server.history
 
     def install(self) -> None:
-        """Become the destination of this process's Prefect events. Prefect ignores any other client class.
+        """Become the destination of this process's Prefect events and logs. Prefect ignores any other client class.
 
-        State changes of runs come straight to us: Prefect's own thread would only look for related flows, which our
-        runs do not have, and takes longer over it than the run.
+        Our engine shows its runs itself; what comes this way are the tasks that tasks call. Their changes of state are
+        taken before Prefect's own thread looks for related flows, of which there are none.
         """
         from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient  # the steward has no Prefect
+        from prefect.logging.handlers import set_api_log_sink
 
         EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=self)
+        set_api_log_sink(self.keep_log)
         worker = EventsWorker.instance()
         send = worker.send
 
         def take(event: "Event") -> None:
-            self.put(("event", event)) if event.event.startswith(_STATE) else send(event)
+            self.put(("event", event)) if event.event.startswith(RESOURCE) else send(event)
 
         worker.send = take  # pyright: ignore[reportAttributeAccessIssue]  # a method is replaced on purpose
 
-    def put(self, item: "tuple[str, Event]") -> None:
-        event = item[1]
+    # -- what is to be shown ----------------------------------------------------------------------------------------
+
+    def show(self, change: Change) -> None:
         if self.is_enabled:
-            key = str(event.resource.id if event.event.startswith(_STATE) else event.id)
-            self._keep(key, event.model_dump_json().encode())
+            self._keep(f"{RESOURCE}{change.run}", change)
 
     def tell(self, run: Told) -> None:
         """Show what the ledger knows of a run and no engine has said: that it waits, or how it ended."""
-        if self.is_enabled:
-            self._keep(f"{_STATE}{run.id}", json.dumps(_event(run)).encode())
+        self.show(Change.from_ledger(run))
 
-    def _keep(self, key: str, body: bytes) -> None:
+    def put(self, item: "tuple[str, Event]") -> None:
+        """Prefect's word for it: this object is the queue of its forwarding client."""
+        event = item[1]
+        if self.is_enabled:
+            self._keep(str(event.resource.id if event.event.startswith(RESOURCE) else event.id), event)
+
+    def keep_log(self, line: dict[str, Any]) -> None:
+        line.pop("__payload_size__", None)  # Prefect's own note
+        if self.is_enabled:
+            body = json.dumps(line).encode()
+            with self._lock:
+                self._logs.append(body)
+                self._log_bytes += len(body)
+                while self._log_bytes > LOGS:
+                    self._log_bytes -= len(self._logs.popleft())
+
+    def _keep(self, key: str, item: "bytes | Change | Event") -> None:
         with self._lock:
             self._waiting.pop(key, None)
-            self._waiting[key] = body
+            self._waiting[key] = item
             if len(self._waiting) > IN_MEMORY:
                 self._spill()
 
@@ -86,7 +110,7 @@ class Mirror:
         self._spool = self._spool or tempfile.TemporaryFile("w+b", prefix="backcast-events-")  # noqa: SIM115  # lives until unspilled
         self._spool.seek(0, 2)
         for _ in range(IN_MEMORY // 2):
-            self._spool.write(self._waiting.popitem(last=False)[1] + b"\n")
+            self._spool.write(_written(self._waiting.popitem(last=False)[1]) + b"\n")
 
     def _unspill(self) -> None:
         with self._lock:
@@ -98,12 +122,14 @@ class Mirror:
             self._waiting.update((f"spooled-{n}", line.rstrip(b"\n")) for n, line in enumerate(spool))
             spool.close()
 
+    # -- showing it -------------------------------------------------------------------------------------------------
+
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
     async def run(self) -> None:
-        """Post events for ever; while the server is away they wait, the newest of each run."""
+        """Post for ever; while the server is away events wait, the newest of each run."""
         delay, away = INTERVAL, False
         while True:
             await asyncio.sleep(delay)
@@ -135,71 +161,105 @@ class Mirror:
             with self._lock:
                 batch = [self._waiting.popitem(last=False) for _ in range(min(BATCH, len(self._waiting)))]
             if not batch:
-                return
+                break
             try:
-                await self._post(batch)
+                await self._post("/events", [_written(item) for _, item in batch])
             except BaseException:
                 with self._lock:
-                    for key, body in reversed(batch):
+                    for key, item in reversed(batch):
                         if key not in self._waiting:  # else a newer word on the same run has come
-                            self._waiting[key] = body
+                            self._waiting[key] = item
                             self._waiting.move_to_end(key, last=False)
                 raise
+        while True:
+            with self._lock:
+                lines = [self._logs.popleft() for _ in range(min(BATCH, len(self._logs)))]
+                self._log_bytes -= sum(map(len, lines))
+            if not lines:
+                return
+            try:
+                await self._post("/logs/", lines)
+            except BaseException:
+                with self._lock:
+                    self._logs.extendleft(reversed(lines))
+                    self._log_bytes += sum(map(len, lines))
+                raise
 
-    async def _post(self, batch: list[tuple[str, bytes]]) -> None:
-        response = await self._client.post("/events", content=b"[" + b",".join(body for _, body in batch) + b"]")
-        if response.status_code == 422 and len(batch) > 1:  # one event is refused: find it
+    async def _post(self, path: str, batch: list[bytes]) -> None:
+        response = await self._client.post(path, content=b"[" + b",".join(batch) + b"]")
+        if response.status_code == 422 and len(batch) > 1:  # one of them is refused: find it
             middle = len(batch) // 2
-            await self._post(batch[:middle])
-            await self._post(batch[middle:])
+            await self._post(path, batch[:middle])
+            await self._post(path, batch[middle:])
         elif response.status_code == 422:
-            log.warning("Prefect refused an event: %s", response.text[:300])
+            log.warning("Prefect refused one of %s: %s", path, response.text[:300])
         else:
             response.raise_for_status()
 
+    # -- asking it --------------------------------------------------------------------------------------------------
 
-def _event(run: Told) -> dict[str, JSON]:
-    """A state event as Prefect's engine would emit it. The server keeps the newest state of a run, by `occurred`."""
-    kind, name, at = run.state.upper(), run.state.capitalize(), run.at.isoformat()
-    shown: dict[str, JSON] = {
-        "name": run.task,
-        "task_key": run.task,
-        "dynamic_key": f"{run.task}-{run.id}",
-        "empirical_policy": {},
-        "tags": [],
-        "task_inputs": {name: [] for name in run.parameters},
-        "run_count": run.attempts,
-        "expected_start_time": run.due.isoformat(),
-    }
-    if run.state != "scheduled":
-        start = run.started_at or run.at
-        shown |= {"start_time": start.isoformat(), "end_time": at, "total_run_time": (run.at - start).total_seconds()}
-    details: JSON = {"scheduled_time": run.due.isoformat()} if run.state == "scheduled" else {}
-    return {
-        "id": str(uuid7()),
-        "occurred": at,
-        "event": f"{_STATE}{name}",
-        "resource": {
-            "prefect.resource.id": f"{_STATE}{run.id}",
-            "prefect.resource.name": run.task,
-            "prefect.run-count": str(run.attempts),
-            "prefect.state-message": run.message,
-            "prefect.state-name": name,
-            "prefect.state-timestamp": at,
-            "prefect.state-type": kind,
-            "prefect.orchestration": "client",
-        },
-        "related": [],
-        "payload": {
-            "intended": {"from": None, "to": kind},
-            "initial_state": None,
-            "validated_state": {
-                "type": kind,
-                "name": name,
-                "message": run.message,
-                "state_details": details,
-                "data": None,
-            },
-            "task_run": shown,
-        },
-    }
+    async def count(self, ids: list[UUID], state_type: str) -> int:
+        """How many of up to 1,000 runs the server has in this state: a thirtieth of the cost of asking for `states`.
+
+        Raises:
+            httpx.HTTPError: the server is away.
+        """
+        wanted = {"id": {"any_": [str(one) for one in ids]}, "state": {"type": {"any_": [state_type]}}}
+        response = await self._client.post("/task_runs/count", json={"task_runs": wanted})
+        response.raise_for_status()
+        return int(response.json())
+
+    async def states(self, ids: list[UUID]) -> dict[UUID, str | None]:
+        """The state types (COMPLETED, …) of these runs as the server has them; None where it has no such run.
+
+        Raises:
+            httpx.HTTPError: the server is away.
+        """
+        known: dict[UUID, str | None] = dict.fromkeys(ids)
+        for start in range(0, len(ids), BATCH):
+            asked = [str(one) for one in ids[start : start + BATCH]]
+            for run in await self._filter({"id": {"any_": asked}}, limit=len(asked)):
+                known[UUID(run["id"])] = run["state_type"]
+        return known
+
+    async def forget(self, before: datetime, limit: int) -> int:
+        """Have the server delete up to `limit` task runs without a flow that ended before this time, with their logs,
+        which it removes a moment later. How many it was; the server's route takes one at a time.
+
+        Raises:
+            httpx.HTTPError: the server is away.
+        """
+        forgotten = 0
+        old = {"end_time": {"before_": before.isoformat()}, "flow_run_id": {"is_null_": True}}
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def delete(run_id: str) -> None:
+            async with gate:
+                response = await self._client.delete(f"/task_runs/{run_id}")
+                if response.status_code != 404:  # someone else was faster
+                    response.raise_for_status()
+
+        while forgotten < limit:
+            runs = await self._filter(old, limit=min(BATCH, limit - forgotten))
+            await asyncio.gather(*[delete(run["id"]) for run in runs])
+            forgotten += len(runs)
+            if not runs:
+                break
+        return forgotten
+
+    async def _filter(self, wanted: dict[str, Any], *, limit: int) -> list[dict[str, Any]]:
+        # In an order that has an index which the filter by end uses too.
+        question = {"task_runs": wanted, "limit": limit, "sort": "END_TIME_DESC"}
+        response = await self._client.post("/task_runs/filter", json=question)
+        response.raise_for_status()
+        return list(response.json())
+
+
+def _written(item: "bytes | Change | Event") -> bytes:
+    match item:
+        case bytes():
+            return item
+        case Change():
+            return event(item)
+        case _:
+            return item.model_dump_json().encode()

@@ -73,6 +73,10 @@ class Submission(_Noun):
     """Higher runs first, among the runs of the same owner."""
     run_at: AwareDatetime | None = None
     """Not before this time (with a time zone)."""
+    deadline: AwareDatetime | None = None
+    """Not after this time: a run that waits then, for a slot or for another attempt, expires; a running one goes on."""
+    lane: Label | None = None
+    """What the run draws on, such as a provider's quota; a lane may have limits. None: the task's own lane, if any."""
     metadata: dict[str, str] = Field(default={}, max_length=32)
     """The caller's own labels; returned with the run, not read by anyone else."""
 
@@ -86,6 +90,8 @@ class Run(_Noun):
     state: State
     owner: str
     priority: int
+    lane: str | None = None
+    batch_id: UUID | None = None
     attempts: int
     """Attempts that have been started, the present one included."""
     error: Problem | None = None
@@ -95,6 +101,7 @@ class Run(_Noun):
     metadata: dict[str, str] = {}
     created_at: datetime
     run_at: datetime
+    deadline: datetime | None = None
     started_at: datetime | None = None
     """Start of the latest attempt."""
     finished_at: datetime | None = None
@@ -116,6 +123,40 @@ class TaskType(_Noun):
     """How long one attempt may take."""
     max_attempts: int = 3
     """How often a run may be lost together with its worker before it fails."""
+    lane: str | None = None
+    """The lane of runs that do not name one."""
+    history: bool = True
+    """Whether Prefect shows its runs."""
+
+
+class Limits(_Noun):
+    """What a lane allows; at least one of the two is set."""
+
+    max_running: int | None = Field(default=None, ge=0)
+    """Runs of the lane that may run at the same time; 0 holds them all."""
+    max_per_minute: float | None = Field(default=None, gt=0, le=1_000_000)
+    """Attempts that may start in a minute, retries included."""
+
+
+class Lane(Limits):
+    """A lane with limits, and how it is doing."""
+
+    name: str
+    admitted: int
+    """Its runs that are running, or may run as soon as a slot is free."""
+    held: int
+    """Its runs that wait for the lane; counted up to 10,000."""
+
+
+class Batch(_Noun):
+    """Runs that were submitted together."""
+
+    id: UUID
+    owner: str
+    size: int
+    created_at: datetime
+    states: dict[State, int] = {}
+    """How many of its runs are in which state; removed ones are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +181,8 @@ class Retry:
     problem: Problem
     delay: float
     retries: int
+    behind: str | None = None
+    """The flight to wait for: another run computes the same value."""
 
 
 Attempt = Succeeded | Failed | Retry

@@ -39,6 +39,8 @@ class Database(_Section):
     """PostgreSQL 15 to 18, as `postgresql://user:password@host:port/database`."""
     pool: int = Field(default=10, ge=2, le=200)
     """Connections that one process may hold open, besides one for listening and one for heartbeats."""
+    timeout: timedelta = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
+    """How long a statement may take, with the wait for a connection, before the database counts as unavailable."""
 
 
 class Store(_Section):
@@ -69,6 +71,14 @@ class Api(_Section):
     """Port that the API listens on."""
     max_body: int = Field(default=1024 * 1024, ge=1024)
     """Largest request body, in bytes; more is refused before it is read."""
+    max_batch: int = Field(default=10_000, ge=1, le=100_000)
+    """Most runs in one batch."""
+    max_batch_body: int = Field(default=64 * 1024 * 1024, ge=1024)
+    """Largest body of a batch, in bytes."""
+    max_waiting: int = Field(default=1_000_000, ge=1)
+    """Runs that may wait in all; more are refused with 429 until some have been worked on."""
+    max_waiting_per_owner: int = Field(default=100_000, ge=1)
+    """Runs of one owner that may wait."""
 
 
 class Worker(_Section):
@@ -91,6 +101,12 @@ class Steward(_Section):
     """Address of the health and metrics port; 0.0.0.0 in a cluster."""
     port: int = Field(default=8082, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
+    keep_runs: timedelta | None = timedelta(days=30)
+    """How long runs and their results are kept after they ended; none keeps them for ever."""
+    keep_history: timedelta | None = timedelta(days=30)
+    """How long Prefect's task runs and logs are kept after they ended; Prefect itself never removes them."""
+    sweep: timedelta = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
+    """Time between two sweeps that remove what is too old, and stored objects that no run names."""
 
 
 class Prefect(_Section):

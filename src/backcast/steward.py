@@ -1,40 +1,48 @@
-"""The steward's loop: gives the runs of dead workers to others, and keeps the tables fit. One leader by advisory lock;
-without it work goes on, only losses wait."""
+"""The steward's loop: gives the runs of dead workers to others, and sees to it that tables, store and history stay fit.
+One leader by advisory lock; without it work goes on, only losses wait.
+
+Two that lead at once do no harm: every statement is right by itself, by the database's clock and the rows' locks, so
+what a steward believed before it was stopped decides nothing but when a statement is sent.
+"""
 
 import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 import asyncpg
+import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from backcast.errors import LedgerUnavailable
-from backcast.ledger import Ledger, runs, workers
+from backcast.chronicle import Chronicle
+from backcast.errors import LedgerUnavailable, Unavailable
+from backcast.ledger import Ledger, attempts, lanes, upkeep, workers
 from backcast.mirror import Mirror
 from backcast.models import uuid7
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
+from backcast.store import Store, open_store
+from backcast.sweep import Sweep, forget_history
 
 log = logging.getLogger("backcast.steward")
 
 ROUND = 1.0
 """Seconds between two looks at the leases."""
+LOOK_AGAIN_EVERY = 5.0
 VACUUM_EVERY = 2.0
 DEAD_ROWS = 5000
+MEASURE_EVERY = 5.0
+"""Seconds; a backlog of a million runs takes a fraction of one to count."""
+FORGET_WORKERS_EVERY = 60.0
 FORGET_WORKERS_AFTER = timedelta(hours=1)
-WAITS_AFTER = 2.0
-"""Seconds after which a run that no worker has taken is shown as waiting; most never are, and cost nothing."""
-LOOK_BACK = 60.0
-WAITING_PAGE = 200
-"""Waiting runs told of in one round: a backlog must not keep Prefect's server from the runs that end. What has been
-taken by a worker when its turn comes is not told of at all."""
-ENDED_PAGE = 2000
-"""Ended runs told of in one round; more than end in one transaction."""
-_LOCK = "backcast.steward"
+
+Duty = tuple[str, Callable[[], Awaitable[object]], float]
+"""What is done, and how often, in seconds."""
 
 
 @dataclass
@@ -45,15 +53,18 @@ class Vigil:
     lease: float
     watching_since: float = 0.0
     _last: float = field(default=0.0, init=False)
+    _last_at: float = field(default=0.0, init=False)
     _database_started: float | None = field(default=None, init=False)
     _suspects: frozenset[UUID] = field(default_factory=frozenset[UUID], init=False)
 
     def may_requeue(self, fleet: workers.Fleet, now: float) -> bool:
-        """`now` is a monotonic clock, in seconds."""
-        gap = now - self._last > max(3 * ROUND, self.lease / 3)
+        """`now` is a monotonic clock, in seconds, read after the answer: what was asked before a pause is old. The
+        database's clock sees what ours may not: that the machine slept, or that somebody has set the clock."""
+        limit = max(3 * ROUND, self.lease / 3)
+        gap = now - self._last > limit or fleet.at - self._last_at > limit
         if gap or fleet.database_started != self._database_started:
             self.watching_since, self._suspects = now, frozenset()
-        self._last, self._database_started = now, fleet.database_started
+        self._last, self._last_at, self._database_started = now, fleet.at, fleet.database_started
         if now - self.watching_since < self.lease or not fleet.dead:
             return False
         if len(fleet.dead) > max(1, (fleet.alive + len(fleet.dead)) // 4) and fleet.dead != self._suspects:
@@ -62,35 +73,27 @@ class Vigil:
         return True
 
 
-@dataclass
-class Chronicle:
-    """Tells Prefect what its engine can't: which runs wait, and how those ended that never reached an engine or whose
-    worker died. Looks back a minute when it begins; telling twice does no harm."""
-
-    ledger: Ledger
-    mirror: Mirror
-    _accepted: UUID = field(default_factory=lambda: uuid7(LOOK_BACK), init=False)
-    _ended: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(seconds=LOOK_BACK), init=False)
-
-    async def go_on(self) -> None:
-        until = uuid7(WAITS_AFTER)
-        waiting = await runs.waiting(self.ledger, self._accepted, until, limit=WAITING_PAGE)
-        self._accepted = waiting[-1].id if len(waiting) == WAITING_PAGE else until
-        ended = await runs.ended_badly(self.ledger, self._ended, limit=ENDED_PAGE)
-        if ended:  # a full page may end inside a batch with one time: that batch again
-            self._ended = ended[-1].at - timedelta(microseconds=len(ended) == ENDED_PAGE)
-        for run in (*waiting, *ended):
-            self.mirror.tell(run)
-
-
 class Steward:
-    def __init__(self, ledger: Ledger, lease: timedelta, mirror: Mirror) -> None:
-        self._ledger, self._lease, self._mirror = ledger, lease, mirror
+    def __init__(self, settings: Settings, ledger: Ledger, store: Store, mirror: Mirror) -> None:
+        self._settings, self._ledger, self._store, self._mirror = settings.steward, ledger, store, mirror
+        self._lease = settings.lease
+        self._id = uuid7()
         self._leading = False
         self._last_round = 0.0
         self.registry = CollectorRegistry()
-        Gauge("backcast_steward_leading", "1 for the leader", registry=self.registry).set_function(
-            lambda: float(self._leading)
+        self._metrics()
+
+    def _metrics(self) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"backcast_{name}", text, labels, registry=self.registry)
+
+        gauge("steward_leading", "1 for the leader").set_function(lambda: float(self._leading))
+        self._ready = gauge("backlog_ready", "Runs that a worker could start now", "pool")
+        self._running = gauge("backlog_running", "Runs that are being worked on", "pool")
+        self._oldest = gauge("backlog_oldest_age_seconds", "How long the first of the ready runs has waited", "pool")
+        self._oldest_xmin = gauge(
+            "database_oldest_xmin_age_transactions",
+            "Transactions since the oldest snapshot still held; vacuum removes nothing newer",
         )
         self._requeued = Counter(
             "backcast_runs_lost",
@@ -104,60 +107,126 @@ class Steward:
         if time.monotonic() - self._last_round > 10 * ROUND:
             raise LedgerUnavailable("The steward's rounds do not reach the database.")
 
+    # -- leading ----------------------------------------------------------------------------------------------------
+
     async def run(self) -> None:
         """Lead when nobody else does, for ever."""
         quiet = False
         while True:
             try:
-                async with self._ledger.session() as connection:
+                async with self._ledger.session() as connection:  # which holds the lead, and loses it when it ends
                     quiet = False
+                    while not await upkeep.take_lead(connection):
+                        await self._round_ends()
                     await self._lead(connection)
             except LedgerUnavailable as error:
                 if not quiet:
                     log.warning("waiting for the database: %s", error)
                 quiet = True
-            self._leading = False
             await asyncio.sleep(ROUND)
 
     async def _lead(self, connection: asyncpg.Connection) -> None:
-        vigil, vacuumed, forgotten = Vigil(self._lease.total_seconds()), 0.0, 0.0
-        chronicle = Chronicle(self._ledger, self._mirror)
-        while True:
-            now = time.monotonic()
-            if not self._leading:  # held by the session, so it falls to another steward when this one dies
-                got = await connection.fetchval("select pg_try_advisory_lock(hashtext($1))", _LOCK)
-                if got:
-                    log.info("leading")
-                self._leading = bool(got)
-            if self._leading:
+        """The leases each second; everything else beside them, so that nothing keeps them waiting."""
+        vigil = Vigil(self._lease.total_seconds())
+        async with self._at_work():
+            while True:
+                await upkeep.beat(connection, self._id)
                 fleet = await workers.fleet(connection, self._lease)
-                if vigil.may_requeue(fleet, now):
-                    await self._requeue()
-                if now - vacuumed > VACUUM_EVERY:
-                    vacuumed = now
-                    await workers.vacuum(connection, dead_rows=DEAD_ROWS)
-                if now - forgotten > 60:
-                    forgotten = now
-                    await workers.forget_dead(self._ledger, FORGET_WORKERS_AFTER)
-                if self._mirror.is_enabled:
-                    await chronicle.go_on()
-            await runs.promote(self._ledger)
-            self._last_round = now
-            await asyncio.sleep(ROUND)
+                if vigil.may_requeue(fleet, time.monotonic()):
+                    await self._requeue(fleet.dead)
+                await self._round_ends()
 
-    async def _requeue(self) -> None:
-        states = await runs.requeue(self._ledger, self._lease)
+    async def _round_ends(self) -> None:
+        """Also without the lead: what time alone changes waits for nobody."""
+        await lanes.move_on(self._ledger)
+        self._last_round = time.monotonic()
+        await asyncio.sleep(ROUND)
+
+    async def _requeue(self, dead: Collection[UUID]) -> None:
+        states = await attempts.requeue(self._ledger, self._lease, dead)
         for state in sorted(set(states.values())):
             count = sum(1 for value in states.values() if value == state)
             self._requeued.labels(state).inc(count)
-            log.warning("%d runs of dead workers are now %s", count, state)
+            log.warning("%d runs of lost workers are now %s", count, state)
+
+    # -- the leader's other duties ----------------------------------------------------------------------------------
+
+    def _duties(self) -> list[Duty]:
+        keep, keep_history = self._settings.keep_runs, self._settings.keep_history
+        every = self._settings.sweep.total_seconds()
+        duties: list[Duty] = [
+            ("vacuum", self._vacuum, VACUUM_EVERY),
+            ("measure", self._measure, MEASURE_EVERY),
+            ("forget workers", partial(upkeep.forget_dead, self._ledger, FORGET_WORKERS_AFTER), FORGET_WORKERS_EVERY),
+            ("sweep", Sweep(self._ledger, self._store, keep), every),
+        ]
+        if self._mirror.is_enabled:
+            chronicle = Chronicle(self._ledger, self._mirror, keep_history)
+            duties.append(("tell Prefect what is new", chronicle.go_on, ROUND))
+            duties.append(("look again at Prefect's history", chronicle.look_again, LOOK_AGAIN_EVERY))
+            if keep_history is not None:
+                duties.append(("shorten Prefect's history", partial(forget_history, self._mirror, keep_history), every))
+        return duties
+
+    @contextlib.asynccontextmanager
+    async def _at_work(self) -> AsyncIterator[None]:
+        """While entered, this steward leads and does the duties of a leader."""
+        log.info("leading")
+        self._leading = True
+        tasks = [asyncio.create_task(_repeat(*duty)) for duty in self._duties()]
+        try:
+            yield
+        finally:
+            self._leading = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._forget_figures()
+
+    async def _vacuum(self) -> None:
+        if await upkeep.dead_rows(self._ledger) > DEAD_ROWS:
+            async with self._ledger.session() as connection:
+                await upkeep.vacuum(connection)
+
+    async def _measure(self) -> None:
+        self._oldest_xmin.set(await upkeep.oldest_xmin_age(self._ledger))
+        for pool in await upkeep.backlog(self._ledger):
+            self._ready.labels(pool.pool).set(pool.ready)
+            self._running.labels(pool.pool).set(pool.running)
+            self._oldest.labels(pool.pool).set(pool.oldest_age_seconds)
+
+    def _forget_figures(self) -> None:
+        """One steward measures: two would be added up."""
+        self._oldest_xmin.set(0)
+        for gauge in (self._ready, self._running, self._oldest):
+            gauge.clear()
+
+
+async def _repeat(what: str, step: Callable[[], Awaitable[object]], every: float) -> None:
+    """Do it for ever, whatever happens; the same failure is said once."""
+    said = ""
+    while True:
+        try:
+            await step()
+            said = ""
+        except (Unavailable, httpx.HTTPError) as error:
+            why = str(error) or type(error).__name__
+            if why != said:
+                log.warning("can't %s, trying on: %s", what, why)
+            said = why
+        except Exception:
+            log.exception("can't %s, trying on", what)
+        await asyncio.sleep(every)
 
 
 async def _serve(settings: Settings) -> None:
     stop = Stop()
-    ledger = Ledger(settings.database.url.get_secret_value(), pool=2, name="backcast-steward")
+    # Connections for the leader's duties, which run side by side.
+    url, timeout = settings.database.url.get_secret_value(), settings.database.timeout
+    ledger = Ledger(url, pool=5, name="backcast-steward", timeout=timeout)
+    store = open_store(settings.store)
     mirror = Mirror(settings.prefect)
-    steward = Steward(ledger, settings.lease, mirror)
+    steward = Steward(settings, ledger, store, mirror)
     async with probes(settings.steward.host, settings.steward.port, ready=steward.check, registry=steward.registry):
         running, mirroring = asyncio.create_task(steward.run()), asyncio.create_task(mirror.run())
         asked = asyncio.create_task(stop.asked.wait())
@@ -168,6 +237,7 @@ async def _serve(settings: Settings) -> None:
             await running
     await mirror.aclose(timeout=2)
     await ledger.aclose()
+    await store.aclose()
 
 
 def main(settings: Settings) -> None:

@@ -7,13 +7,14 @@ settled is bounded, so a store or database that is away stops the claiming, not 
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import random
 import threading
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 import asyncpg
@@ -21,14 +22,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from backcast import endings
 from backcast.endings import Keeper
-from backcast.errors import FatalError, LedgerUnavailable, StoreUnavailable, Unavailable, UsageError
+from backcast.errors import FatalError, LedgerUnavailable, StoreUnavailable
+from backcast.execution import Engine, Execution, Meter
 from backcast.lease import BEAT, Beat, Lease
-from backcast.ledger import Ledger, runs, workers
-from backcast.ledger.runs import Claim, Ending
-from backcast.models import JSON, Attempt, Failed, Problem, Reason, Retry, Succeeded, TaskType
+from backcast.ledger import Ledger, attempts, lanes, workers
+from backcast.ledger.attempts import Claim, Ending
+from backcast.models import Failed, Problem, Reason
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
-from backcast.store import Missing, Store, open_store
+from backcast.store import Store, open_store
 
 log = logging.getLogger("backcast.worker")
 
@@ -36,8 +38,11 @@ UNSETTLED = 200
 """Finished runs that may wait for the store or the database before the worker stops claiming."""
 _KEY_SPACE, _HALF = 1 << 64, 1 << 63
 
-Execute = Callable[[str, UUID, dict[str, JSON], int], Awaitable[Attempt]]
-"""Make one attempt: task name, run id, input, retries made before."""
+AHEAD = 0.1
+"""Seconds' worth of runs that are claimed before their slots are free."""
+MOST_AHEAD = 50
+LONGEST_AHEAD = 1.0
+"""Seconds after which a run that was claimed ahead goes back, because a slot has not fallen free as expected."""
 
 
 @dataclass(slots=True)
@@ -45,14 +50,17 @@ class _Held:
     """A run that this worker has claimed and not yet settled."""
 
     claim: Claim
-    execution: "asyncio.Task[Attempt] | None" = None
+    since: float = field(default_factory=time.monotonic)
+    work: "asyncio.Task[None] | None" = None
+    """None while it waits for a slot."""
+    is_executing: bool = True
     reason: Reason | None = None
     """Why the execution was stopped, if it was."""
 
     def stop(self, reason: Reason) -> None:
-        if self.execution is not None and not self.execution.done() and self.reason is None:
+        if self.work is not None and self.is_executing and self.reason is None:
             self.reason = reason
-            self.execution.cancel(reason)
+            self.work.cancel(reason)
 
 
 def _farthest(cursor: int, owners: list[int]) -> int:
@@ -61,18 +69,21 @@ def _farthest(cursor: int, owners: list[int]) -> int:
 
 
 class Worker:
-    def __init__(
-        self, settings: Settings, ledger: Ledger, store: Store, *, types: list[TaskType], execute: Execute
-    ) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, store: Store, engine: Engine, meter: Meter) -> None:
         self._settings = settings
         self._ledger = ledger
         self._store = store
-        self._lease = Lease(settings, ledger, types, report=self._report, heard=self._heard)
+        self._lease = Lease(settings, ledger, engine.types, report=self._report, heard=self._heard)
         self._keeper = Keeper(store, settings)
-        self._names = {task.name for task in types}
-        self._execute = execute
+        self._engine = engine
+        self._execution = Execution(ledger, store, engine, meter, pool=settings.worker.pool, worker_id=self._lease.id)
+        self._names = sorted(task.name for task in engine.types)
         self._held: dict[UUID, _Held] = {}
-        self._busy = 0
+        self._ahead: deque[_Held] = deque()
+        self._suspects: deque[_Held] = deque()
+        self._alone = False
+        self._busy, self._settled = 0, 0
+        self._ends: deque[float] = deque()
         self._works: set[asyncio.Task[None]] = set()
         self._endings: asyncio.Queue[Ending] = asyncio.Queue()
         self._wake = asyncio.Event()
@@ -104,7 +115,7 @@ class Worker:
     def _report(self) -> Beat:
         claims = None if self._claiming else self._claims  # first: a claim from here on is one more
         fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
-        return Beat(fences, claims, self._busy, self._draining)
+        return Beat(fences, claims, self._busy, self._draining, self._settled)
 
     def _heard(self, said: Beat, holds: dict[UUID, workers.Held]) -> None:
         for run_id, fence in said.fences.items():
@@ -113,18 +124,25 @@ class Worker:
                 continue  # settled, or claimed anew, since it was said
             if theirs is None or theirs.fence != fence:
                 ours.stop("lost")
+                if self._forget_waiting(ours):
+                    del self._held[run_id]
             elif theirs.cancel:
                 ours.stop("cancelled")
+                self._hand_back(ours)
         if said.claims is None or said.claims != self._claims or self._claiming:
             return  # what we do not know of may just have been claimed
         for run_id, theirs in holds.items():
             if run_id not in said.fences and run_id not in self._held:
                 log.warning("handing back %s: the answer to its claim was lost", run_id)
-                self._endings.put_nowait(endings.handed_back(run_id, theirs.fence, theirs.retries_used))
+                self._endings.put_nowait(endings.handed_back(run_id, theirs))
 
     async def _watch_lease(self) -> None:
         while True:
             await asyncio.sleep(BEAT / 2)
+            for held in [held for held in self._ahead if held.since < time.monotonic() - LONGEST_AHEAD]:
+                self._hand_back(held)
+            if not self._lease.is_good:
+                self._hand_back_waiting()
             if not self._lease.is_good and self._busy:
                 log.warning(
                     "no heartbeat for two thirds of the lease: stopping %d runs, others may do them", self._busy
@@ -134,23 +152,47 @@ class Worker:
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
+    def _room(self) -> tuple[int, int]:
+        """How many runs to claim for free slots, and how many ahead of them.
+
+        Ahead: what will start within the next moment at the pace of the last second, so that a slot that falls free
+        need not wait for the database, and no run is kept from a worker that is idle.
+        """
+        if self._alone or self._suspects or not self._lease.is_good:
+            return 0, 0
+        bound = UNSETTLED + self._settings.worker.slots - len(self._held)
+        free = max(0, min(self._settings.worker.slots - self._taken, bound))
+        ahead = min(self._pace - len(self._ahead), bound - free)
+        return free, ahead if free or ahead > self._pace // 2 else 0
+
+    @property
+    def _taken(self) -> int:
+        return self._busy + self._engine.threads_abandoned
+
+    @property
+    def _pace(self) -> int:
+        """Runs that end within `AHEAD` seconds, judging by the last second."""
+        now = time.monotonic()
+        while self._ends and self._ends[0] < now - 1.0:
+            self._ends.popleft()
+        return min(int(len(self._ends) * AHEAD), MOST_AHEAD)
+
     async def _claim(self) -> None:
         cursor = random.randrange(-_HALF, _HALF)  # noqa: S311  # where to start among the owners
         quiet = False
         while not self._draining:
             self._wake.clear()
-            room = min(
-                self._settings.worker.slots - self._busy, UNSETTLED + self._settings.worker.slots - len(self._held)
-            )
+            free, ahead = self._room()
             claims: list[Claim] = []
-            if room > 0 and self._lease.is_good:
+            if free > 0 or ahead > 0:
                 self._claiming = True
                 try:
-                    claims = await runs.claim(
+                    claims = await attempts.claim(
                         self._ledger,
                         pool=self._settings.worker.pool,
                         cursor=cursor,
-                        limit=room,
+                        limit=free,
+                        ahead=ahead,
                         worker_id=self._lease.id,
                         lease=self._settings.lease,
                     )
@@ -160,12 +202,19 @@ class Worker:
                         log.warning("can't claim: %s", error)
                     quiet = True
             for claim in claims:
-                self._start(claim)
+                held = self._held[claim.id] = _Held(claim)
+                if claim.is_suspect:
+                    self._suspects.append(held)
+                elif claim.ahead:
+                    self._ahead.append(held)
+                else:  # at once, even when an abandoned thread has taken its slot meanwhile: see `attempts.requeue`
+                    self._start(held)
+            self._fill()
             self._claims, self._claiming = self._claims + 1, False
             if claims:
                 cursor = _farthest(cursor, [claim.owner_key for claim in claims])
             # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
-            if not 1 < len(claims) < room:
+            if not 1 < len(claims) < free + ahead:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 
@@ -173,68 +222,72 @@ class Worker:
         while True:
             await asyncio.sleep(self._settings.worker.poll.total_seconds())
             with contextlib.suppress(LedgerUnavailable):
-                await runs.promote(self._ledger)
+                await lanes.move_on(self._ledger)
 
     # -- working ----------------------------------------------------------------------------------------------------
 
-    def _start(self, claim: Claim) -> None:
+    def _fill(self) -> None:
+        """Give free slots to runs that wait here. A suspect runs alone: after the others, and before any new one."""
+        if self._draining or self._alone:
+            return
+        if self._suspects:
+            if self._busy == 0:
+                self._alone = True
+                self._start(self._suspects.popleft())
+            return
+        while self._ahead and self._taken < self._settings.worker.slots:
+            self._start(self._ahead.popleft())
+
+    def _start(self, held: _Held) -> None:
         self._busy += 1
-        held = self._held[claim.id] = _Held(claim)
-        work = asyncio.create_task(self._work(held))
-        self._works.add(work)
-        work.add_done_callback(self._works.discard)
+        held.work = asyncio.create_task(self._work(held))
+        self._works.add(held.work)
+        held.work.add_done_callback(self._works.discard)
 
     async def _work(self, held: _Held) -> None:
-        claim = held.claim
-        held.execution = asyncio.create_task(self._attempt(claim))
+        claim, attempt = held.claim, None
         try:
-            await asyncio.wait({held.execution})
-        finally:
-            self._busy -= 1
-            self._wake.set()
-        try:
-            if held.execution.cancelled():
-                ending = endings.stopped(claim, held.reason)
-            else:
-                ending = await self._keeper.ending(claim, held.execution.result())
+            attempt = await self._execution.attempt(claim)
+        except asyncio.CancelledError:
+            if held.work is not None:
+                held.work.uncancel()
         except Exception:
-            log.exception("run %s could not be brought to its end", claim.id)
+            log.exception("run %s could not be executed", claim.id)
             bug = FatalError("The worker failed on this run; its log has the details.", code="internal_error")
-            ending = await self._keeper.ending(claim, Failed(endings.problem(bug)))
+            attempt = Failed(endings.problem(bug))
+        finally:
+            held.is_executing = False
+            self._busy -= 1
+            self._alone = self._alone and not claim.is_suspect
+            self._ends.append(time.monotonic())
+            self._fill()
+            self._wake.set()
+        ending = endings.stopped(claim, held.reason) if attempt is None else await self._keeper.ending(claim, attempt)
         if ending is None:
-            self._held.pop(claim.id, None)
+            self._forget(claim.id, claim.fence)
         else:
             self._endings.put_nowait(ending)
 
-    async def _attempt(self, claim: Claim) -> Attempt:
-        try:
-            if claim.task not in self._names:
-                return await self._unknown(claim)
-            text = claim.input
-            if text is None:
-                assert claim.input_key is not None
-                text = await self._store.get(claim.input_key)
-            given = json.loads(text)
-            return await self._execute(claim.task, claim.id, given, claim.retries_used)
-        except Unavailable as error:
-            return Retry(endings.problem(error), delay=5.0, retries=claim.retries_used)
-        except Missing:
-            return Failed(
-                endings.problem(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
-            )
-        except (ValueError, RecursionError) as error:
-            return Failed(
-                endings.problem(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
-            )
+    def _forget(self, run_id: UUID, fence: int) -> None:
+        """What we hold of this attempt; the run may be here again under a higher fence."""
+        held = self._held.get(run_id)
+        if held is not None and held.claim.fence == fence:
+            del self._held[run_id]
 
-    async def _unknown(self, claim: Claim) -> Attempt:
-        """A run of our pool whose task we don't have, as in the middle of a deployment: leave it to a worker that has
-        it, wait a little for one to come, then fail it with a sentence."""
-        if await workers.serves(self._ledger, self._settings.worker.pool, claim.task):
-            return Retry(endings.ELSEWHERE, delay=1.0, retries=claim.retries_used)
-        if claim.attempts_used - claim.retries_used + 1 < claim.max_attempts:
-            return Retry(endings.UNKNOWN, delay=5.0, retries=claim.retries_used)
-        return Failed(endings.UNKNOWN)
+    def _hand_back_waiting(self) -> None:
+        for held in [*self._ahead, *self._suspects]:
+            self._hand_back(held)
+
+    def _hand_back(self, held: _Held) -> None:
+        if self._forget_waiting(held):
+            self._endings.put_nowait(endings.handed_back(held.claim.id, held.claim))
+
+    def _forget_waiting(self, held: _Held) -> bool:
+        for waiting in (self._ahead, self._suspects):
+            if held in waiting:
+                waiting.remove(held)
+                return True
+        return False
 
     # -- settling ---------------------------------------------------------------------------------------------------
 
@@ -254,7 +307,7 @@ class Worker:
         settled, delay = None, 0.1
         while settled is None:
             try:
-                settled = await runs.settle(self._ledger, self._lease.id, batch)
+                settled = await attempts.settle(self._ledger, self._lease.id, batch)
             except LedgerUnavailable as error:  # its fate is unknown; the fence makes it safe to send again
                 if delay == 0.1:  # the first time
                     log.warning("can't settle %d runs, trying on: %s", len(batch), error)
@@ -267,10 +320,13 @@ class Worker:
                         await self._settle_batch([ending])
                     return
                 refused = Problem(code="unstorable_outcome", title="The outcome can't be recorded", detail=str(error))
-                batch = [Ending(id=batch[0].id, fence=batch[0].fence, state="failed", error=refused)]
+                batch = [replace(batch[0], state="failed", result=None, result_key=None, usage=None, error=refused)]
+        self._settled += sum((e.id, e.fence) in settled.accepted and e.state in ("completed", "failed") for e in batch)
+        await self._execution.settled([ending.id for ending in batch])
         for ending in batch:
-            self._held.pop(ending.id, None)
-            recorded = ending.id in settled.accepted and ending.id not in settled.cancelled
+            self._forget(ending.id, ending.fence)
+            attempt = ending.id, ending.fence
+            recorded = attempt in settled.accepted and attempt not in settled.cancelled
             self._ended.labels(ending.state if recorded else "dropped").inc()
             if ending.result_key is not None and not recorded:
                 with contextlib.suppress(StoreUnavailable):
@@ -287,7 +343,7 @@ class Worker:
         claiming = asyncio.create_task(self._claim())
         others = (self._promote(), self._watch_lease(), self._ledger.listen(pool, self._wake.set))
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
-        log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(sorted(self._names)))
+        log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(self._names))
         asked = asyncio.create_task(stop.asked.wait())
         # A loop that ends has failed: better to be restarted than to look alive.
         done, _ = await asyncio.wait({asked, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
@@ -304,6 +360,7 @@ class Worker:
         self._draining = self._keeper.is_hurried = True
         self._wake.set()
         await asyncio.wait({claiming}, timeout=5)  # a claim that is under way still brings runs
+        self._hand_back_waiting()
         if self._works:
             log.info("draining: %d runs may finish within %s", len(self._works), self._settings.worker.grace)
             now = asyncio.create_task(stop.at_once.wait())
@@ -315,6 +372,7 @@ class Worker:
             )
             for task in (now, finished):
                 task.cancel()
+        self._hand_back_waiting()
         for held in self._held.values():
             held.stop("handed back")
         if self._works:
@@ -339,35 +397,31 @@ async def _serve(settings: Settings) -> None:
     # The one late import: Prefect reads its settings when it is imported, and ours must be there first.
     from backcast import engine as prefect_engine
     from backcast import llm
+    from backcast.engine import serving
     from backcast.mirror import Mirror
 
     stop = Stop()
     store = open_store(settings.store)
-    ledger = Ledger(settings.database.url.get_secret_value(), pool=settings.database.pool, name="backcast-worker")
+    database = settings.database
+    ledger = Ledger(
+        database.url.get_secret_value(), pool=database.pool, name="backcast-worker", timeout=database.timeout
+    )
     mirror = Mirror(settings.prefect)
     mirror.install()
     llm.connect(settings.model)
-    tasks = prefect_engine.discover(["backcast.tasks", *settings.tasks])
+    tasks = serving.discover(["backcast.tasks", *settings.tasks])
     engine = prefect_engine.Engine(
         tasks,
         pool=settings.worker.pool,
         max_attempts=settings.max_attempts,
         store=store,
         threads=settings.worker.slots,
+        tell=mirror.show if mirror.is_enabled else None,
     )
     mirroring = asyncio.create_task(mirror.run())
     try:
         async with engine:
-
-            async def execute(name: str, run_id: UUID, given: dict[str, JSON], retries: int) -> Attempt:
-                with llm.metered() as used:
-                    attempt = await engine.execute(name, run_id, given, retries=retries)
-                if not used or not isinstance(attempt, Succeeded):
-                    return attempt
-                tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
-                return replace(attempt, usage={"model": used[-1].model, **tokens})
-
-            worker = Worker(settings, ledger, store, types=engine.types, execute=execute)
+            worker = Worker(settings, ledger, store, engine, llm.metered)
             Gauge(
                 "backcast_worker_history_waiting", "Events not yet shown to Prefect", registry=worker.registry
             ).set_function(lambda: mirror.waiting)

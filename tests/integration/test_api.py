@@ -11,11 +11,13 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from backcast.app import create_app
-from backcast.ledger import Ledger, runs, workers
-from backcast.ledger.runs import Ending
+from backcast.ledger import Ledger, attempts, runs, submissions, workers
+from backcast.ledger.attempts import Ending
 from backcast.models import TaskType, uuid7
+from backcast.settings import Api
 from backcast.settings import Store as StoreSettings
 from backcast.store import Store, open_store
 from tests.integration.test_ledger import LEASE
@@ -60,7 +62,7 @@ async def worker(ledger: Ledger) -> UUID:
 
 @pytest.fixture
 async def api(ledger: Ledger, store: Store, worker: UUID) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(ledger, store, max_body=MAX_BODY)
+    app = create_app(ledger, store, Api(max_body=MAX_BODY))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
@@ -68,12 +70,12 @@ async def api(ledger: Ledger, store: Store, worker: UUID) -> AsyncIterator[httpx
 
 async def end(ledger: Ledger, store: Store, worker: UUID, text: str) -> None:
     """Complete every queued run with this JSON, as a worker does."""
-    for claim in await runs.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
+    for claim in await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
         key = f"results/{claim.id}/{claim.fence}.json"
         await store.put(key, text.encode())
-        inline = text if len(text) <= runs.INLINE_RESULT else None
+        inline = text if len(text) <= attempts.INLINE_RESULT else None
         done = Ending(id=claim.id, fence=claim.fence, state="completed", result=inline, result_key=key)
-        assert (await runs.settle(ledger, worker, [done])).accepted
+        assert (await attempts.settle(ledger, worker, [done])).accepted
 
 
 def problem(answer: httpx.Response, status: int, code: str) -> dict[str, object]:
@@ -136,7 +138,7 @@ async def test_a_form_payload_is_text_or_json(
 ) -> None:
     answer = await api.post("/tasks", data={"payload": sent, "instructions": "", "target_type": "list[int]"})
     assert answer.status_code == 202, answer.text
-    [claim] = await runs.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [claim] = await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     assert claim.input is not None
     assert json.loads(claim.input) == {"data": stored, "target": "list[int]", "instructions": None}
 
@@ -243,10 +245,10 @@ async def test_large_bodies(api: httpx.AsyncClient, ledger: Ledger, store: Store
 
     json_header = {"content-type": "application/json"}
     problem(await api.post("/tasks", content=chunks(), headers=json_header), 413, "body_too_large")
-    large = "x" * (runs.INLINE_INPUT + 1)
+    large = "x" * (submissions.INLINE_INPUT + 1)
     answer = await api.post("/v1/tasks/echo/runs", json={"input": {"value": large}})
     assert answer.status_code == 202
-    [claim] = await runs.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [claim] = await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     assert claim.input is None
     assert claim.input_key is not None
     assert json.loads(await store.get(claim.input_key)) == {"value": large}
@@ -283,7 +285,7 @@ async def test_unknown_things(api: httpx.AsyncClient) -> None:
 async def test_before_the_first_worker_came_a_task_is_not_unknown_but_not_there_yet(
     ledger: Ledger, store: Store
 ) -> None:
-    app = create_app(ledger, store, max_body=MAX_BODY)
+    app = create_app(ledger, store, Api(max_body=MAX_BODY))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as api:
         answer = await api.post("/tasks", json={"payload": "x", "target_type": "int"})
         problem(answer, 503, "no_worker_yet")
@@ -301,7 +303,7 @@ async def test_idempotency(api: httpx.AsyncClient) -> None:
     problem(await post(2, "k"), 422, "idempotency_key_reused")
     problem(await post(1, " "), 422, "invalid_input")
     problem(await post(1, "x" * 201), 422, "invalid_input")
-    large = "x" * (runs.INLINE_INPUT + 1)
+    large = "x" * (submissions.INLINE_INPUT + 1)
     assert (await post(large, "l")).json()["id"] == (await post(large, "l")).json()["id"]
 
 
@@ -378,7 +380,7 @@ async def test_a_database_that_is_away_is_503(store: Store) -> None:
     with socket.socket() as nobody:  # bound, not listening: refused at once
         nobody.bind(("127.0.0.1", 0))
         ledger = Ledger(f"postgresql://x:secret-password@127.0.0.1:{nobody.getsockname()[1]}/x")
-        app = create_app(ledger, store, max_body=MAX_BODY)
+        app = create_app(ledger, store, Api(max_body=MAX_BODY))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
             for answer in (
@@ -391,6 +393,10 @@ async def test_a_database_that_is_away_is_503(store: Store) -> None:
                 problem(answer, 503, "ledger_unavailable")
                 assert int(answer.headers["retry-after"]) >= 1
         await ledger.aclose()
+
+
+def test_http_is_read_by_the_fast_parser() -> None:
+    assert AutoHTTPProtocol.__name__ == "HttpToolsProtocol"
 
 
 def test_the_api_never_imports_prefect_marvin_or_the_workers_side() -> None:

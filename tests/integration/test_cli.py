@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from backcast.client import AsyncClient, raise_for_state
 from backcast.errors import InvalidInput, InvalidTarget, NoResult, NotFinished, RunError, UnknownRun, UnknownTask
-from backcast.models import State, uuid7
+from backcast.models import Limits, State, uuid7
 from backcast.testing import ScriptedModel
 from tests.support.stack import Stack, stack
 
@@ -104,6 +104,16 @@ async def test_the_client_speaks_the_real_interface(product: Stack) -> None:
             raise_for_state(failed)
         with pytest.raises(NoResult):
             await client.result(failed.id)
+
+        assert (await client.limit_lane("naps", Limits(max_running=1))).max_running == 1
+        batch = await client.submit_many("nap", [{"seconds": 0.01}] * 3, lane="naps")
+        runs = [run.id async for run in client.list(batch=batch.id)]
+        assert (batch.size, len(runs)) == (3, 3)
+        for run_id in runs:
+            assert (await client.wait(run_id, timeout=30)).lane == "naps"
+        assert (await client.batch(batch.id)).states == {State.COMPLETED: 3}
+        await client.lift_lane("naps")
+        assert await client.lanes() == []
 
         with pytest.raises(UnknownRun):
             await client.get(uuid7())

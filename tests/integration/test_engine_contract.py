@@ -24,11 +24,48 @@ from tests.support.waiting import until
 os.environ.update(Prefect(api_url=f"http://127.0.0.1:{free_port()}/api").environment())
 
 from prefect import task
+from prefect.context import TaskRunContext
+from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker
 
 from backcast import engine as subject
+from backcast.changes import Change
+from backcast.engine import serving
 from backcast.mirror import Mirror
 from tests.support import sample_tasks
+
+
+@task
+async def child() -> int:
+    return 1
+
+
+@task
+async def parent() -> int:
+    return await child()
+
+
+@task
+async def itself() -> dict[str, Any]:
+    context = TaskRunContext.get()
+    assert context
+    run = context.task_run
+    parts = (run, run.state, run.state and run.state.state_details, run.tags, run.labels, run.task_inputs)
+    kept.append(parts)  # or an id would be used again
+    return {"ids": [id(one) for one in parts], "state": str(run.state and run.state.id), "count": run.run_count}
+
+
+kept: list[Any] = []
+ended: list[Any] = []
+
+
+async def keep_result(task: Any, run: Any, state: Any) -> None:
+    ended.append(await state.aresult())
+
+
+@task(on_completion=[keep_result])
+async def hooked() -> int:
+    return 5
 
 
 class Recorded(Mirror):
@@ -36,14 +73,24 @@ class Recorded(Mirror):
 
     def __init__(self) -> None:
         super().__init__(Prefect(api_url="http://127.0.0.1:9/api"))
-        self.events: list[Any] = []
+        self.events: list[Change] = []
+        self.emitted: list[Event] = []
+        self.lines: list[dict[str, Any]] = []
 
-    def put(self, item: Any) -> None:
-        self.events.append(item[1])
+    def show(self, change: Change) -> None:
+        self.events.append(change)
+        super().show(change)
+
+    def put(self, item: tuple[str, Event]) -> None:
+        self.emitted.append(item[1])
         super().put(item)
 
+    def keep_log(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        super().keep_log(line)
+
     def states(self, run_id: object) -> list[str]:
-        return [e.event.removeprefix("prefect.task-run.") for e in self.events if str(run_id) in e.resource.id]
+        return [change.name for change in self.events if change.run == run_id]
 
 
 @pytest.fixture
@@ -60,8 +107,10 @@ async def engine(tmp_path: Path, mirror: Recorded, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
-    tasks = subject.discover([sample_tasks.__name__])
-    async with subject.Engine(tasks, pool="default", max_attempts=3, store=store, threads=4) as engine:
+    tasks = serving.discover([sample_tasks.__name__]) | {one.name: one for one in (parent, itself, hooked)}
+    async with subject.Engine(
+        tasks, pool="default", max_attempts=3, store=store, threads=4, tell=mirror.show
+    ) as engine:
         yield engine
     await store.aclose()
 
@@ -91,17 +140,64 @@ async def test_every_state_goes_through_the_one_door(engine: subject.Engine, mir
     for name, given in (("echo", {"value": 1}), ("block", {"seconds": 0})):
         run_id = uuid4()
         await run(engine, name, run_id=run_id, **given)
-        assert mirror.states(run_id) == ["Pending", "Running", "Completed"]
-    last = mirror.events[-1].payload["task_run"]
-    assert last["name"] == "block"
-    assert list(last["task_inputs"]) == ["seconds"]
+        assert mirror.states(run_id) == ["Running", "Completed"]
+    last = mirror.events[-1]
+    assert (last.label, last.type, list(last.parameters)) == ("block", "COMPLETED", ["seconds"])
+    assert last.started_at
+    assert last.ended_at
 
 
 async def test_the_mirror_keeps_the_last_word_on_each_run(engine: subject.Engine, mirror: Recorded) -> None:
     for _ in range(5):
         await run(engine, "echo", value=1)
     assert mirror.waiting == 5
-    assert len(mirror.events) == 15
+    assert len(mirror.events) == 10
+
+
+async def test_our_runs_emit_nothing_and_the_tasks_they_call_do(engine: subject.Engine, mirror: Recorded) -> None:
+    """`set_state` is the one place where the engine tells of a run; a called task still has Prefect's own."""
+    await run(engine, "block", seconds=0)
+    await run(engine, "fail", 3, kind="plain")
+    assert mirror.emitted == []
+    run_id = uuid4()
+    assert await run(engine, "parent", run_id=run_id) == Succeeded(b"1")
+    assert [one.event for one in mirror.emitted] == [
+        f"prefect.task-run.{name}" for name in ("Pending", "Running", "Completed")
+    ]
+    assert mirror.emitted[0].payload["task_run"]["task_inputs"]["__parents__"][0]["id"] == str(run_id)
+
+
+async def test_logs_come_to_the_mirror_with_their_run(engine: subject.Engine, mirror: Recorded) -> None:
+    run_id, failed = uuid4(), uuid4()
+    await run(engine, "talk", run_id=run_id, words="hello")
+    assert [line["message"] for line in mirror.lines] == ["logged: hello", "printed: hello"]
+    assert {line["task_run_id"] for line in mirror.lines} == {str(run_id)}
+    await run(engine, "fail", 3, run_id=failed, kind="plain")
+    assert "Retries are exhausted" in mirror.lines[-1]["message"], "the engine's own lines, which `speak` is for"
+    assert mirror.lines[-1]["task_run_id"] == str(failed)
+
+
+async def test_runs_share_nothing_that_changes(engine: subject.Engine) -> None:
+    """The models of Prefect's contexts are copies of one that was validated when the worker started."""
+    first, second = [await run(engine, "itself") for _ in range(2)]
+    assert isinstance(first, Succeeded)
+    assert isinstance(second, Succeeded)
+    one, other = json.loads(first.body), json.loads(second.body)
+    assert not set(one["ids"]) & set(other["ids"])
+    assert one["state"] != other["state"]
+    assert one["count"] == other["count"] == 1
+
+
+async def test_a_hook_can_ask_for_the_result(engine: subject.Engine) -> None:
+    await run(engine, "hooked")
+    assert ended == [5]
+
+
+async def test_print_is_replaced_once(engine: subject.Engine) -> None:
+    """Prefect does it around each run that logs prints; two that overlap leave the second one's in place for ever."""
+    before = print
+    await asyncio.gather(*[run(engine, "talk", words=str(n)) for n in range(5)])
+    assert print is before
 
 
 async def test_an_attempt_parks_and_goes_on_as_the_same_run(engine: subject.Engine, mirror: Recorded) -> None:
@@ -112,8 +208,8 @@ async def test_an_attempt_parks_and_goes_on_as_the_same_run(engine: subject.Engi
     assert (first.retries, first.problem.code) == (1, "temporarily_failed")
     second = await run(engine, "flaky", first.retries, run_id=run_id, name="p", fails=1)
     assert second == Succeeded(b"2")
-    assert mirror.states(run_id) == ["Pending", "Running", "AwaitingRetry", "Pending", "Running", "Completed"]
-    assert mirror.events[-1].payload["task_run"]["run_count"] == 2, "Prefect shows one run with two attempts"
+    assert mirror.states(run_id) == ["Running", "AwaitingRetry", "Running", "Completed"]
+    assert mirror.events[-1].attempts == 2, "Prefect shows one run with two attempts"
 
 
 async def test_our_error_kinds_decide_about_retries(engine: subject.Engine) -> None:
@@ -199,20 +295,20 @@ def test_discovery_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "clash_two.py").write_text("from prefect import task\n@task\ndef same(): ...\n")
     (tmp_path / "broken_tasks.py").write_text("1 / 0")
     with pytest.raises(ConfigurationError, match="Two tasks are named 'same'"):
-        subject.discover(["clash_one", "clash_two"])
+        serving.discover(["clash_one", "clash_two"])
     with pytest.raises(ConfigurationError, match="ZeroDivisionError"):
-        subject.discover(["broken_tasks"])
+        serving.discover(["broken_tasks"])
     with pytest.raises(ConfigurationError, match="not_there"):
-        subject.discover(["not_there"])
-    assert list(subject.discover(["clash_one", "clash_one"])) == ["same"]
+        serving.discover(["not_there"])
+    assert list(serving.discover(["clash_one", "clash_one"])) == ["same"]
 
 
 def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    tasks = subject.discover(["shop_tasks"])
+    tasks = serving.discover(["shop_tasks"])
     assert set(tasks) == {"fetch_title", "word_frequencies", "reserve_stock"}
     served = {
-        name: subject.serve(one, pool="p", max_attempts=3, storage=subject.CacheStorage())
+        name: serving.serve(one, pool="p", max_attempts=3, storage=serving.CacheStorage())
         for name, one in tasks.items()
     }
     assert served["reserve_stock"].type.retries == 4
@@ -222,8 +318,6 @@ def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pyte
 
 async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: Path) -> None:
     """Beyond what memory may hold they go to a file; a refused event does not hold up the others."""
-    from prefect.events.schemas.events import Event
-
     from backcast import mirror as module
 
     posted: list[Any] = []

@@ -1,13 +1,18 @@
 """Prefect's own server shows every run, and may be away without anyone noticing."""
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 
 from backcast.ledger import Ledger
+from backcast.ledger.history import Told
+from backcast.mirror import Mirror
+from backcast.models import uuid7
+from backcast.settings import Prefect
 from tests.support.stack import Stack, free_port, prefect_server, stack
 from tests.support.waiting import until
 
@@ -111,3 +116,54 @@ async def test_prefect_also_shows_what_no_engine_has_said(database: str, tmp_pat
             assert completed["id"] == done
             failed = await seen(server.url, gone, "FAILED")
             assert "does not have its task" in failed["state"]["message"]
+
+
+async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    old, young, waiting, late, unknown = (uuid7() for _ in range(5))
+
+    def told(run: UUID, state: Any, at: datetime) -> Told:
+        return Told(run, "t", state, ["x"], "why", at, at, None if state == "scheduled" else at, 1)
+
+    with prefect_server(tmp_path) as server:
+        await server.ready("/health", timeout=60)
+        mirror = Mirror(Prefect(api_url=server.url))
+        mirror.tell(told(old, "failed", now - timedelta(days=2)))
+        mirror.tell(told(young, "completed", now))
+        mirror.tell(told(waiting, "scheduled", now - timedelta(days=2)))
+        mirror.tell(told(late, "expired", now - timedelta(days=3)))
+        stamp = now.isoformat()
+        for line in ("first", "second"):
+            mirror.keep_log(
+                {
+                    "name": "n",
+                    "level": 20,
+                    "message": line,
+                    "timestamp": stamp,
+                    "task_run_id": str(old),
+                }
+            )
+        await mirror._flush()
+        ids = [old, young, waiting, late, unknown]
+        wanted = dict(zip(ids, ["FAILED", "COMPLETED", "SCHEDULED", "CANCELLED", None], strict=True))
+        await until(lambda: mirror.states(ids), lambda states: states == wanted)
+        expired = await seen(server.url, str(late), "CANCELLED")
+        assert expired["state"]["message"] == "Expired: why"
+        assert await logs(server.url, str(old)) == ["first", "second"]
+        assert await mirror.forget(now - timedelta(days=1), 1) == 1, "no more than asked"
+        assert await mirror.forget(now - timedelta(days=1), 100) == 1
+        wanted |= {old: None, late: None}
+        assert await mirror.states(ids) == wanted, "what waits has not ended"
+
+        async def lines() -> int:
+            async with httpx.AsyncClient() as client:
+                question = {"logs": {"task_run_id": {"any_": [str(old)]}}}
+                return len((await client.post(f"{server.url}/logs/filter", json=question)).json())
+
+        await until(lines, lambda count: count == 0)
+        server.kill()
+        with pytest.raises(httpx.HTTPError):
+            await mirror.states(ids)
+        with pytest.raises(httpx.HTTPError):
+            await mirror.forget(now, 1)
+        await mirror.aclose(1)

@@ -13,8 +13,8 @@ import asyncpg
 import pytest
 
 from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
-from backcast.ledger import Ledger, migrate, runs, workers
-from backcast.ledger.runs import Claim, Ending
+from backcast.ledger import Ledger, attempts, history, lanes, migrate, runs, submissions, workers
+from backcast.ledger.attempts import Claim, Ending
 from backcast.models import Problem, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
 
@@ -22,9 +22,11 @@ LEASE = timedelta(seconds=15)
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 
 
-async def submit(ledger: Ledger, *, key: str | None = None, value: object = 1, **fields: object) -> runs.Submitted:
+async def submit(
+    ledger: Ledger, *, key: str | None = None, value: object = 1, **fields: object
+) -> submissions.Submitted:
     text = json.dumps({"x": value})
-    return await runs.submit(
+    return await submissions.submit(
         ledger,
         NOOP,
         Submission(input={"x": value}, **fields),  # type: ignore[arg-type]
@@ -41,7 +43,7 @@ async def register(ledger: Ledger) -> UUID:
 
 
 async def claim(ledger: Ledger, worker: UUID, limit: int = 10, cursor: int = 0) -> list[Claim]:
-    return await runs.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
+    return await attempts.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
 
 
 def completed(claim: Claim, value: str = "1") -> Ending:
@@ -63,8 +65,8 @@ async def test_a_run_from_submit_to_result(ledger: Ledger) -> None:
     assert (taken.id, taken.fence, taken.input) == (submitted.run.id, 1, '{"x": 1}')
     running = await runs.get(ledger, taken.id)
     assert (running.state, running.attempts) == (State.RUNNING, 1)
-    settled = await runs.settle(ledger, worker, [completed(taken, "[1]")])
-    assert settled.accepted == {taken.id}
+    settled = await attempts.settle(ledger, worker, [completed(taken, "[1]")])
+    assert settled.accepted == {(taken.id, taken.fence)}
     result = await runs.result(ledger, taken.id)
     assert (result.run.state, result.text, result.run.attempts) == (State.COMPLETED, "[1]", 1)
     assert result.run.metadata == {"k": "v"}
@@ -96,7 +98,7 @@ async def test_many_claimers_never_share_a_run(ledger: Ledger) -> None:
         worker = await register(ledger)
         while claims := await claim(ledger, worker, 7, random.randrange(1 << 62)):
             seen.extend(c.id for c in claims)
-            await runs.settle(ledger, worker, [completed(c) for c in claims])
+            await attempts.settle(ledger, worker, [completed(c) for c in claims])
 
     await asyncio.gather(*[work() for _ in range(8)])
     # A claimer may find nothing while others hold what is left; nothing may be found twice.
@@ -131,10 +133,10 @@ async def test_a_scheduled_run_waits_for_its_time(ledger: Ledger) -> None:
     worker = await register(ledger)
     later = await submit(ledger, run_at=datetime.now(UTC) + timedelta(hours=1))
     assert later.run.state is State.QUEUED
-    assert await runs.promote(ledger) == set()
+    await lanes.move_on(ledger)
     assert await claim(ledger, worker) == []
     await ledger.execute("update runs set run_at = now() - interval '1 s'")
-    assert await runs.promote(ledger) == {"default"}
+    await lanes.move_on(ledger)
     assert [c.id for c in await claim(ledger, worker)] == [later.run.id]
 
 
@@ -144,13 +146,13 @@ async def test_a_stale_worker_changes_nothing(ledger: Ledger) -> None:
     [old] = await claim(ledger, first)
     await silence(ledger, first)
     assert await claim(ledger, first) == [], "a worker without a lease gets nothing"
-    assert set((await runs.requeue(ledger, LEASE)).values()) == {"queued"}
-    assert (await runs.settle(ledger, first, [completed(old)])).accepted == set(), "it is queued again"
+    assert set((await attempts.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert (await attempts.settle(ledger, first, [completed(old)])).accepted == set(), "it is queued again"
     [new] = await claim(ledger, second)
     assert new.fence == old.fence + 1
-    assert (await runs.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it runs elsewhere"
-    assert (await runs.settle(ledger, second, [completed(new, "new")])).accepted == {new.id}
-    assert (await runs.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it has ended elsewhere"
+    assert (await attempts.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it runs elsewhere"
+    assert (await attempts.settle(ledger, second, [completed(new, "new")])).accepted == {(new.id, new.fence)}
+    assert (await attempts.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it has ended elsewhere"
     result = await runs.result(ledger, new.id)
     assert (result.text, result.key, result.run.attempts) == ("new", f"results/{new.id}/{new.fence}.json", 2)
 
@@ -159,8 +161,8 @@ async def test_an_ending_sent_twice_is_recorded_once_and_accepted_twice(ledger: 
     worker = await register(ledger)
     await submit(ledger)
     [taken] = await claim(ledger, worker)
-    assert (await runs.settle(ledger, worker, [completed(taken)])).accepted == {taken.id}
-    assert (await runs.settle(ledger, worker, [completed(taken)])).accepted == {taken.id}
+    assert (await attempts.settle(ledger, worker, [completed(taken)])).accepted == {(taken.id, taken.fence)}
+    assert (await attempts.settle(ledger, worker, [completed(taken)])).accepted == {(taken.id, taken.fence)}
     assert (await runs.get(ledger, taken.id)).attempts == 1
 
 
@@ -170,8 +172,9 @@ async def test_a_run_that_kills_its_workers_fails_as_worker_lost(ledger: Ledger)
     for _ in range(3):
         worker = await register(ledger)
         [taken] = await claim(ledger, worker)
+        await attempts.begin(ledger, worker, taken)  # the third one waits until it is alone
         await silence(ledger, worker)
-        states += (await runs.requeue(ledger, LEASE)).values()
+        states += (await attempts.requeue(ledger, LEASE)).values()
     assert states == ["queued", "queued", "failed"]
     run = await runs.get(ledger, taken.id)
     assert run.error is not None
@@ -185,10 +188,10 @@ async def test_retries_of_the_task_do_not_count_as_losses(ledger: Ledger) -> Non
         [taken] = await claim(ledger, worker)
         assert taken.retries_used == n
         again = Ending(id=taken.id, fence=taken.fence, state="queued", retries_used=n + 1)
-        await runs.settle(ledger, worker, [again])
+        await attempts.settle(ledger, worker, [again])
     [taken] = await claim(ledger, worker)
     await silence(ledger, worker)
-    assert set((await runs.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert set((await attempts.requeue(ledger, LEASE)).values()) == {"queued"}
     assert (await runs.get(ledger, taken.id)).attempts == 6
 
 
@@ -197,7 +200,7 @@ async def test_handing_back_is_not_charged(ledger: Ledger) -> None:
     await submit(ledger)
     for _ in range(5):
         [taken] = await claim(ledger, worker)
-        await runs.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="queued", charged=False)])
+        await attempts.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="queued", charged=False)])
     run = await runs.get(ledger, taken.id)
     assert (run.state, run.attempts) == (State.QUEUED, 0)
 
@@ -209,10 +212,12 @@ async def test_a_heartbeat_tells_what_is_held_and_what_to_cancel(ledger: Ledger)
     taken = await claim(ledger, worker)
     await runs.cancel(ledger, taken[0].id)
     async with ledger.session() as connection:
-        held = await workers.beat(connection, worker, busy=3, draining=False)
+        held = await workers.beat(connection, worker, busy=3, draining=False, settled=0)
         assert held is not None
         assert {run_id: h.cancel for run_id, h in held.items()} == {c.id: c is taken[0] for c in taken}
-        assert await workers.beat(connection, uuid7(), busy=0, draining=False) is None, "an unknown worker hears so"
+        assert await workers.beat(connection, uuid7(), busy=0, draining=False, settled=0) is None, (
+            "an unknown worker hears so"
+        )
 
 
 async def test_cancelling(ledger: Ledger) -> None:
@@ -223,13 +228,13 @@ async def test_cancelling(ledger: Ledger) -> None:
     running = (await submit(ledger)).run.id
     [taken] = await claim(ledger, worker)
     assert (await runs.cancel(ledger, running)).state is State.RUNNING
-    settled = await runs.settle(ledger, worker, [completed(taken)])
-    assert settled.cancelled == {running}, "a cancel that came before the outcome wins"
+    settled = await attempts.settle(ledger, worker, [completed(taken)])
+    assert settled.cancelled == {(running, taken.fence)}, "a cancel that came before the outcome wins"
     result = await runs.result(ledger, running)
     assert (result.run.state, result.text, result.key) == (State.CANCELLED, None, None)
     done = (await submit(ledger)).run.id
     [taken] = await claim(ledger, worker)
-    await runs.settle(ledger, worker, [completed(taken)])
+    await attempts.settle(ledger, worker, [completed(taken)])
     assert (await runs.cancel(ledger, done)).state is State.COMPLETED
     with pytest.raises(UnknownRun):
         await runs.cancel(ledger, uuid7())
@@ -244,7 +249,7 @@ async def test_cancel_races_with_claim_and_settle(ledger: Ledger) -> None:
 
         async def work() -> None:
             for taken in await claim(ledger, worker, 100):
-                await runs.settle(ledger, worker, [completed(taken)])
+                await attempts.settle(ledger, worker, [completed(taken)])
 
         answer, *_ = await asyncio.gather(runs.cancel(ledger, run_id), work(), work())
         if answer.state is State.CANCELLED:
@@ -263,34 +268,34 @@ async def test_what_a_mirror_is_told(ledger: Ledger) -> None:
     [taken] = await claim(ledger, worker, 1)
     await runs.cancel(ledger, made[4])
     lost = Problem(code="c", title="t", detail="why")
-    await runs.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="failed", error=lost)])
-    told = await runs.waiting(ledger, start, uuid7(), limit=2)
+    await attempts.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="failed", error=lost)])
+    told = await history.waiting(ledger, start, uuid7(), limit=2)
     assert [(run.id, run.state, run.parameters) for run in told] == [(made[n], "scheduled", ["x"]) for n in (1, 2)]
-    assert [run.id for run in await runs.waiting(ledger, told[-1].id, uuid7(), limit=2)] == [made[3]]
-    assert await runs.waiting(ledger, start, uuid7(1), limit=9) == [], "not before their time"
+    assert [run.id for run in await history.waiting(ledger, told[-1].id, uuid7(), limit=2)] == [made[3]]
+    assert await history.waiting(ledger, start, uuid7(1), limit=9) == [], "not before their time"
 
-    async def ended() -> list[runs.Told]:
-        return await runs.ended_badly(ledger, began, limit=9)
+    async def ended() -> list[history.Told]:
+        return await history.ended_badly(ledger, began, limit=9)
 
     ends = await until(ended, lambda seen: len(seen) == 2)
     assert {(run.id, run.state, run.message) for run in ends} == {
         (made[4], "cancelled", ""),
         (made[0], "failed", "why"),
     }
-    assert await runs.ended_badly(ledger, ends[-1].at, limit=9) == []
+    assert await history.ended_badly(ledger, ends[-1].at, limit=9) == []
 
 
 async def test_listing_pages_through_everything_once(ledger: Ledger) -> None:
     made = [(await submit(ledger, owner="ab"[n % 2])).run.id for n in range(25)]
     pages: list[Run] = []
     before = None
-    while page := await runs.find(ledger, limit=4, before=before):
+    while page := (await runs.find(ledger, limit=4, before=before))[0]:
         pages += page
         before = page[-1].id
     assert [run.id for run in pages] == sorted(made, reverse=True)
-    assert {run.owner for run in await runs.find(ledger, limit=50, owner="a")} == {"a"}
-    assert len(await runs.find(ledger, limit=50, state=State.QUEUED, task="noop")) == 25
-    assert await runs.find(ledger, limit=50, state=State.FAILED) == []
+    assert {run.owner for run in (await runs.find(ledger, limit=50, owner="a"))[0]} == {"a"}
+    assert len((await runs.find(ledger, limit=50, state=State.QUEUED, task="noop"))[0]) == 25
+    assert await runs.find(ledger, limit=50, state=State.FAILED) == ([], None)
 
 
 async def test_a_claim_does_not_scan_whatever_the_statistics_say(ledger: Ledger) -> None:
@@ -310,12 +315,12 @@ async def test_a_claim_does_not_scan_whatever_the_statistics_say(ledger: Ledger)
         await connection.execute("set client_min_messages = log")
         plans: list[str] = []
         connection.add_log_listener(lambda _, message: plans.append(str(message)))
-        rows = await connection.fetch(runs._CLAIM, "default", 0, 10, worker, LEASE)
+        rows = await connection.fetch(attempts._CLAIM, "default", 0, 10, worker, LEASE, 10)
         assert len(rows) == 10
         settle = [[r["id"] for r in rows], [r["fence"] for r in rows], ["completed"] * 10, ["1"] * 10, ["k"] * 10]
         none: list[None] = [None] * 10
-        args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10]
-        assert len(await connection.fetch(runs._SETTLE, worker, *args)) == 10
+        args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10, none]
+        assert len(await connection.fetch(attempts._SETTLE_FREE, worker, *args)) == 10
     plan = "\n".join(plan for plan in plans if "on runs" in plan)
     assert "runs_ready" in plan
     assert "Seq Scan on runs" not in plan, plan
@@ -353,7 +358,7 @@ async def test_waking_is_coalesced_and_the_last_wake_is_never_swallowed(ledger: 
 
 async def test_migrating_twice_and_from_several_places_is_safe(database: str) -> None:
     said = await asyncio.gather(*[asyncio.to_thread(migrate, database) for _ in range(4)])
-    assert set(said) == {"The schema is up to date (0001)."}
+    assert set(said) == {"The schema is up to date (0002)."}
     connection = await asyncpg.connect(database)
     await connection.execute("update backcast.alembic_version set version_num = '9999'")
     await connection.close()
@@ -379,3 +384,56 @@ async def _invariants(ledger: Ledger) -> AsyncIterator[None]:
               <> (finished_at is not null) or (state = 'completed') <> (result_key is not null)"""
     )
     assert odd == []
+
+
+async def test_a_filter_that_matches_little_looks_at_little(ledger: Ledger) -> None:
+    """Pages go on where the last one stopped looking, so that the rare is found and nothing is walked through twice."""
+    rare = (await submit(ledger, owner="o")).run
+    await ledger.execute(
+        """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
+           select ('01ffffff-ffff-7fff-8fff-' || lpad(to_hex(n), 12, '0'))::uuid, 'other', 'default', 'o', 'queued', 3,
+                  '{}', '{}' from generate_series(1, 25000) n"""
+    )
+    for filters in ({"task": "noop"}, {"task": "noop", "owner": "o"}, {"task": "noop", "state": State.QUEUED}):
+        sizes, before = list[int](), None
+        while True:
+            found, before = await runs.find(ledger, limit=5, before=before, **filters)  # type: ignore[arg-type]
+            sizes.append(len(found))
+            if before is None:
+                break
+        assert (sizes, found[0].id) == ([0, 0, 1], rare.id)
+
+
+@pytest.mark.parametrize("state", list(State))
+async def test_lists_by_state_do_not_walk_through_other_states(database: str, state: State) -> None:
+    ledger = Ledger(database, pool=1)
+
+    async def looked_at() -> int:
+        """Rows fetched so far, in the connection's own count."""
+        await ledger.execute("select pg_stat_force_next_flush()")
+        row = await ledger.fetchrow(
+            "select sum(idx_tup_fetch)::int as n from pg_stat_user_indexes where relname = 'runs'"
+        )
+        assert row is not None
+        return int(row["n"])
+
+    await ledger.execute(
+        """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata, result_key, finished_at,
+                             worker_id)
+           select gen_random_uuid(), 'noop', 'default', 'o', state, 3, '{}', '{}',
+                  case when state = 'completed' then 'k' end,
+                  case when state in ('completed', 'failed', 'cancelled', 'expired') then now() end, gen_random_uuid()
+             from generate_series(1, 1000) n cross join unnest(array['held', 'scheduled', 'queued', 'running',
+                  'completed', 'failed', 'cancelled', 'expired']) state"""
+    )
+    await ledger.execute("analyze runs")
+    before = await looked_at()
+    found, following = await runs.find(ledger, limit=20, state=state)
+    assert {run.state for run in found} == {state}
+    assert [run.id for run in found] == sorted((run.id for run in found), reverse=True)
+    assert following == found[-1].id
+    again, _ = await runs.find(ledger, limit=20, state=state, before=following)
+    assert again
+    assert all(run.id < found[-1].id for run in again)
+    assert 0 < await looked_at() - before <= 2 * 3 * 21, "two pages, of three states at most"
+    await ledger.aclose()

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from botocore.config import Config
 
 from backcast import settings
 from backcast.errors import ConfigurationError, StoreUnavailable
-from backcast.store import CHUNK, Missing, Store, open_store
+from backcast.store import CHUNK, PAGE, Missing, Object, Store, open_store
 from tests.support.s3 import S3Server, free_ports, s3_server
 from tests.support.waiting import until
 
@@ -101,6 +101,46 @@ async def test_what_was_put_is_got(store: Store, body: bytes) -> None:
     await store.put("results/a/1.json", body)
     assert await store.get("results/a/1.json") == body
     assert b"".join([chunk async for chunk in await store.stream("results/a/1.json")]) == body
+
+
+async def listed(store: Store, kind: str) -> list[Object]:
+    return [each async for page in store.pages(kind) for each in page]
+
+
+async def test_objects_are_listed_by_kind(store: Store) -> None:
+    assert await listed(store, "results") == [], "none of its kind yet"
+    for key in ("results/a/1.json", "results/a/2.json", "results/b/1.json", "inputs/a.json", "resultsx/a.json"):
+        await store.put(key, b"1")
+    objects = await listed(store, "results")
+    assert sorted(each.key for each in objects) == ["results/a/1.json", "results/a/2.json", "results/b/1.json"]
+    assert all(abs((datetime.now(UTC) - each.changed).total_seconds()) < 60 for each in objects)
+    assert [each.key for each in await listed(store, "inputs")] == ["inputs/a.json"]
+
+
+async def test_a_long_list_comes_in_pages_that_may_be_deleted(store: Store) -> None:
+    keys = {f"cache/{n}" for n in range(2 * PAGE + 10)}
+    gate = asyncio.Semaphore(50)
+
+    async def put(key: str) -> None:
+        async with gate:
+            await store.put(key, b"1")
+
+    await asyncio.gather(*map(put, keys))
+    found: list[str] = []
+    async for page in store.pages("cache"):
+        assert len(page) <= PAGE
+        found += [each.key for each in page]
+        await store.delete(each.key for each in page)
+    assert sorted(found) == sorted(keys)
+    assert await listed(store, "cache") == []
+
+
+async def test_a_list_may_be_left_early(store: Store) -> None:
+    for n in range(3):
+        await store.put(f"cache/{n}", b"1")
+    async for page in store.pages("cache"):
+        assert len(page) == 3
+        break
 
 
 async def test_a_second_put_replaces_the_first(store: Store) -> None:
@@ -186,6 +226,7 @@ async def test_a_store_that_was_taken_away_is_unavailable_and_nothing_is_missing
         store.stream("results/none/1.json"),
         store.put("results/a/2.json", b"x"),
         store.check(),
+        listed(store, "results"),
         anext(chunks),
     ):
         assert place.name in await unavailable(work)

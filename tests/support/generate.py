@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from backcast.app import create_app
 from backcast.ledger import Ledger
-from backcast.settings import PREFIX, Settings
+from backcast.settings import PREFIX, Api, Settings
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
 
@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def openapi() -> str:
-    app = create_app(Ledger("postgresql://nowhere/none"), open_store(StoreSettings()), max_body=1)
+    app = create_app(Ledger("postgresql://nowhere/none"), open_store(StoreSettings()), Api())
     return json.dumps(app.openapi(), indent=2, ensure_ascii=False) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -27,38 +28,37 @@ class S3Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._ports[0]}"
 
-    def start(self, *, timeout: float = 30) -> None:
-        """Returns once it can tell our key from others."""
+    def command(self) -> list[str]:
+        """How to run it; what it needs on disk is made."""
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = {"accessKey": self.access_key, "secretKey": self.secret_key}
         config = {"identities": [{"name": "test", "credentials": [identity], "actions": ["Admin"]}]}
         (self.folder / "s3.json").write_text(json.dumps(config))
-        log = self.folder / "weed.log"
         names = ("s3", "master", "volume", "filer", "admin")
         ports = [f"-{name}.port={port}" for name, port in zip(names, self._ports[:5], strict=True)]
         ports += [f"-{name}.port.grpc={port}" for name, port in zip(names, self._ports[5:], strict=True)]
+        return [
+            str(Path(sys.executable).with_name("weed")),
+            "mini",
+            f"-dir={self.folder}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-s3.config={self.folder / 's3.json'}",
+            "-s3.autoCreateBucket=false",
+            "-s3.iam=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-admin.ui=false",
+            "-webdav=false",
+            "-master.telemetry=false",
+            *ports,
+        ]
+
+    def start(self, *, timeout: float = 30) -> None:
+        """Returns once it can tell our key from others."""
+        command, log = self.command(), self.folder / "weed.log"
         with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [
-                    Path(sys.executable).with_name("weed"),
-                    "mini",
-                    f"-dir={self.folder}",
-                    "-ip=127.0.0.1",
-                    "-ip.bind=127.0.0.1",
-                    f"-s3.config={self.folder / 's3.json'}",
-                    "-s3.autoCreateBucket=false",
-                    "-s3.iam=false",
-                    "-s3.port.iceberg=0",
-                    "-s3.port.lance=0",
-                    "-admin.ui=false",
-                    "-webdav=false",
-                    "-master.telemetry=false",
-                    *ports,
-                ],
-                cwd=self.folder,
-                stdout=output,
-                stderr=output,
-            )
+            self._process = subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output)
         deadline = time.monotonic() + timeout
         while (seen := self._answer()) != 403:
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -85,12 +85,16 @@ class S3Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in taken:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in taken]
+    """Different ports that were free a moment ago, below those that systems give to outgoing connections: they stay
+    free while their server is down."""
+    found: list[int] = []
+    for port in random.sample(range(10_000, 32_768), 1000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 @contextlib.contextmanager

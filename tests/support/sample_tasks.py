@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import time
 from datetime import date
@@ -117,3 +118,25 @@ async def kill_worker(name: str, times: int) -> int:
     if calls <= times:
         os.kill(os.getpid(), signal.SIGKILL)
     return calls
+
+
+@task(cache_policy=INPUTS + TASK_SOURCE)
+async def counted_slowly(name: str, seconds: float) -> int:
+    calls = _note(name)
+    await asyncio.sleep(seconds)
+    return calls
+
+
+@task
+async def crowded(name: str, seconds: float) -> int:
+    """How many of this name ran when this one began, itself included."""
+    now = Path(f"now-{name}")
+    now.mkdir(exist_ok=True)
+    mine = now / secrets.token_hex(8)
+    mine.touch()
+    try:
+        present = len(list(now.iterdir()))
+        await asyncio.sleep(seconds)
+    finally:
+        mine.unlink()
+    return present

@@ -93,11 +93,13 @@ def test_submit_prints_the_id_and_nothing_else(cli: Cli, service: Service) -> No
 def test_submit_passes_its_options_on(cli: Cli, service: Service) -> None:
     Path("in.json").write_text('{"a": 1, "b": 2}')
     options = ("--owner", "ana", "--priority", "-5", "--run-at", "2030-01-31T08:00Z", "--key", "k", "--json")
+    options = (*options, "--deadline", "2030-02-01T00:00Z", "--lane", "gpu")
     run = json.loads(cli("submit", "add", "--input", "@in.json", "b=3", *options).stdout)
     sent = service.seen[0]
     assert (run["owner"], sent.headers["idempotency-key"]) == ("ana", "k")
     assert (sent.body["input"], sent.body["priority"]) == ({"a": 1, "b": 3}, -5)
     assert sent.body["run_at"].startswith("2030-01-31T")
+    assert (sent.body["lane"], sent.body["deadline"][:4]) == ("gpu", "2030")
     assert cli("submit", "add", "--input", "@-", "--wait", stdin='{"a": 1}').stdout == "31\n"
 
 
@@ -169,6 +171,21 @@ def test_list_is_for_scripts_when_it_is_not_on_a_terminal(cli: Cli, service: Ser
 def test_cancel(cli: Cli, service: Service) -> None:
     run_id = service.add_run()
     assert cli("cancel", run_id).stdout == f"Run {run_id} is cancelled.\n"
+
+
+def test_lanes(cli: Cli) -> None:
+    assert cli("lane", "gpu", "--max-running", "2").stdout.splitlines() == [
+        "LANE\tMAX RUNNING\tMAX PER MINUTE\tADMITTED\tHELD",
+        "gpu\t2\t\t0\t3",
+    ]
+    assert cli("lane", "gpu", "--max-per-minute", "1.5").stdout.splitlines()[1] == "gpu\t\t1.5\t0\t3"
+    assert cli("lanes").stdout == cli("lane", "gpu").stdout
+    assert json.loads(cli("lane", "gpu", "--json").stdout)["max_per_minute"] == 1.5
+    assert [lane["name"] for lane in json.loads(cli("lanes", "--json").stdout)] == ["gpu"]
+    fails(cli("lane", "gpu", "--lift", "--max-running", "1"), 2, "--lift takes no limits")
+    fails(cli("lane", "gpu", "--max-per-minute", "0"), 2, "--max-per-minute")
+    assert cli("lane", "gpu", "--lift").stdout == "The lane gpu has no limits any more.\n"
+    fails(cli("lane", "gpu"), 2, "This lane has no limits.")
 
 
 def test_tasks(cli: Cli) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -24,11 +25,13 @@ from backcast.errors import (
     NoResult,
     NotFinished,
     RunError,
+    TooManyWaiting,
     Unavailable,
+    UnknownLane,
     UnknownRun,
     UnknownTask,
 )
-from backcast.models import Run, State, Submission, uuid7
+from backcast.models import Batch, Limits, Run, State, Submission, uuid7
 
 DROP = 0
 """As a status: close the connection without an answer."""
@@ -54,6 +57,8 @@ class Service:
     seen: list[Seen] = field(default_factory=list)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     keys: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    batches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _route(self))
@@ -100,6 +105,26 @@ class Service:
             case "POST", ["runs", run_id, "cancel"] if run_id in self.runs:
                 self.runs[run_id]["state"] = "cancelled"
                 return 200, self.runs[run_id]
+            case "POST", ["batches"]:
+                batch = {"id": str(uuid7()), "owner": "default", "size": len(seen.body), "states": {}}
+                self.batches[batch["id"]] = batch | {"created_at": "2030-01-31T08:00:00Z"}
+                return 202, self.batches[batch["id"]]
+            case "GET", ["batches", batch_id]:
+                return 200, self.batches[batch_id]
+            case "POST", ["batches", batch_id, "cancel"]:
+                return 200, self.batches[batch_id] | {"states": {"cancelled": 2}}
+            case "GET", ["lanes"]:
+                return 200, {"items": list(self.lanes.values())}
+            case "PUT", ["lanes", name]:
+                self.lanes[name] = {"name": name, "admitted": 0, "held": 3, **seen.body}
+                return 200, self.lanes[name]
+            case "GET", ["lanes", name] if name in self.lanes:
+                return 200, self.lanes[name]
+            case "DELETE", ["lanes", name] if name in self.lanes:
+                del self.lanes[name]
+                return 204, None
+            case _, ["lanes", *_]:
+                return _problem(404, "unknown_lane", "This lane has no limits.")
             case _, ["runs", *_]:
                 return _problem(404, "unknown_run", "There is no such run.")
             case _:
@@ -158,7 +183,9 @@ def _route(service: Service) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             headers = {name.lower(): value for name, value in self.headers.items()}
-            seen = Seen(self.command, url.path, query, headers, json.loads(body) if body else None)
+            texts = body.splitlines() if headers.get("content-type") == "application/jsonl" else None
+            parsed = json.loads(body or b"null") if texts is None else [json.loads(text) for text in texts]
+            seen = Seen(self.command, url.path, query, headers, parsed)
             service.seen.append(seen)
             kind = "application/json"
             match service.troubles.popleft() if service.troubles else None:
@@ -172,11 +199,14 @@ def _route(service: Service) -> type[BaseHTTPRequestHandler]:
                     pass
             text = document if kind == "text/html" else json.dumps(document)
             self.send_response(status)
+            if status == 429:
+                self.send_header("Retry-After", "1")
             self.send_header("Content-Type", kind)
             self.end_headers()
-            self.wfile.write(text.encode())
+            if status != 204:
+                self.wfile.write(text.encode())
 
-        do_POST = do_GET  # noqa: N815  # the name is the base class's
+        do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815  # the names are the base class's
 
         def log_message(self, *_: object) -> None:
             pass
@@ -235,6 +265,54 @@ def test_a_submission_survives_an_outage_and_is_made_once(call: Call, service: S
     assert list(service.runs) == [str(run.id)]
     assert len({seen.headers["idempotency-key"] for seen in service.seen}) == 1
     assert len(service.seen) == 4
+
+
+def test_options_are_fields_of_the_submission(call: Call, service: Service) -> None:
+    call("submit", "add", {"a": 1}, lane="gpu", owner="ana", deadline=datetime(2030, 1, 31, tzinfo=UTC))
+    call("submit", "add", Submission(input={"a": 1}, owner="bob", priority=1), lane="gpu")
+    assert [seen.body for seen in service.seen] == [
+        {"input": {"a": 1}, "owner": "ana", "lane": "gpu", "deadline": "2030-01-31T00:00:00Z"},
+        {"input": {"a": 1}, "owner": "bob", "lane": "gpu", "priority": 1},
+    ]
+    with pytest.raises(InvalidInput, match="priority: "):
+        call("submit", "add", {}, priority=1000)
+
+
+def test_many_are_one_request(call: Call, service: Service) -> None:
+    service.troubles.append(503)
+    batch = call("submit_many", "add", [{"a": 1}, Submission(input={"a": 2}, priority=3)], owner="ana")
+    assert isinstance(batch, Batch)
+    assert batch.size == 2
+    sent = service.seen[-1]
+    assert sent.query == {"task": "add"}
+    assert sent.body == [{"input": {"a": 1}, "owner": "ana"}, {"input": {"a": 2}, "owner": "ana", "priority": 3}]
+    assert len({seen.headers["idempotency-key"] for seen in service.seen}) == 1
+    assert call("batch", batch.id) == batch
+    assert call("cancel_batch", batch.id).states == {State.CANCELLED: 2}
+    call("list", batch=batch.id)
+    assert service.seen[-1].query == {"batch": str(batch.id), "limit": "100"}
+
+
+def test_lanes(call: Call, service: Service) -> None:
+    assert call("lanes") == []
+    lane = call("limit_lane", "a/b", Limits(max_running=2))
+    assert service.seen[-1].body == {"max_running": 2, "max_per_minute": None}
+    assert (lane.name, lane.max_running, lane.held) == ("a%2Fb", 2, 3)
+    assert call("lane", "a/b") == lane
+    assert call("lanes") == [lane]
+    assert call("lift_lane", "a/b") is None
+    with pytest.raises(UnknownLane):
+        call("lane", "a/b")
+
+
+def test_a_full_queue_is_waited_for_and_then_told(call: Call, service: Service) -> None:
+    full = (429, "application/problem+json", {"code": "too_many_waiting", "title": "Full", "detail": "Ask again."})
+    service.troubles.append(full)
+    assert call("submit", "add", {"a": 1}).state is State.QUEUED
+    service.troubles.append(full)
+    with pytest.raises(TooManyWaiting, match="Ask again") as caught:
+        call("submit", "add", {"a": 1}, options={"patience": 0})
+    assert caught.value.retry_after.total_seconds() == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Reading request bodies: a limit that holds before anything is buffered, and errors that name the wrong field."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -14,26 +15,30 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class LimitBody:
-    """Middleware that refuses a body of more than `limit` bytes: by its announced length, or once it is exceeded."""
+    """Middleware that refuses a body of more than `limit` bytes: by its announced length, or once it is exceeded.
+    `longer` has the paths that take more."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, longer: Mapping[str, int]) -> None:
+        self._app, self._limit, self._longer = app, limit, longer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = BodyTooLarge(f"A body may have {self._limit} bytes: send less, or send a link to the data instead.")
+        limit = self._longer.get(scope["path"], self._limit)
         received = 0
+
+        def too_large() -> BodyTooLarge:
+            return BodyTooLarge(f"A body may have {limit} bytes here: send less, or send a link to the data instead.")
 
         async def limited() -> Message:
             nonlocal received
-            if announced.isdigit() and int(announced) > self._limit:
-                raise too_large
+            if announced.isdigit() and int(announced) > limit:
+                raise too_large()
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._limit:
-                raise too_large
+            if received > limit:
+                raise too_large()
             return message
 
         return await self._app(scope, limited, send)

@@ -1,12 +1,16 @@
 """What routes are given: the ledger, the store, and the task types as the workers have registered them."""
 
 import time
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from jsonschema import Draft202012Validator
 
+from backcast import settings
 from backcast.ledger import Ledger, workers
+from backcast.ledger.admission import Admission
+from backcast.ledger.submissions import Submissions
 from backcast.models import TaskType
 from backcast.store import Store
 
@@ -14,24 +18,42 @@ _FRESH = 2.0
 """Seconds for which a task type is not looked up again."""
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A task type and what is made of it once."""
+
+    task: TaskType
+    validator: Any
+    """Of its input."""
+    at: float
+
+
 class Backend:
     """The collaborators of one API process."""
 
-    ledger: Ledger
-    store: Store
-    _types: dict[str, tuple[float, TaskType]] = field(default_factory=dict[str, tuple[float, TaskType]])
+    def __init__(self, ledger: Ledger, store: Store, limits: settings.Api) -> None:
+        self.ledger = ledger
+        self.store = store
+        self.limits = limits
+        self.submissions = Submissions(ledger)
+        self.admission = Admission(ledger, most=limits.max_waiting, most_per_owner=limits.max_waiting_per_owner)
+        self._known: dict[str, Known] = {}
 
-    async def task_type(self, name: str) -> TaskType:
+    async def known(self, name: str) -> Known:
         """Raises `UnknownTask`."""
-        known = self._types.get(name)
-        if known is None or time.monotonic() - known[0] > _FRESH:
-            known = self._types[name] = (time.monotonic(), await workers.task_type(self.ledger, name))
-        return known[1]
+        known = self._known.get(name)
+        if known is None or time.monotonic() - known.at > _FRESH:
+            task = await workers.task_type(self.ledger, name)
+            known = self._known[name] = Known(task, Draft202012Validator(task.input_schema), time.monotonic())
+        return known
 
 
-def _backend(request: Request) -> Backend:
+def backend(request: Request) -> Backend:
     return request.app.state.backend
+
+
+async def _backend(request: Request) -> Backend:  # async, or FastAPI asks a thread for it
+    return backend(request)
 
 
 Deps = Annotated[Backend, Depends(_backend)]

@@ -4,6 +4,7 @@ to do, `errors` names each wrong field by JSON pointer."""
 import inspect
 import json
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,9 @@ from backcast.errors import (
     NotFinished,
     NotFound,
     RunError,
+    TooManyWaiting,
     Unavailable,
+    UnknownBatch,
     UnknownRun,
 )
 
@@ -58,8 +61,8 @@ def document(status: int, code: str, title: str, detail: str, errors: tuple[Fiel
 def _respond(error: BackcastError) -> Response:
     errors = error.errors if isinstance(error, ClientError) else ()
     headers: dict[str, str] = {}
-    if isinstance(error, Unavailable | NotFinished):
-        headers["Retry-After"] = str(max(1, int(error.retry_after.total_seconds())))
+    if isinstance(error, Unavailable | NotFinished | TooManyWaiting):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after.total_seconds())))
     body = document(error.status, error.code, error.title, error.detail, errors)
     # Escaped: what a caller sent may come back in a sentence, lone surrogates included.
     return Response(json.dumps(body), error.status, headers, MEDIA_TYPE)
@@ -77,6 +80,8 @@ def install(app: FastAPI) -> None:
         fields = error.errors()
         if fields[0]["loc"][:2] == ("path", "run_id"):
             return _respond(UnknownRun("A run id is a UUID, as it was answered when the run was submitted."))
+        if fields[0]["loc"][:2] == ("path", "batch_id"):
+            return _respond(UnknownBatch("A batch id is a UUID, as it was answered when the batch was submitted."))
         where = tuple(FieldError("/".join(map(str, field["loc"])), field["msg"]) for field in fields)
         return _respond(InvalidInput(f"{where[0].pointer}: {where[0].detail}.", errors=where))
 

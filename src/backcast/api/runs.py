@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from backcast.api import problems
-from backcast.api.body import JSONBody, validate
-from backcast.api.deps import Backend, Deps
+from backcast.api.body import json_body, validate
+from backcast.api.deps import Backend, Deps, backend
+from backcast.api.direct import RUN_ID, Direct, in_header, in_path, run_id
 from backcast.api.submit import idempotency_key, submit
 from backcast.errors import (
     BodyTooLarge,
@@ -27,6 +28,7 @@ from backcast.errors import (
     NoWorkerYet,
     ResultGone,
     StoreUnavailable,
+    TooManyWaiting,
     UnknownRun,
     UnknownTask,
     UnsupportedBody,
@@ -37,10 +39,17 @@ from backcast.models import Run, State, Submission
 from backcast.store import Missing
 
 router = APIRouter(prefix="/v1", tags=["runs"])
+hot = APIRouter(prefix="/v1", tags=["runs"], route_class=Direct)
+"""What every run is asked for: submit, look."""
 
 LONGEST_WAIT = 50.0
 """Seconds that `Prefer: wait` may ask for: proxies cut at 60."""
 _WAIT = re.compile(r"\bwait\s*=\s*\"?(\d{1,6})\"?")
+
+_PREFER = in_header(
+    "Prefer", f"`wait=N`: answer once the run has ended, or after N seconds (at most {LONGEST_WAIT:.0f})."
+)
+IDEMPOTENCY_KEY = in_header("Idempotency-Key", "Repeat a request safely: same key, same run.")
 
 SUBMIT_PROBLEMS = problems.responses(
     MalformedBody,
@@ -49,6 +58,7 @@ SUBMIT_PROBLEMS = problems.responses(
     InvalidInput,
     InvalidTarget,
     IdempotencyConflict,
+    TooManyWaiting,
     LedgerUnavailable,
     NoWorkerYet,
     StoreUnavailable,
@@ -62,23 +72,17 @@ def json_request(model: type[BaseModel]) -> dict[str, object]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-@router.post(
+@hot.post(
     "/tasks/{name}/runs",
     status_code=202,
     summary="Submit a run",
     response_model=Run,
     responses=problems.responses(UnknownTask) | SUBMIT_PROBLEMS,
-    openapi_extra=json_request(Submission),
+    openapi_extra={"parameters": [in_path("name"), IDEMPOTENCY_KEY], **json_request(Submission)},
 )
-async def submit_run(
-    name: str,
-    body: JSONBody,
-    deps: Deps,
-    idempotency: Annotated[
-        str | None, Header(alias="Idempotency-Key", description="Repeat a request safely: same key, same run.")
-    ] = None,
-) -> Response:
-    submitted = await submit(deps, name, validate(Submission, body), key=idempotency_key(idempotency))
+async def submit_run(request: Request) -> Response:
+    submission = validate(Submission, await json_body(request))
+    submitted = await submit(backend(request), request.path_params["name"], submission, key=idempotency_key(request))
     headers = {"Location": f"/v1/runs/{submitted.run.id}", "Retry-After": "1"}
     if not submitted.fresh:
         headers["Idempotent-Replayed"] = "true"
@@ -88,7 +92,8 @@ async def submit_run(
 class RunList(BaseModel):
     items: list[Run]
     next_cursor: UUID | None
-    """Pass it as `cursor` for the next page; none on the last one."""
+    """Pass it as `cursor` for the next page; none on the last one. Where a filter matches few of very many runs, a page
+    may be short, or empty, and not the last."""
 
 
 @router.get(
@@ -99,31 +104,29 @@ async def list_runs(
     state: State | None = None,
     task: Annotated[str | None, Query(max_length=200)] = None,
     owner: Annotated[str | None, Query(max_length=200)] = None,
+    batch: UUID | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: UUID | None = None,
 ) -> RunList:
     for name, value in (("task", task), ("owner", owner)):
         if value is not None and "\x00" in value:
             raise InvalidInput(f"query/{name}: NUL is not allowed.")
-    found = await runs.find(deps.ledger, limit=limit + 1, before=cursor, state=state, task=task, owner=owner)
-    more = len(found) > limit
-    return RunList(items=found[:limit], next_cursor=found[limit - 1].id if more else None)
+    found, following = await runs.find(
+        deps.ledger, limit=limit, before=cursor, state=state, task=task, owner=owner, batch=batch
+    )
+    return RunList(items=found, next_cursor=following)
 
 
-@router.get(
+@hot.get(
     "/runs/{run_id}",
     summary="Get a run",
     response_model=Run,
     responses=problems.responses(UnknownRun, LedgerUnavailable),
+    openapi_extra={"parameters": [RUN_ID, _PREFER]},
 )
-async def get_run(
-    run_id: UUID,
-    deps: Deps,
-    prefer: Annotated[str | None, Header(description=f"`wait=N`: answer once the run has ended, or after N seconds "
-                                                     f"(at most {LONGEST_WAIT:.0f}).")] = None,
-) -> Response:  # fmt: skip
-    asked = _WAIT.search(prefer or "")
-    run = await _ended(deps, run_id, min(float(asked[1]), LONGEST_WAIT) if asked else 0.0)
+async def get_run(request: Request) -> Response:
+    asked = _WAIT.search(request.headers.get("prefer", ""))
+    run = await _ended(backend(request), run_id(request), min(float(asked[1]), LONGEST_WAIT) if asked else 0.0)
     headers = {"Preference-Applied": f"wait={asked[1]}"} if asked else {}
     if not run.state.is_final:
         headers["Retry-After"] = "1"

@@ -3,24 +3,25 @@ the status. They are a thin face of the same runs."""
 
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
 
 from backcast.api import problems
 from backcast.api.body import json_body, validate
-from backcast.api.deps import Deps
-from backcast.api.runs import SUBMIT_PROBLEMS, json_request, stored
+from backcast.api.deps import backend
+from backcast.api.direct import RUN_ID, Direct, run_id
+from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS, json_request, stored
 from backcast.api.submit import idempotency_key, submit
 from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun
 from backcast.ledger import runs
 from backcast.models import JSON, State, Submission
 
-router = APIRouter(tags=["as in Prefect's example"])
+router = APIRouter(tags=["as in Prefect's example"], route_class=Direct)
 
 CAST = "create_structured_output"
 _PLACES = {"data": "/payload", "target": "/target_type", "instructions": "/instructions"}
@@ -72,16 +73,14 @@ async def _form_or_json(request: Request) -> dict[str, Any]:
     summary="Cast a payload into a wanted type",
     response_model=Accepted,
     responses=SUBMIT_PROBLEMS,
-    openapi_extra=json_request(CastRequest),
+    openapi_extra={"parameters": [IDEMPOTENCY_KEY], **json_request(CastRequest)},
 )
-async def create_task(
-    request: Request, deps: Deps, idempotency: Annotated[str | None, Header(alias="Idempotency-Key")] = None
-) -> Response:
+async def create_task(request: Request) -> Response:
     cast = validate(CastRequest, await _form_or_json(request))
     submission = Submission(input={"data": cast.payload, "target": cast.target_type, "instructions": cast.instructions})
-    submitted = await submit(deps, CAST, submission, key=idempotency_key(idempotency), places=_PLACES)
+    submitted = await submit(backend(request), CAST, submission, key=idempotency_key(request), places=_PLACES)
     headers = {"Location": f"/tasks/{submitted.run.id}/status", "Retry-After": "1"}
-    return Response(Accepted(task_run_id=submitted.run.id).model_dump_json(), 202, headers, "application/json")
+    return Response(f'{{"task_run_id":"{submitted.run.id}"}}', 202, headers, "application/json")
 
 
 @router.get(
@@ -89,12 +88,14 @@ async def create_task(
     summary="Ask how a task is doing",
     response_model=Status,
     responses=problems.responses(UnknownRun, LedgerUnavailable, StoreUnavailable),
+    openapi_extra={"parameters": [RUN_ID]},
 )
-async def get_status(run_id: UUID, deps: Deps) -> Response:
-    found = await runs.result(deps.ledger, run_id)
+async def get_status(request: Request) -> Response:
+    deps = backend(request)
+    found = await runs.result(deps.ledger, run_id(request))
     match found.run.state:
         case State.COMPLETED:
-            head = f'{{"task_run_id":"{run_id}","status":"completed","result":'
+            head = f'{{"task_run_id":"{found.run.id}","status":"completed","result":'
             if found.text is not None:
                 return Response(f"{head}{found.text}}}", media_type="application/json")
             chunks = await stored(deps, found)
@@ -105,7 +106,7 @@ async def get_status(run_id: UUID, deps: Deps) -> Response:
             error = found.run.error
             status = "error"
             message = error.detail if error else f"The run was {found.run.state.value}."
-    body = {"task_run_id": str(run_id), "status": status, "message": message}
+    body = {"task_run_id": str(found.run.id), "status": status, "message": message}
     headers = {"Retry-After": "1"} if status == "pending" else {}
     return Response(json.dumps(body), 200, headers, "application/json")
 

@@ -1,13 +1,15 @@
 """The ledger: every SQL statement of the product, and how a process reaches the database that they run in.
 
-`runs.py` holds what happens to a run, `workers.py` who is there to do it, `migrations/` the schema. Correctness rests
-on PostgreSQL alone (row locks, partial indexes, the database's clock), never on a process being alive or on time.
+One module per decision about runs (how they are accepted, claimed, admitted, shown), `migrations/` the schema.
+Correctness rests on PostgreSQL alone (row locks, partial indexes, the database's clock), never on a process being alive
+or on time.
 """
 
 import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,8 @@ def _reaching() -> Iterator[None]:
         asyncpg.PostgresSystemError,  # class 58: I/O errors of the server's disk
         asyncpg.InternalServerError,  # class XX
     ) as error:
+        if isinstance(error, asyncpg.InterfaceError) and "arguments for this query" in str(error):
+            raise  # a mistake of ours must not be waited for like an outage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LedgerUnavailable(f"The database can't be used right now: {reason}") from None
 
@@ -95,12 +99,30 @@ def _closed(lost: asyncio.Future[None], _connection: object) -> None:
         lost.set_result(None)
 
 
-class Ledger:
-    """A process's way to the database: a pool that connects lazily, heals by itself and raises `LedgerUnavailable`."""
+def _drop(connection: Any) -> None:
+    with contextlib.suppress(asyncpg.InterfaceError):  # it is closed, and the pool has taken it back
+        connection.terminate()
 
-    def __init__(self, url: str, *, pool: int = 10, name: str = "backcast") -> None:
+
+class _Stateless(asyncpg.Connection):
+    """A pooled connection. Nothing of ours leaves state in a session, so giving it back costs no round trip."""
+
+    def get_reset_query(self) -> str:
+        return ""
+
+
+class Ledger:
+    """A process's way to the database: a pool that connects lazily, heals by itself and raises `LedgerUnavailable`.
+
+    No call takes longer than `timeout`, whatever the database does: refuse, hang, or give no connection.
+    """
+
+    def __init__(
+        self, url: str, *, pool: int = 10, name: str = "backcast", timeout: timedelta = timedelta(seconds=10)
+    ) -> None:
         self._url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)
         self._size = pool
+        self.timeout = timeout.total_seconds()
         self._server_settings = {
             "application_name": name,
             "search_path": "backcast",
@@ -123,32 +145,64 @@ class Ledger:
                 self._url,
                 min_size=0,
                 max_size=self._size,
+                connection_class=_Stateless,
                 server_settings=self._server_settings,
-                command_timeout=30,
-                timeout=5,
+                timeout=min(5.0, self.timeout),
                 max_inactive_connection_lifetime=60,
             )
             await self._pool
         return self._pool
 
-    async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
+        """A pooled connection, for `timeout` in all: the wait for it counts."""
         with _reaching():
-            return await (await self._connections()).fetch(sql, *values)
+            try:
+                async with asyncio.timeout(self.timeout):
+                    pool = await self._connections()
+                    connection = await pool.acquire()
+                    try:
+                        yield connection
+                    except asyncio.CancelledError:
+                        # Out of time, or the caller went away. asyncpg would ask the server to cancel the statement and
+                        # wait for its answer; one that hangs never gives it.
+                        _drop(connection)
+                        raise
+                    finally:
+                        await pool.release(connection)
+            except TimeoutError:
+                raise LedgerUnavailable(f"The database did not answer within {self.timeout:g} s.") from None
+
+    async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
+        async with self._connection() as connection:
+            return await connection.fetch(sql, *values)
 
     async def fetchrow(self, sql: str, *values: Any) -> asyncpg.Record | None:
-        with _reaching():
-            return await (await self._connections()).fetchrow(sql, *values)
+        async with self._connection() as connection:
+            return await connection.fetchrow(sql, *values)
 
     async def execute(self, sql: str, *values: Any) -> str:
-        with _reaching():
-            return await (await self._connections()).execute(sql, *values)
+        async with self._connection() as connection:
+            return await connection.execute(sql, *values)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection with an open transaction, committed at the end; `timeout` holds for all of it."""
+        async with self._connection() as connection:
+            try:
+                await connection.execute("begin")
+                yield connection
+                await connection.execute("commit")
+            except BaseException:
+                _drop(connection)  # which rolls back, without an answer to wait for
+                raise
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[asyncpg.Connection]:
         """A connection of its own, outside of the pool: for listening, heartbeats and advisory locks."""
         with _reaching():
             connection = await asyncpg.connect(
-                self._url, server_settings=self._server_settings, command_timeout=10, timeout=5
+                self._url, server_settings=self._server_settings, command_timeout=self.timeout, timeout=5
             )
         try:
             with _reaching():
@@ -157,8 +211,12 @@ class Ledger:
             connection.terminate()
 
     async def check(self) -> None:
-        """Readiness: reachable, and the schema is there. Raises `LedgerUnavailable`."""
-        await self.fetchrow("select 1 from task_types limit 1")
+        """Readiness: reachable, writable, and the schema is there. Raises `LedgerUnavailable`."""
+        row = await self.fetchrow(
+            "select current_setting('transaction_read_only')::bool as read_only, exists (select from task_types)"
+        )
+        if row is not None and row["read_only"]:
+            raise LedgerUnavailable("The database is read-only: look at its disk, or for the primary server.")
 
     def wake(self, pool: str) -> None:
         """Tell idle workers of `pool` that runs are ready: the first time at once, then at most every 10 ms.

@@ -36,12 +36,13 @@ async def register_tasks(ledger: Ledger, tasks: Sequence[TaskType]) -> None:
     for task in sorted(tasks, key=lambda task: task.name):
         await ledger.execute(
             """insert into task_types (name, pool, version, description, input_schema, output_schema, retries, timeout,
-                                       max_attempts)
-               values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                                       max_attempts, lane, history)
+               values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
                on conflict (name) do update set pool = excluded.pool, version = excluded.version,
                    description = excluded.description, input_schema = excluded.input_schema,
                    output_schema = excluded.output_schema, retries = excluded.retries, timeout = excluded.timeout,
-                   max_attempts = excluded.max_attempts, updated_at = now()""",
+                   max_attempts = excluded.max_attempts, lane = excluded.lane,
+                   history = excluded.history, updated_at = now()""",
             task.name,
             task.pool,
             task.version,
@@ -51,6 +52,8 @@ async def register_tasks(ledger: Ledger, tasks: Sequence[TaskType]) -> None:
             task.retries,
             task.timeout,
             task.max_attempts,
+            task.lane,
+            task.history,
         )
 
 
@@ -72,24 +75,31 @@ class Held:
     fence: int
     cancel: bool
     retries_used: int
+    lane: str | None
 
 
 # One row per worker, by its key. The runs are read in the same snapshot: what a worker believes to hold and is not
 # here under the same fence has been given to someone else.
 _BEAT = """
-with beat as (update workers set heartbeat_at = now(), busy = $2, draining = $3 where id = $1 returning id)
-select r.id, r.fence, r.cancel_requested_at is not null as cancel, r.retries_used, (select count(*) from beat) as known
+with beat as (
+  update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1 returning id)
+select r.id, r.fence, r.cancel_requested_at is not null as cancel, r.retries_used,
+       case when r.admitted then r.lane end as lane, (select count(*) from beat) as known
   from (select 1) one left join runs r on r.worker_id = $1 and r.state = 'running'"""
 
 
 async def beat(
-    connection: asyncpg.Connection, worker_id: UUID, *, busy: int, draining: bool
+    connection: asyncpg.Connection, worker_id: UUID, *, busy: int, draining: bool, settled: int
 ) -> dict[UUID, Held] | None:
     """Extend the worker's lease; returns the runs it holds, or None when the worker is not registered (any more)."""
-    rows = await connection.fetch(_BEAT, worker_id, busy, draining)
+    rows = await connection.fetch(_BEAT, worker_id, busy, draining, settled)
     if not rows[0]["known"]:
         return None
-    return {row["id"]: Held(row["fence"], row["cancel"], row["retries_used"]) for row in rows if row["id"] is not None}
+    return {
+        row["id"]: Held(row["fence"], row["cancel"], row["retries_used"], row["lane"])
+        for row in rows
+        if row["id"] is not None
+    }
 
 
 async def retire(ledger: Ledger, worker_id: UUID) -> None:
@@ -101,15 +111,6 @@ async def retire(ledger: Ledger, worker_id: UUID) -> None:
     )
 
 
-async def forget_dead(ledger: Ledger, after: timedelta) -> None:
-    """Forget workers that have been silent for `after` and hold no run."""
-    await ledger.execute(
-        """delete from workers w where heartbeat_at < now() - $1::interval
-              and not exists (select from runs r where r.worker_id = w.id and r.state = 'running')""",
-        after,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Fleet:
     alive: int
@@ -117,32 +118,48 @@ class Fleet:
     """Workers silent for a lease that still hold runs."""
     database_started: float
     """When the database server started, in its own epoch seconds: a change means that every heartbeat paused."""
+    at: float
+    """When this was so, by the same clock."""
 
 
 async def fleet(connection: asyncpg.Connection, lease: timedelta) -> Fleet:
     row = await connection.fetchrow(
         """select count(*) filter (where heartbeat_at >= now() - $1::interval) as alive,
-                  coalesce(array_agg(id) filter (where heartbeat_at < now() - $1::interval and exists
-                    (select from runs r where r.worker_id = w.id and r.state = 'running')), '{}') as dead,
-                  extract(epoch from pg_postmaster_start_time())::float8 as started
+                  array(select r.worker_id from runs r where r.state = 'running' and not exists (select from workers h
+                          where h.id = r.worker_id and h.heartbeat_at >= now() - $1::interval)
+                         group by r.worker_id) as dead,
+                  extract(epoch from pg_postmaster_start_time())::float8 as started,
+                  extract(epoch from now())::float8 as at
              from workers w""",
         lease,
     )
     assert row is not None
-    return Fleet(row["alive"], frozenset(row["dead"]), row["started"])
+    return Fleet(row["alive"], frozenset(row["dead"]), row["started"], row["at"])
 
 
 def _task(row: asyncpg.Record) -> TaskType:
     return TaskType(
-        **{key: row[key] for key in ("name", "pool", "version", "description", "retries", "timeout", "max_attempts")},
+        **{
+            key: row[key]
+            for key in (
+                "name",
+                "pool",
+                "version",
+                "description",
+                "retries",
+                "timeout",
+                "max_attempts",
+                "lane",
+                "history",
+            )
+        },
         input_schema=json.loads(row["input_schema"]),
         output_schema=json.loads(row["output_schema"]),
     )
 
 
-_TASK_COLUMNS = (
-    "name, pool, version, description, input_schema, output_schema, retries, timeout, max_attempts, updated_at"
-)
+_TASK_COLUMNS = """name, pool, version, description, input_schema, output_schema, retries, timeout, max_attempts, lane,
+    history"""
 
 
 async def task_type(ledger: Ledger, name: str) -> TaskType:
@@ -160,14 +177,3 @@ async def task_type(ledger: Ledger, name: str) -> TaskType:
 async def task_types(ledger: Ledger) -> list[TaskType]:
     rows = await ledger.fetch(f"select {_TASK_COLUMNS} from task_types order by name")  # noqa: S608  # a constant
     return [_task(row) for row in rows]
-
-
-async def vacuum(connection: asyncpg.Connection, *, dead_rows: int) -> bool:
-    """Vacuum `runs` once more than `dead_rows` are dead: autovacuum alone is too slow to keep claims fast."""
-    dead = await connection.fetchval(
-        "select n_dead_tup from pg_stat_user_tables where schemaname = 'backcast' and relname = 'runs'"
-    )
-    if dead is None or dead <= dead_rows:
-        return False
-    await connection.execute("vacuum (index_cleanup on, truncate off) runs")
-    return True

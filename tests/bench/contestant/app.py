@@ -21,7 +21,7 @@ class Work(BaseModel):
 def app() -> FastAPI:
     settings = load()
     ledger = Ledger(settings.database.url.get_secret_value(), pool=settings.database.pool, name="backcast-api")
-    app = create_app(ledger, open_store(settings.store), max_body=settings.api.max_body)
+    app = create_app(ledger, open_store(settings.store), settings.api)
 
     @app.post("/tasks", status_code=202)
     async def accept(work: Work, deps: Deps) -> dict[str, str]:

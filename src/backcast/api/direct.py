@@ -1,0 +1,44 @@
+"""Routes for which FastAPI is only the documentation. Their endpoints take the request and answer it; no dependencies
+are solved and no response is looked at, which costs more than all the rest of a small request."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import UUID
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
+
+from backcast.errors import UnknownRun
+
+
+class Direct(APIRoute):
+    def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **declared: Any) -> None:
+        super().__init__(path, endpoint, **declared)
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = answer
+
+
+def in_path(name: str, **schema: Any) -> dict[str, Any]:
+    """For the declaration of a direct route: a part of its path."""
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", **schema}}
+
+
+def in_header(name: str, description: str) -> dict[str, Any]:
+    """For the declaration of a direct route: a header that it reads."""
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": {"type": "string"}}
+
+
+RUN_ID = in_path("run_id", format="uuid")
+
+
+def run_id(request: Request) -> UUID:
+    """Raises `UnknownRun`."""
+    try:
+        return UUID(request.path_params["run_id"])
+    except ValueError:
+        raise UnknownRun("A run id is a UUID, as it was answered when the run was submitted.") from None

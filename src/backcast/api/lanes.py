@@ -1,0 +1,61 @@
+"""Lanes: how many runs of a kind may run at once, or start in a minute."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
+from pydantic import BaseModel
+
+from backcast.api import problems
+from backcast.api.body import JSONBody, validate
+from backcast.api.deps import Deps
+from backcast.api.runs import json_request
+from backcast.errors import FieldError, InvalidInput, LedgerUnavailable, MalformedBody, UnknownLane, UnsupportedBody
+from backcast.ledger import lanes
+from backcast.models import Label, Lane, Limits
+
+router = APIRouter(prefix="/v1/lanes", tags=["lanes"])
+
+Name = Annotated[Label, Path()]
+
+
+class LaneList(BaseModel):
+    items: list[Lane]
+
+
+@router.get("", summary="List the lanes that have limits", responses=problems.responses(LedgerUnavailable))
+async def list_lanes(deps: Deps) -> LaneList:
+    return LaneList(items=await lanes.limited(deps.ledger))
+
+
+@router.get("/{name}", summary="Get a lane", responses=problems.responses(UnknownLane, LedgerUnavailable))
+async def get_lane(name: Name, deps: Deps) -> Lane:
+    return await lanes.get(deps.ledger, name)
+
+
+@router.put(
+    "/{name}",
+    summary="Limit a lane",
+    description="Replaces both limits. They hold for runs that are submitted from then on.",
+    responses=problems.responses(MalformedBody, UnsupportedBody, InvalidInput, LedgerUnavailable),
+    openapi_extra=json_request(Limits),
+)
+async def limit_lane(name: Name, body: JSONBody, deps: Deps) -> Lane:
+    limits = validate(Limits, body)
+    if limits.max_running is None and limits.max_per_minute is None:
+        raise InvalidInput(
+            "Set max_running or max_per_minute, or both; DELETE lifts the limits.",
+            errors=(FieldError("", "no limit is set"),),
+        )
+    return await lanes.limit(deps.ledger, name, limits)
+
+
+@router.delete(
+    "/{name}",
+    status_code=204,
+    summary="Lift the limits of a lane",
+    description="Its runs that wait for it go on.",
+    responses=problems.responses(UnknownLane, LedgerUnavailable),
+)
+async def lift_lane(name: Name, deps: Deps) -> Response:
+    await lanes.lift(deps.ledger, name)
+    return Response(status_code=204)

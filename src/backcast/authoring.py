@@ -1,0 +1,78 @@
+"""What the author of a task may say to backcast (`options`) and ask it (`cancel_requested`). Knows nothing of Prefect
+and needs no worker: a task that uses it runs anywhere.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+History = Literal["full", "none"]
+"""`full`: Prefect shows every run of the task. `none`: the function is called without Prefect's engine, which is cheap;
+the ledger still has every run."""
+
+T = TypeVar("T")
+_MARK = "__backcast_options__"
+_asked: ContextVar[threading.Event | None] = ContextVar("backcast_asked_to_stop", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What was said of a task with `options`."""
+
+    history: History = "full"
+    lane: str | None = None
+
+
+def options(*, history: History = "full", lane: str | None = None) -> Callable[[T], T]:
+    """Say how backcast treats a task; it stays the same task for everyone else.
+
+        @options(history="none", lane="openai")
+        @task(retries=3)
+        async def classify(text: str) -> str: ...
+
+    Above `@task` it speaks of that one task; below, on the function, also of every copy by `with_options`.
+
+    Args:
+        history: `none` trades Prefect's engine for speed: no states, logs, caching or hooks for these runs; retries,
+            time-outs and results are the same.
+        lane: what the runs draw on, such as a provider's quota, unless a submission names another lane.
+    """
+    if history not in get_args(History):
+        raise ValueError(f"history is {history!r}: write 'full' or 'none'.")
+    if lane is not None and not (0 < len(lane) <= 200 and lane.isprintable()):
+        raise ValueError(f"lane is {lane!r}: write 1 to 200 printable characters.")
+    said = Options(history, lane)
+
+    def mark(task: T) -> T:
+        setattr(task, _MARK, said)
+        return task
+
+    return mark
+
+
+def options_of(task: Any) -> Options:
+    """What was said of a task, or of the function that it was made from."""
+    return getattr(task, _MARK, None) or getattr(getattr(task, "fn", None), _MARK, None) or Options()
+
+
+def cancel_requested() -> bool:
+    """Whether the run that this code belongs to should stop: it was cancelled, took too long, or its worker stops.
+
+    Python can't stop a thread, so a long sync task asks now and then, and returns or raises: nobody waits for its value
+    any more. An async task is cancelled at its next `await`; the threads that it started may ask. Outside of a run: no.
+    """
+    asked = _asked.get()
+    return asked is not None and asked.is_set()
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """Around a run, in its context: setting the event is what `cancel_requested` answers to."""
+    token = _asked.set(asked := threading.Event())
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)

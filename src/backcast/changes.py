@@ -1,0 +1,126 @@
+"""A change of a run's state as Prefect's server takes it: an event with only what the server reads and its pages show.
+Knows who may have said it (an engine, or the ledger where no engine has spoken), not how it gets there.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Self
+from uuid import UUID, uuid5
+
+from backcast.ledger.history import Told
+from backcast.models import JSON
+
+RESOURCE = "prefect.task-run."
+MESSAGE = 10_000
+"""Characters of a message that are shown; the server refuses events beyond 1.5 MB."""
+
+
+def state_type(state: str) -> str:
+    """Prefect's word for a state of the ledger. It has none for a run that was not begun in time."""
+    return "CANCELLED" if state == "expired" else state.upper()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Values only, so that it can be kept while the run goes on. Of two changes of a run the server keeps the later."""
+
+    run: UUID
+    task: str
+    label: str
+    """What the page calls the run: the task's name, or what its `task_run_name` makes of it."""
+    type: str
+    """Prefect's state type: RUNNING, COMPLETED, …"""
+    name: str
+    """Prefect's name for the state: AwaitingRetry, TimedOut, …"""
+    message: str | None
+    at: datetime
+    attempts: int
+    due: datetime
+    parameters: Iterable[str] = ()
+    """Names only."""
+    policy: Mapping[str, JSON] = field(default_factory=dict[str, JSON])
+    """How the task is retried, in Prefect's words."""
+    version: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    busy: timedelta = timedelta()
+    scheduled_for: datetime | None = None
+
+    @classmethod
+    def from_ledger(cls, run: Told) -> Self:
+        scheduled = run.state == "scheduled"
+        start = None if scheduled else run.started_at or run.at
+        kind = state_type(run.state)
+        return cls(
+            run=run.id,
+            task=run.task,
+            label=run.task,
+            type=kind,
+            name=kind.capitalize(),
+            message=f"Expired: {run.message or 'it was not started before its deadline.'}"
+            if run.state == "expired"
+            else run.message,
+            at=run.said_at or run.at,
+            attempts=run.attempts,
+            due=run.due,
+            parameters=run.parameters,
+            started_at=start,
+            ended_at=None if scheduled else run.at,
+            busy=run.at - start if start else timedelta(),
+            scheduled_for=run.due if scheduled else None,
+        )
+
+
+def event(change: Change) -> bytes:
+    """The JSON that `POST /api/events` takes, in a list."""
+    at = change.at.isoformat()
+    message = change.message and change.message[:MESSAGE]
+    shown: dict[str, JSON] = {
+        "name": change.label,
+        "task_key": change.task,
+        "dynamic_key": f"{change.task}-{change.run}",
+        "empirical_policy": change.policy,
+        "task_inputs": {name: [] for name in change.parameters},
+        "run_count": change.attempts,
+        "expected_start_time": change.due.isoformat(),
+        "total_run_time": change.busy.total_seconds(),
+    }
+    if change.version is not None:
+        shown["task_version"] = change.version
+    if change.started_at is not None:
+        shown["start_time"] = change.started_at.isoformat()
+    if change.ended_at is not None:
+        shown["end_time"] = change.ended_at.isoformat()
+    details = {"scheduled_time": change.scheduled_for.isoformat()} if change.scheduled_for else {}
+    body: dict[str, JSON] = {
+        # Becomes the state's id. The same word is the same id: the server's recorder swallows it when it is told again,
+        # and would otherwise stumble over the run's second state of one time, and stop.
+        "id": str(uuid5(change.run, f"{change.name} {at}")),
+        "occurred": at,
+        "event": f"{RESOURCE}{change.name}",
+        "resource": {
+            "prefect.resource.id": f"{RESOURCE}{change.run}",
+            "prefect.resource.name": change.label,
+            "prefect.orchestration": "client",  # or the server's recorder passes over it
+            "prefect.state-type": change.type,
+            "prefect.state-name": change.name,
+            "prefect.state-message": message or "",
+            "prefect.state-timestamp": at,
+            "prefect.run-count": str(change.attempts),
+        },
+        "payload": {
+            "intended": {"from": None, "to": change.type},
+            "initial_state": None,
+            "validated_state": {
+                "type": change.type,
+                "name": change.name,
+                "message": message,
+                "state_details": details,
+                "data": None,
+            },
+            "task_run": shown,
+        },
+    }
+    return json.dumps(body, separators=(",", ":")).encode()

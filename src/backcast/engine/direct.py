@@ -1,0 +1,217 @@
+"""Makes an attempt by calling the function of a task itself, for a twentieth of what Prefect's engine costs. Retries,
+time-outs, error kinds and results are as on the engine's way (one test suite holds both to it); what a task finds when
+it asks Prefect for its run is the same, but nobody is told of states, and there are no hooks, caching or transactions.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self, cast
+from uuid import UUID
+
+from prefect import Task
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import State, TaskRun, TaskRunPolicy
+from prefect.context import TaskRunContext
+from prefect.results import ResultStore  # pyright: ignore[reportPrivateImportUsage]
+from prefect.states import Completed, Running
+from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine, TaskRunTimeoutError
+from prefect.types._datetime import now  # pyright: ignore[reportPrivateUsage]  # a task may use what its DateTime offers
+from prefect.utilities.callables import call_with_parameters
+from prefect.utilities.math import clamped_poisson_interval
+from prefect.utilities.timeout import timeout, timeout_async
+from pydantic import BaseModel
+
+from backcast.engine.serving import Served
+from backcast.engine.threads import Overdue, Threads
+from backcast.engine.verdicts import may_retry, problem, retry_after, to_json
+from backcast.errors import FatalError, RunTimeout
+from backcast.models import Attempt, Failed, Retry, Succeeded, uuid7
+
+MARGIN = 0.5
+"""Seconds after its time-out in which a thread may end by itself, before it is left behind."""
+
+
+RUNNING, COMPLETED = Running(), Completed()
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """A served task with the models that Prefect's contexts want for its runs. Making and validating one takes longer
+    than a run; a run takes copies."""
+
+    served: Served
+    context: TaskRunContext
+
+    @classmethod
+    async def of(cls, served: Served, client: PrefectClient) -> Self:
+        task = served.task
+        run = TaskRun(
+            name=task.name,
+            task_key=task.task_key,
+            dynamic_key="",
+            task_version=task.version,
+            empirical_policy=TaskRunPolicy(retries=task.retries, retry_delay=task.retry_delay_seconds),
+        )
+        context = TaskRunContext(
+            task=task,
+            task_run=run,
+            parameters={},
+            log_prints=served.log_prints,
+            result_store=await ResultStore().aupdate_for_task(task),
+            persist_result=served.is_cached,
+            client=client,
+        )
+        return cls(served, context)
+
+
+@dataclass(slots=True)
+class Job:
+    """Attempts to be made."""
+
+    kit: Kit
+    run_id: UUID
+    parameters: dict[str, Any]
+    retries: int
+
+    @property
+    def task(self) -> "Task[..., Any]":
+        return self.kit.served.task
+
+    @property
+    def within(self) -> float | None:
+        """When the thread of a sync task is left behind. Before that Prefect raises in it, which ends all but a single
+        call that blocks (`time.sleep(60)`, a long query)."""
+        return None if self.task.timeout_seconds is None else self.task.timeout_seconds + MARGIN
+
+    def overdue(self) -> RunTimeout:
+        return RunTimeout(f"Task run exceeded timeout of {self.task.timeout_seconds} second(s)")
+
+    def function(self) -> Callable[[], Any]:
+        if self.kit.served.is_plain:
+            return lambda: self.task.fn(**self.parameters)
+        return lambda: call_with_parameters(self.task.fn, self.parameters)
+
+
+def fresh(state: "State[Any]") -> "State[Any]":
+    """This state, entered now."""
+    at = now("UTC")
+    details = BaseModel.model_copy(state.state_details)
+    changed = {"id": uuid7(), "timestamp": at, "created": at, "updated": at, "state_details": details}
+    return cast("State[Any]", BaseModel.model_copy(state, update=changed))  # Prefect's own takes ten times as long
+
+
+def task_run(job: Job) -> TaskRun:
+    """Prefect's record of the run, as its engine would begin it."""
+    at = now("UTC")
+    changed = {
+        "id": job.run_id,
+        "dynamic_key": f"{job.task.task_key}-{job.run_id}",
+        "task_inputs": {name: [] for name in job.parameters},
+        "tags": [],
+        "labels": {},
+        "run_count": job.retries,
+        "expected_start_time": at,
+        "created": at,
+        "updated": at,
+    }
+    return cast("TaskRun", BaseModel.model_copy(job.kit.context.task_run, update=changed))
+
+
+def context(job: Job, run: TaskRun) -> TaskRunContext:
+    """Where `get_run_logger`, `prefect.runtime` and the tasks that a task calls find their run."""
+    changed = {"task_run": run, "parameters": job.parameters, "start_time": now("UTC")}
+    return job.kit.context.model_copy(update=changed)
+
+
+def body(value: Any) -> bytes:
+    """The JSON of what a task returned, which may be a completed state with the value inside."""
+    if isinstance(value, State):
+        given = cast("State[Any]", value)
+        if not given.is_final():
+            raise FatalError(f"The task returned the state {given.name}: return a value, or a final state.")
+        value = getattr(given.data, "result", given.data) if given.is_completed() else None
+    return to_json(value)
+
+
+async def call(job: Job, threads: Threads, asked: threading.Event) -> Attempt:
+    """Make the attempt, and at once those that are due without a delay. Raises nothing but `BaseException`s."""
+    task, run = job.task, task_run(job)
+    while True:
+        run.state = fresh(RUNNING)
+        run.state_type, run.state_name, run.start_time = (
+            run.state.type,
+            run.state.name,
+            cast("Any", run.state.timestamp),
+        )
+        run.run_count = job.retries + 1
+        ended = await (_in_loop(job, run) if task.isasync else _in_thread(job, run, threads, asked))
+        if isinstance(ended, bytes):
+            return Succeeded(ended)
+        failed, cause = (ended, None) if isinstance(ended, State) else (None, ended)
+        why = problem(cause, failed and failed.message)
+        if not isinstance(ended, (Exception, State)) or not await _goes_on(job, run, ended):
+            return Failed(why)
+        job.retries += 1
+        if task.retry_delay_seconds or retry_after(cause) is not None:
+            return Retry(why, max(_backoff(task, job.retries), retry_after(cause) or 0.0), job.retries)
+
+
+Ended = bytes | BaseException | State[Any]
+
+
+def _ended(value: Any) -> Ended:
+    if isinstance(value, State) and value.is_final() and not value.is_completed():
+        return cast("State[Any]", value)
+    return body(value)
+
+
+async def _in_loop(job: Job, run: TaskRun) -> Ended:
+    with context(job, run):
+        try:
+            if job.task.timeout_seconds is None:
+                return _ended(await job.function()())
+            with timeout_async(job.task.timeout_seconds, TaskRunTimeoutError):
+                return _ended(await job.function()())
+        except TaskRunTimeoutError:
+            return job.overdue()
+        except Exception as error:  # noqa: BLE001  # whatever a task raises becomes the run's problem
+            return error
+
+
+async def _in_thread(job: Job, run: TaskRun, threads: Threads, asked: threading.Event) -> Ended:
+    def work() -> Ended:
+        with context(job, run):
+            try:
+                with timeout(job.task.timeout_seconds, TaskRunTimeoutError):
+                    return _ended(job.function()())
+            except TaskRunTimeoutError:
+                return job.overdue()
+            except BaseException as error:  # noqa: BLE001  # a future can't carry all of them
+                return error
+
+    try:
+        return await threads.run(work, asked=asked, within=job.within)
+    except Overdue:
+        return job.overdue()
+
+
+async def _goes_on(job: Job, run: TaskRun, ended: "Exception | State[Any]") -> bool:
+    task = job.task
+    if (isinstance(ended, State) and not ended.is_failed()) or job.retries >= task.retries or not may_retry(ended):
+        return False
+    if task.retry_condition_fn is None:
+        return True
+    if task.isasync:
+        return await AsyncTaskRunEngine(task=task, task_run=run).can_retry(ended)
+    return await asyncio.to_thread(SyncTaskRunEngine(task=task, task_run=run).can_retry, ended)
+
+
+def _backoff(task: "Task[..., Any]", retry: int) -> float:
+    """Seconds before the n-th retry, as Prefect reckons them."""
+    given = task.retry_delay_seconds or 0.0
+    delay = given[min(retry, len(given)) - 1] if isinstance(given, list) else float(given)
+    if task.retry_jitter_factor and delay > 0:
+        return clamped_poisson_interval(delay, clamping_factor=task.retry_jitter_factor)
+    return delay

@@ -1,0 +1,235 @@
+"""Decides how a Prefect `Task` of a user becomes a task type that callers see, and the copy of it that is run. Knows
+nothing of runs.
+"""
+
+import asyncio
+import contextlib
+import copy
+import hashlib
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, Self, TypeVar
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE, CachePolicy, RunId
+from prefect.filesystems import WritableFileSystem
+from prefect.serializers import Serializer
+from prefect.settings import PREFECT_LOGGING_LOG_PRINTS
+from prefect.tasks import MaterializingTask
+from prefect.utilities.callables import parameter_schema
+from pydantic import PrivateAttr, TypeAdapter, ValidationError
+
+from backcast.authoring import Options, options_of
+from backcast.engine.verdicts import to_json
+from backcast.errors import ConfigurationError, UsageError
+from backcast.models import JSON, TaskType
+from backcast.store import Store
+
+T = TypeVar("T")
+
+
+class PlainJSON(Serializer):
+    """Prefect's cache records as plain JSON. The stock serializer imports classes that are named in the text."""
+
+    type: Literal["plainjson"] = "plainjson"  # pyright: ignore[reportIncompatibleVariableOverride]  # Prefect's own way
+
+    def dumps(self, obj: Any) -> bytes:
+        return to_json(obj)
+
+    def loads(self, blob: bytes) -> Any:
+        return json.loads(blob)
+
+
+class CacheStorage(WritableFileSystem):
+    """Our store as Prefect sees it, for the records of cache policies. Usable from any thread: calls go to our loop."""
+
+    _block_type_slug = "backcast-cache"
+    _store: Store = PrivateAttr()
+    _loop: asyncio.AbstractEventLoop = PrivateAttr()
+
+    @classmethod
+    def over(cls, store: Store, loop: asyncio.AbstractEventLoop) -> Self:
+        storage = cls()
+        storage._store, storage._loop = store, loop
+        return storage
+
+    async def aread_path(self, path: str) -> bytes:
+        return await asyncio.wrap_future(self._there(self._store.get(self._key(path))))
+
+    async def awrite_path(self, path: str, content: bytes) -> None:
+        await asyncio.wrap_future(self._there(self._store.put(self._key(path), content)))
+
+    # In the names of Prefect's base class, which it calls with `_sync=True` in the threads of sync tasks.
+    def read_path(self, path: str, _sync: bool = True) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._from_thread(self._store.get(self._key(path)))
+
+    def write_path(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, path: str, content: bytes, _sync: bool = True
+    ) -> None:
+        self._from_thread(self._store.put(self._key(path), content))
+
+    def _resolve_path(self, path: str) -> str:
+        return path
+
+    def _key(self, path: str) -> str:
+        return f"cache/{hashlib.sha256(path.encode()).hexdigest()}"  # a user's cache key may be any text
+
+    def _there(self, work: typing.Coroutine[Any, Any, T]) -> "Future[T]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _from_thread(self, work: typing.Coroutine[Any, Any, T]) -> T:
+        if asyncio._get_running_loop() is self._loop:  # pyright: ignore[reportPrivateUsage]  # the one that does not raise
+            work.close()
+            raise RuntimeError("A sync task that an async one calls has no cache: it would wait for itself.")
+        return self._there(work).result()
+
+
+def discover(modules: Iterable[str]) -> dict[str, "Task[..., Any]"]:
+    """The tasks of these modules by their names, which is what routes runs: files may move and lines change.
+
+    Raises:
+        ConfigurationError: a module can't be imported, or two tasks have the same name.
+    """
+    found: dict[str, Task[..., Any]] = {}
+    for module in modules:
+        try:
+            members = vars(importlib.import_module(module))
+        except Exception as error:
+            raise ConfigurationError(
+                f"BACKCAST_TASKS names {module}, which can't be imported ({type(error).__name__}: {error}): correct the"
+                " name, or put its folder on PYTHONPATH."
+            ) from error
+        for task in members.values():
+            if not isinstance(task, Task):
+                continue
+            other = found.setdefault(task.name, task)
+            if other is not task:
+                raise ConfigurationError(f"Two tasks are named {task.name!r}: give one of them another `name=`.")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A task that this process serves: what callers see, and what is run."""
+
+    type: TaskType
+    task: "Task[..., Any]"
+    parameters: Mapping[str, TypeAdapter[Any]]
+    """How parameters with types beyond plain JSON (dates, models) are made from JSON."""
+    options: Options
+    is_cached: bool
+    """Whether a run may take the value of another one."""
+    needs_engine: bool
+    """Whether the task uses what only Prefect's engine does: its cache, hooks, assets, names for runs."""
+    is_plain: bool
+    """Whether the function takes its parameters by name, each."""
+    log_prints: bool
+    policy: Mapping[str, JSON]
+    """How it is retried, in Prefect's words, for its pages."""
+
+    def bind(self, given: dict[str, JSON]) -> dict[str, Any]:
+        """The parameters in the order of the function's, whatever theirs: a cache key depends on it.
+
+        Raises:
+            UsageError: with the parameter's name.
+        """
+        bound = dict(given)
+        for name, adapter in self.parameters.items():
+            if name in bound:
+                try:
+                    bound[name] = adapter.validate_python(bound[name])
+                except ValidationError as error:
+                    first = error.errors(include_url=False)[0]
+                    where = "/".join(str(part) for part in (name, *first["loc"]))
+                    raise UsageError(f"{where}: {first['msg']}", code="invalid_input") from None
+        missing = [name for name in self.type.input_schema.get("required", []) if name not in bound]
+        unknown = [name for name in bound if name not in self.type.input_schema.get("properties", {})]
+        if missing or unknown:
+            raise UsageError(f"Missing parameters: {missing}; unknown: {unknown}.", code="invalid_input")
+        return {name: bound[name] for name in self.type.input_schema["properties"] if name in bound}
+
+
+def serve(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: WritableFileSystem) -> Served:
+    """How this task is offered and run. The user's object stays as it is; the engine gets a copy that carries storage
+    (or each run would ask the server for it), no tags (each costs a call and fails without the server) and, unless a
+    cache policy asks for it, no persistence: we write results ourselves."""
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # annotations may name what exists for type checkers only
+        hints = typing.get_type_hints(task.fn, include_extras=True)
+    schema = _input_schema(task)
+    output: dict[str, JSON] = {}
+    if "return" in hints:
+        with contextlib.suppress(Exception):  # a return type that pydantic can't describe is no error
+            output = TypeAdapter(hints["return"]).json_schema(mode="serialization")
+    adapters: dict[str, TypeAdapter[Any]] = {}
+    for name in schema["properties"]:
+        if hints.get(name, Any) not in _PLAIN:
+            adapters[name] = TypeAdapter(hints[name])
+    cached, options = _is_cached(task.cache_policy), options_of(task)
+    return Served(
+        type=TaskType(
+            name=task.name,
+            pool=pool,
+            version=task.version or "",
+            description=inspect.cleandoc(task.description or ""),
+            input_schema=schema,
+            output_schema=output,
+            retries=task.retries or 0,
+            timeout=timedelta(seconds=task.timeout_seconds) if task.timeout_seconds else None,
+            max_attempts=max_attempts,
+            lane=options.lane,
+            history=options.history == "full",
+        ),
+        task=_copy(task, cached, storage),
+        parameters=adapters,
+        options=options,
+        is_cached=cached,
+        needs_engine=cached or bool(task.task_run_name) or _has_assets(task) or any(getattr(task, on) for on in _HOOKS),
+        is_plain=all(p.kind in _BY_NAME for p in inspect.signature(task.fn).parameters.values()),
+        log_prints=PREFECT_LOGGING_LOG_PRINTS.value() if task.log_prints is None else task.log_prints,
+        policy={"retries": task.retries, "retry_delay": task.retry_delay_seconds} if task.retries else {},
+    )
+
+
+_PLAIN = (Any, inspect.Parameter.empty, str, int, float, bool, None, type(None), dict, list)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_HOOKS = ("on_completion_hooks", "on_failure_hooks", "on_running_hooks", "on_rollback_hooks", "on_commit_hooks")
+
+
+def _input_schema(task: "Task[..., Any]") -> dict[str, JSON]:
+    schema = parameter_schema(task.fn).model_dump_for_openapi()
+    for prop in schema["properties"].values():
+        prop.pop("position", None)
+    schema.setdefault("additionalProperties", False)
+    if not schema.get("definitions"):
+        schema.pop("definitions", None)
+    return schema
+
+
+def _copy(task: "Task[..., Any]", cached: bool, storage: WritableFileSystem) -> "Task[..., Any]":
+    ours = copy.copy(task)
+    ours.tags = set()
+    ours.cache_policy = task.cache_policy if cached else NO_CACHE
+    ours.persist_result = cached
+    ours.result_storage = storage
+    ours.result_serializer = PlainJSON()
+    ours.result_storage_key = None  # a key of the user's would silently disable the cache
+    ours.cache_result_in_memory = False  # one result store serves all runs, and would keep a thousand values
+    return ours
+
+
+def _is_cached(policy: object) -> bool:
+    """Whether a policy can hit for another run; Prefect's default one includes the run's id and never does."""
+    if not isinstance(policy, CachePolicy) or policy == NO_CACHE:
+        return False
+    return not any(isinstance(part, RunId) for part in [policy, *getattr(policy, "policies", [])])
+
+
+def _has_assets(task: "Task[..., Any]") -> bool:
+    return isinstance(task, MaterializingTask) or bool(task.asset_deps)

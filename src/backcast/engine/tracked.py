@@ -1,0 +1,358 @@
+"""Makes an attempt on Prefect's own task engine, with its hooks, caching, logs and transactions. Decides what Prefect
+hears of the run, and leaves out what a run without a flow does not need, which is most of what the engine costs.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect.client.schemas.objects import State
+from prefect.concurrency.context import ConcurrencyContext
+from prefect.logging import get_logger
+from prefect.logging.loggers import task_run_logger
+from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
+from prefect.states import Cancelled, Pending, is_state_iterable
+from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine, TaskRunTimeoutError
+from prefect.telemetry.run_telemetry import RunTelemetry
+from prefect.transactions import AsyncTransaction, Transaction
+from prefect.utilities.timeout import timeout, timeout_async
+
+from backcast.changes import Change
+from backcast.engine import direct
+from backcast.engine.direct import Job
+from backcast.engine.threads import Overdue, Threads
+from backcast.engine.verdicts import clean, may_retry, problem, retry_after
+from backcast.models import Attempt, Failed, Retry, Succeeded
+
+Tell = Callable[[Change], None]
+_LOGGER = get_logger("engine")
+_TELEMETRY = RunTelemetry()  # asks OpenTelemetry for a tracer, once and not for each run
+
+
+@dataclass(kw_only=True)
+class _Ours:
+    """What we change in Prefect's engines: the run's contexts are entered once for an attempt and are not validated;
+    states are told to `tell` and not emitted; our error kinds decide about retries; the cause of a failure is kept."""
+
+    job: Job
+    tell: Tell | None
+    cause: BaseException | None = None
+    body: bytes = b""
+    """The value as JSON, made before Prefect is told that the run is completed."""
+    _voice: threading.Lock = field(default_factory=threading.Lock)
+    _is_silent: bool = False
+
+    @property
+    def _engine(self) -> "SyncTaskRunEngine[Any, Any]":
+        """What this is mixed into, for the type checker."""
+        return typing.cast("SyncTaskRunEngine[Any, Any]", self)
+
+    @property
+    def is_parked(self) -> bool:
+        """The attempt is over and another one is due later; waiting for it must not hold the slot."""
+        name = self._engine.state.name
+        return name == "AwaitingRetry" or (name == "Retrying" and retry_after(self.cause) is not None)
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_parked or not self._engine.is_running()
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The contexts in which a task, and the tasks that it calls, find their run."""
+        engine = self._engine
+        assert engine.task_run is not None
+        with direct.context(self.job, engine.task_run), ConcurrencyContext():
+            if self.job.task.task_run_name:
+                self.speak()
+                engine._set_custom_task_run_name()  # pyright: ignore[reportPrivateUsage]
+            yield
+
+    def enter(self, state: "State[Any]") -> "State[Any]":
+        """The run is in this state now; in the place of Prefect's `set_state`."""
+        with self._voice:
+            if not self._is_silent:
+                self._enter(state)
+        return state
+
+    def silence(self, last_word: "State[Any] | None") -> None:
+        """From now on nothing counts that the engine says of the run, in a thread that is left behind."""
+        with self._voice:
+            if last_word is not None:
+                self._enter(last_word)
+            self._is_silent = True
+
+    def _enter(self, state: "State[Any]") -> None:
+        run = self._engine.task_run
+        assert run is not None
+        last = run.state
+        state.message = state.message and clean(state.message)  # or it can't be written as JSON
+        state.state_details.task_run_id = run.id
+        if last is not None and last.is_running():
+            run.total_run_time += state.timestamp - last.timestamp
+        if state.is_running():
+            run.run_count += 1
+        at = typing.cast("Any", state.timestamp)
+        if last is None:
+            run.start_time = at
+        run.end_time = at if state.is_final() else None
+        run.state, run.state_id, run.state_type, run.state_name = state, state.id, state.type, state.name
+        if self.tell is not None:
+            self.tell(self._change(state))
+
+    def _change(self, state: "State[Any]") -> Change:
+        run = self._engine.task_run
+        assert run is not None
+        return Change(
+            run=run.id,
+            task=self.job.task.name,
+            label=run.name,
+            type=state.type.value,
+            name=state.name or "",
+            message=state.message,
+            at=state.timestamp,
+            attempts=run.run_count,
+            due=run.expected_start_time or state.timestamp,
+            parameters=tuple(self.job.parameters),
+            policy=self.job.kit.served.policy,
+            version=self.job.task.version,
+            started_at=run.start_time,
+            ended_at=run.end_time,
+            busy=run.total_run_time,
+            scheduled_for=state.state_details.scheduled_time,
+        )
+
+    def keep(self, value: Any) -> bool:
+        """Keep what the function returned. True: it is a mere value, and the run is completed; else Prefect decides
+        what it means, and does what the task has asked for when it is completed."""
+        self.body = direct.body(value.result if isinstance(value, ResultRecord) else value)
+        return not (self.job.kit.served.needs_engine or isinstance(value, State) or is_state_iterable(value))
+
+    def note(self, cause: BaseException) -> None:
+        self.cause = self.job.overdue() if isinstance(cause, TaskRunTimeoutError) else cause
+        self.speak()
+
+    def speak(self) -> None:
+        """The engine has something to log: only now make the logger of the run."""
+        run = self._engine.task_run
+        assert run is not None
+        self._engine.logger = typing.cast("Any", task_run_logger(task_run=run, task=self.job.task))
+
+    def verdict(self) -> Attempt:
+        state, retries = self._engine.state, self._engine.retries
+        if self.is_parked:
+            at = state.state_details.scheduled_time
+            backoff = at.timestamp() - time.time() if at else 0.0
+            return Retry(problem(self.cause), max(backoff, retry_after(self.cause) or 0.0, 0.0), retries)
+        if not state.is_completed():
+            return Failed(problem(self.cause, state.message))
+        return Succeeded(self.body)
+
+
+@dataclass
+class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
+    async def set_state(self, state: Any, force: bool = False) -> Any:  # noqa: ARG002  # Prefect's signature
+        return self.enter(state)
+
+    async def can_retry(self, exc_or_state: Any) -> bool:
+        return may_retry(exc_or_state) and await super().can_retry(exc_or_state)
+
+    async def call_hooks(self, state: Any = None) -> None:
+        if self.job.kit.served.needs_engine:
+            self.speak()
+            await super().call_hooks(state)
+
+    async def call_task_fn(self, transaction: Any) -> Any:
+        result = await (transaction.read() if transaction.is_committed() else self.job.function()())
+        await self.handle_success(result, transaction=transaction)
+        return result
+
+    async def handle_success(self, result: Any, transaction: Any) -> Any:
+        if not self.keep(result):
+            return await super().handle_success(result, transaction)
+        transaction.stage(None)
+        return self.enter(direct.fresh(direct.COMPLETED))
+
+    async def handle_exception(self, exc: Exception) -> None:
+        self.note(exc)
+        await super().handle_exception(exc)
+
+    async def handle_timeout(self, exc: TimeoutError) -> None:
+        self.note(exc)
+        await super().handle_timeout(exc)
+
+    async def drive(self) -> None:
+        """Make an attempt, which is the next one if it is not the first."""
+        with self.inside():
+            try:
+                if self.task_run is not None and self.task_run.state is None:
+                    self.enter(direct.fresh(direct.RUNNING))
+                    await self.call_hooks()
+                await self._attempt()
+                if not self.is_parked and self.state.is_final():
+                    await self.call_hooks()
+            except Exception:
+                raise
+            except BaseException as stop:
+                word, is_ours = _last_word(stop)
+                if is_ours:
+                    self.silence(word)
+                else:
+                    self.note(stop)
+                    await self.handle_crash(stop)
+                raise
+
+    async def _attempt(self) -> None:
+        if not self.job.kit.served.needs_engine:
+            return await self._try(AsyncTransaction(logger=_LOGGER, write_on_commit=False))
+        async with self.asset_context():
+            await self._try(self.transaction_context())
+        return None
+
+    async def _try(self, transaction: Any) -> None:
+        try:
+            with timeout_async(self.task.timeout_seconds, TaskRunTimeoutError):
+                async with transaction as entered:
+                    await self.call_task_fn(entered)
+        except TimeoutError as late:
+            await self.handle_timeout(late)
+        except Exception as error:  # noqa: BLE001  # whatever the task raises
+            await self.handle_exception(error)
+
+
+@dataclass
+class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
+    def set_state(self, state: Any, force: bool = False) -> Any:  # noqa: ARG002  # Prefect's signature
+        return self.enter(state)
+
+    def can_retry(self, exc_or_state: Any) -> bool:
+        return may_retry(exc_or_state) and super().can_retry(exc_or_state)
+
+    def call_hooks(self, state: Any = None) -> None:
+        if self.job.kit.served.needs_engine:
+            self.speak()
+            super().call_hooks(state)
+
+    def call_task_fn(self, transaction: Any) -> Any:
+        result = transaction.read() if transaction.is_committed() else self.job.function()()
+        self.handle_success(result, transaction=transaction)
+        return result
+
+    def handle_success(self, result: Any, transaction: Any) -> Any:
+        if not self.keep(result):
+            return super().handle_success(result, transaction)
+        transaction.stage(None)
+        return self.enter(direct.fresh(direct.COMPLETED))
+
+    def handle_exception(self, exc: Exception) -> None:
+        self.note(exc)
+        super().handle_exception(exc)
+
+    def handle_timeout(self, exc: TimeoutError) -> None:
+        self.note(exc)
+        super().handle_timeout(exc)
+
+    def drive(self) -> None:
+        """Make an attempt, which is the next one if it is not the first."""
+        with self.inside():
+            try:
+                if self.task_run is not None and self.task_run.state is None:
+                    self.enter(direct.fresh(direct.RUNNING))
+                    self.call_hooks()
+                self._attempt()
+                self._finish()
+            except Exception:
+                raise
+            except BaseException as crash:
+                self.note(crash)
+                self.handle_crash(crash)
+                raise
+
+    def overrun(self) -> None:
+        """In the place of an engine whose thread has been left behind: say that it took too long."""
+        with self.inside():
+            self.handle_timeout(TaskRunTimeoutError())
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._is_silent and not self.is_parked and self.state.is_final():
+            self.call_hooks()
+
+    def _attempt(self) -> None:
+        if not self.job.kit.served.needs_engine:
+            return self._try(Transaction(logger=_LOGGER, write_on_commit=False))
+        with self.asset_context():
+            self._try(self.transaction_context())
+        return None
+
+    def _try(self, transaction: Any) -> None:
+        try:
+            with timeout(self.task.timeout_seconds, TaskRunTimeoutError), transaction as entered:
+                self.call_task_fn(entered)
+        except TimeoutError as late:
+            self.handle_timeout(late)
+        except Exception as error:  # noqa: BLE001  # whatever the task raises
+            self.handle_exception(error)
+
+
+def _last_word(stop: BaseException) -> "tuple[State[Any] | None, bool]":
+    """What Prefect should show of an attempt that was stopped, and whether it is we who stopped it."""
+    match stop.args[:1]:  # see `models.Reason`
+        case ("cancelled",):
+            return Cancelled(message="Cancelled by request."), True
+        case ("handed back",):
+            message = "Its worker stopped before it had finished; another one runs it."
+            return Pending(name="HandedBack", message=message), True
+        case ("lost",):
+            return None, True  # another worker has the run and speaks for it
+        case _:
+            return None, False
+
+
+async def call(job: Job, threads: Threads, asked: threading.Event, tell: Tell | None) -> Attempt:
+    """Make the attempt, and at once those that are due without a delay."""
+    if job.task.isasync:
+        engine = _AsyncEngine(**_parts(job, tell))
+        while True:
+            await engine.drive()
+            if engine.is_done:
+                return engine.verdict()
+    engine = _SyncEngine(**_parts(job, tell))
+    while True:
+        try:
+            await threads.run(engine.drive, asked=asked, within=job.within)
+        except Overdue:
+            engine.silence(None)
+            engine = _SyncEngine(**_parts(job, tell, task_run=engine.task_run, retries=engine.retries))
+            await asyncio.to_thread(engine.overrun)
+        except asyncio.CancelledError as stop:
+            engine.silence(_last_word(stop)[0])
+            raise
+        if engine.is_done:
+            return engine.verdict()
+
+
+def cache_key(job: Job) -> str | None:
+    """As the engine reckons it when the run begins."""
+    with direct.context(job, direct.task_run(job)):
+        return _SyncEngine(**_parts(job, None)).compute_transaction_key()
+
+
+def _parts(job: Job, tell: Tell | None, **other: Any) -> dict[str, Any]:
+    """What both engines are made of; their own defaults cost more than a run."""
+    return {
+        "job": job,
+        "tell": tell,
+        "task": job.task,
+        "parameters": job.parameters,
+        "task_run": direct.task_run(job),
+        "retries": job.retries,
+        "logger": _LOGGER,
+        "_telemetry": _TELEMETRY,
+        **other,
+    }

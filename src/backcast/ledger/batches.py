@@ -1,0 +1,167 @@
+"""Runs that were submitted together: recorded in one transaction, all or none; counted, read and cancelled as one."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import asyncpg
+
+from backcast.errors import IdempotencyConflict, InvalidInput, UnknownBatch
+from backcast.ledger import Ledger, lanes
+from backcast.ledger.submissions import INSERT, New, columns
+from backcast.models import Batch, Problem, State
+
+SLICE = 500
+"""Runs per statement: between two of them the process does other things."""
+PAGE = 100
+"""Results read at a time; each may bring 32 KiB."""
+AT_ONCE = 1000
+"""Runs cancelled by one statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    batch: Batch
+    fresh: bool
+    """False when an earlier request with the same Idempotency-Key made this batch."""
+
+
+# As for runs: the unique index on (owner, idem_key) lets one of any number of racers insert, and the others wait for
+# the commit of the whole batch.
+_RECORD = """
+insert into batches (id, owner, idem_key, request_hash, size) values ($1, $2, $3, $4, $5)
+on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
+returning id, owner, size, created_at, request_hash, xmax = 0 as fresh"""
+
+
+async def submit(
+    ledger: Ledger, batch_id: UUID, owner: str, rows: Sequence[New], *, key: str | None, request_hash: bytes
+) -> Submitted:
+    """Record a batch and its runs; when this returns they are durable.
+
+    Raises:
+        IdempotencyConflict: the key belongs to another batch of this owner.
+    """
+    ready, held = set[str](), set[str]()
+    try:
+        async with ledger.transaction() as connection:
+            row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, len(rows))
+            assert row is not None
+            for start in range(0, len(rows) if row["fresh"] else 0, SLICE):
+                for run in await connection.fetch(INSERT, *columns(rows[start : start + SLICE])):
+                    if run["state"] == "queued":
+                        ready.add(run["pool"])
+                    elif run["state"] == "held":
+                        held.add(run["lane"])
+    except asyncpg.PostgresError as error:
+        raise InvalidInput(f"The batch can't be stored: {error}.") from None
+    if not row["fresh"]:
+        if row["request_hash"] != request_hash:
+            raise IdempotencyConflict(
+                "An earlier batch of this owner used the same Idempotency-Key for something else: use a new key for a"
+                " new batch, or repeat the earlier one unchanged."
+            )
+        return Submitted(await get(ledger, row["id"]), fresh=False)
+    for pool in ready:
+        ledger.wake(pool)
+    await lanes.nudge(ledger, held)
+    return Submitted(_batch(row, {State.QUEUED: len(rows)}), fresh=True)
+
+
+async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
+    """Whether this owner has made a batch with this Idempotency-Key."""
+    sql = "select 1 from batches where owner = $1 and idem_key = $2"
+    return await ledger.fetchrow(sql, owner, key) is not None
+
+
+def _batch(row: asyncpg.Record, states: dict[State, int]) -> Batch:
+    return Batch(id=row["id"], owner=row["owner"], size=row["size"], created_at=row["created_at"], states=states)
+
+
+async def get(ledger: Ledger, batch_id: UUID) -> Batch:
+    """With its runs counted by state (index runs_in_batch). Raises `UnknownBatch`."""
+    row = await ledger.fetchrow("select * from batches where id = $1", batch_id)
+    if row is None:
+        raise UnknownBatch(f"There is no batch {batch_id}: it was never accepted here, or it has been removed.")
+    counts = await ledger.fetch(
+        """select case when state in ('held', 'scheduled') then 'queued' else state end as state, count(*) as runs
+             from runs where batch_id = $1 group by 1 order by 1""",
+        batch_id,
+    )
+    return _batch(row, {State(count["state"]): count["runs"] for count in counts})
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A run of a batch and what came of it: `text` holds small results, `key` names the object in the store."""
+
+    id: UUID
+    state: State
+    text: str | None
+    key: str | None
+    error: Problem | None
+
+
+async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
+    """The runs in the order in which they were submitted, whether they have ended or not; read in pages, each of which
+    is as things are then."""
+    after = UUID(int=0)
+    while True:
+        rows = await ledger.fetch(
+            """select id, state, result, result_key, error from runs where batch_id = $1 and id > $2
+                order by id limit $3""",
+            batch_id,
+            after,
+            PAGE,
+        )
+        for row in rows:
+            state = State.QUEUED if row["state"] in ("held", "scheduled") else State(row["state"])
+            error = Problem.model_validate_json(row["error"]) if row["error"] and state.is_final else None
+            yield Item(row["id"], state, row["result"], row["result_key"], error)
+        if len(rows) < PAGE:
+            return
+        after = rows[-1]["id"]
+
+
+# The bulk form of the statement that cancels one run, with the same order of locks: lanes by name, then runs. Runs that
+# are locked are being claimed or settled by statements that hold many: they are skipped, lest the two wait for each
+# other, and looked at again.
+_CANCEL = """
+with due as materialized (
+  select id, lane from runs where batch_id = $1 and id > $2 and cancel_requested_at is null
+     and state in ('held', 'scheduled', 'queued', 'running') order by id limit $3),
+lane as materialized (
+  select name from lanes where name = any(array(select lane from due)) order by name for update),
+mine as materialized (
+  select id from runs where id = any(array(select id from due)) and (select count(*) from lane) >= 0
+     and state in ('held', 'scheduled', 'queued', 'running') for update skip locked),
+cancelled as (
+  update runs set cancel_requested_at = now(),
+         state = case when state = 'running' then state else 'cancelled' end,
+         finished_at = case when state = 'running' then null else now() end
+   where id = any(array(select id from mine)) returning lane, admitted, state),
+released as (
+  update lanes set admitted = lanes.admitted - n
+    from (select lane, count(*) as n from cancelled where admitted and state = 'cancelled' group by lane) c
+   where lanes.name = c.lane returning name)
+select (select count(*) from due) as due, (select max(id::text)::uuid from due) as last,
+       (select count(*) from cancelled) as cancelled, array(select name from released) as released"""
+
+
+async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
+    """Cancel what has not ended, and ask running ones to stop. Raises `UnknownBatch`."""
+    await get(ledger, batch_id)
+    pause = 0.01
+    while True:
+        after, skipped = UUID(int=0), 0
+        while row := await ledger.fetchrow(_CANCEL, batch_id, after, AT_ONCE):
+            await lanes.nudge(ledger, row["released"])
+            skipped += row["due"] - row["cancelled"]
+            if row["due"] < AT_ONCE:
+                break
+            after = row["last"]
+        if not skipped:
+            return await get(ledger, batch_id)
+        await asyncio.sleep(pause)  # whoever has them is done in milliseconds
+        pause = min(2 * pause, 1.0)

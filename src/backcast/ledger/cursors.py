@@ -1,0 +1,19 @@
+"""How far a steward has come with what it does in order, so that the next one goes on from there."""
+
+from uuid import UUID
+
+from backcast.ledger import Ledger
+
+
+async def read(ledger: Ledger) -> dict[str, UUID]:
+    return {row["name"]: row["value"] for row in await ledger.fetch("select name, value from cursors")}
+
+
+async def move(ledger: Ledger, name: str, to: UUID) -> None:
+    """Forward only: a steward that was stopped and has lost its lead does not take the next one back."""
+    await ledger.execute(
+        """insert into cursors as c (name, value) values ($1, $2)
+           on conflict (name) do update set value = excluded.value, moved_at = now() where c.value < excluded.value""",
+        name,
+        to,
+    )

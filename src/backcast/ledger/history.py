@@ -1,0 +1,118 @@
+"""What a mirror of the ledger is told: runs that wait, and how runs ended. Each statement reads a bounded range."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+from uuid import UUID
+
+import asyncpg
+
+from backcast.ledger import Ledger
+from backcast.models import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a mirror of the ledger shows of a run that no engine has spoken for."""
+
+    id: UUID
+    task: str
+    state: Literal["scheduled", "completed", "failed", "cancelled", "expired"]
+    parameters: list[str]
+    """Names only."""
+    message: str
+    at: datetime
+    due: datetime
+    started_at: datetime | None
+    attempts: int
+    said_at: datetime | None = None
+    """When the ledger says so, if that must outdo what was said after `at`, as by a worker that did not know."""
+
+
+def _told(row: asyncpg.Record) -> Told:
+    waits = row["finished_at"] is None
+    names: list[str] = []
+    with contextlib.suppress(ValueError, AttributeError):  # a large input is elsewhere, a damaged one has no names
+        names = list(json.loads(row["input"] or "{}").keys())
+    problem = Problem.model_validate_json(row["error"]) if row["error"] and row["state"] == "failed" else None
+    return Told(
+        id=row["id"],
+        task=row["task"],
+        state="scheduled" if waits else row["state"],
+        parameters=names,
+        message=problem.detail if problem else "",
+        at=row["created_at"] if waits else row["finished_at"],
+        due=row["run_at"],
+        started_at=None if waits else row["started_at"],
+        attempts=row["attempts_used"],
+        said_at=row["said_at"],
+    )
+
+
+_TOLD = "id, task, state, input, error, created_at, run_at, started_at, finished_at, attempts_used"
+_SHOWN = "not exists (select from task_types t where t.name = runs.task and not t.history)"
+"""Tasks may do without a history."""
+
+# By the primary key: ids are time-ordered, so "accepted since" is a range of it, and each row is looked at once.
+_WAITING = f"""
+select {_TOLD}, null as said_at from runs
+ where id > $1 and id <= $2 and fence = 0 and state in ('held', 'scheduled', 'queued') and {_SHOWN}
+ order by id limit $3"""  # noqa: S608  # constants
+
+# By runs_ended_badly. A second's distance lets the transactions commit that took their time before they did.
+_ENDED_BADLY = f"""
+select {_TOLD}, null as said_at from runs
+ where state in ('failed', 'cancelled', 'expired') and finished_at > $1
+   and finished_at <= now() - interval '1 second' and {_SHOWN} order by finished_at limit $2"""  # noqa: S608  # constants
+
+# By the primary key, a page; what need not be asked about is left out by the caller, so that its last id is known.
+_ENDED = f"""
+select id, state, finished_at - created_at >= $3::interval and {_SHOWN}
+       and ($4::interval is null or finished_at > now() - $4) as asked
+  from runs where id > $1 and id <= $2 order by id limit $5"""  # noqa: S608  # constants
+
+_BY_ID = f"select {_TOLD}, now() as said_at from runs where id = any($1) and finished_at is not null"  # noqa: S608
+
+
+async def reach(ledger: Ledger, after: UUID, until: UUID, *, rows: int) -> UUID:
+    """The end of a range of at most so many ids: `until`, or less. A range without an end might take for ever."""
+    sql = "select id from runs where id > $1 and id <= $2 order by id offset $3 limit 1"
+    end = await ledger.fetchrow(sql, after, until, rows - 1)
+    return end["id"] if end else until
+
+
+async def waiting(ledger: Ledger, after: UUID, until: UUID, *, limit: int) -> list[Told]:
+    """Runs with ids in (after, until] that no worker has had yet, the oldest first."""
+    return [_told(row) for row in await ledger.fetch(_WAITING, after, until, limit)]
+
+
+async def ended_badly(ledger: Ledger, after: datetime, *, limit: int) -> list[Told]:
+    """Runs that did not complete and ended after this time (by the database's clock), the earliest first."""
+    return [_told(row) for row in await ledger.fetch(_ENDED_BADLY, after, limit)]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    ended: dict[UUID, str]
+    """The state of each."""
+    last: UUID
+    is_full: bool
+
+
+async def ended(
+    ledger: Ledger, after: UUID, until: UUID, *, later_than: timedelta, within: timedelta | None, limit: int
+) -> Page | None:
+    """Of the first runs with ids in (after, until]: those that ended, `later_than` or more after they were accepted,
+    and lately (`within`; None: whenever). None when there are no such ids."""
+    rows = await ledger.fetch(_ENDED, after, until, later_than, within, limit)
+    if not rows:
+        return None
+    return Page({row["id"]: row["state"] for row in rows if row["asked"]}, rows[-1]["id"], len(rows) == limit)
+
+
+async def told(ledger: Ledger, ids: Sequence[UUID]) -> list[Told]:
+    """How these runs ended, as the last word on them."""
+    return [_told(row) for row in await ledger.fetch(_BY_ID, ids)]

@@ -1,0 +1,179 @@
+"""Lanes: what limits how many runs of a kind run at once, or start in a minute, such as a provider's quota.
+
+A run whose lane is limited waits as `held`, outside of the index that workers claim from, until it is admitted; so
+limits cost nothing to those who have none. `lanes.admitted` counts, in the same transaction that changes a run's state,
+the lane's runs that are queued or running; only limited lanes have a row that anyone waits for.
+"""
+
+import contextlib
+from collections.abc import Iterable
+
+import asyncpg
+
+from backcast.errors import LedgerUnavailable, UnknownLane
+from backcast.ledger import Ledger
+from backcast.models import Lane, Limits, Problem
+
+AT_ONCE = 1000
+"""Runs admitted by one statement."""
+BURST = 2.0
+"""Seconds' worth of a rate that may start at once; more than the time between two polls, or the rate is not reached."""
+
+# The lane's row lock makes one admission at a time and its numbers the newest; SKIP LOCKED because whoever holds it
+# changes the count and admits right after. Held runs are taken round by owner like ready ones, from the owner served
+# last, by hops over runs_held. Runs are skipped when locked: they are being cancelled or have expired.
+_ADMIT = f"""
+with recursive
+lane as materialized (
+  select name, served, tokens_now,
+         greatest(0, least({AT_ONCE}, max_running - admitted, floor(tokens_now)::int)) as room
+    from (select name, served, max_running, admitted,  -- now(), when we began, may be before refilled_at
+                 case when max_per_minute > 0 then least(greatest(1, max_per_minute / 60 * {BURST}), tokens
+                   + max_per_minute / 60 * greatest(0, extract(epoch from now() - refilled_at))) end as tokens_now
+            from lanes where name = $1 for update skip locked) l),
+a(owner_key, n) as (
+  (select x.owner_key, 1 from lane cross join lateral (select owner_key from runs where lane = $1
+    and state = 'held' and owner_key > lane.served order by owner_key limit 1) x where lane.room > 0)
+  union all
+  select x.owner_key, a.n + 1 from a cross join lateral (select owner_key from runs where lane = $1
+    and state = 'held' and owner_key > a.owner_key order by owner_key limit 1) x where a.n < (select room from lane)),
+b(owner_key, n) as (
+  (select x.owner_key, (select count(*)::int from a) + 1 from lane cross join lateral (select owner_key from runs
+    where lane = $1 and state = 'held' and owner_key <= lane.served order by owner_key limit 1) x
+    where (select count(*) from a) < lane.room)
+  union all
+  select x.owner_key, b.n + 1 from b cross join lateral (select owner_key from runs where lane = $1
+    and state = 'held' and owner_key > b.owner_key and owner_key <= (select served from lane)
+    order by owner_key limit 1) x where b.n < (select room from lane)),
+hop as (select owner_key, n from a union all select owner_key, n from b),
+share as (select ceil((select room from lane)::numeric / greatest(count(*), 1))::int as rows from hop),
+pick as materialized (
+  select r.id, hop.owner_key, hop.n from hop cross join share cross join lateral (
+    select id from runs where lane = $1 and state = 'held' and owner_key = hop.owner_key
+     order by priority desc, run_at, id limit share.rows for update skip locked) r
+   order by hop.n limit (select room from lane)),
+admitted as (
+  update runs set state = 'queued', admitted = true where id = any(array(select id from pick)) returning pool),
+counted as (
+  update lanes set admitted = lanes.admitted + (select count(*) from admitted),
+         refilled_at = greatest(lanes.refilled_at, now()),
+         tokens = coalesce(lane.tokens_now - (select count(*) from admitted), lanes.tokens),
+         served = coalesce((select owner_key from pick order by n desc limit 1), lanes.served)
+    from lane where lanes.name = $1 and exists (select from admitted))
+select pool, count(*) over () as admitted from admitted"""  # noqa: S608  # constants
+
+
+async def admit(ledger: Ledger, names: Iterable[str]) -> None:
+    """Let as many held runs of these lanes into the queue as their limits allow."""
+    for name in sorted(names):
+        pools = set[str]()
+        while rows := await ledger.fetch(_ADMIT, name):
+            pools |= {row["pool"] for row in rows}
+            if len(rows) < AT_ONCE:
+                break
+        for pool in pools:
+            ledger.wake(pool)
+
+
+async def nudge(ledger: Ledger, names: Iterable[str]) -> None:
+    """`admit` after a change that has been committed: everyone's poll makes up for it when it fails."""
+    with contextlib.suppress(LedgerUnavailable):
+        await admit(ledger, names)
+
+
+# Lanes that may have room for a run that waits; one probe into runs_held each.
+_OPEN = """
+select name from lanes l where (max_running is null or admitted < max_running)
+   and exists (select from runs where state = 'held' and lane = l.name)"""
+
+# SKIP LOCKED: every worker does this on its poll, and none waits for another. The index is runs_scheduled.
+_DUE = """
+with due as materialized (
+  select id from runs where state = 'scheduled' and run_at <= now() order by run_at limit 1000 for update skip locked)
+update runs r set state = case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held'
+                               else 'queued' end
+ where id = any(array(select id from due)) returning pool, state, lane"""
+
+# Lanes first, then runs, as everywhere; a run that is locked is being claimed or cancelled. The index is runs_deadline.
+_EXPIRE = """
+with due as materialized (
+  select id, lane from runs where deadline <= now() and state in ('held', 'scheduled', 'queued')
+   order by deadline limit 1000),
+lane as materialized (
+  select name from lanes where name = any(array(select lane from due)) order by name for update),
+late as materialized (
+  select id from runs where id = any(array(select id from due)) and state in ('held', 'scheduled', 'queued')
+     and (select count(*) from lane) >= 0 for update skip locked),
+expired as (
+  update runs set state = 'expired', finished_at = now(), error = $1::json
+   where id = any(array(select id from late)) returning lane, admitted),
+released as (
+  update lanes set admitted = lanes.admitted - n
+    from (select lane, count(*) as n from expired where admitted group by lane) e where lanes.name = e.lane)
+select count(*) as expired from expired"""
+
+EXPIRED = Problem(
+    code="expired",
+    title="The deadline passed while the run waited",
+    detail="It was not running when its deadline came: submit it with a later one, or see why the queue is long.",
+)
+
+
+async def move_on(ledger: Ledger) -> int:
+    """What time alone changes: scheduled runs whose time has come are ready, late ones expire, lanes have room again.
+
+    Every worker and the steward do it on their polls, so that none of it waits for one of them. Returns how many runs
+    expired.
+    """
+    expired = 0
+    while row := await ledger.fetchrow(_EXPIRE, EXPIRED.model_dump_json()):
+        expired += row["expired"]
+        if row["expired"] < AT_ONCE:
+            break
+    due = await ledger.fetch(_DUE)
+    for pool in {row["pool"] for row in due if row["state"] == "queued"}:
+        ledger.wake(pool)
+    await admit(ledger, {row["name"] for row in await ledger.fetch(_OPEN)})
+    return expired
+
+
+_HELD = "(select count(*) from (select from runs where state = 'held' and lane = l.name limit 10000) h) as held"
+
+
+def _lane(row: asyncpg.Record) -> Lane:
+    return Lane(**{key: row[key] for key in ("name", "max_running", "max_per_minute", "admitted", "held")})
+
+
+async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:
+    """Set the limits of a lane. They hold for runs that are submitted from then on; waiting ones may go at once."""
+    sql = f"""insert into lanes as l (name, max_running, max_per_minute) values ($1, $2, $3)
+           on conflict (name) do update set max_running = excluded.max_running,
+               max_per_minute = excluded.max_per_minute,
+               tokens = case when l.max_per_minute is null then 1 else l.tokens end,
+               refilled_at = case when l.max_per_minute is null then now() else l.refilled_at end
+           returning *, {_HELD}"""  # noqa: S608  # a constant
+    row = await ledger.fetchrow(sql, name, limits.max_running, limits.max_per_minute)
+    assert row is not None
+    await nudge(ledger, [name])
+    return _lane(row)
+
+
+async def lift(ledger: Ledger, name: str) -> None:
+    """Take the limits of a lane away; its held runs go on. Raises `UnknownLane`."""
+    await get(ledger, name)
+    await ledger.execute("update lanes set max_running = null, max_per_minute = null where name = $1", name)
+    await nudge(ledger, [name])
+
+
+async def get(ledger: Ledger, name: str) -> Lane:
+    """Raises `UnknownLane`."""
+    row = await ledger.fetchrow(f"select *, {_HELD} from lanes l where name = $1 and limited", name)  # noqa: S608
+    if row is None:
+        raise UnknownLane(f"The lane {name!r} has no limits: set some with PUT /v1/lanes/{name}.")
+    return _lane(row)
+
+
+async def limited(ledger: Ledger) -> list[Lane]:
+    """All lanes with limits."""
+    rows = await ledger.fetch(f"select *, {_HELD} from lanes l where limited order by name")  # noqa: S608  # a constant
+    return [_lane(row) for row in rows]

@@ -1,0 +1,242 @@
+"""How runs are accepted: when a call here returns, they are durable. Decides what an Idempotency-Key means, where a new
+run waits, and which submissions share a commit; whether an input is right has been decided before.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+
+from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable
+from backcast.ledger import Ledger, lanes
+from backcast.ledger.runs import COLUMNS, shown
+from backcast.models import Run, Submission, TaskType, uuid7
+
+INLINE_INPUT = 64 * 1024
+"""Bytes of JSON up to which an input lives in its row; a larger one lives in the store."""
+GROUP = 500
+"""Runs that one statement records at most: a few milliseconds of it."""
+
+
+class New(NamedTuple):
+    """A run to be recorded: its row, in the order of `INSERT`."""
+
+    id: UUID
+    task: str
+    pool: str
+    owner: str
+    priority: int
+    run_at: datetime | None
+    max_attempts: int
+    idem_key: str | None
+    request_hash: bytes | None
+    input: str | None
+    input_key: str | None
+    metadata: str
+    lane: str | None
+    deadline: datetime | None
+    batch_id: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    run: Run
+    fresh: bool
+    """False when an earlier request with the same Idempotency-Key made this run."""
+
+
+# One parameter per column, each an array. Idempotency: the unique index on (owner, idem_key) makes one of any number of
+# racers insert; the others wait for its commit and then *update* the row, which is what lets RETURNING see it ("do
+# nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may be
+# in the arrays once, and keys come in one order, so that two statements with the same ones do not wait for each other.
+INSERT = f"""
+insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, idem_key, request_hash, input,
+                  input_key, metadata, lane, deadline, batch_id)
+select id, task, pool, owner, priority,
+       case when run_at > now() then 'scheduled'
+            when lane is not null and exists (select from lanes where name = lane and limited) then 'held'
+            else 'queued' end,
+       coalesce(run_at, now()), max_attempts, idem_key, request_hash, input, input_key, metadata, lane, deadline,
+       batch_id
+  from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[], $7::integer[],
+              $8::text[], $9::bytea[], $10::text[], $11::text[], $12::json[], $13::text[], $14::timestamptz[],
+              $15::uuid[])
+    as given(id, task, pool, owner, priority, run_at, max_attempts, idem_key, request_hash, input, input_key, metadata,
+           lane, deadline, batch_id)
+on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
+returning {COLUMNS}, pool, idem_key, request_hash, xmax = 0 as fresh"""  # noqa: S608  # a constant
+
+
+def columns(rows: Sequence[New]) -> list[Sequence[Any]]:
+    """The arguments of `INSERT`."""
+    return list(zip(*rows, strict=True))
+
+
+def new(
+    task: TaskType,
+    submission: Submission,
+    *,
+    run_id: UUID | None = None,
+    input_text: str | None,
+    input_key: str | None = None,
+    input_hash: bytes,
+    idempotency_key: str | None = None,
+    batch_id: UUID | None = None,
+) -> New:
+    """Exactly one of `input_text` and `input_key` is given; `input_hash` is the digest of the input's JSON."""
+    request_hash = None
+    if idempotency_key is not None:
+        rest = submission.model_dump_json(exclude={"input", "owner"}, exclude_defaults=True)
+        request_hash = hashlib.sha256(b"\n".join([task.name.encode(), input_hash, rest.encode()])).digest()
+    return New(
+        id=run_id or uuid7(),
+        task=task.name,
+        pool=task.pool,
+        owner=submission.owner,
+        priority=submission.priority,
+        run_at=submission.run_at,
+        max_attempts=task.max_attempts,
+        idem_key=idempotency_key,
+        request_hash=request_hash,
+        input=input_text,
+        input_key=input_key,
+        metadata=json.dumps(submission.metadata) if submission.metadata else "{}",
+        lane=submission.lane or task.lane,
+        deadline=submission.deadline,
+        batch_id=batch_id,
+    )
+
+
+async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
+    """Whether this owner has made a run with this Idempotency-Key."""
+    sql = "select 1 from runs where owner = $1 and idem_key = $2"
+    return await ledger.fetchrow(sql, owner, key) is not None
+
+
+Outcome = Submitted | IdempotencyConflict | LedgerUnavailable | InvalidInput
+
+
+async def submit(ledger: Ledger, task: TaskType, submission: Submission, **how: Any) -> Submitted:
+    """Record one run by itself; `how` as in `new`. Raises `IdempotencyConflict`: its key belongs to another request."""
+    [outcome], held = await _record(ledger, [new(task, submission, **how)])
+    await lanes.nudge(ledger, held)
+    return _result(outcome)
+
+
+class Submissions:
+    """Records the runs of one process. What comes while a statement is on its way shares the next one and its commit;
+    what comes to an idle process goes at once. One statement at a time: with two the groups are half as large and
+    fewer runs are recorded in a second, with slow commits too."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._waiting: deque[tuple[New, asyncio.Future[Outcome]]] = deque()
+        self._recording: asyncio.Task[None] | None = None
+        self._held: set[str] = set()
+        self._admitting: asyncio.Task[None] | None = None
+
+    async def submit(self, row: New) -> Submitted:
+        """When this returns, the run is durable; a caller that goes away meanwhile does not touch the others.
+
+        Raises:
+            IdempotencyConflict: the key belongs to another request of this owner.
+        """
+        mine: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((row, mine))
+        if self._recording is None:
+            self._recording = asyncio.create_task(self._record_all())
+        try:
+            async with asyncio.timeout(self._ledger.timeout):
+                return _result(await mine)
+        except TimeoutError:
+            raise LedgerUnavailable(f"The database did not answer within {self._ledger.timeout:g} s.") from None
+
+    async def _record_all(self) -> None:
+        try:
+            while group := self._next():
+                outcomes = await self._outcomes([row for row, _ in group])
+                for (_, waiting), outcome in zip(group, outcomes, strict=True):
+                    if not waiting.done():
+                        waiting.set_result(outcome)
+        finally:
+            self._recording = None
+
+    def _next(self) -> list[tuple[New, asyncio.Future[Outcome]]]:
+        """As many as one statement takes; the second one with the same key waits for the next."""
+        group, names, later = list[tuple[New, asyncio.Future[Outcome]]](), set[object](), []
+        while self._waiting and len(group) < GROUP:
+            row, waiting = self._waiting.popleft()
+            if waiting.done():  # gave up
+                continue
+            if (name := _name(row)) in names:
+                later.append((row, waiting))
+                continue
+            names.add(name)
+            group.append((row, waiting))
+        self._waiting.extendleft(reversed(later))
+        return group
+
+    async def _outcomes(self, rows: list[New]) -> Sequence[Outcome]:
+        try:
+            outcomes, held = await _record(self._ledger, rows)
+        except LedgerUnavailable as error:
+            return [LedgerUnavailable(error.detail) for _ in rows]
+        except asyncpg.PostgresError as error:  # a value that the server refuses; alone, it is known whose
+            if len(rows) == 1:
+                return [InvalidInput(f"The run can't be stored: {error}.")]
+            return [outcome for row in rows for outcome in await self._outcomes([row])]
+        if held:
+            self._held |= held
+            self._admitting = self._admitting or asyncio.create_task(self._admit())
+        return outcomes
+
+    async def _admit(self) -> None:
+        while self._held:
+            held, self._held = self._held, set()
+            await lanes.nudge(self._ledger, held)
+        self._admitting = None
+
+
+async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitted | IdempotencyConflict], set[str]]:
+    """All of them in one statement, or none; no two may have the same owner and key. Returns also the lanes to admit
+    from."""
+    hashes = {_name(row): row.request_hash for row in rows}
+    found = dict[object, Submitted | IdempotencyConflict]()
+    ready, held = set[str](), set[str]()
+    # In the order of their keys, see INSERT; the others may be anywhere.
+    ordered = sorted(rows, key=lambda row: (row.owner, row.idem_key or "")) if len(rows) > 1 else rows
+    for record in await ledger.fetch(INSERT, *columns(ordered)):
+        name = record["id"] if record["idem_key"] is None else (record["owner"], record["idem_key"])
+        if record["fresh"] and record["state"] == "queued":
+            ready.add(record["pool"])
+        elif record["fresh"] and record["state"] == "held":
+            held.add(record["lane"])
+        found[name] = (
+            Submitted(shown(record), record["fresh"])
+            if record["fresh"] or record["request_hash"] == hashes[name]
+            else IdempotencyConflict(
+                "An earlier request of this owner used the same Idempotency-Key for something else: use a new key for"
+                " a new run, or repeat the earlier request unchanged."
+            )
+        )
+    for pool in ready:
+        ledger.wake(pool)
+    return [found[_name(row)] for row in rows], held
+
+
+def _name(row: New) -> object:
+    """What a row is found again by: its key, or else its id."""
+    return row.id if row.idem_key is None else (row.owner, row.idem_key)
+
+
+def _result(outcome: Outcome) -> Submitted:
+    if isinstance(outcome, Submitted):
+        return outcome
+    raise outcome

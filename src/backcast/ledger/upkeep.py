@@ -1,0 +1,174 @@
+"""What keeps the tables small and fast: vacuum, the removal of what nobody needs any more, and figures that show it.
+
+Nothing brings a run that has ended back, so what is decided about one stays right, however late it is done.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+import asyncpg
+
+from backcast.ledger import Ledger
+from backcast.models import uuid7
+
+PAGE = 1000
+"""Rows looked at, or removed, by one statement: a fraction of a second."""
+_NIL = UUID(int=0)
+_FINAL = "('completed', 'failed', 'cancelled', 'expired')"
+_LOCK = "backcast.steward"
+
+
+# -- leading -----------------------------------------------------------------------------------------------------------
+
+
+async def take_lead(connection: asyncpg.Connection) -> bool:
+    """Whether this session leads: it does until it ends, or has been silent for ten seconds.
+
+    The database must find out by itself when a leader is stopped (its session would stay) or its machine is gone (its
+    session would stay for hours).
+    """
+    if not await connection.fetchval("select pg_try_advisory_lock(hashtext($1))", _LOCK):
+        return False
+    for setting, value in (
+        ("idle_session_timeout", "10s"),
+        ("tcp_keepalives_idle", "5"),  # on a unix socket these three are ignored
+        ("tcp_keepalives_interval", "2"),
+        ("tcp_keepalives_count", "3"),
+    ):
+        await connection.execute("select set_config($1, $2, false)", setting, value)
+    return True
+
+
+async def beat(connection: asyncpg.Connection, steward: UUID) -> None:
+    """Write who leads. While this does not get through, the heartbeats of workers do not either."""
+    await connection.execute(
+        """insert into cursors (name, value) values ('leader', $1)
+           on conflict (name) do update set value = excluded.value, moved_at = now()""",
+        steward,
+    )
+
+
+# -- removing ----------------------------------------------------------------------------------------------------------
+
+# By the primary key, from the oldest: ids are time-ordered, and no run ends before it was accepted. Rows that have not
+# ended are passed over, once in a sweep.
+_OLD = f"""
+select id, input_key, result_key, state in {_FINAL} and finished_at < now() - $3::interval as is_over
+  from runs where id > $1 and id <= $2 order by id limit {PAGE}"""  # noqa: S608  # constants
+
+
+async def old_runs(ledger: Ledger, keep: timedelta) -> AsyncIterator[Mapping[UUID, list[str]]]:
+    """Pages of the runs that ended longer ago than `keep`, with the keys of their objects."""
+    after, until = _NIL, uuid7(keep.total_seconds())
+    while rows := await ledger.fetch(_OLD, after, until, keep):
+        after = rows[-1]["id"]
+        yield {
+            row["id"]: [key for key in (row["input_key"], row["result_key"]) if key is not None]
+            for row in rows
+            if row["is_over"]
+        }
+
+
+async def remove(ledger: Ledger, runs: Sequence[UUID]) -> None:
+    """Remove runs that have ended. A request with the same Idempotency-Key waits, then makes a new run."""
+    await ledger.execute(f"delete from runs where id = any($1) and state in {_FINAL}", runs)  # noqa: S608  # a constant
+
+
+# By the primary key and runs_in_batch. A batch is recorded together with its runs; the hour is for the clocks.
+_OLD_BATCHES = f"""
+with page as materialized (select id from batches where id > $1 and id <= $2 order by id limit {PAGE}),
+gone as (
+  delete from batches where id = any(array(select id from page))
+     and not exists (select from runs where batch_id = batches.id))
+select id from page order by id desc limit 1"""  # noqa: S608  # constants
+
+
+async def remove_empty_batches(ledger: Ledger, keep: timedelta) -> None:
+    """Remove batches whose runs have all been removed."""
+    after, until = _NIL, uuid7(max(keep, timedelta(hours=1)).total_seconds())
+    while row := await ledger.fetchrow(_OLD_BATCHES, after, until):
+        after = row["id"]
+
+
+async def remove_stale_flights(ledger: Ledger) -> None:
+    """Remove flights whose attempt is over; those who wait for them go on by their own time.
+
+    One that is taken over meanwhile is looked at again under its lock, and then it is young.
+    """
+    await ledger.execute(
+        """delete from flights f where taken_at < now() - interval '1 minute' and not exists (
+             select from runs r where r.id = f.run_id and r.fence = f.fence and r.state = 'running')"""
+    )
+
+
+# An object is needed while its run goes on (an attempt may have stored what the next one takes over), and afterwards if
+# the run names it. A probe of the primary key for each.
+_ORPHANS = f"""
+select o.key from unnest($1::text[], $2::uuid[]) as o(key, run_id)
+ where not exists (select from runs r where r.id = o.run_id
+                      and (r.state not in {_FINAL} or o.key = r.result_key or o.key = r.input_key))"""  # noqa: S608
+
+
+async def orphans(ledger: Ledger, objects: Mapping[str, UUID]) -> list[str]:
+    """Those keys of objects (each with its run's id) that no run needs, or ever will."""
+    rows = await ledger.fetch(_ORPHANS, list(objects), list(objects.values()))
+    return [row["key"] for row in rows]
+
+
+async def forget_dead(ledger: Ledger, after: timedelta) -> None:
+    """Forget workers that have been silent for `after` and hold no run."""
+    await ledger.execute(
+        """delete from workers w where heartbeat_at < now() - $1::interval
+              and not exists (select from runs r where r.worker_id = w.id and r.state = 'running')""",
+        after,
+    )
+
+
+async def dead_rows(ledger: Ledger) -> int:
+    """About how many rows of `runs` are waiting to be vacuumed."""
+    row = await ledger.fetchrow(
+        "select n_dead_tup from pg_stat_user_tables where schemaname = 'backcast' and relname = 'runs'"
+    )
+    return row["n_dead_tup"] if row else 0
+
+
+async def vacuum(connection: asyncpg.Connection) -> None:
+    """Vacuum `runs`: autovacuum alone is too slow to keep claims fast. Takes as long as it takes, and gives way to one
+    that is under way."""
+    await connection.execute("set statement_timeout = 0")
+    await connection.execute("vacuum (index_cleanup on, truncate off, skip_locked) runs", timeout=3600)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    pool: str
+    ready: int
+    running: int
+    oldest_age_seconds: float
+
+
+async def backlog(ledger: Ledger) -> list[Backlog]:
+    return [
+        Backlog(**row) for row in await ledger.fetch("select pool, ready, running, oldest_age_seconds from backlog")
+    ]
+
+
+# What vacuum must leave because someone may still look at it. Sessions of other roles are only seen with the role
+# pg_read_all_stats; slots and prepared transactions always.
+_OLDEST_XMIN = """
+select greatest(
+    (select max(age(backend_xmin)) from pg_stat_activity where pid <> pg_backend_pid()),
+    (select max(greatest(age(xmin), age(catalog_xmin))) from pg_replication_slots),
+    (select max(age(transaction)) from pg_prepared_xacts), 0) as age"""
+
+
+async def oldest_xmin_age(ledger: Ledger) -> int:
+    """How many transactions have begun since the oldest snapshot that somebody still holds."""
+    row = await ledger.fetchrow(_OLDEST_XMIN)
+    assert row is not None
+    return int(row["age"])

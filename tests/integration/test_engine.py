@@ -1,0 +1,561 @@
+"""One attempt of a run, on both ways that there are: on Prefect's engine (`tracked`) and by calling the function
+(`direct`). What is asserted without looking at the way is what may not differ. No server runs."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from backcast.changes import Change
+from backcast.models import Attempt, Failed, Retry, Succeeded
+from backcast.settings import Prefect
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
+from tests.support.stack import ROOT, free_port
+from tests.support.waiting import until
+
+os.environ.update(Prefect(api_url=f"http://127.0.0.1:{free_port()}/api").environment())
+
+from prefect import get_run_logger, runtime, task
+from prefect.cache_policies import INPUTS, TASK_SOURCE
+from prefect.context import TaskRunContext
+from prefect.events.worker import EventsWorker
+from prefect.states import Cancelled, Completed, Running
+from prefect.states import Failed as FailedState
+
+from backcast import cancel_requested, options
+from backcast.engine import Engine
+from backcast.errors import FatalError, TransientError, UsageError
+from backcast.mirror import Mirror
+from tests.support import sample_tasks
+
+calls: Counter[str] = Counter()
+gates: dict[str, threading.Event] = {}
+seen: dict[str, Any] = {}
+
+
+@task
+async def a_value(value: Any) -> Any:
+    return value
+
+
+@task
+def s_value(value: Any) -> Any:
+    return value
+
+
+@task
+def every_kind(first: int, /, second: int = 2, *rest: int, third: int = 3, **more: int) -> list[Any]:
+    return [first, second, rest, third, more]
+
+
+KINDS: dict[str, Any] = {
+    "plain": lambda: ValueError("as asked"),
+    "usage": lambda: UsageError("as asked"),
+    "fatal": lambda: FatalError("as asked"),
+    "transient": lambda: TransientError("as asked"),
+    "wait": lambda: TransientError("as asked", retry_after=timedelta(seconds=77)),
+    "timeout": lambda: TimeoutError("of its own"),
+    "exit": lambda: SystemExit(1),
+    "cancelled": lambda: asyncio.CancelledError(),
+}
+
+
+@task(retries=2, retry_delay_seconds=5)
+async def a_fails(kind: str) -> None:
+    error = KINDS[kind]()
+    raise error
+
+
+@task(retries=2, retry_delay_seconds=5)
+def s_fails(kind: str) -> None:
+    error = KINDS[kind]()
+    raise error
+
+
+@task(retries=3, retry_delay_seconds=[1, 20])
+async def a_list() -> None:
+    raise ValueError("again")
+
+
+@task(retries=3, retry_delay_seconds=[1, 20])
+def s_list() -> None:
+    raise ValueError("again")
+
+
+@task(retries=3, retry_delay_seconds=lambda retries: [10.0 * (n + 1) for n in range(retries)], retry_jitter_factor=0.5)
+async def a_jitter() -> None:
+    raise ValueError("again")
+
+
+@task(retries=3, retry_delay_seconds=lambda retries: [10.0 * (n + 1) for n in range(retries)], retry_jitter_factor=0.5)
+def s_jitter() -> None:
+    raise ValueError("again")
+
+
+@task(retries=3)
+async def a_at_once(name: str, fails: int) -> int:
+    calls[name] += 1
+    if calls[name] <= fails:
+        raise ValueError(f"call {calls[name]}")
+    return runtime.task_run.run_count
+
+
+@task(retries=3)
+def s_at_once(name: str, fails: int) -> int:
+    calls[name] += 1
+    if calls[name] <= fails:
+        raise ValueError(f"call {calls[name]}")
+    return runtime.task_run.run_count
+
+
+def only_twice(task: Any, run: Any, state: Any) -> bool:
+    assert isinstance(state.data, ValueError)
+    assert task.name.endswith("choosy")
+    return run.run_count < 2
+
+
+@task(retries=5, retry_condition_fn=only_twice)
+async def a_choosy() -> None:
+    raise ValueError("again")
+
+
+@task(retries=5, retry_condition_fn=only_twice)
+def s_choosy() -> None:
+    raise ValueError("again")
+
+
+def broken(task: Any, run: Any, state: Any) -> bool:
+    raise RuntimeError("in the condition")
+
+
+@task(retries=5, retry_condition_fn=broken)
+async def a_undecided() -> None:
+    raise ValueError("again")
+
+
+@task(retries=5, retry_condition_fn=broken)
+def s_undecided() -> None:
+    raise ValueError("again")
+
+
+STATES: dict[str, Any] = {
+    "completed": lambda: Completed(data=[1]),
+    "failed": lambda: FailedState(message="as it says"),
+    "cancelled": lambda: Cancelled(message="as it says"),
+    "running": lambda: Running(),
+}
+
+
+@task
+async def a_state(name: str) -> Any:
+    return STATES[name]()
+
+
+@task
+def s_state(name: str) -> Any:
+    return STATES[name]()
+
+
+@task(timeout_seconds=0.2, retries=1, retry_delay_seconds=9)
+async def a_slow() -> None:
+    await asyncio.sleep(60)
+
+
+@task(timeout_seconds=0.2, retries=1, retry_delay_seconds=9)
+def s_slow() -> None:
+    while True:
+        threading.Event().wait(0.01)
+
+
+@task(timeout_seconds=0.2, retries=1)
+def s_stuck(name: str) -> str:
+    """A single call that blocks: nothing can be raised in its thread."""
+    calls[name] += 1
+    if calls[name] == 1:
+        gates[name].wait(60)
+        seen[name] = cancel_requested()
+    return f"call {calls[name]}"
+
+
+@task(log_prints=True)
+async def a_asks() -> list[Any]:
+    get_run_logger().info("logged")
+    print("printed")
+    context = TaskRunContext.get()
+    assert context
+    return [runtime.task_run.id, runtime.task_run.name, context.parameters, await a_child(1)]
+
+
+@task(log_prints=True)
+def s_asks() -> list[Any]:
+    get_run_logger().info("logged")
+    print("printed")
+    context = TaskRunContext.get()
+    assert context
+    return [runtime.task_run.id, runtime.task_run.name, context.parameters, s_child(1)]
+
+
+@task(persist_result=False)
+async def a_child(x: int) -> int:
+    return x + 1
+
+
+@task(persist_result=False)
+def s_child(x: int) -> int:
+    return x + 1
+
+
+@task
+async def a_waits(name: str) -> None:
+    gates[name].set()
+    await asyncio.sleep(60)
+
+
+@task
+def s_waits(name: str) -> str:
+    calls[name] += 1
+    gates[name].wait(60)
+    seen[name] = cancel_requested()
+    return "too late"
+
+
+@task(cache_policy=INPUTS + TASK_SOURCE)
+async def a_cached(name: str, more: Any = None) -> int:
+    calls[name] += 1
+    return calls[name]
+
+
+@task(cache_policy=INPUTS + TASK_SOURCE)
+def s_cached(name: str, more: Any = None) -> int:
+    calls[name] += 1
+    return calls[name]
+
+
+@task(cache_policy=INPUTS, refresh_cache=True)
+async def a_fresh(name: str) -> None: ...
+
+
+def note_hook(task: Any, run: Any, state: Any) -> None:
+    seen.setdefault("hooks", []).append((task.name, run.id, state.name))
+
+
+@task(on_running=[note_hook], on_completion=[note_hook], on_failure=[note_hook], task_run_name="hooked {fail}")
+async def a_hooked(fail: bool) -> None:
+    assert not fail
+
+
+@task(on_running=[note_hook], on_completion=[note_hook], on_failure=[note_hook], task_run_name="hooked {fail}")
+def s_hooked(fail: bool) -> None:
+    assert not fail
+
+
+@options(history="none", lane="quota")
+@task
+async def a_quiet() -> None: ...
+
+
+@options(history="none")
+@task(cache_policy=INPUTS)
+async def a_quiet_cached(name: str) -> int:
+    calls[name] += 1
+    return calls[name]
+
+
+TASKS = {one.name: one for one in list(vars().values()) if isinstance(one, type(a_value))}
+
+
+class Ways:
+    """An engine, and what it told of its runs."""
+
+    engine: Engine
+
+    def __init__(self) -> None:
+        self.told: list[Change] = []
+
+    async def run(self, task: str, retries: int = 0, *, run_id: UUID | None = None, **given: Any) -> Attempt:
+        return await self.engine.execute(task, run_id or uuid4(), given, retries=retries)
+
+    def states(self, run_id: UUID) -> list[str]:
+        return [change.name for change in self.told if change.run == run_id]
+
+
+@pytest.fixture(params=["tracked", "direct"])
+async def way(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ways]:
+    mirror = Mirror(Prefect(api_url="http://127.0.0.1:9/api", history=False))
+    mirror.install()
+    store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+    await store.ensure()
+    way = Ways()
+    tell = way.told.append if request.param == "tracked" else None
+    async with Engine(TASKS, pool="p", max_attempts=3, store=store, threads=3, tell=tell) as way.engine:
+        yield way
+        for gate in gates.values():
+            gate.set()
+        await until(busy(way), lambda n: n == 0)
+    EventsWorker.set_client_override(None)
+    await mirror.aclose(0)
+    await store.aclose()
+
+
+@pytest.fixture
+async def tracked(way: Ways, request: pytest.FixtureRequest) -> Ways:
+    if request.node.callspec.params["way"] == "direct":
+        pytest.skip("there is nothing to tell on the direct way")
+    return way
+
+
+def busy(way: Ways) -> Any:
+    async def look() -> int:
+        return way.engine.threads_busy
+
+    return look
+
+
+@pytest.fixture(params=["a", "s"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def test_a_value_is_plain_json(way: Ways, kind: str) -> None:
+    assert await way.run(f"{kind}_value", value={"a": [1, None]}) == Succeeded(b'{"a":[1,null]}')
+    failed = await way.run(f"{kind}_value", value=object())
+    assert isinstance(failed, Failed)
+    assert failed.problem.code == "unserialisable_result"
+    failed = await way.run(f"{kind}_value", unknown=1)
+    assert isinstance(failed, Failed)
+    assert failed.problem.code == "invalid_input"
+
+
+async def test_parameters_of_every_kind(way: Ways) -> None:
+    assert await way.run("every_kind", first=1, second=2, rest=[5, 6], third=9, more={"x": 1}) == Succeeded(
+        b'[1,2,[5,6],9,{"x":1}]'
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "ending", "code"),
+    [
+        ("plain", Retry, "task_failed"),
+        ("usage", Failed, "unusable_input"),
+        ("fatal", Failed, "task_failed"),
+        ("transient", Retry, "temporarily_failed"),
+        ("timeout", Retry, "task_failed"),
+        ("exit", Failed, "task_failed"),
+        ("cancelled", Failed, "task_failed"),
+    ],
+)
+async def test_error_kinds_decide(way: Ways, kind: str, error: str, ending: type[Any], code: str) -> None:
+    ended = await way.run(f"{kind}_fails", kind=error)
+    assert isinstance(ended, ending)
+    assert ended.problem.code == code
+    last = await way.run(f"{kind}_fails", 2, kind=error)
+    assert isinstance(last, Failed), "its retries are used up"
+    assert last.problem == ended.problem
+
+
+async def test_delays_are_the_tasks(way: Ways, kind: str) -> None:
+    for before, delay in ((0, 1), (1, 20), (2, 20)):
+        ended = await way.run(f"{kind}_list", before)
+        assert isinstance(ended, Retry)
+        assert ended.retries == before + 1
+        assert ended.delay == pytest.approx(delay, abs=0.9)
+    ended = await way.run(f"{kind}_jitter", 1)
+    assert isinstance(ended, Retry)
+    assert 0 <= ended.delay <= 30
+    ended = await way.run(f"{kind}_fails", kind="wait")
+    assert isinstance(ended, Retry)
+    assert ended.delay == 77, "who refuses knows better than the backoff"
+
+
+async def test_without_a_delay_the_next_attempt_is_made_at_once(way: Ways, kind: str) -> None:
+    name = str(uuid4())
+    assert await way.run(f"{kind}_at_once", name=name, fails=2) == Succeeded(b"3")
+    assert calls[name] == 3
+    ended = await way.run(f"{kind}_at_once", 1, name=str(uuid4()), fails=99)
+    assert isinstance(ended, Failed)
+    assert ended.problem.detail == "ValueError: call 3", "one of three retries was used before"
+
+
+async def test_the_tasks_own_condition_is_asked(way: Ways, kind: str) -> None:
+    for name in ("choosy", "undecided"):
+        ended = await way.run(f"{kind}_{name}")
+        assert isinstance(ended, Failed)
+        assert ended.problem.detail == "ValueError: again"
+
+
+async def test_a_task_may_return_a_state(way: Ways, kind: str) -> None:
+    assert await way.run(f"{kind}_state", name="completed") == Succeeded(b"[1]")
+    for name in ("failed", "cancelled"):
+        ended = await way.run(f"{kind}_state", name=name)
+        assert isinstance(ended, Failed)
+        assert ended.problem.detail == "as it says"
+    ended = await way.run(f"{kind}_state", name="running")
+    assert isinstance(ended, Failed)
+    assert "a final state" in ended.problem.detail
+
+
+async def test_a_task_that_takes_too_long_is_interrupted(way: Ways, kind: str) -> None:
+    ended = await way.run(f"{kind}_slow")
+    assert isinstance(ended, Retry)
+    assert ended.problem.code == "timeout"
+    assert ended.delay == pytest.approx(9, abs=0.9)
+    last = await way.run(f"{kind}_slow", 1)
+    assert isinstance(last, Failed)
+    assert last.problem.detail == "Task run exceeded timeout of 0.2 second(s)"
+    await until(busy(way), lambda n: n == 0)
+
+
+async def test_a_thread_that_can_not_be_interrupted_is_left_behind(way: Ways) -> None:
+    name, run_id = str(uuid4()), uuid4()
+    gates[name] = threading.Event()
+    assert await way.run("s_stuck", run_id=run_id, name=name) == Succeeded(b'"call 2"'), "the retry, in another thread"
+    assert (way.engine.threads_busy, way.engine.threads_abandoned) == (1, 1)
+    gates[name].set()
+    await until(busy(way), lambda n: n == 0)
+    assert way.engine.threads_abandoned == 0
+    if way.told:
+        assert way.states(run_id) == ["Running", "Retrying", "Completed"]
+
+
+async def test_tasks_find_their_run(way: Ways, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    run_id = uuid4()
+    answer = f'["{run_id}","{kind}_asks",{{}},2]'
+    assert await way.run(f"{kind}_asks", run_id=run_id) == Succeeded(answer.encode())
+    assert [change.run for change in way.told] in ([], [run_id] * 2)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "handed back", "lost"])
+async def test_whoever_stops_a_run_does_not_wait(way: Ways, kind: str, reason: str) -> None:
+    name, run_id = str(uuid4()), uuid4()
+    gates[name] = threading.Event()
+    execution = asyncio.create_task(way.run(f"{kind}_waits", run_id=run_id, name=name))
+
+    async def begun() -> bool:
+        return gates[name].is_set() if kind == "a" else calls[name] == 1
+
+    await until(begun)
+    execution.cancel(reason)
+    with pytest.raises(asyncio.CancelledError):
+        await execution
+    left = int(kind == "s")
+    assert (way.engine.threads_busy, way.engine.threads_abandoned) == (left, left)
+    told = way.states(run_id)
+    gates[name].set()
+    await until(busy(way), lambda n: n == 0)
+    assert way.engine.threads_abandoned == 0
+    assert way.states(run_id) == told, "what the thread does later is told to nobody"
+    if way.told:
+        last = {"cancelled": ["Cancelled"], "handed back": ["HandedBack"], "lost": []}[reason]
+        assert told == ["Running", *last]
+    if kind == "s":
+        assert seen[name], "the thread could see that it was asked to stop"
+
+
+async def test_a_run_that_is_stopped_before_it_has_a_thread_never_starts(way: Ways) -> None:
+    names = [str(uuid4()) for _ in range(4)]
+    gates.update({name: threading.Event() for name in names})
+    runs = [asyncio.create_task(way.run("s_waits", name=name)) for name in names]
+    await until(busy(way), lambda n: n == 3)
+    runs[3].cancel("cancelled")
+    with pytest.raises(asyncio.CancelledError):
+        await runs[3]
+    assert way.engine.threads_abandoned == 0
+    for name in names:
+        gates[name].set()
+    assert await asyncio.gather(*runs[:3]) == [Succeeded(b'"too late"')] * 3
+    assert calls[names[3]] == 0
+
+
+async def test_runs_side_by_side_do_not_mix(way: Ways) -> None:
+    ids = [uuid4() for _ in range(20)]
+    answers = await asyncio.gather(*[way.run(("a", "s")[n % 2] + "_asks", run_id=one) for n, one in enumerate(ids)])
+    for run_id, answer in zip(ids, answers, strict=True):
+        assert isinstance(answer, Succeeded)
+        assert str(run_id) in answer.body.decode()
+    assert TaskRunContext.get() is None
+
+
+async def test_a_cached_value_is_taken_on_either_way(way: Ways, kind: str, tmp_path: Path) -> None:
+    name = str(uuid4())
+    first, second = uuid4(), uuid4()
+    given = {"name": name, "more": {"b": 1, "a": [2.5, None]}}
+    key = way.engine.cache_key(f"{kind}_cached", first, given)
+    assert key is not None
+    assert key == way.engine.cache_key(f"{kind}_cached", second, dict(reversed(given.items())))
+    assert key != way.engine.cache_key(f"{kind}_cached", second, {"name": "another"})
+    assert await way.run(f"{kind}_cached", run_id=first, **given) == Succeeded(b"1")
+    assert await way.run(f"{kind}_cached", run_id=second, **given) == Succeeded(b"1")
+    storage = way.engine.served[f"{kind}_cached"].task.result_storage
+    assert (tmp_path / "store" / storage._key(key)).exists(), "the engine reckons the same key"
+    if way.told:
+        assert way.states(second) == ["Running", "Cached"]
+
+
+async def test_who_has_no_cache_key(way: Ways) -> None:
+    for name, given in (("a_value", {"value": 1}), ("a_fresh", {"name": "x"}), ("a_cached", {"wrong": 1})):
+        assert way.engine.cache_key(name, uuid4(), given) is None
+
+
+async def test_a_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
+    code = """
+import asyncio, sys, uuid
+from backcast import engine, store
+from backcast.engine import serving
+from backcast.settings import Store
+async def main():
+    there = store.open_store(Store(url="file:///nowhere"))
+    tasks = serving.discover(["tests.support.sample_tasks"])
+    async with engine.Engine(tasks, pool="p", max_attempts=1, store=there, threads=1) as e:
+        print(e.cache_key("counted", uuid.uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]}))
+asyncio.run(main())
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=env | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    store = open_store(StoreSettings(url=f"file://{tmp_path}/other"))
+    async with Engine({"counted": sample_tasks.counted}, pool="p", max_attempts=1, store=store, threads=1) as engine:
+        ours = engine.cache_key("counted", uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]})
+    assert keys == {f"{ours}\n"}
+    await store.aclose()
+
+
+async def test_hooks_and_names_need_the_engine_and_get_it(way: Ways, kind: str) -> None:
+    for fail, last in ((False, "Completed"), (True, "Failed")):
+        run_id = uuid4()
+        await way.run(f"{kind}_hooked", run_id=run_id, fail=fail)
+        mine = [state for name, run, state in seen["hooks"] if run == run_id]
+        assert mine == ["Running", last]
+        if way.told:
+            assert way.told[-1].label == f"hooked {fail}"
+
+
+async def test_history_none_is_told_to_nobody_and_keeps_its_cache(way: Ways) -> None:
+    assert await way.run("a_quiet") == Succeeded(b"null")
+    name = str(uuid4())
+    assert await way.run("a_quiet_cached", name=name) == await way.run("a_quiet_cached", name=name) == Succeeded(b"1")
+    assert way.told == []
+    assert way.engine.served["a_quiet"].type.lane == "quota"
+
+
+async def test_attempts_are_shown_as_one_run(tracked: Ways, kind: str) -> None:
+    run_id = uuid4()
+    first = await tracked.run(f"{kind}_list", run_id=run_id)
+    assert isinstance(first, Retry)
+    await tracked.run(f"{kind}_list", first.retries, run_id=run_id)
+    assert tracked.states(run_id) == ["Running", "AwaitingRetry"] * 2
+    assert [change.attempts for change in tracked.told] == [1, 1, 2, 2]
+    assert all(change.scheduled_for for change in tracked.told if change.name == "AwaitingRetry")

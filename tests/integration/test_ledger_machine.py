@@ -1,0 +1,576 @@
+"""The ledger as a state machine: any order of submits, claims, stalls, endings, cancels and limits, several of them at
+the same time, against the real PostgreSQL. A trigger writes down every version of every run; after each step the whole
+history is checked. A few seconds here; `MACHINE_EXAMPLES=1000 pytest tests/integration/test_ledger_machine.py`
+(with `--hypothesis-seed=N` to choose) looks at other schedules for as long as that takes.
+"""
+
+import asyncio
+import collections
+import contextlib
+import json
+import os
+from collections.abc import Coroutine
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, event, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from backcast.errors import IdempotencyConflict, UnknownLane
+from backcast.ledger import Ledger, attempts, lanes, runs, submissions, upkeep, workers
+from backcast.ledger.attempts import Claim, Ending
+from backcast.models import Limits, Problem, Submission, TaskType, uuid7
+
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
+LEASE = timedelta(minutes=5)  # longer than any example takes: leases end when a rule says so
+NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
+FINAL = {"completed", "failed", "cancelled", "expired"}
+NEXT = {
+    None: {"held", "scheduled", "queued"},
+    "held": {"queued", "cancelled", "expired"},
+    "scheduled": {"held", "queued", "cancelled", "expired"},
+    "queued": {"running", "cancelled", "expired"},
+    "running": {"held", "scheduled", "queued", "completed", "failed", "cancelled"},
+}
+QUOTA = 60.0
+"""Attempts per minute of the lane `quota`, whose limit stays."""
+
+# The dawdling makes statements that run at the same time overlap.
+SEEN = """
+create table seen (seq bigserial primary key, tx bigint not null, was jsonb, now jsonb not null);
+create function see() returns trigger language plpgsql as $$ begin
+  insert into backcast.seen (tx, was, now) values (txid_current(), to_jsonb(old), to_jsonb(new));
+  if random() < 0.05 then perform pg_sleep(0.002); end if;
+  return null;
+end $$;
+create trigger see after insert or update on runs for each row execute function see();
+"""
+FRESH = "truncate runs, workers, lanes, flights, seen"
+
+# One statement, so one snapshot: also true while others are at work.
+COUNTED = """
+select l.name, l.admitted, (select count(*) from runs r where r.lane = l.name and r.admitted
+       and r.state in ('queued', 'running')) as really from lanes l"""
+
+Op = tuple[str, dict[str, Any]]
+INDEX = st.integers(0, 50)
+LIMITS = st.sampled_from([(2, None), (1, None), (3, None), (0, None), (None, 120.0), (2, 6000.0)])
+ENDS = st.lists(st.sampled_from(["completed", "failed", "again", "later", "parked", "back"]), min_size=1, max_size=5)
+RARELY = st.sampled_from([False] * 5 + [True])
+FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "submit": {
+        "count": st.integers(1, 6),
+        "owner": st.sampled_from("ab"),
+        "key": st.sampled_from([None, None, None, "k"]),
+        "priority": st.sampled_from([0, 0, 5]),
+        "run_at": st.sampled_from([None, None, None, -5, 5]),
+        "deadline": st.sampled_from([None, None, None, None, -5, 5, 3600]),
+        "lane": st.sampled_from([None, "narrow", "narrow", "wide", "quota"]),
+        "max_attempts": st.integers(1, 3),
+    },
+    "claim": {"worker": INDEX, "limit": st.integers(1, 4), "ahead": st.integers(0, 2), "lost": RARELY},
+    "settle": {"worker": INDEX, "ends": ENDS, "lost": RARELY},
+    "start": {"worker": INDEX},
+    "settle_stale": {"worker": INDEX, "ends": ENDS},
+    "settle_twice": {"worker": INDEX, "ends": ENDS},
+    "cancel": {"which": INDEX, "running": st.booleans()},
+    "beat": {"worker": INDEX},
+    "stall": {"worker": INDEX, "seen": st.booleans()},
+    "requeue": {},
+    "move_on": {},
+    "limit": {"lane": st.sampled_from(["narrow", "narrow", "wide"]), "limits": LIMITS},
+    "lift": {"lane": st.sampled_from(["narrow", "wide"])},
+    "retire": {"worker": INDEX},
+    "forget": {},
+}
+OFTEN = {"submit": 4, "claim": 8, "settle": 6, "settle_twice": 2, "stall": 2, "cancel": 2, "beat": 2, "move_on": 2}
+OPS = st.sampled_from([name for name in FIELDS for _ in range(OFTEN.get(name, 1))]).flatmap(
+    lambda name: st.tuples(st.just(name), st.fixed_dictionaries(FIELDS[name]))
+)
+SUBMIT = st.tuples(st.just("submit"), st.fixed_dictionaries(FIELDS["submit"]))
+
+
+class Machine(RuleBasedStateMachine):
+    """Remembers what the ledger said; `seen` remembers what it did."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ledger: Ledger) -> None:
+        super().__init__()
+        self._run = loop.run_until_complete
+        self.ledger = ledger
+        self.base = datetime.now(UTC)
+        self.shifted = 0.0
+        self.workers: list[UUID] = []
+        self.accepted: set[UUID] = set()
+        self.claims: list[tuple[UUID, Claim]] = []
+        self.open: dict[UUID, list[Claim]] = collections.defaultdict(list)
+        self.endings: dict[tuple[UUID, int], Ending] = {}
+        self.outcomes: dict[UUID, str] = {}
+        """What an accepted final ending said; "cancelled" when the ledger answered so."""
+        self.together = submissions.Submissions(ledger)
+        self.requests: list[tuple[str, str, UUID | None, bool]] = []
+        """(owner, request, run or none for a conflict, fresh) of everything that was sent with the key."""
+        self.ceiling: dict[str, float] = {"narrow": float("inf"), "wide": float("inf"), "quota": float("inf")}
+        """What a lane's count may not exceed: its limit, or what was there when the limit was lowered."""
+        self.last = 0
+        self.is_broken = False
+
+    # -- rules ------------------------------------------------------------------------------------------------------
+
+    @initialize(narrow=LIMITS, count=st.integers(1, 3), first=st.lists(SUBMIT, min_size=1, max_size=4))
+    def begin(self, narrow: tuple[int | None, float | None], count: int, first: list[Op]) -> None:
+        async def begin() -> None:
+            await self.ledger.execute(FRESH)
+            await lanes.limit(self.ledger, "quota", Limits(max_per_minute=QUOTA))
+            await self._limit("narrow", narrow)
+            for _ in range(count):
+                await self._register(uuid7())
+            await self._at_once(first)
+
+        self._run(begin())
+
+    @rule(ops=st.lists(OPS, min_size=1, max_size=5))
+    def in_order(self, ops: list[Op]) -> None:
+        for op in ops:
+            self._run(self._at_once([op]))
+
+    @rule(ops=st.lists(OPS, min_size=2, max_size=5), hold=st.sampled_from([None, None, "lanes", "runs"]))
+    def at_once(self, ops: list[Op], hold: str | None) -> None:
+        self._run(self._at_once(ops, hold))
+
+    @rule(seconds=st.sampled_from([1, 10, 4000]))
+    def time_passes(self, seconds: int) -> None:
+        self._run(self._shift(seconds))
+
+    def teardown(self) -> None:
+        self._run(self._drain())
+        self._run(self._quiet())
+
+    # -- what they do -----------------------------------------------------------------------------------------------
+
+    async def _at_once(self, ops: list[Op], hold: str | None = None) -> None:
+        self.is_broken = True
+        doing: list[Coroutine[Any, Any, None]] = [getattr(self, f"_{name}")(**fields) for name, fields in ops]
+        if len(doing) > 1:
+            doing.append(self._count())
+        tasks = await (self._held_up(doing, hold) if hold else self._started(doing))
+        failed = [error for error in await asyncio.gather(*tasks, return_exceptions=True) if error is not None]
+        if failed:
+            raise failed[0]
+        await self._check()
+        self.is_broken = False
+
+    async def _started(self, doing: list[Coroutine[Any, Any, None]]) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(coroutine) for coroutine in doing]
+
+    async def _held_up(self, doing: list[Coroutine[Any, Any, None]], hold: str) -> list[asyncio.Task[None]]:
+        """Let them come as far as they can without these rows: what they then decide on is an old snapshot."""
+        rows = {"lanes": "lanes order by name", "runs": "runs where state in ('queued', 'running') order by id"}[hold]
+        async with self.ledger.transaction() as connection:
+            await connection.execute(f"select from {rows} for update")
+            tasks = await self._started(doing)
+            for _ in range(20):
+                await asyncio.wait(tasks, timeout=0.005)
+                waiting = await connection.fetchval(
+                    """select count(*) from pg_stat_activity
+                        where wait_event_type = 'Lock' and datname = current_database()"""
+                )
+                if (waiting or 0) >= sum(not task.done() for task in tasks):
+                    break
+        return tasks
+
+    async def _submit(self, *, count: int, key: str | None, max_attempts: int, **fields: Any) -> None:
+        for name in ("run_at", "deadline"):
+            if fields[name] is not None:
+                fields[name] = self.base + timedelta(seconds=fields[name])
+        submission = Submission(**fields)
+        request = submission.model_dump_json(exclude_defaults=True)
+        task = NOOP.model_copy(update={"max_attempts": max_attempts})
+
+        async def one() -> tuple[UUID | None, bool]:
+            how: dict[str, Any] = {"input_text": "{}", "input_hash": b"", "idempotency_key": key}
+            try:
+                if count == 1:
+                    submitted = await submissions.submit(self.ledger, task, submission, **how)
+                else:
+                    submitted = await self.together.submit(submissions.new(task, submission, **how))
+            except IdempotencyConflict:
+                return None, False
+            return submitted.run.id, submitted.fresh
+
+        for run_id, fresh in await asyncio.gather(*[one() for _ in range(count)]):
+            if fresh and run_id is not None:
+                assert run_id not in self.accepted
+                self.accepted.add(run_id)
+            if key:
+                self.requests.append((submission.owner, request, run_id, fresh))
+
+    async def _claim(self, *, worker: int, limit: int, ahead: int, lost: bool) -> None:
+        worker_id = self._worker(worker)
+        claims = await attempts.claim(
+            self.ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker_id, lease=LEASE
+        )
+        assert len(claims) <= limit + ahead
+        assert sum(not c.ahead for c in claims) <= limit + sum(c.lost_fence is not None for c in claims)
+        if not lost:
+            self._took(worker_id, claims)
+
+    def _took(self, worker_id: UUID, claims: list[Claim]) -> None:
+        self.claims += [(worker_id, c) for c in claims]
+        self.open[worker_id] += claims
+
+    async def _start(self, *, worker: int) -> None:
+        """What had waited on its worker begins."""
+        worker_id = self._worker(worker)
+        if self.open[worker_id]:
+            await attempts.begin(self.ledger, worker_id, self.open[worker_id][0])
+
+    async def _settle(self, *, worker: int, ends: list[str], lost: bool) -> None:
+        worker_id, endings = self._endings(worker, ends)
+        if lost:  # the first answer was
+            await attempts.settle(self.ledger, worker_id, endings)
+        await self._send(worker_id, endings[::-1])
+
+    async def _settle_stale(self, *, worker: int, ends: list[str]) -> None:
+        """Endings of attempts that may long be over."""
+        worker_id = self._worker(worker)
+        latest = {c.id: c for w, c in self.claims if w == worker_id}
+        some = [latest[run_id] for run_id in sorted(latest, key=lambda run_id: run_id.bytes[worker % 8 + 8])]
+        await self._send(worker_id, [self._ending(c, e) for c, e in zip(some, ends, strict=False)])
+
+    async def _settle_twice(self, *, worker: int, ends: list[str]) -> None:
+        """Sent again, in another order, while the first is still under way."""
+        worker_id, endings = self._endings(worker, ends)
+        await asyncio.gather(self._send(worker_id, endings), self._send(worker_id, endings[::-1]))
+
+    def _endings(self, worker: int, ends: list[str]) -> tuple[UUID, list[Ending]]:
+        """Of what a worker believes to hold; of one that holds something, if there is one."""
+        busy = [worker_id for worker_id in self.workers if self.open[worker_id]] or self.workers
+        worker_id = busy[worker % len(busy)]
+        mine, self.open[worker_id] = self.open[worker_id][: len(ends)], self.open[worker_id][len(ends) :]
+        return worker_id, [self._ending(c, end) for c, end in zip(mine, ends, strict=False)]
+
+    def _ending(self, c: Claim, end: str) -> Ending:
+        """One attempt has one ending, however often it is sent."""
+        rest: dict[str, Any] = {"id": c.id, "fence": c.fence, "lane": c.lane, "retries_used": c.retries_used}
+        match end:
+            case "completed":
+                rest |= {"state": "completed", "result": "1", "result_key": f"results/{c.id}/{c.fence}.json"}
+            case "failed":
+                rest |= {"state": "failed", "error": Problem(code="mine", title="t", detail="d")}
+            case "again":
+                rest |= {"state": "queued", "retries_used": c.retries_used + 1}
+            case "later":
+                rest |= {"state": "scheduled", "delay": 5.0, "retries_used": c.retries_used + 1}
+            case "parked":
+                rest |= {"state": "scheduled", "delay": 5.0, "charged": False}
+            case _:
+                rest |= {"state": "queued", "charged": False}
+        return self.endings.setdefault((c.id, c.fence), Ending(**rest))
+
+    async def _send(self, worker_id: UUID, endings: list[Ending]) -> None:
+        settled = await attempts.settle(self.ledger, worker_id, endings)
+        assert settled.cancelled <= settled.accepted
+        for ending in endings:
+            if (ending.id, ending.fence) in settled.cancelled:
+                self._ended(ending.id, "cancelled")
+            elif (ending.id, ending.fence) in settled.accepted and ending.state in FINAL:
+                self._ended(ending.id, ending.result_key or "failed")
+
+    def _ended(self, run_id: UUID, outcome: str) -> None:
+        assert self.outcomes.setdefault(run_id, outcome) == outcome, "two outcomes were accepted"
+
+    async def _cancel(self, *, which: int, running: bool) -> None:
+        of = [c.id for claims in self.open.values() for c in claims] if running else sorted(self.accepted)
+        if of:
+            await runs.cancel(self.ledger, of[which % len(of)])
+
+    async def _register(self, worker_id: UUID) -> None:
+        await workers.register(self.ledger, worker_id, pool="default", host="h", version="1", slots=4, tasks=[NOOP])
+        if worker_id not in self.workers:
+            self.workers.append(worker_id)
+
+    async def _beat(self, *, worker: int) -> None:
+        worker_id = self._worker(worker)
+        known = {(c.id, c.fence) for w, c in self.claims if w == worker_id}
+        async with self.ledger.transaction() as connection:
+            held = await workers.beat(connection, worker_id, busy=0, draining=False, settled=0)
+        if held is None:
+            await self._register(worker_id)
+            held = {}
+        # What a claim brought whose answer was lost is handed back.
+        lost = [(run_id, h) for run_id, h in held.items() if (run_id, h.fence) not in known]
+        await self._send(
+            worker_id,
+            [
+                Ending(id=i, fence=h.fence, lane=h.lane, state="queued", charged=False, retries_used=h.retries_used)
+                for i, h in lost
+            ],
+        )
+
+    async def _stall(self, *, worker: int, seen: bool) -> None:
+        await self.ledger.execute(
+            "update workers set heartbeat_at = now() - interval '1 day' where id = $1", self._worker(worker)
+        )
+        if seen:
+            await self._requeue()
+
+    async def _requeue(self) -> None:
+        await attempts.requeue(self.ledger, LEASE)
+
+    async def _move_on(self) -> None:
+        await lanes.move_on(self.ledger)
+
+    async def _limit(self, lane: str, limits: tuple[int | None, float | None]) -> None:
+        self.ceiling[lane] = float("inf")  # until the check sees what is left of earlier times
+        with contextlib.suppress(UnknownLane):  # lifted at the same moment
+            await lanes.limit(self.ledger, lane, Limits(max_running=limits[0], max_per_minute=limits[1]))
+
+    async def _lift(self, *, lane: str) -> None:
+        self.ceiling[lane] = float("inf")
+        with contextlib.suppress(UnknownLane):
+            await lanes.lift(self.ledger, lane)
+
+    async def _retire(self, *, worker: int) -> None:
+        await workers.retire(self.ledger, self._worker(worker))
+
+    async def _forget(self) -> None:
+        await upkeep.forget_dead(self.ledger, timedelta(hours=12))
+
+    def _worker(self, number: int) -> UUID:
+        return self.workers[number % len(self.workers)]
+
+    async def _shift(self, seconds: float) -> None:
+        await self.ledger.execute(
+            """update runs set run_at = run_at - $1::interval, deadline = deadline - $1::interval
+                where state in ('held', 'scheduled', 'queued')""",
+            timedelta(seconds=seconds),
+        )
+        await self.ledger.execute(
+            "update lanes set refilled_at = refilled_at - $1::interval", timedelta(seconds=seconds)
+        )
+        self.shifted += seconds
+
+    # -- what must hold ---------------------------------------------------------------------------------------------
+
+    async def _count(self) -> None:
+        for row in await self.ledger.fetch(COUNTED):
+            assert row["admitted"] == row["really"], dict(row)
+            assert row["admitted"] <= self.ceiling[row["name"]], (dict(row), self.ceiling)
+
+    async def _check(self) -> None:
+        await self._count()
+        history = await self.ledger.fetch("select * from seen where seq > $1 order by seq", self.last)
+        losses: dict[tuple[int, str], list[tuple[dict[str, Any], dict[str, Any]]]] = collections.defaultdict(list)
+        for row in history:
+            was, now = json.loads(row["was"] or "null"), json.loads(row["now"])
+            try:
+                self._follow(was, now)
+            except AssertionError:
+                note(f"was {was}")
+                note(f"now {now}")
+                raise
+            if was and was["lost_fence"] != now["lost_fence"]:
+                losses[row["tx"], was["worker_id"]].append((was, now))
+            self.last = row["seq"]
+        for lost in losses.values():
+            self._charged(lost)
+        rows = {row["id"]: row for row in await self.ledger.fetch("select * from runs")}
+        assert set(rows) == self.accepted, "a run is lost, or nobody has accepted it"
+        for run_id, row in rows.items():
+            self._stands(run_id, row)
+        self._keys()
+        for row in await self.ledger.fetch("select * from lanes where name <> 'quota'"):
+            limit = row["max_running"] if row["max_running"] is not None else float("inf")
+            self.ceiling[row["name"]] = max(limit, min(self.ceiling[row["name"]], row["admitted"]))
+        admitted, elapsed = await self.ledger.fetchrow(  # type: ignore[misc]
+            """select count(*) filter (where now->>'lane' = 'quota' and was->>'state' = 'held'
+                                         and now->>'state' = 'queued'),
+                      extract(epoch from now() - $1::timestamptz)::float8 from seen""",
+            self.base,
+        )
+        assert admitted <= 2 + QUOTA / 60 * (elapsed + self.shifted)
+
+    def _follow(self, was: dict[str, Any] | None, now: dict[str, Any]) -> None:
+        """One change of one run."""
+        state = now["state"]
+        assert (state == "completed") == (now["result_key"] is not None)
+        assert (state in FINAL) == (now["finished_at"] is not None)
+        assert not (now["admitted"] and state in ("held", "scheduled"))
+        if was is None:
+            assert state in NEXT[None]
+            assert (now["fence"], now["admitted"], now["worker_id"]) == (0, False, None)
+            return
+        changed = {name for name in now if now[name] != was[name]}
+        if state == was["state"]:
+            assert changed <= {"run_at", "deadline"} or (
+                state == "running"
+                and (
+                    changed == {"ahead"} or (was["cancel_requested_at"] is None and changed == {"cancel_requested_at"})
+                )
+            ), changed
+            return
+        event(f"{was['state']} → {state}")
+        assert was["state"] not in FINAL, "an outcome changed"
+        assert state in NEXT[was["state"]]
+        assert was["cancel_requested_at"] is None or state == "cancelled", "a cancel was forgotten"
+        assert now["fence"] == was["fence"] + (state == "running"), "only a claim raises the fence, by one"
+        assert "worker_id" not in changed or state == "running"
+        assert now["lane"] == was["lane"]
+        if "admitted" in changed:
+            assert now["admitted"] == (was["state"] == "held")
+            assert was["state"] in ("held", "running")
+        assert 0 <= now["attempts_used"] - was["attempts_used"] <= (was["state"] == "running")
+        assert 0 <= now["retries_used"] - was["retries_used"] <= now["attempts_used"] - was["attempts_used"]
+        assert now["attempts_used"] - now["retries_used"] <= now["max_attempts"], "more losses than allowed"
+        if state == "failed" and now["error"]["code"] == "worker_lost":
+            assert now["attempts_used"] - now["retries_used"] == now["max_attempts"]
+
+    def _charged(self, lost: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Runs that were lost together with one worker: somebody is charged, unless none of them had been started."""
+        started = [(was, now) for was, now in lost if not was["ahead"]]
+        charged = [was for was, now in lost if now["attempts_used"] > was["attempts_used"]]
+        assert all(not was["ahead"] for was in charged), "a run that had not been started is charged"
+        if any(was["cancel_requested_at"] is None for was, _ in started):
+            assert charged, f"none of {len(started)} lost runs is charged"
+
+    def _stands(self, run_id: UUID, row: asyncpg.Record) -> None:
+        """One run, as it is."""
+        outcome = self.outcomes.get(run_id)
+        if outcome == "cancelled":
+            assert row["state"] == "cancelled"
+        elif outcome == "failed":
+            assert (row["state"], json.loads(row["error"])["code"]) == ("failed", "mine")
+        elif outcome is not None:
+            assert (row["state"], row["result_key"]) == ("completed", outcome)
+        if row["state"] == "completed":
+            assert row["result_key"] == outcome == f"results/{run_id}/{row['fence']}.json", "its ending was refused"
+        held = [(w, c) for w, c in self.claims if c.id == run_id]
+        fences = [c.fence for _, c in held]
+        assert len(fences) == len(set(fences)), "one attempt was given away twice"
+        assert max(fences, default=0) <= row["fence"]
+        for w, c in held:
+            if c.fence == row["fence"]:
+                assert w == row["worker_id"]
+        assert row["state"] != "running" or row["worker_id"] is not None
+
+    def _keys(self) -> None:
+        """One key, one run: the first request's."""
+        for owner in {owner for owner, *_ in self.requests}:
+            mine = [(request, run_id, fresh) for o, request, run_id, fresh in self.requests if o == owner]
+            [(first, run_id)] = [(request, run_id) for request, run_id, fresh in mine if fresh]
+            for request, got, _ in mine:
+                assert got == (run_id if request == first else None)
+
+    async def _quiet(self) -> None:
+        """What was left to the background is over before the next example begins."""
+        background = asyncio.all_tasks() - {asyncio.current_task()}
+        if background:
+            await asyncio.wait(background, timeout=10)
+
+    async def _drain(self) -> None:
+        """A healthy worker ends every run that no limit of 0 holds; and those too, when limits are lifted."""
+        if self.is_broken:  # the cause is what matters
+            return
+        for worker in range(len(self.workers)):
+            await self._stall(worker=worker, seen=False)
+        healthy = uuid7()
+        await self._register(healthy)
+        for lift in (False, True):
+            if lift:
+                for lane in ("narrow", "wide", "quota"):
+                    await self._lift(lane=lane)
+            left: list[asyncpg.Record] = []
+            for _ in range(10 + 2 * len(self.accepted)):
+                await self._shift(4000)
+                await self._requeue()
+                await self._move_on()
+                claims = await attempts.claim(
+                    self.ledger, pool="default", cursor=0, limit=50, worker_id=healthy, lease=LEASE
+                )
+                self._took(healthy, claims)
+                await self._settle(worker=len(self.workers) - 1, ends=["completed"] * 50, lost=False)
+                left = await self.ledger.fetch(
+                    """select r.id, r.state, r.lane, r.worker_id from runs r left join lanes l on l.name = r.lane
+                        where r.state = any($1) and not (r.state = 'held' and l.max_running = 0)""",
+                    list({*NEXT} - {None}),
+                )
+                if not left:
+                    break
+            await self._check()
+            assert not left, f"never ended: {left}"
+
+
+@pytest.mark.timeout(600 + 10 * EXAMPLES)  # a failure is shrunk, which takes minutes
+def test_every_schedule_keeps_the_ledgers_promises(database: str) -> None:
+    loop = asyncio.new_event_loop()
+    ledger = Ledger(database, pool=12)
+    loop.run_until_complete(ledger.execute(SEEN))
+    try:
+        run_state_machine_as_test(
+            lambda: Machine(loop, ledger),  # type: ignore[arg-type]  # any factory will do
+            settings=settings(
+                max_examples=EXAMPLES or 60,
+                stateful_step_count=40,
+                derandomize=not EXAMPLES,
+                database=None,
+                deadline=None,
+                print_blob=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        loop.run_until_complete(ledger.aclose())
+        loop.close()
+
+
+# What it found, or was found while it was written, as schedules of their own.
+
+
+async def _one(ledger: Ledger, worker: UUID) -> None:
+    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=1, tasks=[NOOP])
+    await submissions.submit(ledger, NOOP, Submission(), input_text="{}", input_hash=b"")
+
+
+async def test_a_worker_that_retires_while_its_claim_is_under_way_leaves_nothing_behind(ledger: Ledger) -> None:
+    worker, other = uuid7(), uuid7()
+    await _one(ledger, worker)
+    async with ledger.transaction() as connection:
+        assert await connection.fetch(attempts._CLAIM, "default", 0, 1, worker, LEASE, 1)
+        await workers.retire(ledger, worker)  # sees no run of its own yet
+    assert list((await attempts.requeue(ledger, LEASE)).values()) == ["queued"]
+    await workers.register(ledger, other, pool="default", host="h", version="1", slots=1, tasks=[NOOP])
+    assert await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=other, lease=LEASE)
+
+
+async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledger) -> None:
+    """Its first attempt was lost while the worker stalled, and the same worker claimed it again."""
+    worker, held = uuid7(), list[Claim]()
+    await _one(ledger, worker)
+    for _ in range(2):
+        held += await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+        if len(held) == 1:
+            await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
+            await attempts.requeue(ledger, LEASE)
+            await ledger.execute("update workers set heartbeat_at = now()")
+    first, second = held
+    batch = [
+        Ending(id=second.id, fence=second.fence, state="completed", result="1", result_key="k"),
+        Ending(id=first.id, fence=first.fence, state="scheduled", delay=1.0, retries_used=1),
+    ]
+    for _ in range(2):  # the answer to the first one was lost
+        assert (await attempts.settle(ledger, worker, batch)).accepted == {(second.id, second.fence)}
+
+
+async def test_a_run_that_failed_with_its_worker_did_not_fail_by_what_the_worker_says_later(ledger: Ledger) -> None:
+    worker = uuid7()
+    await _one(ledger, worker)
+    await ledger.execute("update runs set max_attempts = 1")
+    [held] = await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
+    assert await attempts.requeue(ledger, LEASE) == {held.id: "failed"}
+    late = Ending(id=held.id, fence=held.fence, state="failed", error=Problem(code="mine", title="t", detail="d"))
+    assert (await attempts.settle(ledger, worker, [late])).accepted == set()

@@ -1,0 +1,252 @@
+"""Lost workers: their runs go on, what they had stored is taken, and who is to blame is found out. Single flight."""
+
+import asyncio
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from backcast.ledger import Ledger, attempts, flights, lanes, workers
+from backcast.ledger.attempts import Claim, Ending
+from backcast.models import TaskType, uuid7
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
+from tests.integration.test_ledger import LEASE, claim, register, submit
+from tests.support.stack import Stack, stack
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+async def lose(ledger: Ledger, worker: UUID) -> dict[UUID, str]:
+    """The worker falls silent, and the steward notices."""
+    await ledger.execute("update workers set heartbeat_at = now() - interval '1 minute' where id = $1", worker)
+    return await attempts.requeue(ledger, LEASE)
+
+
+async def losses(ledger: Ledger) -> dict[UUID, int]:
+    return {row["id"]: row["n"] for row in await ledger.fetch("select id, attempts_used - retries_used as n from runs")}
+
+
+async def take(ledger: Ledger, worker: UUID, limit: int, ahead: int = 0) -> list[Claim]:
+    return await attempts.claim(
+        ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker, lease=LEASE
+    )
+
+
+async def test_every_run_that_had_started_is_charged_the_first_time(ledger: Ledger) -> None:
+    made = [(await submit(ledger, value=n)).run.id for n in range(5)]
+    worker = await register(ledger)
+    taken = {c.id: c.ahead for c in await take(ledger, worker, limit=3, ahead=2)}
+    assert sorted(taken.values()) == [False, False, False, True, True]
+    assert set((await lose(ledger, worker)).values()) == {"queued"}
+    assert await losses(ledger) == {run: 0 if taken[run] else 1 for run in made}
+    second = await register(ledger)
+    again = await take(ledger, second, limit=0, ahead=5)
+    assert len(again) == 5
+    assert not any(c.ahead for c in again), "a run that was ever lost is not claimed ahead: its next loss counts"
+
+
+async def test_the_most_suspect_is_charged_and_the_others_go_free(ledger: Ledger) -> None:
+    killer = (await submit(ledger)).run.id
+    for round_ in range(1, 3):
+        others = [(await submit(ledger, value=n)).run.id for n in range(3)]
+        worker = await register(ledger)
+        assert len(await claim(ledger, worker)) == 4
+        await lose(ledger, worker)
+        counted = await losses(ledger)
+        assert counted[killer] == round_
+        assert {counted[run] for run in others} == {1 if round_ == 1 else 0}
+        await ledger.execute("update runs set state = 'cancelled', finished_at = now() where id <> $1", killer)
+    [suspect] = await claim(ledger, await register(ledger))
+    assert suspect.is_suspect, "its third worker must be its own"
+    assert suspect.lost_fence == 2
+
+
+@pytest.mark.parametrize(
+    ("used", "most", "alone"), [(0, 3, False), (1, 3, False), (2, 3, True), (1, 2, True), (0, 1, False), (2, 9, True)]
+)
+def test_who_runs_alone(used: int, most: int, alone: bool) -> None:
+    assert Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0).is_suspect is alone
+
+
+async def test_a_suspect_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api", BACKCAST_WORKER__SLOTS="5")
+        await workers.register_tasks(ledger, [TaskType(name="crowded", pool="default", input_schema={})])
+        made = [await product.submit("crowded", name="c", seconds=0.2) for _ in range(40)]
+        await ledger.execute(
+            "update runs set attempts_used = 2 where id = any($1)", [UUID(run) for run in made[10:40:10]]
+        )
+        await product.up("worker", BACKCAST_WORKER__SLOTS="5")
+        present = [await product.result(run, timeout=60) for run in made]
+    assert [present[n] for n in (10, 20, 30)] == [1, 1, 1]
+    assert max(present) > 1, "the others ran together"
+
+
+async def test_what_a_lost_worker_has_stored_is_not_computed_again(
+    database: str, ledger: Ledger, tmp_path: Path
+) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api")
+        await workers.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        run_id = await product.submit("nap", seconds=0, name="adopted")
+        lost = await register(ledger)
+        [claimed] = await claim(ledger, lost)
+        store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+        await store.put(f"results/{run_id}/1.json", b"[42]")
+        await lose(ledger, lost)
+        await product.up("worker")
+        assert await product.result(run_id) == [42]
+        assert not (product.folder / "calls-adopted").exists()
+        # The lost worker is still there, is refused, and cleans up after itself: nobody may miss what it removes.
+        late = Ending(id=claimed.id, fence=1, state="completed", result_key=f"results/{run_id}/1.json")
+        assert (await attempts.settle(ledger, lost, [late])).accepted == set()
+        await store.delete([f"results/{run_id}/1.json"])
+        [row] = await ledger.fetch("select result_key, attempts_used from runs")
+        assert await store.get(row["result_key"]) == b"[42]"
+        await store.aclose()
+
+
+async def test_what_is_not_whole_is_not_taken(database: str, ledger: Ledger, tmp_path: Path) -> None:
+    """A store may keep an empty object of a worker that was killed while it sent one."""
+    async with stack(database, tmp_path) as product:
+        await product.up("api")
+        await workers.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+        made = [await product.submit("nap", seconds=0) for _ in range(2)]
+        lost = await register(ledger)
+        await claim(ledger, lost)
+        for run_id, body in zip(made, (b"", b'{"half'), strict=True):
+            await store.put(f"results/{run_id}/1.json", body)
+        await store.aclose()
+        await lose(ledger, lost)
+        await product.up("worker")
+        assert [await product.result(run_id) for run_id in made] == [0, 0]
+
+
+async def test_a_result_from_before_a_retry_is_not_taken(database: str, ledger: Ledger, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api")
+        await workers.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        run_id = await product.submit("nap", seconds=0, name="retried")
+        first = await register(ledger)
+        [claimed] = await claim(ledger, first)
+        store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+        await store.put(f"results/{run_id}/1.json", b"[42]")
+        await store.aclose()
+        await attempts.settle(ledger, first, [Ending(id=claimed.id, fence=1, state="queued", retries_used=1)])
+        await product.up("worker")
+        assert await product.result(run_id) == 0
+
+
+async def count(product: Stack, name: str) -> int:
+    path = product.folder / f"calls-{name}"
+    return await asyncio.to_thread(lambda: path.stat().st_size if path.exists() else 0)
+
+
+async def test_identical_runs_of_a_cached_task_compute_once(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "worker", "worker", BACKCAST_WORKER__SLOTS="3")
+        made = [await product.submit("counted_slowly", name="same", seconds=1.0) for _ in range(30)]
+        other = await product.submit("counted_slowly", name="other", seconds=1.0)
+        quick = await product.submit("echo", value="not held up: who waits holds no slot")
+        assert await product.result(quick)
+        assert [await product.result(run) for run in made] == [1] * 30
+        assert await product.result(other) == 1
+        assert (await count(product, "same"), await count(product, "other")) == (1, 1)
+        assert {(await product.run(run))["attempts"] for run in made} <= {1, 0}
+
+
+async def test_followers_go_on_when_the_computing_worker_is_killed(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "steward", "worker")
+        first = await product.submit("counted_slowly", name="killed", seconds=3.0)
+        await until(lambda: count(product, "killed"), lambda n: n == 1)
+        await product.up("worker")
+        followers = [await product.submit("counted_slowly", name="killed", seconds=3.0) for _ in range(5)]
+        next(part for part in product.parts if part.name == "worker").kill()
+        assert [await product.result(run, timeout=60) for run in [first, *followers]] == [2] * 6
+
+
+async def test_flights(ledger: Ledger) -> None:
+    for n in range(3):
+        await submit(ledger, value=n)
+    worker = await register(ledger)
+    first, second, third = await claim(ledger, worker, limit=3)
+    taken = await asyncio.gather(*[flights.take(ledger, "k", c) for c in (first, second, third)])
+    assert sorted(taken) == [False, False, True]
+    leader, follower, _ = sorted((first, second, third), key=lambda c: not taken[(first, second, third).index(c)])
+    waits = Ending(id=follower.id, fence=1, state="scheduled", delay=600, charged=False, flight="k")
+    await attempts.settle(ledger, worker, [waits])
+    await flights.land(ledger, [("k", follower.id, 1)])
+    assert await claim(ledger, worker) == [], "the flight goes on: only its own attempt can land it"
+    failed = Ending(id=leader.id, fence=1, state="failed")
+    await attempts.settle(ledger, worker, [failed])
+    await flights.land(ledger, [("k", leader.id, 1)])
+    [again] = await claim(ledger, worker)
+    assert again.id == follower.id
+    assert await flights.take(ledger, "k", again), "and may compute it itself"
+
+
+async def test_nobody_is_left_behind_when_a_landing_crosses_a_follower(ledger: Ledger) -> None:
+    """The follower parks itself after the landing looked for followers: it then sees that the flight is gone."""
+    await submit(ledger)
+    worker = await register(ledger)
+    [follower] = await claim(ledger, worker)
+    waits = Ending(id=follower.id, fence=1, state="scheduled", delay=600, charged=False, flight="gone")
+    await attempts.settle(ledger, worker, [waits])
+    await flights.land(ledger, [("gone", follower.id, 1)])
+    assert [c.id for c in await claim(ledger, worker)] == [follower.id]
+
+
+async def test_a_flight_is_taken_over_when_its_attempt_is_over(ledger: Ledger) -> None:
+    await submit(ledger, value=1)
+    await submit(ledger, value=2)
+    worker = await register(ledger)
+    first, second = await claim(ledger, worker, limit=2)
+    assert await flights.take(ledger, "k", first)
+    await attempts.settle(ledger, worker, [Ending(id=first.id, fence=1, state="failed")])
+    assert not await flights.take(ledger, "k", second), "not at once: what is seen of the other may be old"
+    await ledger.execute("update flights set taken_at = taken_at - interval '1 minute'")
+    assert await flights.take(ledger, "k", second)
+
+
+async def test_a_deadline_ends_what_has_not_started(ledger: Ledger) -> None:
+    from datetime import UTC, datetime
+
+    soon = datetime.now(UTC) + timedelta(milliseconds=50)
+    late, later = (await submit(ledger, deadline=soon)).run.id, (await submit(ledger, deadline=soon)).run.id
+    worker = await register(ledger)
+    [running] = await claim(ledger, worker, limit=1)
+    await asyncio.sleep(0.1)
+    assert await claim(ledger, worker) == []
+    assert await lanes.move_on(ledger) == 1
+    await attempts.settle(ledger, worker, [Ending(id=running.id, fence=1, state="completed", result_key="k")])
+    states = {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
+    assert states == {running.id: "completed", ({late, later} - {running.id}).pop(): "expired"}
+
+
+async def test_a_suspect_that_waits_is_not_charged_for_its_neighbours(ledger: Ledger) -> None:
+    suspect, killer = (await submit(ledger)).run.id, (await submit(ledger)).run.id
+    await ledger.execute("update runs set attempts_used = 2, lost_fence = 0 where id = $1", suspect)
+    worker = await register(ledger)
+    taken = {c.id: c for c in await claim(ledger, worker)}
+    assert taken[suspect].is_suspect
+    await lose(ledger, worker)
+    assert await losses(ledger) == {suspect: 2, killer: 1}, "it had not begun"
+    second = await register(ledger)
+    again = {c.id: c for c in await claim(ledger, second)}
+    await attempts.begin(ledger, second, again[suspect])
+    states = await lose(ledger, second)
+    assert (states[suspect], states[killer]) == ("failed", "queued")
+
+
+async def test_runs_of_a_worker_that_nobody_knows_go_on(ledger: Ledger) -> None:
+    """As when it was forgotten while a claim of its was under way."""
+    run_id = (await submit(ledger)).run.id
+    worker = await register(ledger)
+    await claim(ledger, worker)
+    await ledger.execute("delete from workers")
+    assert await attempts.requeue(ledger, LEASE) == {run_id: "queued"}

@@ -1,0 +1,346 @@
+"""What the steward removes and what it must leave; who leads when leaders die or freeze; how it makes up for time away;
+and that Prefect shows every end, whoever was killed before saying it."""
+
+import signal
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+import pytest
+
+from backcast import settings
+from backcast.errors import StoreUnavailable
+from backcast.ledger import Ledger, cursors, upkeep, workers
+from backcast.models import TaskType, uuid7
+from backcast.store import Missing, Store, open_store
+from backcast.sweep import Sweep
+from tests.support.s3 import S3Server, s3_server
+from tests.support.stack import Part, Stack, prefect_server, stack
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.timeout(150)
+DAY = 24 * 3600.0
+KEEP = timedelta(days=30)
+FINAL = ("completed", "failed", "cancelled", "expired")
+
+
+async def add(ledger: Ledger, state: str, *, ago: float, ended: float | None = None, **more: object) -> UUID:
+    """A run accepted and (if its state is final) ended so many seconds ago."""
+    run = uuid7(ago)
+    columns = {"id": run, "state": state, "task": "echo", "pool": "default", "owner": "me", "max_attempts": 3}
+    columns |= {"metadata": "{}", "worker_id": uuid7() if state == "running" else None, "fence": 1}
+    columns |= {"input": None if "input_key" in more else '{"value": 1}'} | more
+    if state == "completed":
+        columns.setdefault("result_key", f"results/{run}/1.json")
+    names = ", ".join(columns)
+    places = ", ".join(f"${n}" for n in range(3, len(columns) + 3))
+    await ledger.execute(
+        f"""insert into runs (created_at, finished_at, {names})
+            values (now() - make_interval(secs => $1), now() - make_interval(secs => $2), {places})""",
+        ago,
+        (ago if ended is None else ended) if state in FINAL else None,
+        *columns.values(),
+    )
+    return run
+
+
+async def runs(ledger: Ledger) -> set[UUID]:
+    return {row["id"] for row in await ledger.fetch("select id from runs")}
+
+
+async def keys(store: Store) -> set[str]:
+    kinds = ("results", "inputs", "cache")
+    return {each.key for kind in kinds async for page in store.pages(kind) for each in page}
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(params=["folder", "bucket"])
+async def store(request: pytest.FixtureRequest, folder: str, s3: S3Server) -> AsyncIterator[Store]:
+    if request.param == "folder":
+        opened = open_store(settings.Store(url=folder))
+    else:
+        opened = open_store(
+            settings.Store(
+                url=f"s3://test-{uuid7()}/prefix", endpoint=s3.url, access_key=s3.access_key, secret_key=s3.secret_key
+            )
+        )
+    await opened.ensure()
+    yield opened
+    await opened.aclose()
+
+
+# -- removing ----------------------------------------------------------------------------------------------------------
+
+
+async def test_runs_that_ended_long_ago_go_with_their_objects(ledger: Ledger, store: Store) -> None:
+    old, kept, named = set[UUID](), set[UUID](), set[str]()
+    for state in FINAL:
+        old.add(await add(ledger, state, ago=40 * DAY, ended=31 * DAY))
+        kept.add(await add(ledger, state, ago=40 * DAY, ended=29 * DAY))
+        kept.add(await add(ledger, state, ago=DAY))
+    for state in ("held", "scheduled", "queued", "running"):
+        kept.add(await add(ledger, state, ago=40 * DAY))
+    for run in old | kept:
+        await store.put(f"results/{run}/1.json", b"1")
+    large = await add(ledger, "completed", ago=40 * DAY, input_key="inputs/placeholder")
+    await ledger.execute("update runs set input_key = 'inputs/' || id || '.json' where id = $1", large)
+    await store.put(f"inputs/{large}.json", b"{}")
+    await Sweep(ledger, store, KEEP)()
+    assert await runs(ledger) == kept
+    rows = await ledger.fetch("select id, state, result_key from runs")
+    named = {f"results/{row['id']}/1.json" for row in rows if row["state"] not in FINAL or row["result_key"]}
+    assert await keys(store) == named, "also what a lost attempt may have left to a run that goes on"
+
+
+async def test_more_runs_than_a_page(ledger: Ledger, store: Store) -> None:
+    await ledger.execute(
+        """insert into runs (id, state, task, pool, owner, max_attempts, metadata, input, created_at, finished_at)
+           select ('01900000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
+                  case n % 10 when 0 then 'queued' else 'failed' end, 'echo', 'default', 'me', 3, '{}', '{}',
+                  now() - interval '1 year', case n % 10 when 0 then null else now() - interval '1 year' end
+             from generate_series(1, 2500) n"""
+    )
+    await Sweep(ledger, store, KEEP)()
+    assert len(await runs(ledger)) == 250
+    await Sweep(ledger, store, None)()
+    assert len(await runs(ledger)) == 250
+
+
+async def test_while_the_store_is_away_rows_stay(ledger: Ledger, store: Store, tmp_path: Path) -> None:
+    old = await add(ledger, "completed", ago=40 * DAY)
+    away = open_store(settings.Store(url=f"file://{tmp_path}/not-mounted"))
+    with pytest.raises(StoreUnavailable):
+        await Sweep(ledger, away, KEEP)()
+    await away.aclose()
+    assert await runs(ledger) == {old}
+
+
+async def test_objects_that_no_run_needs_go(ledger: Ledger, store: Store) -> None:
+    done = await add(ledger, "completed", ago=60, fence=3, result_key="results/x/3.json")
+    await ledger.execute("update runs set result_key = 'results/' || id || '/3.json' where id = $1", done)
+    cancelled, running = await add(ledger, "cancelled", ago=60), await add(ledger, "running", ago=60, fence=3)
+    unknown, late, young = uuid7(10), uuid7(2 * 3600), uuid7(60)
+    needed = {
+        f"results/{done}/3.json",
+        f"results/{running}/2.json",  # the attempt that follows may take it over
+        f"results/{running}/3.json",
+        f"inputs/{young}.json",  # its submit may be under way
+        "results/notes.txt",  # not ours
+    }
+    orphans = {
+        f"results/{done}/2.json",
+        f"results/{cancelled}/1.json",
+        f"results/{unknown}/1.json",
+        f"inputs/{late}.json",
+    }
+    for key in needed | orphans:
+        await store.put(key, b"1")
+    await Sweep(ledger, store, None)()
+    assert await keys(store) == needed
+
+
+async def test_cached_values_go_by_their_age(ledger: Ledger, store: Store) -> None:
+    await store.put("cache/a", b"1")
+    await Sweep(ledger, store, None)()
+    await Sweep(ledger, store, timedelta(minutes=5))()
+    assert await keys(store) == {"cache/a"}
+    await Sweep(ledger, store, timedelta(seconds=-5))()
+    with pytest.raises(Missing):
+        await store.get("cache/a")
+
+
+async def test_batches_and_flights_go_with_their_runs(ledger: Ledger, folder: str) -> None:
+    store = open_store(settings.Store(url=folder))
+    await store.ensure()
+    full, empty, young = uuid7(40 * DAY), uuid7(40 * DAY), uuid7(60)
+    for batch in (full, empty, young):
+        await ledger.execute("insert into batches (id, owner, request_hash, size) values ($1, 'me', '', 1)", batch)
+    await add(ledger, "queued", ago=40 * DAY, batch_id=full)
+    await add(ledger, "failed", ago=40 * DAY, batch_id=empty)
+    flying, landed = await add(ledger, "running", ago=300), await add(ledger, "completed", ago=300)
+    for key, run, age in (("a", flying, 300), ("b", landed, 300), ("c", landed, 1), ("d", uuid7(), 300)):
+        await ledger.execute(
+            "insert into flights values ($1, $2, 1, now() - make_interval(secs => $3))", key, run, float(age)
+        )
+    await Sweep(ledger, store, KEEP)()
+    assert {row["id"] for row in await ledger.fetch("select id from batches")} == {full, young}
+    assert {row["key"] for row in await ledger.fetch("select key from flights")} == {"a", "c"}
+    await store.aclose()
+
+
+async def test_a_cursor_never_goes_back(ledger: Ledger) -> None:
+    late, early = uuid7(), uuid7(60)
+    await cursors.move(ledger, "here", late)
+    await cursors.move(ledger, "here", early)
+    assert await cursors.read(ledger) == {"here": late}
+
+
+async def test_vacuum_and_figures(ledger: Ledger) -> None:
+    await add(ledger, "failed", ago=1)
+    assert await upkeep.oldest_xmin_age(ledger) >= 0
+    assert await upkeep.dead_rows(ledger) >= 0
+    async with ledger.session() as holder, ledger.session() as connection:
+        await holder.execute("begin isolation level repeatable read")
+        await holder.execute("select 1 from runs limit 1")
+        for _ in range(5):
+            await ledger.execute("update runs set priority = priority + 1")
+        assert await upkeep.oldest_xmin_age(ledger) >= 5
+        await upkeep.vacuum(connection)
+
+
+# -- leading -----------------------------------------------------------------------------------------------------------
+
+
+async def metric(part: Part, name: str) -> float | None:
+    async with httpx.AsyncClient() as client:
+        text = (await client.get(f"{part.url}/metrics", timeout=2)).text
+    values = [line.split()[-1] for line in text.splitlines() if line.startswith(name)]
+    return float(values[0]) if values else None
+
+
+async def leads(part: Part, *, timeout: float = 20) -> None:
+    await until(lambda: metric(part, "backcast_steward_leading"), lambda value: value == 1, timeout=timeout)
+
+
+async def two_stewards(product: Stack) -> tuple[Part, Part]:
+    leader = await product.start("steward").ready()
+    await leads(leader)
+    other = await product.start("steward").ready()
+    assert await metric(other, "backcast_steward_leading") == 0
+    return leader, other
+
+
+async def test_when_the_leader_is_killed_the_other_leads(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "worker")
+        leader, other = await two_stewards(product)
+        await until(lambda: metric(leader, "backcast_backlog_ready"), lambda value: value == 0)
+        leader.kill()
+        await leads(other)
+        napping = await product.submit("nap", seconds=1)
+        await product.state(napping, "running")
+        product.parts[1].kill()
+        product.start("worker")
+        assert await product.result(napping) == 1
+
+
+async def test_a_leader_that_is_stopped_loses_its_lead(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    """Its connection would stay for as long as it is stopped. When it goes on, it does not take anything away."""
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "worker")
+        leader, other = await two_stewards(product)
+        leader.signal(signal.SIGSTOP)
+        await leads(other, timeout=40)
+        napping = await product.submit("nap", seconds=3)
+        await product.state(napping, "running")
+        leader.signal(signal.SIGCONT)
+        await until(lambda: metric(leader, "backcast_steward_leading"), lambda value: value == 0)
+        assert await product.result(napping) == 3
+        rows = await ledger.fetch("select fence, attempts_used from runs")
+        assert [tuple(row) for row in rows] == [(1, 1)], "nobody was taken for dead"
+        other.kill()
+        await leads(leader)
+
+
+async def test_a_steward_that_was_away_catches_up(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    sweeps = {"BACKCAST_STEWARD__KEEP_RUNS": "P1D", "BACKCAST_STEWARD__SWEEP": "PT1S"}
+    async with stack(database, tmp_path, **sweeps) as product:
+        gone = await add(ledger, "completed", ago=3 * DAY)
+        due = await add(ledger, "scheduled", ago=2 * 3600)
+        late = await add(ledger, "queued", ago=2 * 3600)
+        lost = await add(ledger, "running", ago=2 * 3600)
+        await ledger.execute("update runs set run_at = now() - interval '1 hour' where id = $1", due)
+        await ledger.execute("update runs set deadline = now() - interval '1 hour' where id = $1", late)
+        await ledger.execute(
+            """insert into workers (id, pool, host, version, tasks, slots, heartbeat_at)
+               select worker_id, 'default', 'gone', '', '{}', 1, now() - interval '1 hour' from runs where id = $1""",
+            lost,
+        )
+        await product.start("steward").ready()
+
+        async def states() -> dict[UUID, str]:
+            return {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
+
+        await until(states, lambda seen: seen == {due: "queued", late: "expired", lost: "queued"})
+        assert gone not in await states()
+
+
+async def test_a_sweep_that_fails_is_made_again(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    old = await add(ledger, "failed", ago=3 * DAY)
+    env = {"BACKCAST_STEWARD__KEEP_RUNS": "P1D", "BACKCAST_STEWARD__SWEEP": "PT1S"}
+    async with stack(database, tmp_path, **env) as product:
+        (tmp_path / "store").rename(tmp_path / "unmounted")
+        steward = await product.start("steward").ready()
+        await until(lambda: _text(steward), lambda text: "can't sweep" in text)
+        assert await runs(ledger) == {old}
+        (tmp_path / "unmounted").rename(tmp_path / "store")
+        await until(lambda: runs(ledger), lambda left: not left)
+        assert steward.text.count("can't sweep") == 1
+
+
+async def _text(part: Part) -> str:
+    return part.text
+
+
+# -- Prefect's history -------------------------------------------------------------------------------------------------
+
+
+async def shown(url: str, run: UUID | str) -> dict[str, object]:
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"{url}/task_runs/{run}")
+        return dict(answer.json()) if answer.status_code == 200 else {}
+
+
+async def test_prefect_shows_every_end_in_the_end(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    """Ends that nobody has told it: workers were killed first, or no steward was there; and those it has wrong."""
+    with prefect_server(tmp_path) as server:
+        await server.ready("/health", timeout=60)
+        env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
+        ends = {
+            await add(ledger, "completed", ago=3600): "COMPLETED",
+            await add(ledger, "failed", ago=3600): "FAILED",
+            await add(ledger, "cancelled", ago=3600): "CANCELLED",
+            await add(ledger, "expired", ago=3600): "CANCELLED",
+            await add(ledger, "completed", ago=3 * DAY, ended=DAY): "COMPLETED",  # took two days
+        }
+        quiet_task = TaskType(name="quiet", pool="default", input_schema={}, history=False)
+        await workers.register_tasks(ledger, [quiet_task])
+        quiet = await add(ledger, "completed", ago=3600, task="quiet")
+        forgotten = await add(ledger, "completed", ago=40 * DAY, ended=35 * DAY)
+        async with stack(database, tmp_path, **env) as product:
+            await product.start("steward", BACKCAST_STEWARD__KEEP_RUNS="P90D").ready()
+
+            async def types() -> dict[UUID, object]:
+                return {run: (await shown(server.url, run)).get("state_type") for run in ends}
+
+            await until(types, lambda seen: seen == ends, timeout=60)
+            assert not await shown(server.url, quiet)
+            assert not await shown(server.url, forgotten)
+
+
+async def test_what_prefect_has_wrong_is_put_right(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    """A worker that was stopped for long may have said something of a run that others had ended meanwhile."""
+    run = await add(ledger, "completed", ago=3600, ended=3500)
+    with prefect_server(tmp_path) as server:
+        await server.ready("/health", timeout=60)
+        async with httpx.AsyncClient() as client:
+            state = {"type": "CRASHED", "name": "Crashed"}
+            body = {"id": str(run), "task_key": "echo", "dynamic_key": "1", "name": "echo", "state": state}
+            assert (await client.post(f"{server.url}/task_runs/", json=body)).status_code == 201
+        assert (await shown(server.url, run))["state_type"] == "CRASHED"
+        env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
+        async with stack(database, tmp_path, **env) as product:
+            await product.start("steward").ready()
+            right = await until(
+                lambda: shown(server.url, run), lambda seen: seen["state_type"] == "COMPLETED", timeout=60
+            )
+    ended = await ledger.fetchrow("select finished_at from runs")
+    assert ended is not None
+    assert str(right["end_time"])[:19] == ended["finished_at"].isoformat()[:19]

@@ -1,0 +1,555 @@
+"""Accepting runs: many at once, more than may wait, in batches, over a database that hangs, is full or read-only."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import httpx
+import psutil
+import pytest
+
+from backcast import postgres
+from backcast.app import create_app
+from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable, TooManyWaiting
+from backcast.ledger import Ledger, attempts, batches, lanes, migrate, runs, submissions, workers
+from backcast.ledger.admission import OWNERS, Admission
+from backcast.ledger.submissions import New, Submissions, Submitted
+from backcast.models import Limits, State, Submission, uuid7
+from backcast.settings import Api
+from backcast.settings import Store as StoreSettings
+from backcast.store import Store, open_store
+from tests.integration.test_api import ECHO, end, problem
+from tests.integration.test_ledger import LEASE
+from tests.support.waiting import until
+
+JSONL = {"content-type": "application/jsonl"}
+
+
+@pytest.fixture
+async def store(folder: str) -> AsyncIterator[Store]:
+    store = open_store(StoreSettings(url=folder))
+    await store.ensure()
+    yield store
+    await store.aclose()
+
+
+@pytest.fixture
+async def worker(ledger: Ledger) -> UUID:
+    worker = uuid7()
+    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[ECHO])
+    return worker
+
+
+def over(ledger: Ledger, store: Store, **limits: Any) -> httpx.AsyncClient:
+    app = create_app(ledger, store, Api(**limits))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30)
+
+
+@pytest.fixture
+async def api(ledger: Ledger, store: Store, worker: UUID) -> AsyncIterator[httpx.AsyncClient]:
+    async with over(ledger, store, max_batch=2000, max_body=200_000) as client:
+        yield client
+
+
+def new(value: object = 1, *, key: str | None = None, **fields: Any) -> New:
+    text = json.dumps({"value": value})
+    return submissions.new(
+        ECHO,
+        Submission(input={"value": value}, **fields),
+        input_text=text,
+        input_hash=text.encode(),
+        idempotency_key=key,
+    )
+
+
+async def count(ledger: Ledger, where: str = "true") -> int:
+    row = await ledger.fetchrow(f"select count(*) as n from runs where {where}")
+    assert row is not None
+    return int(row["n"])
+
+
+# Together
+
+
+async def test_submissions_that_come_together_share_a_commit(ledger: Ledger) -> None:
+    together = Submissions(ledger)
+    made = await asyncio.gather(*[together.submit(new(n)) for n in range(1200)])
+    assert len({submitted.run.id for submitted in made}) == 1200
+    row = await ledger.fetchrow("select count(distinct xmin::text) as commits, count(*) as runs from runs")
+    assert row is not None
+    assert row["runs"] == 1200
+    assert row["commits"] <= 4
+    for submitted in made[::100]:
+        assert (await runs.get(ledger, submitted.run.id)) == submitted.run
+
+
+async def test_the_same_key_twice_in_a_group(ledger: Ledger) -> None:
+    together = Submissions(ledger)
+    first, again, other, elsewhere = await asyncio.gather(
+        together.submit(new(1, key="k")),
+        together.submit(new(1, key="k")),
+        together.submit(new(2, key="k")),
+        together.submit(new(2, key="k", owner="ana")),
+        return_exceptions=True,
+    )
+    assert isinstance(first, Submitted)
+    assert isinstance(again, Submitted)
+    assert (first.fresh, again.fresh, again.run.id) == (True, False, first.run.id)
+    assert isinstance(other, IdempotencyConflict)
+    assert isinstance(elsewhere, Submitted)
+    assert elsewhere.fresh
+
+
+async def test_processes_that_race_for_many_keys_do_not_lock_each_other_out(ledger: Ledger) -> None:
+    processes = [Submissions(ledger) for _ in range(4)]
+    keys = [f"k{n}" for n in range(200)]
+    orders = [keys, keys[::-1], keys[100:] + keys[:100], keys[1::2] + keys[::2]]
+    asked = [process.submit(new(1, key=key)) for process, order in zip(processes, orders, strict=True) for key in order]
+    made = await asyncio.gather(*asked)
+    assert len({submitted.run.id for submitted in made}) == 200
+    assert sum(submitted.fresh for submitted in made) == 200
+
+
+async def test_what_the_server_refuses_does_not_take_the_others_with_it(ledger: Ledger) -> None:
+    await ledger.execute("alter table runs add constraint no_poison check (input not like '%poison%')")
+    together = Submissions(ledger)
+    made = await asyncio.gather(
+        *[together.submit(new("poison" if n % 3 == 0 else n)) for n in range(9)], return_exceptions=True
+    )
+    assert [type(one) for one in made] == [InvalidInput, Submitted, Submitted] * 3
+    assert await count(ledger) == 6
+
+
+async def test_a_caller_that_goes_away_takes_nobody_with_it(ledger: Ledger) -> None:
+    together = Submissions(ledger)
+    asked = [asyncio.create_task(together.submit(new(n))) for n in range(20)]
+    await asyncio.sleep(0)
+    asked[3].cancel()
+    made = await asyncio.gather(*asked, return_exceptions=True)
+    assert [isinstance(one, Submitted) for one in made] == [n != 3 for n in range(20)]
+    assert (await together.submit(new())).fresh
+
+
+async def test_a_held_run_is_admitted_when_its_lane_has_room(ledger: Ledger, worker: UUID) -> None:
+    await lanes.limit(ledger, "gpu", Limits(max_running=2))
+    together = Submissions(ledger)
+    await asyncio.gather(*[together.submit(new(n, lane="gpu")) for n in range(5)])
+
+    async def admitted() -> tuple[int, int]:
+        lane = await lanes.get(ledger, "gpu")
+        return lane.admitted, lane.held
+
+    await until(admitted, lambda seen: seen == (2, 3))
+
+
+# A database in trouble
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The server and all of its backends, by SIGSTOP: connections stay open, and nobody answers."""
+    main = psutil.Process(pid)
+    family = [main, *main.children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in family:
+            process.send_signal(signal.SIGCONT)
+
+
+async def test_no_request_waits_longer_than_the_time_out_for_a_hung_database(tmp_path: Path, store: Store) -> None:
+    with postgres.running(tmp_path / "postgres") as server:
+        postgres.create_database(server.url(), "backcast")
+        migrate(server.url("backcast"))
+        ledger = Ledger(server.url("backcast"), pool=3, timeout=timedelta(seconds=1))
+        await workers.register_tasks(ledger, [ECHO])
+        async with over(ledger, store) as api:
+            run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()
+
+            async def ask(n: int) -> httpx.Response:
+                match n % 4:
+                    case 0:
+                        return await api.post("/v1/tasks/echo/runs", json={"input": {"value": n}})
+                    case 1:
+                        return await api.get(f"/v1/runs/{run['id']}")
+                    case 2:
+                        return await api.post(f"/v1/runs/{run['id']}/cancel")
+                    case _:
+                        return await api.get("/readyz")
+
+            assert {answer.status_code for answer in await asyncio.gather(*[ask(n) for n in (0, 1, 3)])} <= {200, 202}
+            with stopped(server.pid):
+                # Far more than there are connections; none may wait for another one's time-out.
+                async with asyncio.timeout(10):
+                    for answer in await asyncio.gather(*[ask(n) for n in range(40)]):
+                        problem(answer, 503, "ledger_unavailable")
+                        assert "within 1 s" in answer.json()["detail"]
+                        assert int(answer.headers["retry-after"]) >= 1
+
+            async def healed() -> int:
+                return (await api.post("/v1/tasks/echo/runs", json={"input": {"value": "after"}})).status_code
+
+            await until(healed, lambda status: status == 202)
+            assert [(await ask(n)).status_code for n in (0, 1, 2, 3)] == [202, 200, 200, 200]
+        await ledger.aclose()
+
+
+async def test_a_full_disk_is_said_and_heals(api: httpx.AsyncClient, ledger: Ledger) -> None:
+    run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()
+    await ledger.execute(
+        """create function full_disk() returns trigger language plpgsql as
+           $$ begin raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$"""
+    )
+    await ledger.execute("create trigger no_space before insert or update on runs execute function full_disk()")
+    for answer in (
+        await api.post("/v1/tasks/echo/runs", json={"input": {"value": 2}}),
+        await api.post("/v1/batches?task=echo", content='{"input": {"value": 2}}', headers=JSONL),
+        await api.post(f"/v1/runs/{run['id']}/cancel"),
+    ):
+        found = problem(answer, 503, "ledger_unavailable")
+        assert "No space left" in str(found["detail"])
+    assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "queued"
+    await ledger.execute("drop trigger no_space on runs")
+    assert (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 2}})).status_code == 202
+    assert (await api.post(f"/v1/runs/{run['id']}/cancel")).json()["state"] == "cancelled"
+    assert await count(ledger) == 2
+
+
+async def test_a_read_only_database_is_said_and_heals(database: str, store: Store) -> None:
+    async def read_only(on: bool) -> None:
+        admin = await asyncpg.connect(database, server_settings={"default_transaction_read_only": "off"})
+        name = await admin.fetchval("select current_database()")
+        await admin.execute(f'alter database "{name}" set default_transaction_read_only = {"on" if on else "off"}')
+        await admin.execute(
+            """select pg_terminate_backend(pid) from pg_stat_activity
+                where datname = current_database() and pid <> pg_backend_pid()"""
+        )
+        await admin.close()
+
+    ledger = Ledger(database, timeout=timedelta(seconds=5))
+    await workers.register_tasks(ledger, [ECHO])
+    async with over(ledger, store) as api:
+
+        async def submit() -> httpx.Response:
+            return await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})
+
+        async def read_only_is_said() -> bool:
+            found = problem(await submit(), 503, "ledger_unavailable")
+            return "read-only" in str(found["detail"])
+
+        run = (await submit()).json()
+        await read_only(True)
+        await until(read_only_is_said)
+        found = problem(await api.post(f"/v1/runs/{run['id']}/cancel"), 503, "ledger_unavailable")
+        assert "read-only" in str(found["detail"])
+        problem(await api.get("/readyz"), 503, "ledger_unavailable")
+        assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "queued"
+
+        async def accepts_again() -> int:
+            return (await submit()).status_code
+
+        await read_only(False)
+        await until(accepts_again, lambda status: status == 202)
+        assert (await api.get("/readyz")).status_code == 200
+        assert (await api.post(f"/v1/runs/{run['id']}/cancel")).json()["state"] == "cancelled"
+    await ledger.aclose()
+
+
+# More than may wait
+
+
+async def refused(admission: Admission, owner: str, runs: int = 1) -> TooManyWaiting:
+    with pytest.raises(TooManyWaiting) as caught:
+        await admission.admit(owner, runs)
+    return caught.value
+
+
+async def test_what_waits_is_counted_by_owner_and_in_all(ledger: Ledger, worker: UUID) -> None:
+    await lanes.limit(ledger, "closed", Limits(max_running=0))
+    later = datetime.now(UTC) + timedelta(hours=1)
+    rows = [new(), new(run_at=later), new(lane="closed"), new(owner="ana"), new(owner="bob")]
+    for row in rows:
+        await Submissions(ledger).submit(row)
+
+    async def room(owner: str, most: int, most_per_owner: int, runs: int) -> bool:
+        try:
+            await Admission(ledger, most=most, most_per_owner=most_per_owner).admit(owner, runs)
+        except TooManyWaiting:
+            return False
+        return True
+
+    assert [await room("default", 100, limit, 2) for limit in (4, 5)] == [False, True]
+    assert [await room("ana", 100, limit, 2) for limit in (2, 3)] == [False, True]
+    assert [await room("new", limit, 100, 2) for limit in (6, 7)] == [False, True]
+    await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+    assert [await room("default", 100, limit, 2) for limit in (3, 4)] == [False, True]
+
+
+async def test_an_owner_at_its_limit_is_told_when_to_come_again(ledger: Ledger, store: Store, worker: UUID) -> None:
+    async with over(ledger, store, max_waiting_per_owner=3) as api:
+
+        async def post(owner: str = "ana", **headers: str) -> httpx.Response:
+            body = {"input": {"value": 1}, "owner": owner}
+            return await api.post("/v1/tasks/echo/runs", json=body, headers=headers)
+
+        first = await post(**{"Idempotency-Key": "k"})
+        refusals = list[httpx.Response]()
+
+        async def is_refused() -> bool:
+            refusals.append(await post())
+            return refusals[-1].status_code == 429
+
+        assert not await is_refused()
+        await until(is_refused)
+        found = problem(refusals[-1], 429, "too_many_waiting")
+        assert "runs of this owner wait, of at most 3" in str(found["detail"])
+        assert "none has been seen to end" in str(found["detail"])
+        assert refusals[-1].headers["retry-after"] == "30"
+        assert (await post("bob")).status_code == 202, "others go on"
+        assert (await post(**{"Idempotency-Key": "k"})).json()["id"] == first.json()["id"], "a replay is never refused"
+        problem(await post(**{"Idempotency-Key": "other"}), 429, "too_many_waiting")
+
+        async def batch(key: str) -> httpx.Response:
+            body = '{"input": {"value": 1}}\n' * 2
+            headers = JSONL | {"Idempotency-Key": key}
+            return await api.post("/v1/batches?task=echo&owner=eve", content=body, headers=headers)
+
+        known = await batch("b")
+        assert known.status_code == 202
+        problem(await batch("c"), 429, "too_many_waiting")
+        assert (await batch("b")).json()["id"] == known.json()["id"]
+        lines = '{"input": {"value": 1}}\n' * 4
+        problem(await api.post("/v1/batches?task=echo&owner=new", content=lines, headers=JSONL), 422, "invalid_input")
+
+        await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+
+        async def accepted() -> int:
+            return (await post()).status_code
+
+        await until(accepted, lambda status: status == 202)
+
+
+async def test_retry_after_is_how_long_the_fleet_takes(ledger: Ledger, worker: UUID) -> None:
+    admission = Admission(ledger, most=1000, most_per_owner=10)
+    for _ in range(10):
+        await Submissions(ledger).submit(new())
+    assert (await refused(admission, "default", 5)).retry_after == timedelta(seconds=30)
+    settled = 0
+
+    async def told() -> str:
+        nonlocal settled
+        settled += 1000
+        await ledger.execute("update workers set settled = $1", settled)
+        return (await refused(admission, "default", 5)).detail
+
+    assert "ask again in 1 s" in await until(told, lambda detail: "end in a second" in detail, every=0.3)
+    await ledger.execute("update workers set settled = 0")  # the one that had them left
+    assert (await refused(admission, "default", 5)).retry_after >= timedelta(seconds=1)
+
+
+async def test_what_is_remembered_of_owners_is_bounded(ledger: Ledger) -> None:
+    admission = Admission(ledger, most=1_000_000, most_per_owner=1000)
+    for n in range(OWNERS + 50):
+        await admission.admit(f"owner {n}")
+    assert len(admission._owners) == OWNERS
+
+
+async def test_a_database_that_is_away_refuses_nobody_by_itself(ledger: Ledger) -> None:
+    away = Ledger("postgresql://postgres@127.0.0.1:1/none")
+    admission = Admission(away, most=100, most_per_owner=2)
+    await admission.admit("ana")
+    await admission.admit("ana")
+    with pytest.raises(LedgerUnavailable):
+        await admission.admit("ana")
+    await away.aclose()
+
+
+# Batches
+
+
+def lines(*given: object) -> str:
+    return "".join(json.dumps(line) + "\n" for line in given)
+
+
+async def test_a_batch_from_submit_to_results(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID
+) -> None:
+    sent = [{"task": "echo", "input": {"value": n}, "metadata": {"n": str(n)}} for n in range(250)]
+    sent[7]["input"] = {"value": "x" * (submissions.INLINE_INPUT + 1)}
+    answer = await api.post("/v1/batches", content="\n" + lines(*sent), headers=JSONL)
+    assert answer.status_code == 202, answer.text
+    batch = answer.json()
+    where = f"/v1/batches/{batch['id']}"
+    assert answer.headers["location"] == where
+    assert (batch["size"], batch["owner"], batch["states"]) == (250, "default", {"queued": 250})
+    assert (await api.get(where)).json() == batch
+
+    pages, cursor = [], None
+    while pages == [] or cursor is not None:
+        params = {"batch": batch["id"], "limit": 200} | ({"cursor": cursor} if cursor else {})
+        page = (await api.get("/v1/runs", params=params)).json()
+        pages += page["items"]
+        cursor = page["next_cursor"]
+    assert [run["metadata"]["n"] for run in pages[::-1]] == [str(n) for n in range(250)]
+    assert {run["batch_id"] for run in pages} == {batch["id"]}
+
+    await end(ledger, store, worker, '"small"')  # ten of them
+    for claim in await attempts.claim(ledger, pool="default", cursor=0, limit=2, worker_id=worker, lease=LEASE):
+        key = f"results/{claim.id}/{claim.fence}.json"
+        if not await count(ledger, "result is null and state = 'completed'"):
+            await store.put(key, json.dumps("large" * 20_000).encode())
+        done = attempts.Ending(id=claim.id, fence=claim.fence, state="completed", result=None, result_key=key)
+        assert (await attempts.settle(ledger, worker, [done])).accepted
+    results = await api.get(f"{where}/results")
+    assert (results.status_code, results.headers["content-type"].partition(";")[0]) == (200, "application/jsonl")
+    found = [json.loads(line) for line in results.text.splitlines()]
+    assert [item["id"] for item in found] == [run["id"] for run in pages[::-1]]
+    completed = [item for item in found if item["state"] == "completed"]
+    assert len(completed) == 12
+    values = sorted(item["result"][:5] for item in completed if "result" in item)
+    assert values == ["large", *["small"] * 10]
+    assert [item["error"]["code"] for item in completed if "error" in item] == ["result_gone"]
+    assert [item for item in found if item["state"] == "queued" and item.keys() != {"id", "state"}] == []
+
+    cancelled = (await api.post(f"{where}/cancel")).json()
+    assert cancelled["states"] == {"cancelled": 238, "completed": 12}
+
+
+async def test_a_batch_is_accepted_whole_or_not_at_all(api: httpx.AsyncClient, ledger: Ledger, tmp_path: Path) -> None:
+    large = {"task": "echo", "input": {"value": "x" * (submissions.INLINE_INPUT + 1)}}
+    good = {"task": "echo", "input": {"value": 1}}
+    body = lines(large, good) + "{\n\n" + lines({"task": "none"}, {"input": {}}, {**good, "input": {"n": -1}}, [1])
+    body += (
+        lines({**good, "owner": "ana"}, {**good, "priority": 1000}) + '{"task": "echo", "input": {"value": "\\ud800"}}'
+    )
+    answer = await api.post("/v1/batches", content=body, headers=JSONL)
+    found = problem(answer, 422, "invalid_input")
+    pointers = [error["pointer"] for error in found["errors"]]  # type: ignore[attr-defined]
+    assert pointers == ["/2", "/4/task", "/5/task", "/6/input/n", "/6/input", "/7", "/8/owner", "/9/priority", "/10"]
+    assert "Line 3 is wrong" in str(found["detail"])
+    assert await count(ledger) == 0
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+    many = await api.post("/v1/batches", content="{\n" * 1000, headers=JSONL)
+    assert len(problem(many, 422, "invalid_input")["errors"]) == 20  # type: ignore[arg-type]
+
+
+async def test_a_batch_may_name_task_and_owner_once(api: httpx.AsyncClient, ledger: Ledger) -> None:
+    for kind in ("application/x-ndjson", "application/jsonl; charset=utf-8"):
+        answer = await api.post(
+            "/v1/batches?task=echo&owner=ana", content='{"input":{"value":1}}', headers={"content-type": kind}
+        )
+        assert (answer.status_code, answer.json()["owner"]) == (202, "ana")
+    assert await count(ledger, "owner = 'ana'") == 2
+
+
+async def test_batches_that_can_not_be_read(api: httpx.AsyncClient) -> None:
+    good = '{"task": "echo", "input": {"value": 1}}\n'
+    problem(await api.post("/v1/batches", content=good, headers={"content-type": "text/csv"}), 415, "unsupported_body")
+    problem(await api.post("/v1/batches", content=" \n\n", headers=JSONL), 422, "invalid_input")
+    problem(await api.post("/v1/batches", content=good * 2001, headers=JSONL), 413, "body_too_large")
+    long = '{"task": "echo", "input": {"value": "' + "x" * 300_000
+    problem(await api.post("/v1/batches", content=long, headers=JSONL), 413, "body_too_large")
+    for path in (f"/v1/batches/{uuid4()}", "/v1/batches/7", f"/v1/batches/{uuid4()}/results"):
+        problem(await api.get(path), 404, "unknown_batch")
+    problem(await api.post(f"/v1/batches/{uuid4()}/cancel"), 404, "unknown_batch")
+
+
+async def test_a_batch_is_safe_to_repeat(api: httpx.AsyncClient, ledger: Ledger) -> None:
+    async def post(*values: object) -> httpx.Response:
+        body = lines(*[{"task": "echo", "input": {"value": value}} for value in values])
+        return await api.post("/v1/batches", content=body, headers=JSONL | {"Idempotency-Key": "k"})
+
+    answers = await asyncio.gather(*[post(1, 2) for _ in range(10)])
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
+    assert await count(ledger) == 2
+    problem(await post(2, 1), 422, "idempotency_key_reused")
+    assert await count(ledger) == 2
+
+
+async def test_batches_are_cancelled_while_they_are_worked_on(
+    api: httpx.AsyncClient, ledger: Ledger, worker: UUID
+) -> None:
+    await lanes.limit(ledger, "gpu", Limits(max_running=50))
+    body = lines(*[{"task": "echo", "input": {"value": n}, "lane": "gpu"} for n in range(1500)])
+    batch = (await api.post("/v1/batches", content=body, headers=JSONL)).json()
+
+    async def work() -> None:
+        while claims := await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
+            done = [
+                attempts.Ending(
+                    id=claim.id, fence=claim.fence, state="completed", result="1", result_key="k", lane="gpu"
+                )
+                for claim in claims
+            ]
+            await attempts.settle(ledger, worker, done)
+
+    working = [asyncio.create_task(work()) for _ in range(3)]
+    found = await batches.cancel(ledger, UUID(batch["id"]))
+    await asyncio.gather(*working)
+    found = await batches.get(ledger, found.id)
+    assert found.states.keys() <= {State.CANCELLED, State.COMPLETED}
+    assert sum(found.states.values()) == 1500
+    assert (await lanes.get(ledger, "gpu")).admitted == 0
+
+
+async def test_while_a_batch_is_read_other_requests_go_on(api: httpx.AsyncClient) -> None:
+    body = lines(*[{"task": "echo", "input": {"value": n}} for n in range(2000)])
+    batch = asyncio.create_task(api.post("/v1/batches", content=body, headers=JSONL))
+    answered = 0
+    while not batch.done():
+        assert (await api.get("/livez")).status_code == 200
+        answered += 1
+        await asyncio.sleep(0)  # this transport answers without giving way
+    assert (await batch).status_code == 202
+    assert answered > 10
+
+
+# Lanes and deadlines
+
+
+async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledger, worker: UUID) -> None:
+    assert (await api.get("/v1/lanes")).json() == {"items": []}
+    problem(await api.get("/v1/lanes/gpu"), 404, "unknown_lane")
+    problem(await api.delete("/v1/lanes/gpu"), 404, "unknown_lane")
+    for wrong in ({}, {"max_running": -1}, {"max_per_minute": 0}, {"most": 1}, [], {"max_running": None}):
+        problem(await api.put("/v1/lanes/gpu", json=wrong), 422, "invalid_input")
+    problem(await api.put(f"/v1/lanes/{'x' * 201}", json={"max_running": 1}), 422, "invalid_input")
+    lane = (await api.put("/v1/lanes/gpu", json={"max_running": 1})).json()
+    assert lane == {"name": "gpu", "max_running": 1, "max_per_minute": None, "admitted": 0, "held": 0}
+    for n in range(3):
+        body = {"input": {"value": n}, "lane": "gpu"}
+        assert (await api.post("/v1/tasks/echo/runs", json=body)).json()["lane"] == "gpu"
+
+    async def look() -> dict[str, Any]:
+        return dict((await api.get("/v1/lanes/gpu")).json())
+
+    await until(look, lambda lane: (lane["admitted"], lane["held"]) == (1, 2))
+    assert [lane["name"] for lane in (await api.get("/v1/lanes")).json()["items"]] == ["gpu"]
+    assert (await api.delete("/v1/lanes/gpu")).status_code == 204
+    problem(await api.get("/v1/lanes/gpu"), 404, "unknown_lane")
+    claims = await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+    assert len(claims) == 3
+
+
+async def test_a_run_that_expired_has_no_result_and_says_why(api: httpx.AsyncClient, ledger: Ledger) -> None:
+    past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, "deadline": past})).json()
+    assert await lanes.move_on(ledger) == 1
+    assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "expired"
+    found = problem(await api.get(f"/v1/runs/{run['id']}/result"), 409, "no_result")
+    assert "deadline" in str(found["detail"])
+    status = (await api.get(f"/tasks/{run['id']}/status")).json()
+    assert (status["status"], "deadline" in status["message"]) == ("error", True)

@@ -1,0 +1,78 @@
+"""What authors of tasks say and ask, with no Prefect in sight."""
+
+import asyncio
+import contextvars
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import backcast
+from backcast.authoring import Options, cancel_requested, options, options_of, stoppable
+
+
+def plain() -> None: ...
+
+
+class Task:
+    """The shape of a Prefect task: an object that carries its function."""
+
+    def __init__(self, fn: object) -> None:
+        self.fn = fn
+
+
+def test_nothing_said_means_the_defaults() -> None:
+    assert options_of(Task(plain)) == options_of(plain) == Options(history="full", lane=None)
+
+
+def test_above_the_task_it_speaks_of_that_task_alone() -> None:
+    first, second = Task(plain), Task(plain)
+    assert options(history="none", lane="openai")(first) is first
+    assert options_of(first) == Options("none", "openai")
+    assert options_of(second) == Options()
+
+
+def test_below_it_speaks_of_every_task_made_from_the_function() -> None:
+    @options(lane="openai")
+    def fn() -> None: ...
+
+    assert options_of(Task(fn)) == options_of(Task(fn)) == Options(lane="openai")
+    assert options_of(options(history="none")(Task(fn))) == Options("none"), "the nearer word counts"
+
+
+@pytest.mark.parametrize("said", [{"history": "some"}, {"lane": ""}, {"lane": "a\nb"}, {"lane": "x" * 201}])
+def test_a_wrong_word_is_refused_where_it_is_written(said: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="write"):
+        options(**said)  # type: ignore[arg-type]
+
+
+def test_outside_of_a_run_nobody_asks_to_stop() -> None:
+    assert not cancel_requested()
+
+
+def test_the_question_belongs_to_the_run_and_its_threads() -> None:
+    with stoppable() as first:
+        context = contextvars.copy_context()
+        with stoppable():
+            first.set()
+            assert not cancel_requested(), "another run"
+        assert cancel_requested()
+    assert not cancel_requested()
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(context.run(cancel_requested)))
+    thread.start()
+    thread.join()
+    assert seen == [True]
+
+
+async def test_threads_of_an_async_task_may_ask() -> None:
+    with stoppable() as asked:
+        asked.set()
+        assert await asyncio.to_thread(cancel_requested)
+
+
+def test_what_authors_import_brings_no_prefect() -> None:
+    assert {"cancel_requested", "options"} <= set(vars(backcast))
+    code = "import backcast, sys; print([m for m in ('prefect', 'pydantic', 'asyncio') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

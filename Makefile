@@ -6,7 +6,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .tools/bin/uv)
 export UV_PROJECT_ENVIRONMENT ?= .venv
 
-.PHONY: help up test lint gen bench eval
+.PHONY: help up test lint gen bench eval chaos
 
 help: ## show the verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -40,3 +40,6 @@ eval: .venv/.synced ## accuracy of the embedded model, through the HTTP API
 
 bench: .venv/.synced ## a first look at speed: submit, end to end, CPU per run
 	.venv/bin/python -m tests.bench
+
+chaos: .venv/.synced ## kill, stop and cut off everything under load, then check every run (CHAOS="--minutes 15 --seed 1")
+	.venv/bin/python -m tests.chaos $(CHAOS)

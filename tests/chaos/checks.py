@@ -1,0 +1,246 @@
+"""What must be true once the storm is over: of each run that was accepted, and between ledger, store and Prefect.
+
+Every check returns sentences, one for each thing that is wrong; none means that it holds.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import asyncpg
+import httpx
+from s3fs import S3FileSystem
+
+from tests.chaos.load import Case, Load
+from tests.chaos.world import BUCKET, World
+from tests.support.waiting import until
+
+KNOWN_MISSING: frozenset[str] = frozenset()
+"""Checks that are reported and do not fail: what the product does not hold yet."""
+_AT_ONCE = 20
+_PAGE = 200
+"""Prefect's own limit for a page."""
+
+Row = dict[str, Any]
+
+_ROWS = """
+select id::text, task, idem_key as key, state, fence, attempts_used, retries_used, max_attempts, worker_id::text,
+       error->>'code' as code, error->>'detail' as detail, cancel_requested_at, run_at, started_at, finished_at,
+       result_key, input_key from backcast.runs"""
+
+# A change after a final state, a second final state, a fence that fell or a claim that did not raise it by one, and
+# an attempt with two workers. Rows of a run are in the order in which its row lock was had.
+_AUDIT = """
+with runs as (
+  select *, state in ('completed', 'failed', 'cancelled', 'expired') as final, lag(state) over run as was,
+         lag(state) over run in ('completed', 'failed', 'cancelled', 'expired') as was_final,
+         lag(fence) over run as fence_was from audit.changes window run as (partition by id order by n))
+select id::text, format('changed from %s to %s after it had ended', was, state) as wrong from runs where was_final
+union all
+select id::text, format('fence %s after %s', fence, fence_was) from runs
+ where fence < fence_was or state = 'running' and fence <> fence_was + 1
+union all
+select id::text, format('ended %s times', count(*) filter (where final and not coalesce(was_final, false))) from runs
+ group by id having count(*) filter (where final and not coalesce(was_final, false)) <> 1
+union all
+select id::text, format('attempt %s ran on %s workers', fence, count(distinct worker_id)) from runs
+ where state = 'running' group by id, fence having count(distinct worker_id) > 1"""
+
+
+async def settled(world: World, *, timeout: float) -> list[str]:
+    """Waits until no run waits or runs."""
+
+    async def look() -> list[asyncpg.Record]:
+        return await world.sql(
+            "select state, count(*), min(id::text) as first from backcast.runs where finished_at is null group by state"
+        )
+
+    try:
+        await until(look, lambda rows: not rows, timeout=timeout, every=0.5)
+    except AssertionError as error:
+        return [str(error)]
+    return []
+
+
+async def rows(world: World) -> dict[str, Row]:
+    return {row["id"]: dict(row) for row in await world.sql(_ROWS)}
+
+
+def accepted(load: Load, ledger: dict[str, Row]) -> list[str]:
+    wrong = [f"refused: {answer}" for answer in load.refused]
+    ids = {case.id: case for case in load.cases}
+    wrong += [
+        f"{case.key}: accepted as {case.id}, and not in the ledger" for case in load.cases if case.id not in ledger
+    ]
+    wrong += [
+        f"{run_id}: in the ledger, and its client was told of another id" for run_id in ledger.keys() - ids.keys()
+    ]
+    wrong += [f"{i}: its key is {row['key']}" for i, row in ledger.items() if i in ids and ids[i].key != row["key"]]
+    return wrong
+
+
+def outcomes(cases: list[Case], ledger: dict[str, Row]) -> list[str]:
+    wrong: list[str] = []
+    for case in cases:
+        row = ledger.get(case.id)
+        if row is None:
+            continue
+        # A cancellation that was answered counts: what had ended stays as it was, all else ends as cancelled.
+        ended_before = case.cancelled in ("completed", "failed", "cancelled", "expired")
+        must = case.ends if case.cancelled is None else case.cancelled if ended_before else "cancelled"
+        if (row["state"], row["code"] if must == "failed" else None) != (must, case.code if must == "failed" else None):
+            said = f", its cancellation was answered with {case.cancelled}" if case.cancelled else ""
+            wrong.append(f"{case.id}: must be {must} {case.code or ''}{said}")
+        if (at := case.options.get("run_at")) and row["started_at"] and row["started_at"].isoformat() < at:
+            wrong.append(f"{case.id}: started before {at}")
+    return wrong
+
+
+def bounded(ledger: dict[str, Row]) -> list[str]:
+    """No run is lost more often than it may be, and none is tried again more often than its task says."""
+    retries = {"stumble": 5, "refuse": 2}
+    return [
+        f"{run_id}: too many attempts"
+        for run_id, row in ledger.items()
+        if row["attempts_used"] - row["retries_used"] > row["max_attempts"]
+        or row["retries_used"] > retries.get(row["task"], 0)
+    ]
+
+
+async def audited(world: World) -> list[str]:
+    return [f"{row['id']}: {row['wrong']}" for row in await world.sql(_AUDIT)]
+
+
+async def values(world: World, cases: list[Case], ledger: dict[str, Row]) -> list[str]:
+    """Through the API, as a caller gets them."""
+    wrong: list[str] = []
+    left = iter([case for case in cases if ledger.get(case.id, {}).get("state") == "completed"])
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+
+        async def take() -> None:
+            for case in left:
+                api = world.apis[hash(case.key) % len(world.apis)]
+                answer = await client.get(f"{api}/v1/runs/{case.id}/result")
+                if answer.status_code != 200 or _parsed(answer.content) != case.value:
+                    wrong.append(
+                        f"{case.id}: the API has {answer.status_code} {answer.text[:200]!r}, not {case.value!r:.200}"
+                    )
+
+        await asyncio.gather(*[take() for _ in range(_AT_ONCE)])
+    return wrong
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body  # which is nobody's value
+
+
+class Bucket:
+    """The bucket, past the product's own code."""
+
+    def __init__(self, world: World) -> None:
+        self._s3 = S3FileSystem(
+            endpoint_url=world.s3.url, key=world.s3.access_key, secret=world.s3.secret_key, use_listings_cache=False
+        )
+
+    async def keys(self, kind: str) -> set[str]:
+        found: Any = await asyncio.to_thread(self._s3.find, f"{BUCKET}/runs/{kind}")
+        return {key.removeprefix(f"{BUCKET}/runs/") for key in found}
+
+    async def read(self, keys: list[str]) -> dict[str, bytes]:
+        paths = [f"{BUCKET}/runs/{key}" for key in keys]
+        found: Any = await asyncio.to_thread(self._s3.cat, paths, on_error="omit")
+        return {path.removeprefix(f"{BUCKET}/runs/"): body for path, body in found.items()}
+
+
+async def stored(bucket: Bucket, cases: list[Case], ledger: dict[str, Row]) -> list[str]:
+    """Every completed run's object is there and is its value."""
+    wrong: list[str] = []
+    wanted = {ledger[case.id]["result_key"]: case for case in cases if ledger.get(case.id, {}).get("result_key")}
+    for page in _pages(list(wanted), 500):
+        found = await bucket.read(page)
+        for key in page:
+            if key not in found:
+                wrong.append(f"{wanted[key].id}: its object {key} is missing")
+            elif _parsed(found[key]) != wanted[key].value:
+                wrong.append(f"{wanted[key].id}: its object {key} is {found[key][:200]!r}")
+    return wrong
+
+
+async def swept(bucket: Bucket, ledger: dict[str, Row], *, timeout: float) -> list[str]:
+    """No result that its run does not name; the steward's sweep may take its time. (An input without a run stays for
+    an hour: its submit might still be under way.)"""
+    named = {row["result_key"] for row in ledger.values()}
+
+    async def look() -> list[str]:
+        return sorted(await bucket.keys("results") - named)
+
+    try:
+        await until(look, lambda orphans: not orphans, timeout=timeout, every=1)
+    except AssertionError:
+        return [f"{key.split('/')[1].removesuffix('.json')}: {key} belongs to nobody" for key in await look()]
+    return []
+
+
+async def shown(world: World, ledger: dict[str, Row], *, timeout: float) -> list[str]:
+    """Prefect's server has every run in the state that the ledger has; it may take its time."""
+    left = {
+        run_id: "CANCELLED" if row["state"] == "expired" else row["state"].upper() for run_id, row in ledger.items()
+    }
+    seen: dict[str, str | None] = {}
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+
+        async def look() -> int:
+            for page in _pages(list(left), _PAGE):
+                wanted = {"task_runs": {"id": {"any_": page}}, "limit": _PAGE}
+                answer = await client.post(f"{world.prefect}/task_runs/filter", json=wanted)
+                assert answer.status_code == 200, answer.text
+                seen.update(dict.fromkeys(page) | {run["id"]: run["state_type"] for run in answer.json()})
+            for run_id in [run_id for run_id, state in left.items() if seen[run_id] == state]:
+                del left[run_id]
+            return len(left)
+
+        try:
+            await until(look, lambda wrong: wrong == 0, timeout=timeout, every=1)
+        except AssertionError as error:
+            if not left:
+                return [str(error)]
+    return [f"{run_id}: Prefect shows {seen.get(run_id)}, not {state}" for run_id, state in left.items()]
+
+
+def _pages(items: list[str], size: int) -> Iterable[list[str]]:
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+async def told(world: World, ledger: dict[str, Row], wrong: list[str], *, most: int = 8) -> list[str]:
+    """The first of these sentences, each with what the ledger says of its run and how it came to that."""
+    lines: list[str] = []
+    for sentence in wrong[:most]:
+        lines.append(sentence)
+        run_id = sentence.partition(":")[0]
+        if row := ledger.get(run_id):
+            lines.append("    " + ", ".join(f"{name}={value}" for name, value in row.items() if value is not None))
+            changes = await world.sql("select * from audit.changes where id = $1::text::uuid order by n", run_id)
+            for at, state, fence, worker, by in (
+                [c[k] for k in ("at", "state", "fence", "worker_id", "by")] for c in changes
+            ):
+                lines.append(f"    {at:%H:%M:%S.%f} {state:<9} fence {fence} worker {worker} by {by}")
+    return [*lines, f"… and {len(wrong) - most} more"] if len(wrong) > most else lines
+
+
+def executions(world: World, cases: list[Case], ledger: dict[str, Row]) -> dict[str, Any]:
+    """How much was done more than once: attempts by fence, and calls of the user's code by file."""
+    calls = {path.name: path.stat().st_size for path in (world.folder / "calls").iterdir()}
+    steady = [case for case in cases if case.task not in ("stumble", "refuse", "square")]
+    return {
+        "attempts": dict(sorted(Counter(row["fence"] for row in ledger.values()).items())),
+        "calls of tasks that do not retry": dict(sorted(Counter(calls.get(case.key, 0) for case in steady).items())),
+        "calls of cached tasks": sum(
+            calls.get(key, 0) for key in {c.input["key"] for c in cases if c.task == "square"}
+        ),
+        "runs of cached tasks": sum(1 for case in cases if case.task == "square"),
+    }

@@ -1,0 +1,193 @@
+"""The work that goes on meanwhile: a client that behaves as ours asks everyone to. It repeats a request with the same
+Idempotency-Key until it has the answer, and only then counts the run as accepted.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import httpx
+
+from tests.chaos.world import World
+
+UNFINISHED = 400
+"""Runs that wait or run at once, at most: the load limits itself."""
+_ASK_FOR = 4.0
+"""Seconds that the client waits for an answer before it asks again, the other API perhaps."""
+
+
+@dataclass
+class Case:
+    """A run that is wanted, and what must come of it."""
+
+    task: str
+    input: dict[str, Any]
+    value: Any = None
+    """Its result, when it is completed."""
+    ends: str = "completed"
+    code: str | None = None
+    """Of its error, when it fails."""
+    options: dict[str, Any] = field(default_factory=dict)
+    cancel_after: float | None = None
+    key: str = ""
+    id: str = ""
+    """Set once it is accepted."""
+    cancelled: str | None = None
+    """The state that the answer to the cancellation told."""
+
+
+def _add(dice: random.Random, key: str) -> Case:
+    a, b = dice.randrange(1000), dice.randrange(1000)
+    return Case("add", {"key": key, "a": a, "b": b}, [key, a + b])
+
+
+def _reverse(dice: random.Random, key: str) -> Case:
+    text = f"{dice.random()} äöü \x00 \u2028"
+    return Case("reverse", {"key": key, "text": text}, [key, text[::-1]])
+
+
+def _doze(dice: random.Random, key: str) -> Case:
+    seconds = round(dice.uniform(1, 4), 3)
+    return Case("doze", {"key": key, "seconds": seconds}, [key, seconds])
+
+
+def _cancelled(dice: random.Random, key: str) -> Case:
+    case = _doze(dice, key)
+    case.cancel_after = dice.uniform(0, 4)
+    return case
+
+
+def _stumble(dice: random.Random, key: str) -> Case:
+    fails = dice.randint(1, 4)
+    return Case("stumble", {"key": key, "fails": fails}, [key, fails])
+
+
+def _refuse(dice: random.Random, key: str) -> Case:
+    kind, code = dice.choice([("usage", "unusable_input"), ("fatal", "task_failed"), ("plain", "task_failed")])
+    return Case("refuse", {"key": key, "kind": kind}, ends="failed", code=code)
+
+
+def _square(dice: random.Random, _: str) -> Case:
+    number = dice.randrange(12)
+    return Case("square", {"key": f"square-{number}", "number": number}, [f"square-{number}", number * number])
+
+
+def _measure(dice: random.Random, key: str) -> Case:
+    text = dice.choice("abcö") * dice.randint(66_000, 120_000)
+    value = [key, len(text), hashlib.sha256(text.encode()).hexdigest()]
+    return Case("measure", {"key": key, "text": text}, value)
+
+
+def _enlarge(dice: random.Random, key: str) -> Case:
+    word, times = dice.choice(["cast", "wörd"]), dice.randint(9_000, 20_000)
+    return Case("enlarge", {"key": key, "word": word, "times": times}, [key, word * times])
+
+
+def _dawdle(_: random.Random, key: str) -> Case:
+    return Case("dawdle", {"key": key}, ends="failed", code="timeout")
+
+
+def _later(dice: random.Random, key: str) -> Case:
+    case = _add(dice, key)
+    case.options["run_at"] = (datetime.now(UTC) + timedelta(seconds=dice.uniform(0.5, 6))).isoformat()
+    return case
+
+
+MIX: list[tuple[int, Callable[[random.Random, str], Case]]] = [
+    (30, _add),
+    (15, _reverse),
+    (10, _doze),
+    (10, _cancelled),
+    (8, _stumble),
+    (5, _refuse),
+    (10, _square),
+    (3, _measure),
+    (3, _enlarge),
+    (3, _dawdle),
+    (5, _later),
+]
+"""How often, and what: the place to add lanes, deadlines and whatever else a run may ask for."""
+
+
+def _case(dice: random.Random, number: int) -> Case:
+    [make] = dice.choices([make for _, make in MIX], [weight for weight, _ in MIX])
+    key = f"{make.__name__.strip('_')}-{number}"
+    case = make(dice, key)
+    case.key = key
+    case.options |= {"owner": f"owner-{dice.randrange(5)}", "priority": dice.choice([0, 0, 0, 5, -5])}
+    return case
+
+
+@dataclass
+class Load:
+    world: World
+    seed: int
+    rate: float
+    """Runs per second, at most."""
+    cases: list[Case] = field(default_factory=list)
+    finished: int = 0
+    longest_gap: float = 0.0
+    """Seconds in which work waited and none was finished."""
+    repeated: int = 0
+    """Requests that were sent again."""
+    refused: list[str] = field(default_factory=list)
+    """Answers that say that the request is at fault, which none is."""
+    _unfinished: int = 0
+    _unanswered: int = 0
+
+    async def flow(self, over: asyncio.Event) -> None:
+        """Submit (and cancel) until it is over; returns when every request has had its answer."""
+        dice = random.Random(self.seed)
+        async with httpx.AsyncClient(timeout=_ASK_FOR, trust_env=False) as client, asyncio.TaskGroup() as requests:
+            while not over.is_set():
+                if self._unfinished + self._unanswered < UNFINISHED:
+                    case = _case(dice, len(self.cases))
+                    self.cases.append(case)
+                    self._unanswered += 1
+                    requests.create_task(self._see_through(client, case, random.Random(dice.random())))
+                await asyncio.sleep(dice.expovariate(self.rate))
+
+    async def _see_through(self, client: httpx.AsyncClient, case: Case, dice: random.Random) -> None:
+        body = {"input": case.input, **case.options}
+        answer = await self._ask(client, dice, f"/v1/tasks/{case.task}/runs", {"Idempotency-Key": case.key}, body)
+        case.id = answer.get("id", "refused")
+        self._unanswered -= 1
+        if case.cancel_after is not None and case.id != "refused":
+            await asyncio.sleep(case.cancel_after)
+            case.cancelled = (await self._ask(client, dice, f"/v1/runs/{case.id}/cancel", {}, None)).get("state")
+
+    async def _ask(
+        self, client: httpx.AsyncClient, dice: random.Random, path: str, headers: dict[str, str], body: Any
+    ) -> dict[str, Any]:
+        """The answer, for as long as it takes to get one."""
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                answer = await client.post(dice.choice(self.world.apis) + path, json=body, headers=headers)
+                if answer.is_success:
+                    return dict(answer.json())
+                if answer.status_code < 500 and answer.status_code != 429:
+                    self.refused.append(f"{path} {headers}: {answer.status_code} {answer.text[:500]}")
+                    return {}
+            self.repeated += 1
+            await asyncio.sleep(dice.uniform(0.1, 1))
+
+    async def watch(self) -> None:
+        """Keep an eye on how much is done, for ever."""
+        last = self.world.now
+        while True:
+            with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+                [row] = await self.world.sql(
+                    """select count(*) filter (where finished_at is null) as unfinished,
+                              count(*) filter (where finished_at is not null) as finished from backcast.runs"""
+                )
+                if row["finished"] > self.finished or self._unfinished == 0:
+                    last = self.world.now
+                self._unfinished, self.finished = row["unfinished"], row["finished"]
+            self.longest_gap = max(self.longest_gap, self.world.now - last)
+            await asyncio.sleep(0.5)

@@ -5,6 +5,7 @@ Decides what is charged, what waits and for how long a store that is away is tri
 
 import asyncio
 import logging
+import random
 import time
 from uuid import UUID
 
@@ -110,13 +111,13 @@ class Keeper:
         give_up, delay = time.monotonic() + self._patience, 0.5
         while True:
             try:
-                await self._store.put(key, attempt.body)
+                await self._store.put(key, attempt.body, is_copied=len(attempt.body) <= INLINE_RESULT)
             except StoreUnavailable as error:
                 if not self._is_away:
                     log.warning("can't store results, trying on: %s", error)
                 self._is_away = True
                 if time.monotonic() > give_up or self.is_hurried:
-                    again = Retry(problem(error), delay=5.0, retries=claim.retries_used)
+                    again = Retry(problem(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
                     return await self.ending(claim, again)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 10.0)

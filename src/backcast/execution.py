@@ -4,6 +4,7 @@ and the engine does the rest. Decides nothing about slots, and nothing about wha
 
 import json
 import logging
+import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -93,7 +94,8 @@ class Execution:
             tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
             return replace(attempt, usage={"model": used[-1].model, **tokens})
         except Unavailable as error:
-            return Retry(endings.problem(error), delay=5.0, retries=claim.retries_used)
+            # Spread, or all that met the same outage come back at the same moment.
+            return Retry(endings.problem(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
         except Missing:
             return Failed(
                 endings.problem(UsageError("The stored input is gone: submit the run again.", code="input_lost"))

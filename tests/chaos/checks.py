@@ -14,7 +14,7 @@ import httpx
 from s3fs import S3FileSystem
 
 from tests.chaos.load import Case, Load
-from tests.chaos.world import BUCKET, World
+from tests.chaos.world import BUCKET, NARROW, World
 from tests.support.waiting import until
 
 KNOWN_MISSING: frozenset[str] = frozenset()
@@ -89,7 +89,8 @@ def outcomes(cases: list[Case], ledger: dict[str, Row]) -> list[str]:
             continue
         # A cancellation that was answered counts: what had ended stays as it was, all else ends as cancelled.
         ended_before = case.cancelled in ("completed", "failed", "cancelled", "expired")
-        must = case.ends if case.cancelled is None else case.cancelled if ended_before else "cancelled"
+        ends = "expired" if case.may_expire and row["state"] == "expired" else case.ends
+        must = ends if case.cancelled is None else case.cancelled if ended_before else "cancelled"
         if (row["state"], row["code"] if must == "failed" else None) != (must, case.code if must == "failed" else None):
             said = f", its cancellation was answered with {case.cancelled}" if case.cancelled else ""
             wrong.append(f"{case.id}: must be {must} {case.code or ''}{said}")
@@ -111,6 +112,22 @@ def bounded(ledger: dict[str, Row]) -> list[str]:
 
 async def audited(world: World) -> list[str]:
     return [f"{row['id']}: {row['wrong']}" for row in await world.sql(_AUDIT)]
+
+
+_LANE = """
+with changes as (
+  select n, state = 'running' as runs, coalesce(lag(state) over (partition by id order by n) = 'running', false) as ran
+    from audit.changes where id in (select id from backcast.runs where lane = $1)),
+running as (select sum(runs::int - ran::int) over (order by n) as count from changes)
+select (select max(count) from running) as most, admitted from backcast.lanes where name = $1"""
+
+
+async def lanes(world: World) -> list[str]:
+    """The limit held at every moment, and nobody is counted any more."""
+    name, limit = NARROW
+    [row] = await world.sql(_LANE, name)
+    wrong = [f"{row['most']} runs of the lane ran at once, {limit} may"] if (row["most"] or 0) > limit else []
+    return wrong + ([f"the lane still counts {row['admitted']} runs"] if row["admitted"] else [])
 
 
 async def values(world: World, cases: list[Case], ledger: dict[str, Row]) -> list[str]:

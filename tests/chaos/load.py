@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import httpx
 
-from tests.chaos.world import World
+from tests.chaos.world import NARROW, World
 
 UNFINISHED = 400
 """Runs that wait or run at once, at most: the load limits itself."""
@@ -34,6 +34,7 @@ class Case:
     code: str | None = None
     """Of its error, when it fails."""
     options: dict[str, Any] = field(default_factory=dict)
+    may_expire: bool = False
     cancel_after: float | None = None
     key: str = ""
     id: str = ""
@@ -99,6 +100,18 @@ def _later(dice: random.Random, key: str) -> Case:
     return case
 
 
+def _narrow(dice: random.Random, key: str) -> Case:
+    seconds = round(dice.uniform(0.05, 0.4), 3)
+    return Case("doze", {"key": key, "seconds": seconds}, [key, seconds], options={"lane": NARROW[0]})
+
+
+def _urgent(dice: random.Random, key: str) -> Case:
+    case = _narrow(dice, key) if dice.random() < 0.5 else _doze(dice, key)
+    case.options["deadline"] = (datetime.now(UTC) + timedelta(seconds=dice.uniform(0, 5))).isoformat()
+    case.may_expire = True
+    return case
+
+
 MIX: list[tuple[int, Callable[[random.Random, str], Case]]] = [
     (30, _add),
     (15, _reverse),
@@ -111,6 +124,8 @@ MIX: list[tuple[int, Callable[[random.Random, str], Case]]] = [
     (3, _enlarge),
     (3, _dawdle),
     (5, _later),
+    (6, _narrow),
+    (5, _urgent),
 ]
 """How often, and what: the place to add lanes, deadlines and whatever else a run may ask for."""
 

@@ -37,6 +37,8 @@ SWEEP = 5.0
 _WORKERS = {"worker-1": (4, 6), "worker-2": (8, 6), "worker-3": (12, 1)}
 """Slots, and seconds of grace: the last one must hand back what it has."""
 
+NARROW = "narrow", 2
+"""A lane, and how many of its runs may run at once."""
 # Every change of a run, in the order in which its row lock was had. Written by the test alone, outside of the product's
 # schema and through its own trigger, so that no statement of the product can go by unseen.
 _AUDIT = """
@@ -163,6 +165,7 @@ class World:
         await asyncio.to_thread(migrate, self.database)
         connection = await asyncpg.connect(self.database)
         await connection.execute(_AUDIT)
+        await connection.execute("insert into backcast.lanes (name, max_running) values ($1, $2)", *NARROW)
         await connection.close()
         async with contextlib.aclosing(open_store(self.store)) as store:
             await store.ensure()

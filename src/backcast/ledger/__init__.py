@@ -231,7 +231,10 @@ class Ledger:
         while pool in self._dirty:
             self._dirty.discard(pool)
             with contextlib.suppress(LedgerUnavailable):
-                await self.execute("select pg_notify($1, $2)", CHANNEL, pool)
+                # A hint need not be on the disk: its commit would be waited for like a run's.
+                await self.execute(
+                    "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", CHANNEL, pool
+                )
             await asyncio.sleep(NOTIFY_INTERVAL)
         del self._notifiers[pool]
 

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from backcast.ledger import Ledger, upkeep
+from backcast.ledger import Ledger, cursors, upkeep
 from backcast.mirror import Mirror
 from backcast.models import uuid7
-from backcast.store import Object, Store
+from backcast.store import Missing, Object, Store
 
 log = logging.getLogger("backcast.steward")
 
 SUBMITTED_WITHIN = 3600.0
 """Seconds after which an input whose run is not there has no run: its submit is over, whichever way."""
+SIGNATURE = "ledger/id"
+"""The object that says whose store this is."""
 FORGOTTEN_AT_ONCE = 200
 """Prefect's runs removed before it gets a rest, twice as long as that took: a third of a core of its server at most."""
 
@@ -38,10 +40,30 @@ class Sweep:
         if self.keep is not None:
             await self._old_runs(self.keep)
             await upkeep.remove_empty_batches(self.ledger, self.keep)
-            await self._old_cache(self.keep)
         await upkeep.remove_stale_flights(self.ledger)
+        if not await self._is_ours():
+            return
+        if self.keep is not None:
+            await self._old_cache(self.keep)
         for kind in ("results", "inputs"):
             await self._orphans(kind)
+
+    async def _is_ours(self) -> bool:
+        """Whether the store is this ledger's alone: the runs of another one are unknown here, their objects would look
+        like orphans. The first ledger to sweep a store signs it; of two that do so at once, one will not sweep."""
+        ours = str(await cursors.identity(self.ledger)).encode()
+        try:
+            owner = await self.store.get(SIGNATURE)
+        except Missing:
+            await self.store.put(SIGNATURE, ours)
+            owner = await self.store.get(SIGNATURE)
+        if owner != ours:
+            log.error(
+                "the store belongs to another ledger, so nothing is swept: give each its own bucket or prefix, or"
+                " remove the object %s to hand the store over to this one",
+                SIGNATURE,
+            )
+        return owner == ours
 
     async def _old_runs(self, keep: timedelta) -> None:
         """Objects first: while the store is away, the rows that name them stay. A caller who comes in between is told

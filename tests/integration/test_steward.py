@@ -122,6 +122,21 @@ async def test_while_the_store_is_away_rows_stay(ledger: Ledger, store: Store, t
     assert await runs(ledger) == {old}
 
 
+async def test_the_store_of_another_ledger_is_not_swept(
+    ledger: Ledger, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    await Sweep(ledger, store, KEEP)()  # signs it
+    theirs = f"results/{uuid7()}/1.json"
+    await store.put(theirs, b"1")
+    await ledger.execute("update cursors set value = gen_random_uuid() where name = 'ledger'")  # now we are another one
+    await Sweep(ledger, store, KEEP)()
+    assert await keys(store) == {theirs}
+    assert "belongs to another ledger" in caplog.text
+    await store.delete(["ledger/id"])  # as the sentence says
+    await Sweep(ledger, store, KEEP)()
+    assert await keys(store) == set()
+
+
 async def test_objects_that_no_run_needs_go(ledger: Ledger, store: Store) -> None:
     done = await add(ledger, "completed", ago=60, fence=3, result_key="results/x/3.json")
     await ledger.execute("update runs set result_key = 'results/' || id || '/3.json' where id = $1", done)

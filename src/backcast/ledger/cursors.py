@@ -3,6 +3,7 @@
 from uuid import UUID
 
 from backcast.ledger import Ledger
+from backcast.models import uuid7
 
 
 async def read(ledger: Ledger) -> dict[str, UUID]:
@@ -17,3 +18,11 @@ async def move(ledger: Ledger, name: str, to: UUID) -> None:
         name,
         to,
     )
+
+
+async def identity(ledger: Ledger) -> UUID:
+    """What tells this ledger from every other one; made when it is first asked for."""
+    await ledger.execute(
+        "insert into cursors (name, value) values ('ledger', $1) on conflict (name) do nothing", uuid7()
+    )
+    return (await read(ledger))["ledger"]

@@ -76,7 +76,8 @@ class Api(_Section):
     max_batch_body: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest body of a batch, in bytes."""
     max_waiting: int = Field(default=1_000_000, ge=1)
-    """Runs that may wait in all; more are refused with 429 until some have been worked on."""
+    """Runs that may wait in all; more are refused with 429 until some have been worked on. Counted about once a second
+    by each API process, so the limit is soft by what is submitted in that time."""
     max_waiting_per_owner: int = Field(default=100_000, ge=1)
     """Runs of one owner that may wait."""
 

@@ -3,7 +3,6 @@ that was lost on the way. Decides whom to ask about and when; how Prefect is ask
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from dataclasses import dataclass, field
@@ -30,8 +29,8 @@ WAITING_REACH = 10_000
 """Runs looked through for waiting ones in one round."""
 ENDED_PAGE = 2000
 """Ended runs told of in one round; more than end in one transaction."""
-AGES = (timedelta(), *(timedelta(seconds=15 * 4**power) for power in range(10)))
-"""When a run's end is asked about: 15 s after it was accepted, 1, 4, 16, … minutes, up to 45 days."""
+AGES = tuple(timedelta(seconds=15 * 4**power) for power in range(10))
+"""When a run is asked about, if it has ended: 15 s after it was accepted, 1, 4, 16, … minutes, up to 45 days."""
 LATE = 30.0
 """Seconds that a look comes late: for submits that take their time, for clocks, for what is on its way to Prefect."""
 ASKED = 1000
@@ -66,26 +65,26 @@ class Chronicle:
         await cursors.move(self.ledger, "waiting", waiting[-1].id if len(waiting) == WAITING_PAGE else until)
 
     async def look_again(self) -> None:
-        """Ask Prefect about every run that ended, once, and correct what it has wrong; see decision 10.
+        """Ask Prefect about every run that ended, and correct what it has wrong; see decision 10.
 
-        Runs are gone through by their ids, when they reach each of the ages: an end is asked about at the first age
-        that comes after it. So every run is asked about, however long it took, without an index by end, and what is
-        kept is one id for each age.
+        Runs are gone through by their ids, when they reach each of the ages, and asked about when they have ended. So
+        every run is asked about, however long it took and whatever became of an earlier correction, without an index
+        by end, and what is kept is one id for each age.
         """
         if time.monotonic() < self._away_until:
             return
         at = await cursors.read(self.ledger)
         try:
-            for before, age in itertools.pairwise(AGES):
+            for age in AGES:
                 name = f"ended within {age}"
-                await self._look(name, at.get(name, UUID(int=0)), before, age)
+                await self._look(name, at.get(name, UUID(int=0)), age)
         except httpx.HTTPError:
             self._away_until = time.monotonic() + AFTER_ABSENCE
             raise
 
-    async def _look(self, name: str, after: UUID, before: timedelta, age: timedelta) -> None:
+    async def _look(self, name: str, after: UUID, age: timedelta) -> None:
         until = uuid7(age.total_seconds() + LATE)
-        while page := await history.ended(self.ledger, after, until, later_than=before, within=self.keep, limit=ASKED):
+        while page := await history.ended(self.ledger, after, until, within=self.keep, limit=ASKED):
             for kind in sorted({state_type(state) for state in page.ended.values()}):
                 await self._correct([run for run, state in page.ended.items() if state_type(state) == kind], kind)
             after = page.last
@@ -103,4 +102,4 @@ class Chronicle:
             for run in await history.told(self.ledger, runs):
                 self.mirror.tell(run)
             await asyncio.sleep(seconds)
-        log.warning("Prefect does not show how %d runs ended, such as %s", len(runs), runs[0])
+        log.warning("Prefect does not show yet how %d runs ended, such as %s", len(runs), runs[0])

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -19,7 +19,7 @@ from backcast.changes import Change
 from backcast.models import Attempt, Failed, Retry, Succeeded
 from backcast.settings import Prefect
 from backcast.settings import Store as StoreSettings
-from backcast.store import open_store
+from backcast.store import Store, open_store
 from tests.support.stack import ROOT, free_port
 from tests.support.waiting import until
 
@@ -34,7 +34,7 @@ from prefect.states import Failed as FailedState
 
 from backcast import cancel_requested, options
 from backcast.engine import Engine
-from backcast.errors import FatalError, TransientError, UsageError
+from backcast.errors import FatalError, StoreUnavailable, TransientError, UsageError
 from backcast.mirror import Mirror
 from tests.support import sample_tasks
 
@@ -530,6 +530,41 @@ asyncio.run(main())
     async with Engine({"counted": sample_tasks.counted}, pool="p", max_attempts=1, store=store, threads=1) as engine:
         ours = engine.cache_key("counted", uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]})
     assert keys == {f"{ours}\n"}
+    await store.aclose()
+
+
+class Leaving:
+    """A store that is there for so many reads, and then away."""
+
+    def __init__(self, store: Store, reads: int) -> None:
+        self.store, self.reads = store, reads
+
+    async def get(self, key: str) -> bytes:
+        self.reads -= 1
+        if self.reads < 0:
+            raise StoreUnavailable("It is away.")
+        return await self.store.get(key)
+
+    async def put(self, key: str, body: bytes) -> None:
+        await self.store.put(key, body)
+
+
+async def test_a_store_that_goes_away_is_not_the_tasks_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value is there, and can't be read a moment later: the run waits for the store, whatever its retries are."""
+    store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+    await store.ensure()
+    leaving = Leaving(store, reads=100)
+    tasks = {"counted": sample_tasks.counted}
+    given = {"name": "c", "payload": 1}
+    monkeypatch.chdir(tmp_path)  # where the task counts its calls
+    async with Engine(tasks, pool="p", max_attempts=1, store=cast("Store", leaving), threads=1) as engine:
+        first = await engine.execute("counted", uuid4(), given, retries=0)
+        assert first == Succeeded(b"1")
+        left = leaving.reads
+        assert await engine.execute("counted", uuid4(), given, retries=0) == first, "it was cached"
+        leaving.reads = left - leaving.reads - 1  # all but the last of the reads that a hit takes
+        with pytest.raises(StoreUnavailable):
+            await engine.execute("counted", uuid4(), given, retries=0)
     await store.aclose()
 
 

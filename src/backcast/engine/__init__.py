@@ -23,6 +23,7 @@ from backcast.engine.serving import CacheStorage, serve
 from backcast.engine.threads import Threads
 from backcast.engine.tracked import Tell
 from backcast.engine.verdicts import problem
+from backcast.errors import Unavailable
 from backcast.models import JSON, Attempt, Failed, TaskType
 from backcast.store import Store
 
@@ -93,7 +94,7 @@ class Engine:
         """Make one attempt, and those after it that are due at once; `retries` is how many were made before.
 
         Raises nothing but the `CancelledError` of whoever stops it, with a `models.Reason`: at once, also where a
-        thread goes on.
+        thread goes on; and `Unavailable` when the store of cached values is away.
         """
         try:
             with stoppable() as asked:
@@ -110,6 +111,8 @@ class Engine:
             if task is None or task.cancelling():
                 raise
             return Failed(problem(stop))  # nobody asked: something that the task awaited was cancelled
+        except Unavailable:
+            raise
         except BaseException as error:  # noqa: BLE001  # sys.exit() in a task must not end the worker
             return Failed(problem(error))
 

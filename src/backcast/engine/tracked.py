@@ -27,6 +27,7 @@ from backcast.engine import direct
 from backcast.engine.direct import Job
 from backcast.engine.threads import Overdue, Threads
 from backcast.engine.verdicts import clean, may_retry, problem, retry_after
+from backcast.errors import Unavailable
 from backcast.models import Attempt, Failed, Retry, Succeeded
 
 Tell = Callable[[Change], None]
@@ -219,6 +220,8 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
             with timeout_async(self.task.timeout_seconds, TaskRunTimeoutError):
                 async with transaction as entered:
                     await self.call_task_fn(entered)
+        except Unavailable:  # the store of cached values: neither the task's doing nor the run's
+            raise
         except TimeoutError as late:
             await self.handle_timeout(late)
         except Exception as error:  # noqa: BLE001  # whatever the task raises
@@ -294,6 +297,8 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
         try:
             with timeout(self.task.timeout_seconds, TaskRunTimeoutError), transaction as entered:
                 self.call_task_fn(entered)
+        except Unavailable:
+            raise
         except TimeoutError as late:
             self.handle_timeout(late)
         except Exception as error:  # noqa: BLE001  # whatever the task raises

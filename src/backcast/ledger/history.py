@@ -70,9 +70,9 @@ select {_TOLD}, null as said_at from runs
 
 # By the primary key, a page; what need not be asked about is left out by the caller, so that its last id is known.
 _ENDED = f"""
-select id, state, finished_at - created_at >= $3::interval and {_SHOWN}
-       and ($4::interval is null or finished_at > now() - $4) as asked
-  from runs where id > $1 and id <= $2 order by id limit $5"""  # noqa: S608  # constants
+select id, state, {_SHOWN} and finished_at is not null
+       and ($3::interval is null or finished_at > now() - $3) as asked
+  from runs where id > $1 and id <= $2 order by id limit $4"""  # noqa: S608  # constants
 
 _BY_ID = f"select {_TOLD}, now() as said_at from runs where id = any($1) and finished_at is not null"  # noqa: S608
 
@@ -102,12 +102,10 @@ class Page:
     is_full: bool
 
 
-async def ended(
-    ledger: Ledger, after: UUID, until: UUID, *, later_than: timedelta, within: timedelta | None, limit: int
-) -> Page | None:
-    """Of the first runs with ids in (after, until]: those that ended, `later_than` or more after they were accepted,
-    and lately (`within`; None: whenever). None when there are no such ids."""
-    rows = await ledger.fetch(_ENDED, after, until, later_than, within, limit)
+async def ended(ledger: Ledger, after: UUID, until: UUID, *, within: timedelta | None, limit: int) -> Page | None:
+    """Of the first runs with ids in (after, until]: those that ended, and lately (`within`; None: whenever). None when
+    there are no such ids."""
+    rows = await ledger.fetch(_ENDED, after, until, within, limit)
     if not rows:
         return None
     return Page({row["id"]: row["state"] for row in rows if row["asked"]}, rows[-1]["id"], len(rows) == limit)

@@ -7,7 +7,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from backcast import __version__
-from backcast.api import batches, health, lanes, problems, runs, seed, tasks
+from backcast.api import auth, batches, health, lanes, problems, runs, seed, tasks
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
 from backcast.ledger import Ledger
@@ -20,7 +20,7 @@ Every error is a problem document (RFC 9457) whose `code` is stable and whose `d
 
 
 def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
-    """The API over these collaborators, which it closes when it ends; of the settings only the `max_…` count."""
+    """The API over these collaborators, which it closes when it ends. Not for `limits` is where to listen."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -31,6 +31,9 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     app = FastAPI(title="backcast", version=__version__, description=_ABOUT, lifespan=lifespan, redirect_slashes=False)
     app.state.backend = Backend(ledger, store, limits)
     app.add_middleware(LimitBody, limit=limits.max_body, longer={batches.PATH: limits.max_batch_body})
+    if limits.keys:
+        app.add_middleware(auth.RequireKey, keys=limits.keys)  # the outermost: nothing of a stranger is read
+    auth.describe(app)
     problems.install(app)
     nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router)
     for router in (runs.hot, seed.router, *nouns):

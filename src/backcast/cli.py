@@ -5,9 +5,9 @@ commands import their process when called, so that the API never loads prefect o
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from backcast import __version__, client, terminal
 from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable
 from backcast.models import JSON, Lane, Limits, Run, State, Submission
-from backcast.settings import URL_VARIABLE, load
+from backcast.settings import KEY_VARIABLE, URL_VARIABLE, load
 
 OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = (
@@ -155,25 +155,33 @@ def model() -> None:
         def show(done: int, total: int, source: str) -> None:
             bars.update(bar, completed=done, total=total, description=f"model from {source}")
 
-        file = weights.fetch(settings.cache, show)
+        file = settings.weights or weights.fetch(settings.cache, show)
     llama.main(settings, file)
 
 
 @_run()
-def migrate() -> None:
-    """Bring the database to this version's schema, and create the store's folder or bucket."""
-    import asyncio
+def setup() -> None:
+    """Make what the processes need: roles and databases if told to, the schema, the store's folder or bucket."""
+    from backcast import setup
 
-    from backcast import ledger, store
+    setup.prepare(load(), typer.echo)
 
-    async def ensure() -> None:
-        async with aclosing(store.open_store(settings.store)) as opened:
-            await opened.ensure()
 
-    settings = load()
-    typer.echo(ledger.migrate(settings.database.url.get_secret_value()))
-    asyncio.run(ensure())
-    typer.echo(f"The store {settings.store.url} is there.")
+@_run()
+def check() -> None:
+    """Try every call that the processes make to the database and the store, and say what to change."""
+    from backcast import setup
+
+    if not setup.check(load(), typer.echo):
+        raise typer.Exit(RUN_FAILED)
+
+
+@_run(hidden=True)
+def await_database() -> None:
+    """Wait until the Prefect server's database can be used: that server ends when it can't."""
+    from backcast import setup
+
+    setup.await_prefect_database(load(), typer.echo)
 
 
 # Values on the command line
@@ -184,7 +192,8 @@ def _address(url: str | None) -> str:
 
 
 def _connect(url: str | None) -> client.Client:
-    return client.Client(_address(url), patience=_PATIENCE)
+    shown = client.authorization(os.environ.get(KEY_VARIABLE))
+    return client.Client(_address(url), headers=shown, patience=_PATIENCE)
 
 
 def _stdin() -> str:

@@ -349,6 +349,11 @@ class AsyncClient:
             return end.value
 
 
+def authorization(key: str | None) -> dict[str, str]:
+    """The `headers` that show this key to the service; none without a key."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def raise_for_state(run: Run) -> None:
     """Raise a RunError, with the run's own code, when `run` has ended without a result."""
     match run.state:

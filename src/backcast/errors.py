@@ -3,6 +3,7 @@
     BackcastError
     ├── ClientError                     the caller must change the request; becomes a 4xx problem document
     │   ├── MalformedBody       400     ├── UnsupportedBody     415
+    │   ├── Unauthorized        401     │
     │   ├── NotFound            404     ├── InvalidInput        422
     │   │   ├── UnknownTask             │   └── InvalidTarget   422
     │   │   ├── UnknownRun              ├── IdempotencyConflict 422
@@ -66,6 +67,12 @@ class ClientError(BackcastError):
 class MalformedBody(ClientError):
     code = "malformed_body"
     title = "The body can't be read"
+
+
+class Unauthorized(ClientError):
+    code = "unauthorized"
+    title = "A key is needed"
+    status = 401
 
 
 class NotFound(ClientError):

@@ -1,4 +1,4 @@
-"""The embedded model's server: llama.cpp from a wheel, OpenAI's API on loopback, a process of its own.
+"""The embedded model's server: llama.cpp from a wheel, OpenAI's API, a process of its own.
 
 It knows a file and a port; what is asked of the model is not its business.
 """
@@ -47,7 +47,7 @@ def _start(model: Model, weights: Path) -> Any:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(weights)
     parameters.model_alias = {ALIAS}
-    parameters.hostnames, parameters.port = ["127.0.0.1"], model.port
+    parameters.hostnames, parameters.port = [model.host], model.port
     parameters.n_parallel, parameters.n_ctx = model.slots, _CONTEXT * model.slots
     parameters.n_predict = model.max_tokens
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
@@ -60,6 +60,6 @@ def _start(model: Model, weights: Path) -> Any:
         return xllamacpp.Server(parameters)
     except RuntimeError as error:
         raise ConfigurationError(
-            f"llama.cpp can't serve {weights} on 127.0.0.1:{model.port}: is the port free (BACKCAST_MODEL__PORT), "
+            f"llama.cpp can't serve {weights} on {model.host}:{model.port}: is the port free (BACKCAST_MODEL__PORT), "
             "and is there enough memory (0.9 GB)?"
         ) from error

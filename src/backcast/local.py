@@ -25,8 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from backcast import postgres, weights
-from backcast.client import AsyncClient
+from backcast import client, postgres, weights
 from backcast.errors import BackcastError, ConfigurationError, Unavailable
 from backcast.ledger import migrate
 from backcast.part import Part
@@ -73,6 +72,7 @@ class _Up:
         self._console = Console(highlight=False, soft_wrap=True)
         self._data = data
         self._model = settings.model
+        self._key = settings.api.keys[0].get_secret_value() if settings.api.keys else None
         here = {"url": f"file://{data}/store"}
         self._store = settings.store if "BACKCAST_STORE__URL" in os.environ else settings.store.model_copy(update=here)
         self._serves_model = model and settings.model.embedded
@@ -205,8 +205,8 @@ class _Up:
         began = time.monotonic()
         words = _EXAMPLE.replace("31", str(random.randint(11, 99)))  # noqa: S311  # anew, or the cache would answer
         try:
-            async with AsyncClient(self._url("api")) as client:
-                answer = await client.cast(words, "int", timeout=300)
+            async with client.AsyncClient(self._url("api"), headers=client.authorization(self._key)) as service:
+                answer = await service.cast(words, "int", timeout=300)
         except BackcastError as error:
             self._say("backcast", f"the first cast has failed: {error.detail}", "red")
         else:

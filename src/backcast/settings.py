@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -24,10 +24,24 @@ PREFIX = "BACKCAST_"
 CONFIG_VARIABLE = "BACKCAST_CONFIG"
 URL_VARIABLE = "BACKCAST_URL"
 """Read by the command line only: the address of the API."""
+KEY_VARIABLE = "BACKCAST_API_KEY"
+"""Read by the command line only: the key that it shows to the API."""
 
 
 def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _seconds(value: Any) -> Any:
+    """Numbers come out of the environment as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_seconds)]
+"""Seconds, or ISO 8601 (`PT15S`)."""
 
 
 class _Section(BaseModel):
@@ -39,7 +53,7 @@ class Database(_Section):
     """PostgreSQL 15 to 18, as `postgresql://user:password@host:port/database`."""
     pool: int = Field(default=10, ge=2, le=200)
     """Connections that one process may hold open, besides one for listening and one for heartbeats."""
-    timeout: timedelta = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
+    timeout: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
     """How long a statement may take, with the wait for a connection, before the database counts as unavailable."""
 
 
@@ -58,9 +72,9 @@ class Store(_Section):
     """S3 access key; none uses the ambient identity (environment, profile, workload identity)."""
     secret_key: SecretStr | None = None
     """S3 secret key."""
-    timeout: timedelta = timedelta(seconds=10)
+    timeout: Duration = timedelta(seconds=10)
     """How long one call may take before the store counts as unavailable."""
-    patience: timedelta = timedelta(minutes=5)
+    patience: Duration = timedelta(minutes=5)
     """How long a worker keeps trying to store a finished result before it hands the run back to be done again."""
 
 
@@ -80,6 +94,15 @@ class Api(_Section):
     by each API process, so the limit is soft by what is submitted in that time."""
     max_waiting_per_owner: int = Field(default=100_000, ge=1)
     """Runs of one owner that may wait."""
+    keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
+    """Keys that open the API, comma-separated: a request shows one as `Authorization: Bearer KEY`. None: it is open."""
+
+    @field_validator("keys")
+    @classmethod
+    def _are_hard_to_guess(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        if any(len(key.get_secret_value()) < 16 for key in keys):
+            raise ValueError("a key must have 16 characters or more")
+        return keys
 
 
 class Worker(_Section):
@@ -91,9 +114,9 @@ class Worker(_Section):
     """Address of the health and metrics port; 0.0.0.0 in a cluster."""
     port: int = Field(default=8081, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
-    poll: timedelta = timedelta(seconds=1)
+    poll: Duration = timedelta(seconds=1)
     """How often an idle worker looks for runs when no notification comes: the guarantee behind the hint."""
-    grace: timedelta = timedelta(seconds=30)
+    grace: Duration = timedelta(seconds=30)
     """After SIGTERM: how long running work may go on before it is handed back."""
 
 
@@ -102,12 +125,15 @@ class Steward(_Section):
     """Address of the health and metrics port; 0.0.0.0 in a cluster."""
     port: int = Field(default=8082, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
-    keep_runs: timedelta | None = timedelta(days=30)
+    keep_runs: Duration | None = timedelta(days=30)
     """How long runs and their results are kept after they ended; none keeps them for ever."""
-    keep_history: timedelta | None = timedelta(days=30)
+    keep_history: Duration | None = timedelta(days=30)
     """How long Prefect's task runs and logs are kept after they ended; Prefect itself never removes them."""
-    sweep: timedelta = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
+    sweep: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
     """Time between two sweeps that remove what is too old, and stored objects that no run names."""
+    deletion_cost: bool = False
+    """Tell Kubernetes which worker pods are busy, so that it removes idle ones first when it scales down. Takes a
+    service account that may get and patch pods."""
 
 
 class Prefect(_Section):
@@ -141,7 +167,7 @@ class Model(_Section):
     """The provider's URL, ending in /v1; none means OpenAI, or the embedded server's own address."""
     api_key: SecretStr | None = None
     """The provider's key. It is never logged or stored."""
-    timeout: timedelta = timedelta(seconds=60)
+    timeout: Duration = timedelta(seconds=60)
     """How long one answer of the model may take."""
     max_tokens: int = Field(default=1024, ge=16)
     """Longest answer, in tokens."""
@@ -149,8 +175,12 @@ class Model(_Section):
         default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "backcast"
     )
     """Folder where the embedded model's file is kept, shared between projects."""
+    weights: Path | None = None
+    """The embedded model's file itself, as in an image that has it: nothing is looked for or downloaded."""
+    host: str = "127.0.0.1"
+    """Address that the embedded model's server listens on; 0.0.0.0 in a cluster."""
     port: int = Field(default=8083, ge=0, le=65535)
-    """Port of the embedded model's server, on loopback."""
+    """Port of the embedded model's server."""
     slots: int = Field(default=2, ge=1, le=16)
     """Answers the embedded server works on at the same time; more does not make two cores faster."""
 
@@ -161,6 +191,19 @@ class Model(_Section):
     @property
     def embedded_url(self) -> str:
         return self.base_url or f"http://127.0.0.1:{self.port}/v1"
+
+
+class Setup(_Section):
+    """What `backcast setup` does beyond the schema and the bucket; no other process reads it."""
+
+    admin_url: SecretStr | None = None
+    """A PostgreSQL role that may create roles and databases: it makes those that the other URLs name."""
+    prefect_url: SecretStr | None = None
+    """The Prefect server's own database."""
+    scaler_url: SecretStr | None = None
+    """A role that may read the view `backlog` and nothing else, for an autoscaler; it is made in `database.url`."""
+    patience: Duration = timedelta(minutes=5)
+    """How long to wait for the database and the store."""
 
 
 class Settings(BaseSettings):
@@ -182,9 +225,12 @@ class Settings(BaseSettings):
     steward: Steward = Steward()
     prefect: Prefect = Prefect()
     model: Model = Model()
+    setup: Setup = Setup()
     tasks: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
     """Python modules whose Prefect tasks the worker serves, beside the built-in ones; comma-separated in a variable."""
-    lease: timedelta = Field(default=timedelta(seconds=15), ge=timedelta(seconds=2))
+    builtin_tasks: bool = True
+    """Serve the built-in tasks (`cast`). The runs of a task go to one pool: others that have it switch this off."""
+    lease: Duration = Field(default=timedelta(seconds=15), ge=timedelta(seconds=2))
     """A worker that has not been heard of for this long is dead, and its runs are ready again."""
     max_attempts: int = Field(default=3, ge=1)
     """How often a run may be lost together with its worker before it fails as `worker_lost`."""
@@ -218,7 +264,9 @@ def load() -> Settings:
     Raises:
         ConfigurationError: an unknown or wrong setting, named with its environment variable and without its value.
     """
-    known = {CONFIG_VARIABLE, URL_VARIABLE} | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known = {CONFIG_VARIABLE, URL_VARIABLE, KEY_VARIABLE} | {
+        f"{PREFIX}{name.upper()}" for name in Settings.model_fields
+    }
     for variable in os.environ:
         if variable.startswith(PREFIX) and variable.split("__")[0] not in known:
             raise ConfigurationError(f"{variable} is not a setting of backcast: remove it or correct its name.")

@@ -24,6 +24,7 @@ from backcast.errors import LedgerUnavailable, Unavailable
 from backcast.ledger import Ledger, attempts, lanes, upkeep, workers
 from backcast.mirror import Mirror
 from backcast.models import uuid7
+from backcast.pods import Pods
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
 from backcast.store import Store, open_store
@@ -38,6 +39,7 @@ VACUUM_EVERY = 2.0
 DEAD_ROWS = 5000
 MEASURE_EVERY = 5.0
 """Seconds; a backlog of a million runs takes a fraction of one to count."""
+MARK_EVERY = 5.0
 FORGET_WORKERS_EVERY = 60.0
 FORGET_WORKERS_AFTER = timedelta(hours=1)
 
@@ -160,6 +162,8 @@ class Steward:
             ("forget workers", partial(upkeep.forget_dead, self._ledger, FORGET_WORKERS_AFTER), FORGET_WORKERS_EVERY),
             ("sweep", Sweep(self._ledger, self._store, keep), every),
         ]
+        if self._settings.deletion_cost:  # anew: who led meanwhile may have marked pods otherwise
+            duties.append(("tell Kubernetes who is busy", partial(Pods().mark, self._ledger), MARK_EVERY))
         if self._mirror.is_enabled:
             chronicle = Chronicle(self._ledger, self._mirror, keep_history)
             duties.append(("tell Prefect what is new", chronicle.go_on, ROUND))

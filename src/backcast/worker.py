@@ -409,7 +409,7 @@ async def _serve(settings: Settings) -> None:
     mirror = Mirror(settings.prefect)
     mirror.install()
     llm.connect(settings.model)
-    tasks = serving.discover(["backcast.tasks", *settings.tasks])
+    tasks = serving.discover([*(["backcast.tasks"] if settings.builtin_tasks else []), *settings.tasks])
     engine = prefect_engine.Engine(
         tasks,
         pool=settings.worker.pool,

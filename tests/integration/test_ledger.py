@@ -371,7 +371,7 @@ async def test_a_database_that_is_away_or_empty_is_unavailable_with_a_sentence(s
         await away.check()
     await away.aclose()
     empty = Ledger(server.url("postgres"))  # type: ignore[attr-defined]
-    with pytest.raises(LedgerUnavailable, match="backcast migrate"):
+    with pytest.raises(LedgerUnavailable, match="backcast setup"):
         await empty.check()
     await empty.aclose()
 

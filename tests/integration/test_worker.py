@@ -307,7 +307,7 @@ async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
             "BACKCAST_STORE__SECRET_KEY": s3.secret_key,
         }
         async with stack(database, tmp_path, **env) as product:
-            made = product.spawn("migrate", [sys.executable, "-m", "backcast", "migrate"], "")
+            made = product.spawn("setup", [sys.executable, "-m", "backcast", "setup"], "")
             assert await made.ended() == 0, made.text
             await product.up("api", "worker")
             large = "x" * 100_000

@@ -207,7 +207,7 @@ def test_the_address_is_the_option_then_the_variable_then_the_file(
     assert cli("tasks").exit_code == 0
 
 
-@pytest.mark.parametrize("process", ["api", "worker", "steward", "model", "migrate"])
+@pytest.mark.parametrize("process", ["api", "worker", "steward", "model", "setup"])
 def test_a_wrong_setting_is_a_sentence(cli: Cli, monkeypatch: pytest.MonkeyPatch, process: str) -> None:
     monkeypatch.setenv("BACKCAST_SLOTS", "3")
     fails(cli(process), 2, "BACKCAST_SLOTS is not a setting of backcast")
@@ -215,7 +215,8 @@ def test_a_wrong_setting_is_a_sentence(cli: Cli, monkeypatch: pytest.MonkeyPatch
 
 def test_the_variable_of_the_command_line_is_no_wrong_setting(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKCAST_DATABASE__URL", "postgresql://127.0.0.1:1/none")
-    fails(cli("migrate"), 3, "127.0.0.1")
+    monkeypatch.setenv("BACKCAST_SETUP__PATIENCE", "0")
+    fails(cli("setup"), 3, "127.0.0.1")
 
 
 @pytest.mark.parametrize("command", [(), ("cast",), ("list",)])

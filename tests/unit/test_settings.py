@@ -75,3 +75,18 @@ def test_the_embedded_model_is_chosen_only_without_a_provider() -> None:
     assert not Settings.model_validate({"model": {"api_key": "k"}}).model.embedded
     assert not Settings.model_validate({"model": {"base_url": "http://h/v1"}}).model.embedded
     assert Settings.model_validate({"model": {"backend": "embedded", "api_key": "k"}}).model.embedded
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("20", 20), ("2.5", 2.5), ("PT1M", 60), ("00:00:30", 30)])
+def test_durations_in_the_environment_are_seconds_or_iso_8601(
+    monkeypatch: pytest.MonkeyPatch, text: str, seconds: float
+) -> None:
+    monkeypatch.setenv("BACKCAST_LEASE", text)
+    assert load().lease == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1e300", "soon"])
+def test_what_is_no_duration_is_a_sentence(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("BACKCAST_LEASE", text)
+    with pytest.raises(ConfigurationError, match="BACKCAST_LEASE: "):
+        load()

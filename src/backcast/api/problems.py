@@ -22,6 +22,7 @@ from backcast.errors import (
     NotFound,
     RunError,
     TooManyWaiting,
+    Unauthorized,
     Unavailable,
     UnknownBatch,
     UnknownRun,
@@ -58,11 +59,13 @@ def document(status: int, code: str, title: str, detail: str, errors: tuple[Fiel
     return body
 
 
-def _respond(error: BackcastError) -> Response:
+def respond(error: BackcastError) -> Response:
     errors = error.errors if isinstance(error, ClientError) else ()
     headers: dict[str, str] = {}
     if isinstance(error, Unavailable | NotFinished | TooManyWaiting):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after.total_seconds())))
+    elif isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     body = document(error.status, error.code, error.title, error.detail, errors)
     # Escaped: what a caller sent may come back in a sentence, lone surrogates included.
     return Response(json.dumps(body), error.status, headers, MEDIA_TYPE)
@@ -73,22 +76,22 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(BackcastError)
     async def ours(_: Request, error: BackcastError) -> Response:  # pyright: ignore[reportUnusedFunction]
-        return _respond(error)
+        return respond(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:  # pyright: ignore[reportUnusedFunction]
         fields = error.errors()
         if fields[0]["loc"][:2] == ("path", "run_id"):
-            return _respond(UnknownRun("A run id is a UUID, as it was answered when the run was submitted."))
+            return respond(UnknownRun("A run id is a UUID, as it was answered when the run was submitted."))
         if fields[0]["loc"][:2] == ("path", "batch_id"):
-            return _respond(UnknownBatch("A batch id is a UUID, as it was answered when the batch was submitted."))
+            return respond(UnknownBatch("A batch id is a UUID, as it was answered when the batch was submitted."))
         where = tuple(FieldError("/".join(map(str, field["loc"])), field["msg"]) for field in fields)
-        return _respond(InvalidInput(f"{where[0].pointer}: {where[0].detail}.", errors=where))
+        return respond(InvalidInput(f"{where[0].pointer}: {where[0].detail}.", errors=where))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:  # pyright: ignore[reportUnusedFunction]
         if error.status_code == 404:
-            return _respond(NotFound(f"There is no {request.url.path} here: see /docs."))
+            return respond(NotFound(f"There is no {request.url.path} here: see /docs."))
         body = document(error.status_code, "http_error", error.detail, f"{error.detail}: see /docs.")
         return Response(json.dumps(body), error.status_code, error.headers, MEDIA_TYPE)
 

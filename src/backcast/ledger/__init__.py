@@ -72,7 +72,7 @@ def _reaching() -> Iterator[None]:
         yield
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidCatalogNameError) as error:
         raise LedgerUnavailable(
-            f"The database has no schema of this release ({error}): run `backcast migrate`."
+            f"The database has no schema of this release ({error}): run `backcast setup`."
         ) from None
     except (
         OSError,

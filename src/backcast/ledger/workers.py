@@ -111,6 +111,14 @@ async def retire(ledger: Ledger, worker_id: UUID) -> None:
     )
 
 
+async def busy(ledger: Ledger) -> dict[str, int]:
+    """The hosts of workers that were heard of lately, and how many runs execute on each."""
+    rows = await ledger.fetch(
+        "select host, sum(busy)::int as busy from workers where heartbeat_at > now() - interval '15 seconds' group by 1"
+    )
+    return {row["host"]: row["busy"] for row in rows}
+
+
 @dataclass(frozen=True, slots=True)
 class Fleet:
     alive: int

@@ -1,0 +1,56 @@
+"""Who is let in: whoever shows one of the keys, when there are any. What a key may do is not decided: everything."""
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import SecretStr
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from backcast.api import problems
+from backcast.errors import Unauthorized
+
+OPEN = ("/livez", "/readyz", "/docs", "/openapi.json", "/problems")
+"""What a prober, or a person who has no key yet, may see."""
+
+
+class RequireKey:
+    """Middleware that answers 401 unless the request carries `Authorization: Bearer KEY` with a key of ours."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[SecretStr]) -> None:
+        self._app = app
+        self._keys = [_digest(key.get_secret_value().encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._is_open(scope["path"]) or self._is_known(scope):
+            return await self._app(scope, receive, send)
+        refusal = Unauthorized("Send a key of this service as `Authorization: Bearer KEY`.")
+        return await problems.respond(refusal)(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return any(path == place or path.startswith(f"{place}/") for place in OPEN)
+
+    def _is_known(self, scope: Scope) -> bool:
+        kind, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        digest = _digest(shown.strip())
+        # Every key is compared, in a time that tells nothing about any.
+        return (kind.lower() == b"bearer") & (sum(hmac.compare_digest(digest, key) for key in self._keys) > 0)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def describe(app: FastAPI) -> None:
+    """Say in the OpenAPI document that a key may be needed, which gives /docs its `Authorize` button."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{}, {"key": []}]
+        return document
+
+    app.openapi = openapi

@@ -1,0 +1,90 @@
+"""The roles and databases that the parts live in, made by a role that may: safe to repeat, and from several places.
+
+Decides who owns what: each role its own database, the scaler's nothing but the sight of one view.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import psycopg
+from psycopg.sql import SQL, Identifier, Literal
+
+from backcast.errors import ConfigurationError, LedgerUnavailable
+
+
+def why_not_ready(url: str) -> str | None:
+    """One look: why the database can't be used yet, or None when it can.
+
+    Raises:
+        ConfigurationError: waiting will not help: the server has answered, and it refuses this role or password.
+    """
+    where = urlsplit(url)
+    try:
+        with _connect(url):
+            return None
+    except psycopg.OperationalError as error:
+        words = str(error).strip().splitlines()[0].rpartition("failed: ")[2].removeprefix("FATAL:").strip()
+        if "authentication failed" in words or "no pg_hba.conf entry" in words:
+            raise ConfigurationError(
+                f"PostgreSQL at {where.hostname} says: {words}. Correct the password, or, if its volume was made by an "
+                "earlier installation, bring back that installation's Secret (or delete the volume and what is on it)."
+            ) from None
+        return f"PostgreSQL at {where.hostname or 'its socket'} can't be used yet: {words}"
+
+
+def provision(admin_url: str, url: str) -> str:
+    """Make the role and the database that `url` names, the one owning the other, and return a sentence about it."""
+    role, password, database = _named(url)
+    with _locked(admin_url) as connection:
+        _make_role(connection, role, password)
+        made = not connection.execute("select from pg_database where datname = %s", [database]).rowcount
+        if made:
+            connection.execute(SQL("create database {} owner {}").format(Identifier(database), Identifier(role)))
+        connection.execute(SQL("revoke all on database {} from public").format(Identifier(database)))
+    return f"The database {database} of {role} {'is made' if made else 'was there'}."
+
+
+def provision_reader(admin_url: str, url: str) -> str:
+    """Make the role that `url` names, which may read the view `backlog` of that database and nothing else."""
+    role, password, database = _named(url)
+    with _locked(admin_url) as connection:
+        _make_role(connection, role, password)
+        connection.execute(SQL("grant connect on database {} to {}").format(Identifier(database), Identifier(role)))
+    with _connect(_in_database(admin_url, database)) as connection:
+        connection.execute(SQL("grant usage on schema backcast to {}").format(Identifier(role)))
+        connection.execute(SQL("grant select on backcast.backlog to {}").format(Identifier(role)))
+    return f"The role {role} may read the backlog."
+
+
+def _make_role(connection: "psycopg.Connection[object]", role: str, password: str) -> None:
+    exists = connection.execute("select from pg_roles where rolname = %s", [role]).rowcount
+    verb = SQL("alter" if exists else "create")
+    connection.execute(SQL("{} role {} login password {}").format(verb, Identifier(role), Literal(password)))
+
+
+@contextmanager
+def _locked(admin_url: str) -> "Iterator[psycopg.Connection[object]]":
+    """A connection of the administrator, one at a time: `create` knows no `if not exists` for roles and databases."""
+    with _connect(admin_url) as connection:
+        connection.execute("select pg_advisory_lock(hashtext('backcast.provision'))")
+        try:
+            yield connection
+        except psycopg.Error as error:
+            raise LedgerUnavailable(f"Roles and databases can't be made: {str(error).splitlines()[0]}") from None
+
+
+def _connect(url: str) -> "psycopg.Connection[object]":
+    return psycopg.connect(urlunsplit(urlsplit(url)._replace(scheme="postgresql")), autocommit=True, connect_timeout=5)
+
+
+def _named(url: str) -> tuple[str, str, str]:
+    where = urlsplit(url)
+    database = where.path.lstrip("/")
+    if not (where.username and where.password and database):
+        raise ConfigurationError("The URL of a database to be made must name a user, a password and the database.")
+    return unquote(where.username), unquote(where.password), unquote(database)
+
+
+def _in_database(url: str, database: str) -> str:
+    return urlunsplit(urlsplit(url)._replace(path=f"/{database}"))

@@ -1,0 +1,59 @@
+"""Tells Kubernetes which worker pods are busy, so that scaling down takes idle ones first. Knows the API server's one
+call that it takes; nothing depends on it: a pod that is removed while it works drains like any other.
+"""
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from backcast.errors import ConfigurationError
+from backcast.ledger import Ledger, workers
+
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_COST = "controller.kubernetes.io/pod-deletion-cost"
+
+
+@dataclass
+class Pods:
+    """The pods of this namespace, as this pod's service account may see them."""
+
+    account: Path = _ACCOUNT
+    server: str = "https://kubernetes.default.svc"
+    _told: dict[str, int] = field(default_factory=dict[str, int], init=False)
+
+    def __post_init__(self) -> None:
+        if not (self.account / "token").exists():
+            raise ConfigurationError(
+                "BACKCAST_STEWARD__DELETION_COST needs a Kubernetes service account: mount one, or switch it off."
+            )
+
+    async def mark(self, ledger: Ledger) -> None:
+        """Give each worker's pod the number of its busy slots as the cost of deleting it; only what has changed.
+
+        Raises:
+            httpx.HTTPError: the API server is away, or the account may not patch pods.
+        """
+        busy = await workers.busy(ledger)
+        self._told = {host: cost for host, cost in self._told.items() if host in busy}
+        changed = {host: cost for host, cost in busy.items() if self._told.get(host) != cost}
+        if not changed:
+            return
+        token, namespace = ((self.account / name).read_text().strip() for name in ("token", "namespace"))
+        # Opened anew each time: the token is renewed by the kubelet, and the pods of a quiet fleet do not change.
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/merge-patch+json"}
+        async with httpx.AsyncClient(
+            base_url=f"{self.server}/api/v1/namespaces/{namespace}/pods",
+            headers=headers,
+            verify=ssl.create_default_context(cafile=self.account / "ca.crt")
+            if self.server.startswith("https")
+            else False,
+            trust_env=False,
+            timeout=5,
+        ) as http:
+            for host, cost in changed.items():
+                answer = await http.patch(f"/{host}", json={"metadata": {"annotations": {_COST: str(cost)}}})
+                if answer.status_code != 404:  # not a pod of this namespace, or gone
+                    answer.raise_for_status()
+                self._told[host] = cost

@@ -1,0 +1,158 @@
+"""What must be there before the processes can work: roles and databases, the schema, the bucket. Makes it, or tries it.
+
+Decides in which order, how long to wait, and what a person is told; run once per release, by a Job or by hand.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+from backcast.errors import BackcastError, ConfigurationError, StoreUnavailable, Unavailable
+from backcast.ledger import Ledger, migrate, provisioning
+from backcast.models import uuid7
+from backcast.settings import Settings
+from backcast.store import Missing, Store, open_store
+
+Say = Callable[[str], object]
+T = TypeVar("T")
+
+AGAIN_EVERY = 1.0
+"""Seconds between two attempts at something that is not there yet."""
+
+
+def prepare(settings: Settings, say: Say) -> None:
+    """Make all that is needed, and try it. Safe to repeat, and to run from several places at once.
+
+    Raises:
+        ConfigurationError: a person must change something; the sentence says what.
+        Unavailable: the database or the store was not there for `setup.patience`.
+    """
+    url, setup = settings.database.url.get_secret_value(), settings.setup
+    deadline = time.monotonic() + setup.patience.total_seconds()
+    if setup.admin_url is not None:
+        admin = setup.admin_url.get_secret_value()
+        _wait(admin, deadline, say)
+        for each in (settings.database.url, setup.prefect_url):
+            if each is not None:
+                say(provisioning.provision(admin, each.get_secret_value()))
+    _wait(url, deadline, say)
+    say(migrate(url))
+    if setup.admin_url is not None and setup.scaler_url is not None:
+        say(provisioning.provision_reader(setup.admin_url.get_secret_value(), setup.scaler_url.get_secret_value()))
+    asyncio.run(_prepare_store(settings, deadline, say))
+
+
+def await_prefect_database(settings: Settings, say: Say) -> None:
+    """Return when `setup.prefect_url` can be connected to; waits for as long as it takes, also for its role to be made.
+
+    Raises:
+        ConfigurationError: there is no such setting.
+    """
+    if settings.setup.prefect_url is None:
+        raise ConfigurationError("BACKCAST_SETUP__PREFECT_URL must name the database to wait for.")
+    said = ""
+    while (why := _why_not(settings.setup.prefect_url.get_secret_value())) is not None:
+        if why != said:
+            say(said := why)
+        time.sleep(AGAIN_EVERY)
+
+
+def _why_not(url: str) -> str | None:
+    try:
+        return provisioning.why_not_ready(url)
+    except ConfigurationError as error:  # refused, as long as nobody has made the role
+        return error.detail
+
+
+def _wait(url: str, deadline: float, say: Say) -> None:
+    said = ""
+    while (why := provisioning.why_not_ready(url)) is not None:
+        if time.monotonic() > deadline:
+            raise Unavailable(f"{why}. Is it running, and does the setting name its address?")
+        if why != said:
+            say(said := why)
+        time.sleep(AGAIN_EVERY)
+
+
+async def _prepare_store(settings: Settings, deadline: float, say: Say) -> None:
+    async with aclosing(open_store(settings.store)) as store:
+        said = ""
+        while True:
+            try:
+                await store.ensure()
+                break
+            except StoreUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise
+                if error.detail != said:
+                    say(said := error.detail)
+                await asyncio.sleep(AGAIN_EVERY)
+        await _try(store, say)
+    say(f"The store {settings.store.url} is there, and every call works.")
+
+
+def check(settings: Settings, say: Say) -> bool:
+    """Try the database and each call to the store; whether all is well. Changes nothing but one object of its own."""
+    return asyncio.run(_check(settings, say))
+
+
+async def _check(settings: Settings, say: Say) -> bool:
+    database = settings.database
+    ledger = Ledger(database.url.get_secret_value(), pool=2, name="backcast-check", timeout=database.timeout)
+    store = open_store(settings.store)
+    async with aclosing(ledger), aclosing(store):
+        fine = True
+        for what, step in (
+            ("database: reachable, writable, of this schema", ledger.check()),
+            ("store: there, and lets us in", store.check()),
+        ):
+            try:
+                await _step(what, step, say)
+            except BackcastError:
+                fine = False
+        try:
+            await _try(store, say)
+        except BackcastError:
+            fine = False
+    return fine
+
+
+async def _try(store: Store, say: Say) -> None:
+    """Every call that the processes make, on an object of our own, which is removed at the end."""
+    key, body = f"checks/{uuid7()}", b"backcast"
+
+    async def read() -> None:
+        if await store.get(key) != body:
+            raise StoreUnavailable("The store gave back something else than was put into it.")
+
+    async def listed() -> None:
+        if key not in [found.key async for page in store.pages("checks") for found in page]:
+            raise StoreUnavailable("The store does not list what was put into it: may the key list the bucket?")
+
+    async def gone() -> None:
+        try:
+            await store.get(key)
+        except Missing:
+            return
+        raise StoreUnavailable("The store still has what was deleted: has the bucket got a retention lock?")
+
+    try:
+        await _step("store: put", store.put(key, body), say)
+        await _step("store: get", read(), say)
+        await _step("store: list", listed(), say)
+    finally:
+        await _step("store: delete", store.delete([key]), say)
+    await _step("store: a missing object is told from a missing bucket", gone(), say)
+
+
+async def _step(what: str, step: Awaitable[T], say: Say) -> T:
+    try:
+        value = await step
+    except (BackcastError, Missing) as error:
+        why = error.detail if isinstance(error, BackcastError) else "what was just stored is not there"
+        say(f"FAILED {what}: {why}")
+        raise error if isinstance(error, BackcastError) else StoreUnavailable(why) from None
+    say(f"ok     {what}")
+    return value

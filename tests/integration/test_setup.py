@@ -1,0 +1,139 @@
+"""`backcast setup` and `backcast check`, on a PostgreSQL that asks for passwords and on a real S3 server."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psycopg
+import pytest
+
+from backcast import postgres, setup
+from backcast.errors import ConfigurationError, Unavailable
+from backcast.settings import Settings
+from tests.support.s3 import s3_server
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL, without a user, of a server on which nobody but `postgres` gets in, and nobody without a password."""
+    folder = tmp_path_factory.mktemp("guarded")
+    folder.chmod(0o755)
+    hba = folder / "hba.conf"
+    hba.write_text("local all all trust\n")
+    with postgres.running(folder / "data", settings={"hba_file": str(hba), "fsync": "off"}) as server:
+        with psycopg.connect(server.url(), autocommit=True) as connection:
+            connection.execute("alter role postgres password 'admin-secret'")
+            hba.write_text("local all all scram-sha-256\n")
+            connection.execute("select pg_reload_conf()")
+        yield server.url("{database}").replace("postgres@", "{user}:{password}@")
+
+
+def settings(guarded: str, folder: Path, *, password: str = "ours", **setup: Any) -> Settings:
+    def url(user: str, password: str, database: str) -> str:
+        return guarded.format(user=user, password=password, database=database)
+
+    given = {
+        "admin_url": url("postgres", "admin-secret", "postgres"),
+        "prefect_url": url("prefect", "theirs", "prefect"),
+        "scaler_url": url("scaler", "sees", "backcast"),
+        "patience": 5,
+    }
+    return Settings.model_validate(
+        {
+            "database": {"url": url("backcast", password, "backcast")},
+            "store": {"url": f"file://{folder}/store"},
+            "setup": given | setup,
+        }
+    )
+
+
+async def _refused(url: str, sql: str) -> str:
+    connection = await asyncpg.connect(url)
+    try:
+        with pytest.raises(asyncpg.InsufficientPrivilegeError) as refused:
+            await connection.execute(sql)
+        return str(refused.value)
+    finally:
+        await connection.close()
+
+
+async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded: str, tmp_path: Path) -> None:
+    it, said = settings(guarded, tmp_path), []
+    for _ in range(2):
+        await asyncio.gather(*(asyncio.to_thread(setup.prepare, it, said.append) for _ in range(3)))
+    assert "The database backcast of backcast is made." in said
+    assert "The database prefect of prefect was there." in said
+    assert said.count("The schema is now 0002.") == 1
+    assert said[-1] == f"The store file://{tmp_path}/store is there, and every call works."
+    assert await asyncio.to_thread(setup.check, it, said.append)
+
+    scaler = it.setup.scaler_url.get_secret_value()  # type: ignore[union-attr]
+    connection = await asyncpg.connect(scaler)
+    assert await connection.fetch("select ready + running from backcast.backlog where pool = 'default'") == []
+    await connection.close()
+    assert "runs" in await _refused(scaler, "select * from backcast.runs")
+    assert "schema backcast" in await _refused(scaler, "create table backcast.mine (id int)")
+    ours = it.database.url.get_secret_value()
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="prefect"):
+        await asyncpg.connect(ours.replace("/backcast?", "/prefect?"))
+    theirs = it.setup.prefect_url.get_secret_value()  # type: ignore[union-attr]
+    connection = await asyncpg.connect(theirs)
+    await connection.execute("create extension if not exists pg_trgm")  # as Prefect's server does
+    await connection.close()
+
+
+async def test_a_new_password_is_taken_over(guarded: str, tmp_path: Path) -> None:
+    for password in ("first", "second"):
+        await asyncio.to_thread(setup.prepare, settings(guarded, tmp_path, password=password), lambda _: None)
+
+
+def test_an_old_volume_with_a_new_password_is_a_sentence(guarded: str, tmp_path: Path) -> None:
+    admin = guarded.format(user="postgres", password="new", database="postgres")
+    with pytest.raises(ConfigurationError, match=r"password authentication failed .* earlier installation") as refused:
+        setup.prepare(settings(guarded, tmp_path, admin_url=admin), lambda _: None)
+    assert "new@" not in str(refused.value)
+
+
+def test_a_database_that_does_not_come_is_a_sentence(tmp_path: Path) -> None:
+    away = Settings.model_validate(
+        {"database": {"url": "postgresql://u:secret@127.0.0.1:1/d"}, "setup": {"patience": 0.5}}
+    )
+    said: list[str] = []
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1 can't be used yet.*refused.*the setting name its address"):
+        setup.prepare(away, said.append)
+    assert len(said) == 1, "the same reason is said once"
+    assert "secret" not in said[0]
+
+
+def test_the_prefect_server_is_held_back_until_its_database_is_there(guarded: str, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 1:  # refused: there is no such role yet
+            setup.prepare(it, lambda _: None)
+
+    later = guarded.format(user="later", password="pw", database="later")
+    it = settings(guarded, tmp_path, prefect_url=later)
+    setup.await_prefect_database(it, say)
+    assert len(said) == 1
+
+
+def test_a_bucket_is_made_and_every_call_is_tried(guarded: str, tmp_path: Path) -> None:
+    (tmp_path / "s3").mkdir()
+    with s3_server(tmp_path / "s3") as s3:
+        it = settings(guarded, tmp_path)
+        given = {"url": "s3://made/for/us", "endpoint": s3.url, "access_key": s3.access_key, "timeout": 3}
+        good = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": s3.secret_key})})
+        bad = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": "wrong"})})
+        said: list[str] = []
+        assert not setup.check(good, said.append)
+        assert any("made" in line and "does not exist: create it" in line for line in said)
+        setup.prepare(good, said.append)
+        said.clear()
+        assert setup.check(good, said.append)
+        assert [line[:6] for line in said] == ["ok    "] * 7, said
+        assert not setup.check(bad, said.append)
+        assert any(line.startswith("FAILED store: put") and "access key" in line for line in said), said

@@ -1,0 +1,77 @@
+"""Keys: what is closed without one, and what stays open. The database is away: who is let in gets as far as a 503."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from backcast.app import create_app
+from backcast.errors import ConfigurationError
+from backcast.ledger import Ledger
+from backcast.settings import Api, load
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
+
+OLD, NEW = "an-old-key-of-ours", "a-new-key-of-ours"
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(Ledger("postgresql://127.0.0.1:1/none"), open_store(StoreSettings()), Api(keys=f"{OLD},{NEW}"))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://api") as client:
+        yield client
+
+
+ROUTES = [
+    ("GET", "/v1/tasks"),
+    ("POST", "/v1/tasks/echo/runs"),
+    ("GET", "/v1/runs"),
+    ("POST", "/tasks"),
+    ("GET", "/nothing"),
+    ("GET", "/livezz"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(
+    "shown",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", f"Basic {OLD}", OLD, f"Bearer {OLD}x", f"Bearer {OLD},{NEW}"],
+)
+async def test_without_a_key_nothing_is_answered(
+    api: httpx.AsyncClient, method: str, path: str, shown: str | None
+) -> None:
+    headers = {} if shown is None else {"Authorization": shown}
+    answer = await api.request(method, path, headers=headers, content=b"\xff" * 2_000_000)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == "unauthorized"
+    assert "Bearer KEY" in answer.json()["detail"]
+    assert OLD not in answer.text
+
+
+@pytest.mark.parametrize("shown", [f"Bearer {OLD}", f"bearer  {NEW}"])
+async def test_each_key_opens(api: httpx.AsyncClient, shown: str) -> None:
+    assert (await api.get("/v1/tasks", headers={"Authorization": shown})).status_code == 503
+
+
+async def test_probes_and_documentation_are_open(api: httpx.AsyncClient) -> None:
+    assert (await api.get("/livez")).status_code == 200
+    assert (await api.get("/readyz")).status_code == 503
+    assert (await api.get("/docs")).status_code == 200
+    assert (await api.get("/problems/unauthorized")).json()["seen_in"] == "HTTP 401"
+    document = (await api.get("/openapi.json")).json()
+    assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+
+
+def test_a_key_that_can_be_guessed_is_refused_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKCAST_API__KEYS", f"{OLD}, hunter2")
+    with pytest.raises(ConfigurationError, match=r"BACKCAST_API__KEYS.*16 characters") as refused:
+        load()
+    assert "hunter2" not in str(refused.value)
+
+
+def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKCAST_API__KEYS", f" {OLD} ,{NEW},")
+    assert [key.get_secret_value() for key in load().api.keys] == [OLD, NEW]

@@ -3,7 +3,7 @@
     with ScriptedModel([Reply(status=429, retry_after=2), Reply(31)]) as model:
         settings.Model(backend="openai", base_url=model.url, api_key="any")
 
-`python -m backcast.testing PORT` serves the default script: a tiny deterministic extractor whose answers always have
+`python -m backcast.testing PORT [HOST]` serves the default script: a tiny deterministic extractor whose answers always have
 the wanted shape. It knows OpenAI's chat completions (tool calls, JSON schemas, streaming) and nothing else of ours.
 """
 
@@ -97,19 +97,19 @@ def extract(request: Request) -> Reply:
 
 
 class ScriptedModel:
-    """A server on loopback, from `with` to its end. `requests` is what it was asked so far.
+    """A server, on loopback unless told otherwise, from `with` to its end. `requests` is what it was asked so far.
 
     Replies of a list are given in order; the last one again and again.
     """
 
-    def __init__(self, replies: Iterable[Reply] | Script = extract, *, port: int = 0) -> None:
+    def __init__(self, replies: Iterable[Reply] | Script = extract, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.requests: list[Request] = []
         self._script = replies if callable(replies) else _in_order(replies)
-        self._port = port
+        self._address = host, port
         self._closing = threading.Event()
 
     def __enter__(self) -> Self:
-        self._server = _Server(self._port, self._reply)
+        self._server = _Server(self._address, self._reply)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         return self
@@ -141,8 +141,8 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int, reply: Script) -> None:
-        super().__init__(("127.0.0.1", port), _Exchange)
+    def __init__(self, address: tuple[str, int], reply: Script) -> None:
+        super().__init__(address, _Exchange)
         self.reply = reply
         self._open: set[socket.socket] = set()
 
@@ -329,6 +329,6 @@ def _within(schema: dict[str, Any], value: float) -> float:
 
 
 if __name__ == "__main__":
-    with ScriptedModel(port=int(sys.argv[1])) as model:
+    with ScriptedModel(port=int(sys.argv[1]), host=(sys.argv[2:] or ["127.0.0.1"])[0]) as model:
         print(f"serving {model.url}", flush=True)
         threading.Event().wait()

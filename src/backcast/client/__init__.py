@@ -1,0 +1,279 @@
+"""A typed client of the HTTP interface, synchronous and asynchronous: two classes that perform the same exchanges.
+
+Every request may be sent twice without harm, submissions by their Idempotency-Key, so an outage is waited out for
+`patience` seconds.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar, Unpack, overload
+from uuid import UUID
+
+import httpx
+
+from backcast.client import exchanges
+from backcast.client.exchanges import CAST, Filters, Progress, Waiting, WaitTimeout, raise_for_state
+from backcast.client.wire import Ask, Flow, Options, connection, to_httpx
+from backcast.models import JSON, Batch, Lane, Limits, Run, Submission, TaskType
+
+__all__ = [
+    "CAST",
+    "DEFAULT_URL",
+    "AsyncClient",
+    "Client",
+    "Progress",
+    "WaitTimeout",
+    "authorization",
+    "raise_for_state",
+]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+T = TypeVar("T")
+
+
+class Client:
+    """The service at `url`. `headers` go with every request; `patience` is in seconds."""
+
+    def __init__(
+        self, url: str = DEFAULT_URL, *, headers: Mapping[str, str] | None = None, patience: float = 10.0
+    ) -> None:
+        self._patience = patience
+        self._http = httpx.Client(**connection(url, headers))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def submit(
+        self,
+        task: str,
+        submission: Submission | Mapping[str, JSON],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Run:
+        """Queue a run of `task`. A mapping is the task's input; `options` set the other fields of the submission.
+
+        `key` is the Idempotency-Key; one is made up when none is given.
+        """
+        return self._perform(exchanges.submit(task, submission, options, key, self._patience))
+
+    def submit_many(
+        self,
+        task: str,
+        submissions: Iterable[Submission | Mapping[str, JSON]],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Batch:
+        """Queue a run of `task` for each of them, all or none, with one request; `options` hold for every one."""
+        return self._perform(exchanges.submit_many(task, submissions, options, key, self._patience))
+
+    @overload
+    def cast(self, data: JSON, target: type[T], instructions: str | None = None, **waiting: Unpack[Waiting]) -> T: ...
+    @overload
+    def cast(
+        self, data: JSON, target: str | Mapping[str, JSON], instructions: str | None = None, **waiting: Unpack[Waiting]
+    ) -> JSON: ...
+    def cast(self, data: JSON, target: Any, instructions: str | None = None, **waiting: Unpack[Waiting]) -> Any:
+        """Turn `data` into `target`: a name (`"list[str]"`), a JSON Schema, or a Python type, whose value is returned.
+
+        Raises:
+            RunError: the run failed, expired or was cancelled; `code` says why.
+            WaitTimeout: it takes longer than `timeout` seconds.
+            pydantic.ValidationError: the Python type has a validator of its own that refuses the result.
+        """
+        return self._perform(exchanges.cast(data, target, instructions, waiting, self._patience))
+
+    def get(self, run_id: UUID | str) -> Run:
+        return self._perform(exchanges.get(run_id, self._patience))
+
+    def result(self, run_id: UUID | str) -> JSON:
+        """The run's result.
+
+        Raises:
+            NotFinished, NoResult, ResultGone: there is none yet, there will be none, there was one.
+        """
+        return self._perform(exchanges.result(run_id, self._patience))
+
+    def wait(self, run_id: UUID | str, **waiting: Unpack[Waiting]) -> Run:
+        """The run once it has ended, however it ended; `raise_for_state` turns a bad end into an error.
+
+        Raises:
+            WaitTimeout: it takes longer than `timeout` seconds.
+        """
+        return self._perform(exchanges.wait(run_id, waiting, self._patience))
+
+    def cancel(self, run_id: UUID | str) -> Run:
+        return self._perform(exchanges.cancel(run_id, self._patience))
+
+    def task(self, name: str) -> TaskType:
+        return self._perform(exchanges.task(name, self._patience))
+
+    def tasks(self) -> Sequence[TaskType]:
+        return self._perform(exchanges.tasks(self._patience))
+
+    def batch(self, batch_id: UUID | str) -> Batch:
+        """A batch, with its runs counted by state; `list(batch=…)` has the runs."""
+        return self._perform(exchanges.batch("GET", batch_id, "", self._patience))
+
+    def cancel_batch(self, batch_id: UUID | str) -> Batch:
+        """Cancel every run of the batch that has not ended."""
+        return self._perform(exchanges.batch("POST", batch_id, "/cancel", self._patience))
+
+    def lanes(self) -> Sequence[Lane]:
+        """The lanes that have limits."""
+        return self._perform(exchanges.lanes(self._patience))
+
+    def lane(self, name: str) -> Lane:
+        return self._perform(exchanges.lane("GET", name, None, self._patience))
+
+    def limit_lane(self, name: str, limits: Limits) -> Lane:
+        """Replace the limits of a lane."""
+        return self._perform(exchanges.lane("PUT", name, limits, self._patience))
+
+    def lift_lane(self, name: str) -> None:
+        """Take the limits of a lane away; its runs that wait for it go on."""
+        self._perform(exchanges.lift_lane(name, self._patience))
+
+    def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Run]:
+        """Runs, newest first; pages are fetched as they are read."""
+        ask = exchanges.first_page(filters, limit)
+        while ask:
+            runs, ask = self._perform(exchanges.page(ask, self._patience))
+            yield from runs
+
+    def _perform(self, flow: Flow[T]) -> T:
+        got = None
+        try:
+            while True:
+                step = flow.send(got)
+                if isinstance(step, Ask):
+                    try:
+                        got = self._http.request(**to_httpx(step))
+                    except httpx.TransportError as error:
+                        got = error
+                else:
+                    got = time.sleep(step)
+        except StopIteration as end:
+            return end.value
+
+
+class AsyncClient:
+    """`Client` for asyncio; the methods are the same."""
+
+    def __init__(
+        self, url: str = DEFAULT_URL, *, headers: Mapping[str, str] | None = None, patience: float = 10.0
+    ) -> None:
+        self._patience = patience
+        self._http = httpx.AsyncClient(**connection(url, headers))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def submit(
+        self,
+        task: str,
+        submission: Submission | Mapping[str, JSON],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Run:
+        return await self._perform(exchanges.submit(task, submission, options, key, self._patience))
+
+    async def submit_many(
+        self,
+        task: str,
+        submissions: Iterable[Submission | Mapping[str, JSON]],
+        *,
+        key: str | None = None,
+        **options: Unpack[Options],
+    ) -> Batch:
+        return await self._perform(exchanges.submit_many(task, submissions, options, key, self._patience))
+
+    @overload
+    async def cast(
+        self, data: JSON, target: type[T], instructions: str | None = None, **waiting: Unpack[Waiting]
+    ) -> T: ...
+    @overload
+    async def cast(
+        self, data: JSON, target: str | Mapping[str, JSON], instructions: str | None = None, **waiting: Unpack[Waiting]
+    ) -> JSON: ...
+    async def cast(self, data: JSON, target: Any, instructions: str | None = None, **waiting: Unpack[Waiting]) -> Any:
+        return await self._perform(exchanges.cast(data, target, instructions, waiting, self._patience))
+
+    async def get(self, run_id: UUID | str) -> Run:
+        return await self._perform(exchanges.get(run_id, self._patience))
+
+    async def result(self, run_id: UUID | str) -> JSON:
+        return await self._perform(exchanges.result(run_id, self._patience))
+
+    async def wait(self, run_id: UUID | str, **waiting: Unpack[Waiting]) -> Run:
+        return await self._perform(exchanges.wait(run_id, waiting, self._patience))
+
+    async def cancel(self, run_id: UUID | str) -> Run:
+        return await self._perform(exchanges.cancel(run_id, self._patience))
+
+    async def task(self, name: str) -> TaskType:
+        return await self._perform(exchanges.task(name, self._patience))
+
+    async def tasks(self) -> Sequence[TaskType]:
+        return await self._perform(exchanges.tasks(self._patience))
+
+    async def batch(self, batch_id: UUID | str) -> Batch:
+        return await self._perform(exchanges.batch("GET", batch_id, "", self._patience))
+
+    async def cancel_batch(self, batch_id: UUID | str) -> Batch:
+        return await self._perform(exchanges.batch("POST", batch_id, "/cancel", self._patience))
+
+    async def lanes(self) -> Sequence[Lane]:
+        return await self._perform(exchanges.lanes(self._patience))
+
+    async def lane(self, name: str) -> Lane:
+        return await self._perform(exchanges.lane("GET", name, None, self._patience))
+
+    async def limit_lane(self, name: str, limits: Limits) -> Lane:
+        return await self._perform(exchanges.lane("PUT", name, limits, self._patience))
+
+    async def lift_lane(self, name: str) -> None:
+        await self._perform(exchanges.lift_lane(name, self._patience))
+
+    async def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> AsyncIterator[Run]:
+        ask = exchanges.first_page(filters, limit)
+        while ask:
+            runs, ask = await self._perform(exchanges.page(ask, self._patience))
+            for run in runs:
+                yield run
+
+    async def _perform(self, flow: Flow[T]) -> T:
+        got = None
+        try:
+            while True:
+                step = flow.send(got)
+                if isinstance(step, Ask):
+                    try:
+                        got = await self._http.request(**to_httpx(step))
+                    except httpx.TransportError as error:
+                        got = error
+                else:
+                    got = await asyncio.sleep(step)
+        except StopIteration as end:
+            return end.value
+
+
+def authorization(key: str | None) -> dict[str, str]:
+    """The `headers` that show this key to the service; none without a key."""
+    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -1,0 +1,208 @@
+"""Each exchange with the service, written once: a generator that yields requests (or seconds to pause) and is sent the
+answers. Knows nothing of how they are performed.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypedDict
+from urllib.parse import quote
+from uuid import UUID
+
+from pydantic import BaseModel, TypeAdapter
+
+from backcast.client.wire import (
+    Ask,
+    Flow,
+    Options,
+    answered,
+    body_of,
+    lane_path,
+    post_headers,
+    read,
+    read_json,
+    run_path,
+)
+from backcast.errors import BackcastError, RunError
+from backcast.models import JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
+
+CAST = "create_structured_output"
+
+_HOLD = 20.0  # seconds the service may hold a poll: under the idle timeout of every common proxy (30 s and more)
+_WATCHED_HOLD = 2.0  # when someone looks on: an answer comes at the end only, and "queued" should not look stuck
+_OUTAGE = 120.0  # seconds of silence that a wait survives once it has had an answer: longer than a restart or failover
+_PAGE = 100
+
+Progress: TypeAlias = Callable[[Run], object]
+"""Called with the run after every look at it."""
+
+
+class Waiting(TypedDict, total=False):
+    """How to wait: `timeout` in seconds (none: for ever), and who is told of every look."""
+
+    timeout: float | None
+    progress: Progress | None
+
+
+class Filters(TypedDict, total=False):
+    state: State | None
+    task: str | None
+    owner: str | None
+    batch: UUID | str | None
+
+
+class Page(NamedTuple):
+    params: Mapping[str, str]
+    left: int | None
+    """Runs still wanted; None is all of them."""
+
+
+class _RunPage(BaseModel):
+    items: list[Run]
+    next_cursor: str | None = None
+
+
+class _TaskTypes(BaseModel):
+    items: list[TaskType]
+
+
+class _Lanes(BaseModel):
+    items: list[Lane]
+
+
+class WaitTimeout(BackcastError, TimeoutError):
+    """The run was still going when the caller's `timeout` had passed. Nothing happened to the run."""
+
+    code = "wait_timeout"
+    title = "The run has not ended in time"
+
+
+def raise_for_state(run: Run) -> None:
+    """Raise a RunError, with the run's own code, when `run` has ended without a result."""
+    match run.state:
+        case State.QUEUED | State.RUNNING | State.COMPLETED:
+            return
+        case State.FAILED:
+            ending = "failed"
+        case State.CANCELLED:
+            ending = "was cancelled"
+        case State.EXPIRED:
+            ending = "expired before a worker could take it"
+    if run.error is None:
+        raise RunError(f"Run {run.id} {ending}.", code=run.state.value)
+    raise RunError(f"Run {run.id} {ending}: {run.error.detail}", code=run.error.code)
+
+
+def submit(
+    task: str, submission: Submission | Mapping[str, JSON], options: Options, key: str | None, patience: float
+) -> Flow[Run]:
+    ask = Ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", {}, body_of(submission, options), post_headers(key))
+    return read(Run, (yield from answered(ask, patience)))
+
+
+def submit_many(
+    task: str,
+    submissions: Iterable[Submission | Mapping[str, JSON]],
+    options: Options,
+    key: str | None,
+    patience: float,
+) -> Flow[Batch]:
+    body = b"".join(body_of(submission, options) + b"\n" for submission in submissions)
+    headers = post_headers(key) | {"Content-Type": "application/jsonl"}
+    ask = Ask("POST", "/v1/batches", {"task": task}, body, headers, timeout=60.0)
+    return read(Batch, (yield from answered(ask, patience)))
+
+
+def batch(method: str, batch_id: UUID | str, verb: str, patience: float) -> Flow[Batch]:
+    ask = Ask(method, f"/v1/batches/{quote(str(batch_id), safe='')}{verb}", timeout=60.0)
+    return read(Batch, (yield from answered(ask, patience)))
+
+
+def lanes(patience: float) -> Flow[Sequence[Lane]]:
+    return read(_Lanes, (yield from answered(Ask("GET", "/v1/lanes"), patience))).items
+
+
+def lane(method: str, name: str, limits: Limits | None, patience: float) -> Flow[Lane]:
+    body = None if limits is None else limits.model_dump_json(include=set(Limits.model_fields)).encode()
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    return read(Lane, (yield from answered(Ask(method, lane_path(name), {}, body, headers), patience)))
+
+
+def lift_lane(name: str, patience: float) -> Flow[None]:
+    yield from answered(Ask("DELETE", lane_path(name)), patience)
+
+
+def cast(data: JSON, target: Any, instructions: str | None, waiting: Waiting, patience: float) -> Flow[Any]:
+    is_wire = isinstance(target, str | Mapping)
+    python_type = None if is_wire else TypeAdapter[Any](target)
+    wanted = {"data": data, "target": target if python_type is None else python_type.json_schema()}
+    if instructions is not None:
+        wanted["instructions"] = instructions
+    run = yield from submit(CAST, wanted, {}, None, patience)
+    if progress := waiting.get("progress"):
+        progress(run)
+    run = yield from wait(run.id, waiting, patience)
+    raise_for_state(run)
+    value = yield from result(run.id, patience)
+    return value if python_type is None else python_type.validate_json(json.dumps(value))
+
+
+def wait(run_id: UUID | str, waiting: Waiting, patience: float) -> Flow[Run]:
+    timeout, progress = waiting.get("timeout"), waiting.get("progress")
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    hold = _WATCHED_HOLD if progress else _HOLD
+    while True:
+        asked = time.monotonic()
+        left = max(0.0, end - asked)
+        seconds = int(min(hold, left))
+        headers = {"Prefer": f"wait={seconds}"} if seconds else {}
+        ask = Ask("GET", run_path(run_id), headers=headers, timeout=seconds + min(10.0, max(1.0, left)))
+        run = read(Run, (yield from answered(ask, min(patience, left))))
+        patience = _OUTAGE
+        if progress:
+            progress(run)
+        if run.state.is_final:
+            return run
+        now = time.monotonic()
+        if now >= end:
+            raise WaitTimeout(f"Run {run_id} is still {run.state} after {timeout:g} s; it goes on.")
+        yield min(max(0.0, asked + 0.25 - now), end - now)  # four looks per second where polls are not held
+
+
+def get(run_id: UUID | str, patience: float) -> Flow[Run]:
+    return read(Run, (yield from answered(Ask("GET", run_path(run_id)), patience)))
+
+
+def result(run_id: UUID | str, patience: float) -> Flow[JSON]:
+    return read_json((yield from answered(Ask("GET", run_path(run_id) + "/result"), patience)))
+
+
+def cancel(run_id: UUID | str, patience: float) -> Flow[Run]:
+    return read(Run, (yield from answered(Ask("POST", run_path(run_id) + "/cancel"), patience)))
+
+
+def task(name: str, patience: float) -> Flow[TaskType]:
+    return read(TaskType, (yield from answered(Ask("GET", f"/v1/tasks/{quote(name, safe='')}"), patience)))
+
+
+def tasks(patience: float) -> Flow[Sequence[TaskType]]:
+    return read(_TaskTypes, (yield from answered(Ask("GET", "/v1/tasks"), patience))).items
+
+
+def first_page(filters: Filters, limit: int | None) -> Page | None:
+    return _next_page({name: str(value) for name, value in filters.items() if value is not None}, limit)
+
+
+def _next_page(params: Mapping[str, str], left: int | None) -> Page | None:
+    if left is not None and left <= 0:
+        return None
+    return Page({**params, "limit": str(_PAGE if left is None else min(left, _PAGE))}, left)
+
+
+def page(page: Page, patience: float) -> Flow[tuple[Sequence[Run], Page | None]]:
+    got = read(_RunPage, (yield from answered(Ask("GET", "/v1/runs", page.params), patience)))
+    if got.next_cursor is None:
+        return got.items, None
+    left = None if page.left is None else page.left - len(got.items)
+    return got.items, _next_page({**page.params, "cursor": got.next_cursor}, left)

@@ -4,7 +4,8 @@
         settings.Model(backend="openai", base_url=model.url, api_key="any")
 
 `python -m backcast.testing PORT [HOST]` serves the default script: a tiny deterministic extractor whose answers always
-have the wanted shape. It knows OpenAI's chat completions (tool calls, JSON schemas, streaming) and nothing else of ours.
+have the wanted shape. It knows OpenAI's chat completions (tool calls, JSON schemas, streaming) and nothing else of
+ours.
 """
 
 import json

@@ -23,7 +23,7 @@ up: .venv/.synced ## the whole product on this machine: no key, no Docker (UP="-
 	@.venv/bin/backcast up $(UP)
 
 test: .venv/.synced ## unit and integration tests, on real servers (TEST="-k name" passes options)
-	@.venv/bin/python -m pytest $(TEST)
+	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST)  # by files: most tests wait, and share servers
 
 lint: .venv/.synced ## format, lint, types, import contracts, generated files
 	.venv/bin/ruff format --check .

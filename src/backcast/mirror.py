@@ -49,7 +49,8 @@ class Mirror:
         self._client = httpx.AsyncClient(
             base_url=(server.api_url or "").rstrip("/"),
             auth=(auth[0], auth[2]) if auth else None,
-            headers={"content-type": "application/json"},
+            headers={"content-type": "application/json"}
+            | ({"authorization": f"Bearer {server.api_key.get_secret_value()}"} if server.api_key else {}),
             timeout=30,
         )
         self.is_enabled = server.api_url is not None and server.history

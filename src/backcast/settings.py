@@ -141,6 +141,8 @@ class Prefect(_Section):
     """Prefect server that shows the history of runs; none keeps no history. Its absence never stops a run."""
     auth_string: SecretStr | None = None
     """`user:password` of the Prefect server, when it has one."""
+    api_key: SecretStr | None = None
+    """Key of Prefect Cloud."""
     history: bool = True
     """Mirror every run to the Prefect server."""
 
@@ -155,6 +157,8 @@ class Prefect(_Section):
         }
         if self.auth_string is not None:
             variables["PREFECT_API_AUTH_STRING"] = self.auth_string.get_secret_value()
+        if self.api_key is not None:
+            variables["PREFECT_API_KEY"] = self.api_key.get_secret_value()
         return variables
 
 

@@ -1,0 +1,41 @@
+"""How the mirror says who it is to a Prefect server: by basic auth, or to Prefect Cloud by a key."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+
+from backcast.mirror import Mirror
+from backcast.settings import Prefect
+
+
+class _Server(BaseHTTPRequestHandler):
+    shown: ClassVar[list[str | None]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.shown.append(self.headers["authorization"])
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [({}, None), ({"auth_string": "me:a:b"}, "Basic bWU6YTpi"), ({"api_key": "pnu_secret"}, "Bearer pnu_secret")],
+)
+async def test_who_it_is(given: dict[str, str], shown: str | None) -> None:
+    _Server.shown.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
+        serving = threading.Thread(target=server.serve_forever, args=(0.02,))
+        serving.start()
+        mirror = Mirror(Prefect.model_validate({"api_url": f"http://127.0.0.1:{server.server_port}/api", **given}))
+        mirror.keep_log({"message": "hello"})
+        await mirror.aclose(timeout=5)
+        server.shutdown()
+        serving.join()
+    assert _Server.shown == [shown]
+    assert ("PREFECT_API_KEY" in Prefect.model_validate(given).environment()) == ("api_key" in given)

@@ -519,7 +519,8 @@ async def main():
         print(e.cache_key("counted", uuid.uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]}))
 asyncio.run(main())
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    prefect = Prefect(api_url=None).environment()  # as a worker has it; else Prefect starts a server of its own
+    env = {**os.environ, **prefect, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
     keys = {
         subprocess.run(
             [sys.executable, "-c", code], env=env | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True

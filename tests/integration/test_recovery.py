@@ -162,10 +162,10 @@ async def test_identical_runs_of_a_cached_task_compute_once(database: str, tmp_p
 async def test_followers_go_on_when_the_computing_worker_is_killed(database: str, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api", "steward", "worker")
-        first = await product.submit("counted_slowly", name="killed", seconds=3.0)
+        first = await product.submit("stuck_once", name="killed")
         await until(lambda: count(product, "killed"), lambda n: n == 1)
         await product.up("worker")
-        followers = [await product.submit("counted_slowly", name="killed", seconds=3.0) for _ in range(5)]
+        followers = [await product.submit("stuck_once", name="killed") for _ in range(5)]
         next(part for part in product.parts if part.name == "worker").kill()
         assert [await product.result(run, timeout=60) for run in [first, *followers]] == [2] * 6
 

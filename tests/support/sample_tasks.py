@@ -127,6 +127,14 @@ async def counted_slowly(name: str, seconds: float) -> int:
     return calls
 
 
+@task(cache_policy=INPUTS + TASK_SOURCE)
+async def stuck_once(name: str) -> int:
+    calls = _note(name)
+    if calls == 1:
+        await asyncio.sleep(3600)
+    return calls
+
+
 @task
 async def crowded(name: str, seconds: float) -> int:
     """How many of this name ran when this one began, itself included."""

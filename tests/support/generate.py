@@ -1,4 +1,6 @@
-"""Writes the generated files, or with --check says which are not current: docs/openapi.json and docs/settings.md."""
+"""Writes the generated files, or with --check says which are not current: docs/openapi.json, docs/settings.md, and the
+chart's schema and README.
+"""
 
 import json
 import sys
@@ -13,6 +15,7 @@ from backcast.ledger import Ledger
 from backcast.settings import PREFIX, Api, Settings
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
+from tests.support import chart
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -58,7 +61,8 @@ def settings() -> str:
 
 def main(check: bool) -> int:
     stale = 0
-    for path, text in ((DOCS / "openapi.json", openapi()), (DOCS / "settings.md", settings())):
+    texts = {DOCS / "openapi.json": openapi(), DOCS / "settings.md": settings(), **chart.files()}
+    for path, text in texts.items():
         if check and (not path.exists() or path.read_text() != text):
             print(f"{path.relative_to(DOCS.parent)} is not current: run `make gen` and commit it.", file=sys.stderr)
             stale += 1

@@ -1,0 +1,88 @@
+{{/* What follows from the values: decided here once, asked everywhere. A yes is "true", a no is empty. */}}
+
+{{- define "backcast.image" -}}
+{{- $values := .root.Values }}
+{{- $registry := $values.global.imageRegistry | default .image.registry | default $values.image.registry }}
+{{- printf "%s/%s" (trimSuffix "/" $registry) .image.repository }}
+{{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default $values.image.tag | default .root.Chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{/* The pools by name, each with what it leaves out, as YAML. */}}
+{{- define "backcast.pools" -}}
+{{- $pools := dict }}
+{{- range $name, $pool := .Values.workers.pools }}
+{{- $_ := set $pools $name (mergeOverwrite (deepCopy $.Values.workers.defaults) ($pool | default dict)) }}
+{{- end }}
+{{- toYaml $pools }}
+{{- end }}
+
+{{/* The name of the pool that serves the built-in task. */}}
+{{- define "backcast.pool.builtin" -}}
+{{- range $name, $pool := include "backcast.pools" . | fromYaml }}{{ if $pool.builtinTasks }}{{ $name }}{{ end }}{{ end }}
+{{- end }}
+
+{{- define "backcast.uses.provider" -}}
+{{- with .Values.model }}{{ if or .apiKey .baseUrl .existingSecret }}true{{ end }}{{ end }}
+{{- end }}
+
+{{- define "backcast.model.backend" -}}
+{{- if ne .Values.model.backend "auto" }}{{ .Values.model.backend }}
+{{- else }}{{ include "backcast.uses.provider" . | empty | ternary "embedded" "openai" }}{{ end }}
+{{- end }}
+
+{{- define "backcast.uses.llm" -}}
+{{- $embedded := eq (include "backcast.model.backend" .) "embedded" }}
+{{- if or (eq .Values.llm.mode "on") (and (eq .Values.llm.mode "auto") $embedded) }}true{{ end }}
+{{- end }}
+
+{{- define "backcast.uses.keda" -}}
+{{- range include "backcast.pools" . | fromYaml }}{{ if eq .autoscaling.mode "keda" }}true{{ end }}{{ end }}
+{{- end }}
+
+{{- define "backcast.store.endpoint" -}}
+{{- if eq .Values.store.mode "external" }}{{ .Values.store.external.endpoint }}
+{{- else }}http://{{ include "backcast.name.store" . }}:{{ include "backcast.store.port" . }}{{ end }}
+{{- end }}
+
+{{- define "backcast.store.port" -}}{{ eq .Values.store.bundled.kind "minio" | ternary 9000 8333 }}{{- end }}
+
+{{/* The port of a URL. */}}
+{{- define "backcast.port" -}}
+{{- $url := urlParse . }}
+{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" }}
+{{- $port | default (eq $url.scheme "http" | ternary "80" "443") }}
+{{- end }}
+
+{{/* backcast.yaml: what follows from the values, and over it the user's `config`. */}}
+{{- define "backcast.config" -}}
+{{- $values := .Values }}
+{{- $store := dict "url" (printf "s3://%s" $values.store.bundled.bucket) "endpoint" (include "backcast.store.endpoint" .) }}
+{{- if eq $values.store.mode "external" }}
+{{- with $values.store.external }}
+{{- $store = dict "url" (printf "s3://%s" (list .bucket .prefix | compact | join "/")) "path_style" .pathStyle }}
+{{- if .endpoint }}{{ $_ := set $store "endpoint" .endpoint }}{{ end }}
+{{- if .region }}{{ $_ := set $store "region" .region }}{{ end }}
+{{- if .caBundle.configMap }}{{ $_ := set $store "ca_bundle" "/etc/backcast-ca/ca.crt" }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $model := dict "backend" (include "backcast.model.backend" .) "name" $values.model.name "host" "0.0.0.0" }}
+{{- if and (eq $model.backend "embedded") (include "backcast.uses.llm" .) }}
+{{- $_ := set $model "base_url" (printf "http://%s:8083/v1" (include "backcast.name.llm" .)) }}
+{{- else if $values.model.baseUrl }}
+{{- $_ := set $model "base_url" $values.model.baseUrl }}
+{{- end }}
+{{- $prefect := dict "api_url" nil "history" false }}
+{{- if eq $values.prefectServer.mode "bundled" }}
+{{- $prefect = dict "api_url" (printf "http://%s:4200/api" (include "backcast.name.prefect" .)) }}
+{{- else if eq $values.prefectServer.mode "external" }}
+{{- $prefect = dict "api_url" $values.prefectServer.external.apiUrl }}
+{{- end }}
+{{- $derived := dict
+  "api" (dict "host" "0.0.0.0")
+  "worker" (dict "host" "0.0.0.0")
+  "steward" (dict "host" "0.0.0.0" "deletion_cost" $values.rbac.create)
+  "store" $store
+  "model" $model
+  "prefect" $prefect }}
+{{- mergeOverwrite $derived (deepCopy $values.config) | toYaml }}
+{{- end }}

@@ -1,0 +1,207 @@
+{{/*
+Environments, one helper for each concern; each gets (dict "root" . "part" … "pool" …). Secrets come from Secrets, by
+`backcast.env.from`; a URL is put together by the kubelet, of variables above it.
+*/}}
+
+{{/* The environment of a container: the concerns named by "env", then the user's variables, which replace ours. */}}
+{{- define "backcast.env" -}}
+{{- $given := mergeOverwrite (deepCopy .root.Values.extraEnv) (.part.extraEnv | default dict) (.part.env | default dict) }}
+{{- range $concern := .env }}
+{{- range include (printf "backcast.env.%s" $concern) $ | fromYamlArray }}
+{{- if not (hasKey $given .name) }}
+- {{ toYaml . | nindent 2 | trim }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- range $name, $value := $given }}
+{{- if kindIs "map" $value }}
+- {{ merge (dict "name" $name) $value | toYaml | nindent 2 | trim }}
+{{- else if not (kindIs "invalid" $value) }}
+- name: {{ $name }}
+  value: {{ $value | toString | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* A variable from a key of the generated Secret, or of the existing one: (list ROOT NAME KEY EXISTING [OPTIONAL]). */}}
+{{- define "backcast.env.from" -}}
+- name: {{ index . 1 }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ index . 3 | default (include "backcast.name.secret" (first .)) }}
+      key: {{ index . 2 }}
+      {{- if gt (len .) 4 }}
+      optional: true
+      {{- end }}
+{{- end }}
+
+{{- define "backcast.env.config" -}}
+- name: BACKCAST_CONFIG
+  value: /etc/backcast/backcast.yaml
+{{- end }}
+
+{{- define "backcast.env.database" -}}
+{{- with .root.Values.postgres }}
+{{- if eq .mode "external" }}
+{{- include "backcast.env.from" (list $.root "BACKCAST_DATABASE__URL" "database-url" .external.existingSecret) }}
+{{- else }}
+{{- include "backcast.env.from" (list $.root "DATABASE_PASSWORD" "backcast-password" .bundled.existingSecret) }}
+- name: BACKCAST_DATABASE__URL
+  value: postgresql://backcast:$(DATABASE_PASSWORD)@{{ include "backcast.name.postgres" $.root }}:5432/backcast
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "backcast.env.store" -}}
+{{- $existing := index .root.Values.store .root.Values.store.mode "existingSecret" }}
+{{- if include "backcast.store.keys" .root }}
+{{- include "backcast.env.from" (list .root "BACKCAST_STORE__ACCESS_KEY" "s3-access-key" $existing) }}
+{{ include "backcast.env.from" (list .root "BACKCAST_STORE__SECRET_KEY" "s3-secret-key" $existing) }}
+{{- end }}
+{{- end }}
+
+{{/* Whether the store has keys; else the ambient identity is used. */}}
+{{- define "backcast.store.keys" -}}
+{{- with .Values.store }}{{ if or (eq .mode "bundled") .external.accessKey .external.existingSecret }}true{{ end }}{{ end }}
+{{- end }}
+
+{{- define "backcast.env.keys" -}}
+{{- with .root.Values.auth }}
+{{- if .enabled }}
+{{- include "backcast.env.from" (list $.root "BACKCAST_API__KEYS" "api-key" .existingSecret) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "backcast.env.model" -}}
+{{- with .root.Values.model }}
+{{- if and (or .apiKey .existingSecret) (eq (include "backcast.model.backend" $.root) "openai") }}
+{{- include "backcast.env.from" (list $.root "BACKCAST_MODEL__API_KEY" "model-api-key" .existingSecret) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* For those who send to a Prefect server. */}}
+{{- define "backcast.env.prefect" -}}
+{{- with .root.Values.prefectServer }}
+{{- if and (eq .mode "bundled") .auth.enabled }}
+{{- include "backcast.env.from" (list $.root "BACKCAST_PREFECT__AUTH_STRING" "prefect-auth-string" .auth.existingSecret) }}
+{{- else if and (eq .mode "external") .external.existingSecret }}
+{{- include "backcast.env.from" (list $.root "BACKCAST_PREFECT__AUTH_STRING" "prefect-auth-string" .external.existingSecret "optional") }}
+{{ include "backcast.env.from" (list $.root "BACKCAST_PREFECT__API_KEY" "prefect-api-key" .external.existingSecret "optional") }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "backcast.env.pool" -}}
+- name: BACKCAST_WORKER__POOL
+  value: {{ .pool }}
+- name: BACKCAST_WORKER__SLOTS
+  value: {{ .part.slots | quote }}
+- name: BACKCAST_WORKER__GRACE
+  value: {{ .part.grace | quote }}
+- name: BACKCAST_TASKS
+  value: {{ join "," .part.tasks | quote }}
+- name: BACKCAST_BUILTIN_TASKS
+  value: {{ .part.builtinTasks | quote }}
+{{- end }}
+
+{{/* For `backcast setup`: what it makes besides the schema. */}}
+{{- define "backcast.env.setup" -}}
+{{- with .root.Values.postgres }}
+{{- if eq .mode "external" }}
+{{- include "backcast.env.from" (list $.root "BACKCAST_SETUP__ADMIN_URL" "admin-url" .external.existingSecret "optional") }}
+{{ include "backcast.env.from" (list $.root "BACKCAST_SETUP__SCALER_URL" "scaler-url" .external.existingSecret "optional") }}
+{{- else }}
+{{- $host := include "backcast.name.postgres" $.root }}
+{{- include "backcast.env.from" (list $.root "POSTGRES_PASSWORD" "postgres-password" .bundled.existingSecret) }}
+{{ include "backcast.env.from" (list $.root "SCALER_PASSWORD" "scaler-password" .bundled.existingSecret) }}
+- name: BACKCAST_SETUP__ADMIN_URL
+  value: postgresql://postgres:$(POSTGRES_PASSWORD)@{{ $host }}:5432/postgres
+- name: BACKCAST_SETUP__SCALER_URL
+  value: postgresql://backcast_scaler:$(SCALER_PASSWORD)@{{ $host }}:5432/backcast
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The Prefect server's database, for those of ours who make it or wait for it. */}}
+{{- define "backcast.env.prefectDatabase" -}}
+{{- if eq .root.Values.prefectServer.mode "bundled" }}
+{{- include "backcast.prefect.database" (list .root "BACKCAST_SETUP__PREFECT_URL" "postgresql") }}
+{{- end }}
+{{- end }}
+
+{{/* (list ROOT NAME SCHEME) */}}
+{{- define "backcast.prefect.database" -}}
+{{- $root := first . }}
+{{- with $root.Values.postgres }}
+{{- if eq .mode "external" }}
+{{- include "backcast.env.from" (list $root (index $ 1) "prefect-database-url" .external.existingSecret) }}
+{{- else }}
+{{- include "backcast.env.from" (list $root "HISTORY_PASSWORD" "prefect-password" .bundled.existingSecret) }}
+- name: {{ index $ 1 }}
+  value: {{ index $ 2 }}://prefect:$(HISTORY_PASSWORD)@{{ include "backcast.name.postgres" $root }}:5432/prefect
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "backcast.env.prefectServer" -}}
+{{- include "backcast.prefect.database" (list .root "PREFECT_API_DATABASE_CONNECTION_URL" "postgresql+asyncpg") }}
+{{- with .root.Values.prefectServer.auth }}
+{{- if .enabled }}
+{{ include "backcast.env.from" (list $.root "PREFECT_SERVER_API_AUTH_STRING" "prefect-auth-string" .existingSecret) }}
+{{- end }}
+{{- end }}
+- name: PREFECT_HOME
+  value: /tmp/prefect
+- name: PREFECT_UI_STATIC_DIRECTORY  # else the pages are unpacked to where Prefect is installed, which is read-only
+  value: /tmp/prefect/ui
+- name: PREFECT_UI_API_URL  # the host that the pages came from
+  value: /api
+- name: PREFECT_SERVER_ANALYTICS_ENABLED
+  value: "false"
+- name: PREFECT_SERVER_LOGGING_LEVEL
+  value: WARNING
+# Less of its CPU per run: what is off serves flows, automations and the feed of raw events only.
+- name: PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE
+  value: "50"
+- name: PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL
+  value: "1"
+- name: PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED
+  value: "false"
+- name: PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED
+  value: "false"
+{{- end }}
+
+{{- define "backcast.env.postgres" -}}
+{{ include "backcast.env.from" (list .root "POSTGRES_PASSWORD" "postgres-password" .part.existingSecret) }}
+- name: PGDATA  # below the volume's root, which may have a lost+found
+  value: /var/lib/postgresql/data/pgdata
+{{- end }}
+
+{{- define "backcast.env.minio" -}}
+{{ include "backcast.env.from" (list .root "MINIO_ROOT_USER" "s3-access-key" .part.existingSecret) }}
+{{ include "backcast.env.from" (list .root "MINIO_ROOT_PASSWORD" "s3-secret-key" .part.existingSecret) }}
+- name: MINIO_BROWSER
+  value: "off"
+- name: HOME
+  value: /tmp
+{{- end }}
+
+{{- define "backcast.env.seaweedfs" -}}
+{{ include "backcast.env.from" (list .root "AWS_ACCESS_KEY_ID" "s3-access-key" .part.existingSecret) }}
+{{ include "backcast.env.from" (list .root "AWS_SECRET_ACCESS_KEY" "s3-secret-key" .part.existingSecret) }}
+- name: HOME
+  value: /tmp
+{{- end }}
+
+{{/* For the command line, as a caller from outside has it. */}}
+{{- define "backcast.env.client" -}}
+- name: BACKCAST_URL
+  value: http://{{ include "backcast.name.api" .root }}:8000
+{{- with .root.Values.auth }}
+{{- if .enabled }}
+{{ include "backcast.env.from" (list $.root "BACKCAST_API_KEY" "api-key" .existingSecret) }}
+{{- end }}
+{{- end }}
+{{- end }}

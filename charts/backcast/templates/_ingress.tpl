@@ -1,0 +1,25 @@
+{{/* An Ingress in front of a Service of the same name: (dict "root" . "ingress" VALUES "name" … "port" …). */}}
+{{- define "backcast.ingress" -}}
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata:
+  {{- include "backcast.metadata" (dict "root" .root "name" .name "annotations" .ingress.annotations) | nindent 2 }}
+spec:
+  {{- with .ingress.className }}
+  ingressClassName: {{ . }}
+  {{- end }}
+  {{- if .ingress.tls.enabled }}
+  tls:
+    - hosts: [{{ .ingress.host | quote }}]
+      secretName: {{ .ingress.tls.secretName | default (printf "%s-tls" .name) }}
+  {{- end }}
+  rules:
+    - http:
+        paths:
+          - path: /
+            pathType: Prefix
+            backend: {service: {name: {{ .name }}, port: {number: {{ .port }}}}}
+      {{- with .ingress.host }}
+      host: {{ . | quote }}
+      {{- end }}
+{{- end }}

@@ -1,0 +1,83 @@
+{{/* Names and labels. One helper for each resource's name; nothing else puts a name together. */}}
+
+{{- define "backcast.chartname" -}}
+{{ .Values.nameOverride | default .Chart.Name | trunc 35 | trimSuffix "-" }}
+{{- end }}
+
+{{/*
+At most 35 characters: the longest suffix, `-worker-` and a pool's 20, then fits in the 63 of a label. A name that is cut
+ends in a hash of all of it, so that two long releases stay apart.
+*/}}
+{{- define "backcast.fullname" -}}
+{{- $name := .Values.fullnameOverride }}
+{{- if not $name }}
+{{- $chart := include "backcast.chartname" . }}
+{{- $name = contains $chart .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $chart) }}
+{{- end }}
+{{- $name = $name | replace "." "-" }}
+{{- if gt (len $name) 35 }}
+{{- $name = printf "%s-%s" ($name | trunc 28 | trimSuffix "-") (sha256sum $name | trunc 6) }}
+{{- end }}
+{{- $name | trimSuffix "-" }}
+{{- end }}
+
+{{- define "backcast.name.api" -}}{{ include "backcast.fullname" . }}-api{{- end }}
+{{- define "backcast.name.worker" -}}{{ include "backcast.fullname" .root }}-worker-{{ .pool }}{{- end }}
+{{- define "backcast.name.workers" -}}{{ include "backcast.fullname" . }}-worker{{- end }}
+{{- define "backcast.name.setups" -}}{{ include "backcast.fullname" . }}-setup{{- end }}
+{{- define "backcast.name.tests" -}}{{ include "backcast.fullname" . }}-test{{- end }}
+{{- define "backcast.name.steward" -}}{{ include "backcast.fullname" . }}-steward{{- end }}
+{{- define "backcast.name.prefect" -}}{{ include "backcast.fullname" . }}-prefect{{- end }}
+{{- define "backcast.name.llm" -}}{{ include "backcast.fullname" . }}-llm{{- end }}
+{{- define "backcast.name.postgres" -}}{{ include "backcast.fullname" . }}-postgres{{- end }}
+{{- define "backcast.name.store" -}}{{ include "backcast.fullname" . }}-{{ .Values.store.bundled.kind }}{{- end }}
+{{- define "backcast.name.config" -}}{{ include "backcast.fullname" . }}{{- end }}
+{{- define "backcast.name.secret" -}}{{ include "backcast.fullname" . }}{{- end }}
+{{- define "backcast.name.test" -}}{{ include "backcast.fullname" .root }}-test-{{ .test }}{{- end }}
+
+{{/* A Job can't be changed: what may change it is in its name. A rollback makes the old one again. */}}
+{{- define "backcast.name.setup" -}}
+{{ include "backcast.name.setups" . }}-{{ .Release.Revision }}-{{ list .Chart.Version .Chart.AppVersion .Values | toJson | sha256sum | trunc 8 }}
+{{- end }}
+
+{{- define "backcast.name.serviceaccount" -}}
+{{ .Values.serviceAccount.name | default (.Values.serviceAccount.create | ternary (include "backcast.fullname" .) "default") }}
+{{- end }}
+
+{{/* The folder of the template that is being rendered, under templates/; none for those beside the folders. */}}
+{{- define "backcast.component" -}}
+{{- $path := .Template.Name | trimPrefix .Template.BasePath | trimPrefix "/" | splitList "/" }}
+{{- if gt (len $path) 1 }}{{ first $path }}{{ end }}
+{{- end }}
+
+{{/* Labels by which pods are found: of this template's component, or of the one given as (dict "root" . "component" …). */}}
+{{- define "backcast.selector" -}}
+{{- $root := .root | default . -}}
+app.kubernetes.io/name: {{ include "backcast.chartname" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{- with .component | default (include "backcast.component" $root) }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- with .pool }}
+backcast/pool: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* A resource's metadata: (dict "root" . "name" … ["pool" …] ["labels" …] ["annotations" …]). */}}
+{{- define "backcast.metadata" -}}
+name: {{ .name }}
+namespace: {{ .root.Release.Namespace }}
+labels:
+  {{- include "backcast.selector" . | nindent 2 }}
+  app.kubernetes.io/part-of: backcast
+  app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+  app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+  helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+  {{- with .labels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .annotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,58 @@
+{{/* How many there are, who decides it, and how few there may be. */}}
+
+{{/*
+The line `replicas`: (dict "root" . "name" … "part" … "scaled" BOOL). Under a scaler it is what runs: to omit it would be
+to ask for 1 at the upgrade that turns the scaler on. No HPA starts from 0, so it is never below minReplicas.
+*/}}
+{{- define "backcast.replicas" -}}
+{{- if not .scaled -}}
+replicas: {{ .part.replicas }}
+{{- else }}
+{{- with lookup "apps/v1" "Deployment" .root.Release.Namespace .name -}}
+replicas: {{ max (int .spec.replicas) (int $.part.autoscaling.minReplicas) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* By CPU: (dict "root" . "name" … "part" … ["pool" …]). */}}
+{{- define "backcast.hpa" -}}
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata:
+  {{- include "backcast.metadata" . | nindent 2 }}
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ .name }}}
+  {{- with .part.autoscaling }}
+  minReplicas: {{ .minReplicas }}
+  maxReplicas: {{ .maxReplicas }}
+  metrics:
+    - type: Resource
+      resource:
+        name: cpu
+        target: {type: Utilization, averageUtilization: {{ .targetCPUUtilizationPercentage }}}
+  {{- with .stabilizationSeconds }}
+  behavior:
+    scaleDown: {stabilizationWindowSeconds: {{ . }}}
+  {{- end }}
+  {{- end }}
+{{- end }}
+
+{{/*
+A disruption budget: (dict "root" . "name" … "part" … ["pool" …] ["scaled" BOOL]). None for a single pod: maxUnavailable
+would say nothing, and minAvailable would keep its node from being drained.
+*/}}
+{{- define "backcast.pdb" -}}
+{{- $most := .part.replicas }}
+{{- if .scaled }}{{ $most = .part.autoscaling.maxReplicas }}{{ end }}
+{{- if and .part.pdb.enabled (gt (int $most) 1) -}}
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  {{- include "backcast.metadata" . | nindent 2 }}
+spec:
+  maxUnavailable: 1
+  selector:
+    matchLabels:
+      {{- include "backcast.selector" . | nindent 6 }}
+{{- end }}
+{{- end }}

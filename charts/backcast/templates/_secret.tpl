@@ -1,0 +1,104 @@
+{{/* What the generated Secret holds, and the checks of existing ones. */}}
+
+{{/* Secrets that stand in the values, by key, as YAML: pods roll when they change. */}}
+{{- define "backcast.secret.given" -}}
+{{- $given := dict "model-api-key" .Values.model.apiKey }}
+{{- if eq .Values.postgres.mode "external" }}
+{{- with .Values.postgres.external }}
+{{- $prefect := .prefectUrl | replace "postgresql://" "postgresql+asyncpg://" }}
+{{- $given = merge $given (dict "database-url" .url "prefect-database-url" $prefect "admin-url" .adminUrl "scaler-url" .scalerUrl) }}
+{{- end }}
+{{- end }}
+{{- if eq .Values.store.mode "external" }}
+{{- with .Values.store.external }}
+{{- $given = merge $given (dict "s3-access-key" .accessKey "s3-secret-key" .secretKey) }}
+{{- end }}
+{{- end }}
+{{- range $key, $value := $given }}
+{{- if $value }}
+{{ $key }}: {{ $value | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Keys that are generated, with a new value for each, as YAML. */}}
+{{- define "backcast.secret.generated" -}}
+{{- with .Values.auth }}
+{{- if and .enabled (not .existingSecret) }}
+api-key: {{ randAlphaNum 40 }}
+{{- end }}
+{{- end }}
+{{- if and (eq .Values.postgres.mode "bundled") (not .Values.postgres.bundled.existingSecret) }}
+{{- range list "postgres" "backcast" "prefect" "scaler" }}
+{{ . }}-password: {{ randAlphaNum 32 }}
+{{- end }}
+{{- end }}
+{{- with .Values.prefectServer }}
+{{- if and (eq .mode "bundled") .auth.enabled (not .auth.existingSecret) }}
+prefect-auth-string: admin:{{ randAlphaNum 32 }}
+{{- end }}
+{{- end }}
+{{- if and (eq .Values.store.mode "bundled") (not .Values.store.bundled.existingSecret) }}
+s3-access-key: {{ randAlphaNum 20 }}
+s3-secret-key: {{ randAlphaNum 40 }}
+{{- end }}
+{{- end }}
+
+{{/* Existing Secrets and the keys they must have, as YAML. */}}
+{{- define "backcast.secret.existing" -}}
+{{- $values := .Values }}
+{{- $keda := include "backcast.uses.keda" . }}
+{{- $found := dict }}
+{{- $wanted := list (list $values.auth.enabled $values.auth.existingSecret "api-key") }}
+{{- $wanted = append $wanted (list (eq (include "backcast.model.backend" .) "openai") $values.model.existingSecret "model-api-key") }}
+{{- with $values.postgres }}
+{{- if eq .mode "bundled" }}
+{{- $wanted = append $wanted (list true .bundled.existingSecret "postgres-password" "backcast-password" "prefect-password" "scaler-password") }}
+{{- else }}
+{{- $wanted = append $wanted (list true .external.existingSecret "database-url") }}
+{{- $wanted = append $wanted (list (eq $values.prefectServer.mode "bundled") .external.existingSecret "prefect-database-url") }}
+{{- $wanted = append $wanted (list $keda .external.existingSecret "scaler-url") }}
+{{- end }}
+{{- end }}
+{{- with $values.store }}
+{{- $wanted = append $wanted (list true (index . .mode "existingSecret") "s3-access-key" "s3-secret-key") }}
+{{- end }}
+{{- with $values.prefectServer }}
+{{- $wanted = append $wanted (list (and (eq .mode "bundled") .auth.enabled) .auth.existingSecret "prefect-auth-string") }}
+{{- $wanted = append $wanted (list (eq .mode "external") .external.existingSecret) }}
+{{- end }}
+{{- range $wanted }}
+{{- if and (first .) (index . 1) }}
+{{- $_ := set $found (index . 1) (concat (get $found (index . 1) | default list) (slice . 2) | uniq) }}
+{{- end }}
+{{- end }}
+{{- toYaml $found }}
+{{- end }}
+
+{{/* Settings that are secrets, and the values that take their place. */}}
+{{- define "backcast.config.secrets" -}}
+api.keys: auth.existingSecret
+database.url: postgres.external.existingSecret
+model.api_key: model.existingSecret
+prefect.api_key: prefectServer.external.existingSecret
+prefect.auth_string: prefectServer.auth.existingSecret or prefectServer.external.existingSecret
+setup.admin_url: postgres.external.existingSecret
+setup.prefect_url: postgres.external.existingSecret
+setup.scaler_url: postgres.external.existingSecret
+store.access_key: store.external.existingSecret
+store.secret_key: store.external.existingSecret
+{{- end }}
+
+{{/* Settings that the chart sets for each part, and what to do instead. */}}
+{{- define "backcast.config.taken" -}}
+{{- range $part := list "api" "worker" "steward" "model" }}
+{{ $part }}.host: leave it out
+{{ $part }}.port: leave it out; what is seen outside is a Service's or an Ingress's
+{{- end }}
+builtin_tasks: use workers.pools.<name>.builtinTasks
+tasks: use workers.pools.<name>.tasks
+steward.deletion_cost: use rbac.create
+worker.grace: use workers.defaults.grace, which the pods' termination grace follows
+worker.pool: name it in workers.pools
+worker.slots: use workers.defaults.slots
+{{- end }}

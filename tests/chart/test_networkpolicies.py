@@ -1,0 +1,203 @@
+"""Who may talk to whom, worked out from the NetworkPolicies as a CNI does: what no policy lets through is closed."""
+
+from typing import Any
+
+import pytest
+
+from tests.chart.rendering import COMPONENT, NAMESPACE, SCENARIOS, Object, Pod, Release, render, scenario
+
+Labels = dict[str, str]
+
+
+def _matches(selector: Object, labels: Labels) -> bool:
+    wanted = selector.get("matchLabels", {}).items() <= labels.items()
+    return wanted and all(
+        rule["operator"] == "In" and labels.get(rule["key"]) in rule["values"]
+        for rule in selector.get("matchExpressions", [])
+    )
+
+
+def _lets(rule: Object, side: str, port: int, labels: Labels | None, namespace: str) -> bool:
+    """Whether an edge fits: the pods of that side have these labels, or are outside of the cluster (None)."""
+    if "ports" in rule and not any(
+        each["port"] == port and each.get("protocol", "TCP") == "TCP" for each in rule["ports"]
+    ):
+        return False
+    for peer in rule.get(side, []):
+        if "ipBlock" in peer:
+            if peer["ipBlock"]["cidr"] == "0.0.0.0/0":
+                return True
+        elif labels is not None:
+            there = {"kubernetes.io/metadata.name": namespace}
+            home = _matches(peer["namespaceSelector"], there) if "namespaceSelector" in peer else namespace == NAMESPACE
+            if home and _matches(peer.get("podSelector", {}), labels):
+                return True
+    return side not in rule
+
+
+def _open(release: Release, way: str, pod: Pod, port: int, other: Labels | None, namespace: str = NAMESPACE) -> bool:
+    side = {"Ingress": "from", "Egress": "to"}[way]
+    policies = [each["spec"] for each in release.of("NetworkPolicy")]
+    own = [
+        each
+        for each in policies
+        if _matches(each["podSelector"], pod.metadata["labels"]) and way in each["policyTypes"]
+    ]
+    return not own or any(
+        _lets(rule, side, port, other, namespace) for each in own for rule in each.get(way.lower(), [])
+    )
+
+
+def reaches(release: Release, source: Pod, target: Pod, port: int) -> bool:
+    return _open(release, "Egress", source, port, target.metadata["labels"]) and _open(
+        release, "Ingress", target, port, source.metadata["labels"]
+    )
+
+
+def admits(release: Release, target: Pod, port: int, labels: Labels, namespace: str) -> bool:
+    return _open(release, "Ingress", target, port, labels, namespace)
+
+
+def _port(pod: Pod) -> int:
+    [port] = pod.main["ports"]
+    return int(port["containerPort"])
+
+
+EDGES = {
+    "api": {"postgres", "store"},
+    "worker": {"postgres", "store", "prefect-server", "llm", "api"},
+    "steward": {"postgres", "store", "prefect-server"},
+    "prefect-server": {"postgres"},
+    "llm": set[str](),
+    "postgres": set[str](),
+    "store": set[str](),
+    "setup": {"postgres", "store"},
+    "test": {"postgres", "store", "api"},
+}
+"""All that is open between parts of a release; the API is open to whoever may send anything."""
+
+
+@pytest.mark.parametrize("name", ["defaults", "seaweedfs", "everything"])
+def test_parts_reach_what_they_need_and_nothing_else(name: str) -> None:
+    release = scenario(name)
+    pods = {pod.component: pod for pod in release.pods}
+    found = {
+        source: {
+            target
+            for target, pod in pods.items()
+            if pod.runs_on and target != source and reaches(release, pods[source], pod, _port(pod))
+        }
+        for source in pods
+    }
+    assert found == EDGES
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_port_of_a_policy_is_one_of_the_containers(name: str) -> None:
+    """A policy for a port that nobody listens on lets nothing through, and says nothing."""
+    release = scenario(name)
+    for policy in release.of("NetworkPolicy"):
+        chosen = [pod for pod in release.pods if _matches(policy["spec"]["podSelector"], pod.metadata["labels"])]
+        assert chosen, policy["metadata"]["name"]
+        listening = {port["containerPort"] for pod in chosen for port in pod.main.get("ports", [])}
+        asked = {port["port"] for rule in policy["spec"].get("ingress", []) for port in rule["ports"]}
+        assert asked <= listening, policy["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_nothing_is_open_but_what_is_opened(name: str) -> None:
+    release = scenario(name)
+    rogue = {"app": "rogue"}
+    for pod in release.pods:
+        for container_port in pod.main.get("ports", []):
+            port = container_port["containerPort"]
+            assert admits(release, pod, port, rogue, "elsewhere") == (
+                pod.component == "api" and not _values(name).get("ingressNamespace")
+            ), pod.name
+
+
+def _values(name: str) -> dict[str, Any]:
+    return SCENARIOS[name].get("networkPolicy", {})
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_everybody_may_ask_for_names(name: str) -> None:
+    release = scenario(name)
+    [everybody] = [
+        each for each in release.of("NetworkPolicy") if COMPONENT not in each["spec"]["podSelector"]["matchLabels"]
+    ]
+    assert all(_matches(everybody["spec"]["podSelector"], pod.metadata["labels"]) for pod in release.pods)
+    rule = everybody["spec"]["egress"][0]
+    assert "to" not in rule, "a node's own resolver has an address of its own"
+    assert {(each["port"], each["protocol"]) for each in rule["ports"]} >= {(53, "UDP"), (53, "TCP")}
+
+
+def test_the_metadata_service_of_clouds_is_closed() -> None:
+    release = scenario("defaults")
+    blocks = [
+        peer["ipBlock"]
+        for policy in release.of("NetworkPolicy")
+        for rule in policy["spec"].get("egress", [])
+        for peer in rule.get("to", [])
+        if "ipBlock" in peer
+    ]
+    assert {block["cidr"]: block.get("except") for block in blocks} == {
+        "0.0.0.0/0": ["169.254.169.254/32"],
+        "::/0": None,
+    }
+
+
+def test_the_front_door_can_be_left_to_the_ingress_controller() -> None:
+    release = scenario("everything")
+    api, pages = release.pod("api"), release.pod("prefect-server")
+    assert admits(release, api, 8000, {"any": "pod"}, "traefik")
+    assert not admits(release, api, 8000, {"any": "pod"}, "elsewhere")
+    assert admits(release, api, 8000, {"any": "pod"}, NAMESPACE), "by apiPeers"
+    assert admits(release, pages, 4200, {"any": "pod"}, "traefik")
+    assert not admits(scenario("defaults"), scenario("defaults").pod("prefect-server"), 4200, {}, "traefik")
+
+
+def test_prometheus_reads_workers_and_steward() -> None:
+    release = scenario("everything")
+    for pod in release.pods:
+        if pod.runs_on:
+            expected = pod.component in ("worker", "steward")
+            assert admits(release, pod, _port(pod), {"any": "pod"}, "monitoring") == expected, pod.name
+
+
+def test_keda_reads_the_backlog_when_it_is_asked_to() -> None:
+    operator = {"app": "keda-operator"}
+    for name in SCENARIOS:
+        if release := scenario(name):
+            for pod in release.pods:
+                if pod.component == "postgres":
+                    assert admits(release, pod, 5432, operator, "keda") == (name == "keda")
+                    assert not admits(release, pod, 5432, {"app": "other"}, "keda")
+
+
+def test_what_is_elsewhere_is_reached_by_its_port() -> None:
+    release = scenario("external")
+    api, steward, setup = (release.pod(component) for component in ("api", "steward", "setup"))
+    assert all(_open(release, "Egress", pod, port, None) for pod in (api, steward, setup) for port in (6432, 9443))
+    assert not _open(release, "Egress", api, 443, None)
+    assert _open(release, "Egress", steward, 443, None), "Prefect's"
+
+
+def test_they_can_be_left_out() -> None:
+    assert not render({"networkPolicy": {"enabled": False}}).of("NetworkPolicy")
+
+
+def test_releases_in_one_namespace_keep_to_themselves() -> None:
+    """The API is the same door for them as for everybody else."""
+    ours, theirs = scenario("defaults"), render({}, name="other")
+    for target in ours.pods:
+        if target.runs_on and target.component != "api":
+            admitted = {
+                pod.name
+                for pod in theirs.pods
+                if admits(ours, target, _port(target), pod.metadata["labels"], NAMESPACE)
+            }
+            assert not admitted, target.name
+    for policy in ours.of("NetworkPolicy"):
+        chosen = [pod.name for pod in theirs.pods if _matches(policy["spec"]["podSelector"], pod.metadata["labels"])]
+        assert not chosen, policy["metadata"]["name"]

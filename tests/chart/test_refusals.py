@@ -1,0 +1,199 @@
+"""What can't work is refused when it is installed, with a sentence that says what to change."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from backcast.settings import Settings
+from tests.chart.rendering import Values, refusal, render
+
+EXTERNAL = {"url": "postgresql://b:p@h/b", "prefectUrl": "postgresql://p:p@h/p"}
+
+
+def external(**more: str) -> Values:
+    return {"postgres": {"mode": "external", "external": more}}
+
+
+def bucket(**more: Any) -> Values:
+    return {"store": {"mode": "external", "external": more}}
+
+
+def pools(**more: Any) -> Values:
+    return {"workers": {"pools": more}}
+
+
+KEDA = {"mode": "keda"}
+
+# The schema: unknown keys and wrong types, and where they are.
+MISTAKES: dict[str, tuple[Values, str]] = {
+    "a key": ({"apii": {}}, "additional properties 'apii' not allowed"),
+    "a key of a part": ({"api": {"replica": 2}}, "at '/api': additional properties 'replica' not allowed"),
+    "a key of a pool": (pools(gpu={"slot": 2}), "at '/workers/pools/gpu': additional properties 'slot' not allowed"),
+    "a key of an image": ({"llm": {"image": {"name": "x"}}}, "at '/llm/image': additional properties 'name'"),
+    "a setting": ({"config": {"leese": 5}}, "at '/config': additional properties 'leese' not allowed"),
+    "a setting inside": ({"config": {"worker": {"slotz": 5}}}, "at '/config/worker': additional properties 'slotz'"),
+    "a setting's range": ({"config": {"max_attempts": 0}}, "at '/config/max_attempts'"),
+    "a type": ({"api": {"replicas": "many"}}, "at '/api/replicas': got string, want integer"),
+    "a number for a text": ({"image": {"tag": 1}}, "at '/image/tag': got number, want string"),
+    "a choice": ({"postgres": {"mode": "cloud"}}, "at '/postgres/mode': value must be one of 'bundled', 'external'"),
+    "a range": ({"workers": {"defaults": {"slots": 0}}}, "at '/workers/defaults/slots': minimum: got 0, want 1"),
+    "a text for a switch": ({"auth": {"enabled": "no"}}, "at '/auth/enabled': got string, want boolean"),
+    "a list for a map": ({"extraEnv": [{"name": "X"}]}, "at '/extraEnv': got array, want object"),
+}
+
+# The templates: each is fine by itself, and together they are not.
+COMBINATIONS: dict[str, tuple[Values, str]] = {
+    "pool settings": (
+        {"config": {"worker": {"slots": 3}}},
+        "config.worker.slots is set by the chart: use workers.defaults.slots.",
+    ),
+    "tasks": ({"config": {"tasks": []}}, "config.tasks is set by the chart: use workers.pools.<name>.tasks."),
+    "a port": ({"config": {"api": {"port": 80}}}, "config.api.port is set by the chart: leave it out"),
+    "a host": ({"config": {"model": {"host": "::"}}}, "config.model.host is set by the chart: leave it out."),
+    "TLS without a name": (
+        {"ingress": {"tls": {"enabled": True}}},
+        "ingress.tls.enabled needs ingress.host: a certificate is for a name.",
+    ),
+    "the API's scaler": (
+        {"api": {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}},
+        "api.autoscaling.minReplicas (5) is more than maxReplicas (2): swap them.",
+    ),
+    "no pools": (
+        pools(default=None),
+        "workers.pools is empty, and nobody would work: leave the pool default in it, or name another one.",
+    ),
+    "a long name": (pools(**{"p" * 21: {}}), "has at most 20 of a-z, 0-9 and -, and no - at an end: rename it."),
+    "a capital": (pools(GPU={}), "workers.pools.GPU: a pool's name has at most 20 of a-z"),
+    "a pool without tasks": (
+        pools(idle={}),
+        "workers.pools.idle serves no task: name modules in workers.pools.idle.tasks, set builtinTasks, or remove the",
+    ),
+    "two pools for one task": (
+        pools(more={"builtinTasks": True}),
+        (
+            "The pools default, more all serve the built-in tasks, but a task belongs to one pool: set "
+            "workers.pools.<name>.builtinTasks to false for all but one."
+        ),
+    ),
+    "HPA to zero": (
+        pools(default={"autoscaling": {"mode": "hpa", "minReplicas": 0}}),
+        (
+            "workers.pools.default: only KEDA can scale to zero: set autoscaling.minReplicas to 1 or more, or "
+            "autoscaling.mode to keda."
+        ),
+    ),
+    "a pool's scaler": (
+        pools(default={"autoscaling": {**KEDA, "minReplicas": 9}}),
+        "workers.pools.default: autoscaling.minReplicas (9) is more than maxReplicas (4): swap them.",
+    ),
+    "two keys": (
+        {"model": {"apiKey": "k", "existingSecret": "s"}},
+        "model.apiKey and model.existingSecret both give the provider's key: keep one.",
+    ),
+    "no model": (
+        {"llm": {"mode": "off"}},
+        (
+            "The pool default serves the built-in task, which has no model: set llm.mode to auto, name a provider in "
+            "model, or set builtinTasks to false."
+        ),
+    ),
+    "a model that nobody asks": (
+        {"llm": {"mode": "on"}, "model": {"apiKey": "k"}},
+        "llm.mode is on, but the workers ask the provider in model: set llm.mode to auto, or model.backend to",
+    ),
+    "no provider": (
+        {"model": {"backend": "openai"}},
+        "model.backend is openai, but no provider is named: set model.existingSecret, model.apiKey or model.baseUrl.",
+    ),
+    "no database": (
+        external(),
+        "postgres.mode is external: set postgres.external.existingSecret or postgres.external.url.",
+    ),
+    "two databases": (
+        external(**EXTERNAL, existingSecret="s"),
+        "postgres.external.existingSecret takes the place of url, prefectUrl, adminUrl and scalerUrl: keep the one or",
+    ),
+    "no database for Prefect": (
+        external(url=EXTERNAL["url"]),
+        (
+            "The bundled Prefect server needs a database of its own: set postgres.external.prefectUrl, or "
+            "prefectServer.mode to external or off."
+        ),
+    ),
+    "no role for KEDA": (
+        {**external(**EXTERNAL), **pools(default={"autoscaling": KEDA})},
+        "KEDA reads the backlog by a role of its own: set postgres.external.scalerUrl, or autoscaling.mode to",
+    ),
+    "no bucket": (bucket(), "store.mode is external: set store.external.bucket."),
+    "two keys of the store": (
+        bucket(bucket="b", accessKey="a", secretKey="s", existingSecret="s"),
+        "store.external.existingSecret takes the place of accessKey and secretKey: keep the one or the others.",
+    ),
+    "half a key": (
+        bucket(bucket="b", accessKey="a"),
+        "store.external.accessKey and secretKey belong together: set both, or neither for the pods' own identity.",
+    ),
+    "no Prefect": (
+        {"prefectServer": {"mode": "external"}},
+        "prefectServer.mode is external: set prefectServer.external.apiUrl.",
+    ),
+    "pages of nobody": (
+        {"prefectServer": {"mode": "off", "ingress": {"enabled": True}}},
+        "prefectServer.ingress is for the bundled server: turn it off, or set prefectServer.mode to bundled.",
+    ),
+    "pages without a host": (
+        {"prefectServer": {"ingress": {"enabled": True}}},
+        "prefectServer.ingress needs a host of its own: set prefectServer.ingress.host.",
+    ),
+    "pages on the API's host": (
+        {"ingress": {"host": "h"}, "prefectServer": {"ingress": {"enabled": True, "host": "h"}}},
+        "prefectServer.ingress.host is the API's: its pages need a host of their own.",
+    ),
+    "pages for all": (
+        {"prefectServer": {"auth": {"enabled": False}, "ingress": {"enabled": True, "host": "h"}}},
+        "prefectServer.ingress would show everybody every run: set prefectServer.auth.enabled.",
+    ),
+    "a Secret of the same name": (
+        {"auth": {"existingSecret": "demo-backcast"}},
+        (
+            "demo-backcast is the name of the Secret that the chart makes, for backcast-password, postgres-password, "
+            "prefect-auth-string, prefect-password, s3-access-key, s3-secret-key, scaler-password: give"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named(case: str) -> None:
+    values, words = MISTAKES[case]
+    said = refusal(values)
+    assert words in said
+    assert len(said.strip().splitlines()) <= 3, said
+
+
+@pytest.mark.parametrize("case", COMBINATIONS)
+def test_a_bad_combination_gets_a_sentence(case: str) -> None:
+    values, words = COMBINATIONS[case]
+    assert words in refusal(values)
+
+
+def test_what_is_under_global_is_the_parents() -> None:
+    render({"global": {"someone": {"elses": "key"}}})
+
+
+def secrets(model: type[BaseModel] = Settings, above: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from secrets(field.annotation, f"{above}{name}.")
+        elif "SecretStr" in str(field.annotation):
+            yield above + name
+
+
+@pytest.mark.parametrize("path", [*secrets()])
+def test_a_secret_in_the_config_is_refused(path: str) -> None:
+    section, _, name = path.partition(".")
+    said = refusal({"config": {section: {name: ["hunter2"] if name == "keys" else "hunter2"}}})
+    assert f"config.{path} is a secret, and config ends up in a ConfigMap: use " in said
+    assert "hunter2" not in said

@@ -1,0 +1,229 @@
+"""What the chart gives the processes is what they take: ConfigMap and environment, loaded as they load it."""
+
+import base64
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from prefect.settings import Settings as PrefectSettings
+
+import backcast.local
+from backcast.settings import CONFIG_VARIABLE, Settings, load
+from tests.chart.rendering import SCENARIOS, Object, Pod, Release, render, scenario
+
+SECRETS = {
+    "api-key": "an-api-key-of-some-length, another-api-key-of-ours",
+    "database-url": "postgresql://backcast:p@db.example.org:6432/backcast",
+    "prefect-database-url": "postgresql+asyncpg://prefect:p@db.example.org:6432/prefect",
+    "admin-url": "postgresql://postgres:p@db.example.org:6432/postgres",
+    "scaler-url": "postgresql://scaler:p@db.example.org:6432/backcast",
+}
+"""What stands in Secrets that are not the chart's; everything else is `secret`."""
+
+
+def environment(release: Release, container: Object) -> dict[str, str]:
+    """As the kubelet makes it."""
+    made: dict[str, str] = {}
+    kept = {key: value for each in release.of("Secret") for key, value in each["data"].items()}
+    for variable in container["env"]:
+        if "value" in variable:
+            value = re.sub(r"\$\((\w+)\)", lambda found: made.get(found[1], found[0]), variable["value"])
+        elif "secretKeyRef" in variable["valueFrom"]:
+            key = variable["valueFrom"]["secretKeyRef"]["key"]
+            value = base64.b64decode(kept[key]).decode() if key in kept else SECRETS.get(key, "secret")
+        else:
+            value = "from the pod"
+        made[variable["name"]] = value
+    return made
+
+
+def loaded(release: Release, container: Object, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    made = environment(release, container)
+    for name in [name for name in os.environ if name.startswith("BACKCAST_")]:
+        monkeypatch.delenv(name)
+    if CONFIG_VARIABLE in made:
+        assert made[CONFIG_VARIABLE] == "/etc/backcast/backcast.yaml"
+        assert any(mount["mountPath"] == "/etc/backcast" for mount in container["volumeMounts"])
+        (folder / "backcast.yaml").write_text(yaml.safe_dump(release.config))
+        made[CONFIG_VARIABLE] = str(folder / "backcast.yaml")
+    for name, value in made.items():
+        monkeypatch.setenv(name, value)
+    return load()
+
+
+OURS = [
+    pytest.param(name, pod, container, id=f"{name}-{pod.name}-{container['name']}")
+    for name in SCENARIOS
+    for pod in scenario(name).pods
+    for container in pod.containers
+    if any(variable["name"].startswith("BACKCAST_") for variable in container["env"])
+]
+
+
+@pytest.mark.parametrize(("name", "pod", "container"), OURS)
+def test_every_process_takes_its_settings(
+    name: str, pod: Pod, container: Object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded(scenario(name), container, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_address_leads_to_a_service_or_outside(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = scenario(name)
+    settings = loaded(release, release.pod("setup").main, tmp_path, monkeypatch)
+    services = {
+        f"{each['metadata']['name']}:{port['port']}" for each in release.of("Service") for port in each["spec"]["ports"]
+    }
+    urls = [settings.database.url, settings.setup.prefect_url, settings.setup.admin_url, settings.setup.scaler_url]
+    addresses = [url.get_secret_value() for url in urls if url is not None]
+    addresses += [each["value"] for pod in release.pods for each in pod.main["env"] if each["name"] == "BACKCAST_URL"]
+    addresses += filter(None, [settings.store.endpoint, settings.prefect.api_url, settings.model.base_url])
+    found = {urlsplit(address).netloc.rpartition("@")[2] for address in addresses}
+    assert {place for place in found if ".example.org" not in place} <= services
+    assert found
+
+
+def of(
+    component: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str | None = None
+) -> Settings:
+    release = render(values)
+    return loaded(release, release.pod(component, pool).main, tmp_path, monkeypatch)
+
+
+def test_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = of("worker", {}, tmp_path, monkeypatch)
+    assert (worker.worker.host, worker.worker.pool, worker.worker.slots, worker.builtin_tasks) == (
+        "0.0.0.0",
+        "default",
+        10,
+        True,
+    )
+    assert worker.model.embedded
+    assert worker.model.embedded_url == "http://demo-backcast-llm:8083/v1"
+    assert (worker.store.url, worker.store.endpoint) == ("s3://backcast", "http://demo-backcast-minio:9000")
+    assert worker.prefect.auth_string is not None
+
+
+def test_a_pool_has_settings_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = {"slots": 3, "grace": 120, "tasks": ["a.b", "c"]}
+    settings = of("worker", {"workers": {"pools": {"own": pool}}}, tmp_path, monkeypatch, "own")
+    assert (settings.worker.pool, settings.worker.slots, settings.worker.grace.total_seconds()) == ("own", 3, 120)
+    assert (settings.tasks, settings.builtin_tasks) == (["a.b", "c"], False)
+
+
+def test_config_wins_over_what_the_chart_derives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "store": {"path_style": False, "timeout": 3},
+        "prefect": {"history": False},
+        "steward": {"keep_runs": None},
+        "model": {"slots": 4},
+        "api": {"max_waiting": 10_000_000},
+    }
+    settings = of("api", {"config": config}, tmp_path, monkeypatch)
+    assert settings.store.path_style is False
+    assert settings.store.timeout.total_seconds() == 3
+    assert settings.store.url == "s3://backcast"
+    assert settings.prefect.history is False
+    assert settings.prefect.api_url == "http://demo-backcast-prefect:4200/api"
+    assert settings.steward.keep_runs is None
+    assert settings.steward.keep_history is not None
+    assert settings.model.slots == 4
+    assert settings.api.max_waiting == 10_000_000
+
+
+def test_everything_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = scenario("external")
+    settings = loaded(release, release.pod("worker").main, tmp_path, monkeypatch)
+    store = settings.store
+    assert (store.url, store.endpoint) == ("s3://results/backcast", "https://s3.example.org:9443")
+    assert (store.region, store.path_style) == ("eu-1", False)
+    assert store.ca_bundle == Path("/etc/backcast-ca/ca.crt")
+    assert not settings.model.embedded
+    assert settings.model.api_key is not None
+    assert not release.of("StatefulSet")
+    assert not release.of("Secret"), "there is nothing for the chart to keep"
+    kept = {pod.component for pod in release.pods}
+    assert kept == {"api", "worker", "steward", "setup", "test"}
+
+
+def test_the_pods_own_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"store": {"mode": "external", "external": {"bucket": "b"}}}
+    settings = of("api", values, tmp_path, monkeypatch)
+    assert (settings.store.url, settings.store.endpoint, settings.store.access_key) == ("s3://b", None, None)
+
+
+def test_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = of("worker", {"prefectServer": {"mode": "off"}}, tmp_path, monkeypatch)
+    assert (settings.prefect.api_url, settings.prefect.history) == (None, False)
+
+
+def test_given_urls_become_secrets() -> None:
+    """The scheme that Prefect wants is the chart's business."""
+    external = {"url": "postgresql://b:p@h/b", "prefectUrl": "postgresql://p:p@h/p", "adminUrl": "postgresql://a:p@h/a"}
+    release = render({"postgres": {"mode": "external", "external": external}})
+    assert not release.of("StatefulSet", "postgres")
+    prefect = environment(release, release.pod("prefect-server").main)
+    assert prefect["PREFECT_API_DATABASE_CONNECTION_URL"] == "postgresql+asyncpg://p:p@h/p"
+    setup = environment(release, release.pod("setup").main)
+    assert setup["BACKCAST_SETUP__ADMIN_URL"] == "postgresql://a:p@h/a"
+    assert setup["BACKCAST_SETUP__PREFECT_URL"] == "postgresql+asyncpg://p:p@h/p"
+    assert "p:p@" not in str(release.of("ConfigMap"))
+    optional = {
+        each["name"]: each["valueFrom"]["secretKeyRef"].get("optional", False)
+        for each in release.pod("setup").main["env"]
+        if each["name"].startswith("BACKCAST_SETUP__")
+    }
+    assert optional == {
+        "BACKCAST_SETUP__ADMIN_URL": True,
+        "BACKCAST_SETUP__SCALER_URL": True,
+        "BACKCAST_SETUP__PREFECT_URL": False,
+    }
+
+
+def test_prefect_takes_its_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that spare it work are the ones of `backcast up`."""
+    release = scenario("defaults")
+    told = environment(release, release.pod("prefect-server").main)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    server = PrefectSettings().server
+    assert server.ui.api_url == "/api", "on the host that the pages come from, whatever that is"
+    assert str(server.ui.static_directory).startswith("/tmp/")
+    assert server.api.auth_string is not None
+    assert server.database.connection_url is not None
+    url = server.database.connection_url.get_secret_value()
+    assert re.fullmatch(r"postgresql\+asyncpg://prefect:\w+@demo-backcast-postgres:5432/prefect", url)
+    assert not any(
+        (server.analytics_enabled, server.services.triggers.enabled, server.services.event_persister.enabled)
+    )
+    spared = [name for name in told if name.startswith("PREFECT_SERVER_SERVICES")]
+    local = Path(backcast.local.__file__).read_text()
+    assert len(spared) == 4
+    assert all(f'"{name}": "{told[name]}"' in local for name in spared)
+
+
+def test_each_process_is_told_no_more_secrets_than_it_needs() -> None:
+    told = {
+        pod.component: {
+            each["valueFrom"]["secretKeyRef"]["key"] for each in pod.main["env"] if "secretKeyRef" in str(each)
+        }
+        for pod in render({"model": {"apiKey": "k"}}).pods
+        if pod.component != "test"
+    }
+    store = {"s3-access-key", "s3-secret-key"}
+    work = {"backcast-password"} | store
+    assert told == {
+        "api": work | {"api-key"},
+        "worker": work | {"prefect-auth-string", "model-api-key"},
+        "steward": work | {"prefect-auth-string"},
+        "prefect-server": {"prefect-password", "prefect-auth-string"},
+        "postgres": {"postgres-password"},
+        "store": store,
+        "setup": work | {"postgres-password", "prefect-password", "scaler-password"},
+    }

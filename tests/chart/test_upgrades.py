@@ -1,0 +1,185 @@
+"""What the chart asks a cluster before it says anything: passwords that are there, what runs, and what is missing."""
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.chart.rendering import Cluster, Values, cluster, refusal, render
+
+OWN = "demo-backcast"
+"""The Secret that the chart makes."""
+
+
+@pytest.fixture
+def live() -> Iterator[Cluster]:
+    with cluster() as served:
+        yield served
+
+
+def coded(**data: str) -> dict[str, str]:
+    return {name.replace("_", "-"): base64.b64encode(value.encode()).decode() for name, value in data.items()}
+
+
+# Secrets
+
+
+def test_what_was_generated_is_kept_and_what_is_new_is_added(live: Cluster) -> None:
+    before = render({"prefectServer": {"mode": "off"}}, cluster=live).the("Secret")["data"]
+    live.add("Secret", OWN, data=before)
+    after = render({}, cluster=live).the("Secret")["data"]
+    assert before.items() < after.items()
+    assert set(after) - set(before) == {"prefect-auth-string"}
+
+
+def test_without_a_cluster_they_are_new_each_time() -> None:
+    one, other = (render({}).the("Secret")["data"] for _ in range(2))
+    assert one.keys() == other.keys()
+    assert not one.items() & other.items()
+
+
+def test_generated_values_can_stand_in_a_url_and_are_long() -> None:
+    for key, value in render({}).the("Secret")["data"].items():
+        value = base64.b64decode(value).decode()
+        assert value.removeprefix("admin:").isalnum(), key
+        assert len(value) >= 20, key
+
+
+def test_the_secret_outlives_the_release() -> None:
+    assert render({}).the("Secret")["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+def test_the_volumes_passwords_are_kept_while_another_server_is_in_use(live: Cluster) -> None:
+    live.add("Secret", OWN, data=coded(postgres_password="old", s3_access_key="old", api_key="old"))
+    external = {"url": "postgresql://b:p@h/b", "prefectUrl": "postgresql://p:p@h/p"}
+    data = render({"postgres": {"mode": "external", "external": external}}, cluster=live).the("Secret")["data"]
+    assert data["postgres-password"] == coded(x="old")["x"]
+    assert base64.b64decode(data["database-url"]).decode() == "postgresql://b:p@h/b"
+
+
+def test_an_old_volume_without_its_passwords_is_refused(live: Cluster) -> None:
+    live.add("PersistentVolumeClaim", "data-demo-backcast-postgres-0")
+    said = refusal({}, live)
+    assert (
+        "The volume data-demo-backcast-postgres-0 of an earlier release is there, but the Secret demo-backcast with"
+        in said
+    )
+    assert "kubectl -n team delete pvc data-demo-backcast-postgres-0" in said
+    live.add("Secret", OWN, data=coded(postgres_password="old"))
+    render({}, cluster=live)
+
+
+# Secrets of others
+
+EXISTING: dict[str, tuple[Values, list[str]]] = {
+    "auth": ({"auth": {"existingSecret": "theirs"}}, ["api-key"]),
+    "model": ({"model": {"existingSecret": "theirs"}}, ["model-api-key"]),
+    "postgres": (
+        {"postgres": {"bundled": {"existingSecret": "theirs"}}},
+        ["postgres-password", "backcast-password", "prefect-password", "scaler-password"],
+    ),
+    "external postgres": (
+        {"postgres": {"mode": "external", "external": {"existingSecret": "theirs"}}},
+        ["database-url", "prefect-database-url"],
+    ),
+    "external postgres for KEDA": (
+        {
+            "postgres": {"mode": "external", "external": {"existingSecret": "theirs"}},
+            "prefectServer": {"mode": "off"},
+            "workers": {"pools": {"default": {"autoscaling": {"mode": "hpa"}}}},
+        },
+        ["database-url"],
+    ),
+    "store": ({"store": {"bundled": {"existingSecret": "theirs"}}}, ["s3-access-key", "s3-secret-key"]),
+    "external store": (
+        {"store": {"mode": "external", "external": {"bucket": "b", "existingSecret": "theirs"}}},
+        ["s3-access-key", "s3-secret-key"],
+    ),
+    "prefect": ({"prefectServer": {"auth": {"existingSecret": "theirs"}}}, ["prefect-auth-string"]),
+    "one for two": (
+        {"auth": {"existingSecret": "theirs"}, "model": {"existingSecret": "theirs"}},
+        ["api-key", "model-api-key"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXISTING)
+def test_an_existing_secret_must_have_its_keys(live: Cluster, case: str) -> None:
+    values, keys = EXISTING[case]
+    expected = ", ".join(keys)
+    assert f"There is no Secret theirs in the namespace team: create it, with the keys {expected}." in refusal(
+        values, live
+    )
+    live.add("Secret", "theirs", data=dict.fromkeys(keys[:-1], "eA=="))
+    assert f"The Secret theirs has no key {keys[-1]}: add it; it needs {expected}." in refusal(values, live)
+    live.add("Secret", "theirs", data=dict.fromkeys(keys, "eA=="))
+    release = render(values, cluster=live)
+    assert not set(keys) & {key for each in release.of("Secret") for key in each["data"]}, (
+        "the chart makes none of them"
+    )
+    used = {
+        each["valueFrom"]["secretKeyRef"]["name"]
+        for pod in release.pods
+        for container in pod.containers
+        for each in container["env"]
+        if each.get("valueFrom", {}).get("secretKeyRef", {}).get("key") in keys
+    }
+    assert used == {"theirs"}
+
+
+def test_a_key_of_prefect_cloud_is_enough(live: Cluster) -> None:
+    external = {"apiUrl": "https://api.prefect.cloud/api/accounts/a/workspaces/w", "existingSecret": "cloud"}
+    values = {"prefectServer": {"mode": "external", "external": external}}
+    assert "There is no Secret cloud in the namespace team: create it." in refusal(values, live)
+    live.add("Secret", "cloud", data={"prefect-api-key": "eA=="})
+    told = {each["name"]: each for each in render(values, cluster=live).pod("worker").main["env"]}
+    for name in ("BACKCAST_PREFECT__API_KEY", "BACKCAST_PREFECT__AUTH_STRING"):
+        assert told[name]["valueFrom"]["secretKeyRef"]["optional"], name
+
+
+def test_a_secret_that_the_release_itself_may_make_is_not_missed(live: Cluster) -> None:
+    made = {"apiVersion": "external-secrets.io/v1", "kind": "ExternalSecret", "metadata": {"name": "theirs"}}
+    render({"auth": {"existingSecret": "theirs"}, "extraObjects": [made]}, cluster=live)
+
+
+def test_keda_must_be_there(live: Cluster) -> None:
+    said = refusal({"workers": {"pools": {"default": {"autoscaling": {"mode": "keda"}}}}}, live)
+    assert "autoscaling.mode is keda, but this cluster has no KEDA: install it, or set the mode to hpa or off." in said
+
+
+# Replicas
+
+
+@pytest.mark.parametrize(("live_count", "least", "expected"), [(4, 1, 4), (1, 2, 2), (0, 1, 1)])
+def test_turning_a_scaler_on_starts_from_what_runs(live: Cluster, live_count: int, least: int, expected: int) -> None:
+    scaler: dict[str, Any] = {"minReplicas": least, "maxReplicas": 9}
+    for name in ("demo-backcast-api", "demo-backcast-worker-default"):
+        live.add("Deployment", name, spec={"replicas": live_count})
+    values = {
+        "api": {"autoscaling": {"enabled": True, **scaler}},
+        "workers": {"pools": {"default": {"autoscaling": {"mode": "hpa", **scaler}}}},
+    }
+    release = render(values, cluster=live)
+    assert [release.pod(part).owner["spec"]["replicas"] for part in ("api", "worker")] == [expected, expected]
+
+
+def test_turning_a_scaler_off_is_what_the_values_say(live: Cluster) -> None:
+    live.add("Deployment", "demo-backcast-api", spec={"replicas": 7})
+    assert render({}, cluster=live).pod("api").owner["spec"]["replicas"] == 2
+
+
+# The setup Job
+
+
+def test_the_setup_job_is_a_new_one_when_anything_changes() -> None:
+    names = {
+        render(values, revision=revision).the("Job")["metadata"]["name"]
+        for values in ({}, {"image": {"tag": "next"}}, {"config": {"lease": 30}})
+        for revision in (1, 2)
+    }
+    assert len(names) == 6
+    assert render({}).the("Job")["metadata"]["name"] in names, "a rollback makes the old one again"
+    job = render({}).the("Job")
+    assert "helm.sh/hook" not in str(job)
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"

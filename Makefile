@@ -6,10 +6,10 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .tools/bin/uv)
 export UV_PROJECT_ENVIRONMENT ?= .venv
 
-.PHONY: help up test lint gen bench eval chaos
+.PHONY: help up test chart e2e image lint gen bench eval chaos
 
 help: ## show the verbs
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 .tools/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -22,8 +22,18 @@ help: ## show the verbs
 up: .venv/.synced ## the whole product on this machine: no key, no Docker (UP="--no-model" passes options)
 	@.venv/bin/backcast up $(UP)
 
-test: .venv/.synced ## unit and integration tests, on real servers (TEST="-k name" passes options)
-	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST)  # by files: most tests wait, and share servers
+# By files, three at a time: most tests wait, and those of a file share servers.
+test: .venv/.synced ## unit, chart and integration tests, on real servers (TEST="-k name" passes options)
+	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST)
+	@docker info >/dev/null 2>&1 || printf '\n%s\n' \
+	  '*** NOT RUN, for want of Docker: the end-to-end tier (tests/e2e, `make e2e`) on a real cluster. ***' >&2
+
+chart: .venv/.synced ## tests of the Helm chart alone; they need no cluster
+	@.venv/bin/python -m pytest tests/chart $(TEST)
+
+e2e: .venv/.synced ## install the chart on a kind cluster, and break it (E2E="-k upgrade" passes options; needs Docker)
+	@.venv/bin/python -m pytest tests/e2e -o log_cli=true -o log_cli_level=INFO \
+	  -o log_cli_format='%(asctime)s %(message)s' -o log_cli_date_format='%H:%M:%S' --durations=15 $(E2E)
 
 lint: .venv/.synced ## format, lint, types, import contracts, generated files
 	.venv/bin/ruff format --check .
@@ -32,7 +42,7 @@ lint: .venv/.synced ## format, lint, types, import contracts, generated files
 	.venv/bin/lint-imports
 	.venv/bin/python -m tests.support.generate --check
 
-gen: .venv/.synced ## write the generated files: docs/openapi.json, docs/settings.md
+gen: .venv/.synced ## write the generated files: docs/openapi.json, docs/settings.md, the chart's schema and README
 	.venv/bin/python -m tests.support.generate
 
 eval: .venv/.synced ## accuracy of the embedded model, through the HTTP API
@@ -43,3 +53,22 @@ bench: .venv/.synced ## a first look at speed: submit, end to end, CPU per run
 
 chaos: .venv/.synced ## kill, stop and cut off everything under load, then check every run (CHAOS="--minutes 15 --seed 1")
 	.venv/bin/python -m tests.chaos $(CHAOS)
+
+# Of REGISTRY/<part>:IMAGE_TAG, with DOCKER (podman will do); BUILD_ARGS="--build-arg PYTHON=python@sha256:…" and the like.
+DOCKER ?= docker
+REGISTRY ?= ghcr.io/backcast
+IMAGE_TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGES ?= api worker prefect-server llm
+
+image: $(IMAGES:%=image-%) ## the container images (IMAGES="api worker" builds some, IMAGE_TAG and REGISTRY name them)
+
+image-%:
+	DOCKER_BUILDKIT=1 $(DOCKER) build --target $* --tag $(REGISTRY)/$*:$(IMAGE_TAG) --build-arg VERSION=$(IMAGE_TAG) \
+	  --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null) $(BUILD_ARGS) .
+
+.env: # for compose.yaml: made once, and yours from then on
+	@umask 077 && { for name in DATABASE POSTGRES PREFECT STORE; do \
+	  echo "$${name}_PASSWORD=$$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"; done; printf '%s\n' '' \
+	  '# The embedded model. For a provider, take the next line away and fill in the others.' COMPOSE_PROFILES=llm \
+	  '#BACKCAST_MODEL__BACKEND=openai' '#BACKCAST_MODEL__BASE_URL=https://api.openai.com/v1' \
+	  '#BACKCAST_MODEL__NAME=gpt-4o-mini' '#BACKCAST_MODEL__API_KEY='; } >$@

@@ -62,6 +62,9 @@ class Store(_Section):
     """`file:///folder`, or `s3://bucket/prefix` for any S3."""
     endpoint: str | None = None
     """S3 endpoint as a URL; none means AWS."""
+    public_endpoint: str | None = None
+    """URL at which callers reach that S3 themselves: results too large for their row (32 KiB) are then answered with a
+    redirect to it, signed for 5 minutes. None: they pass through the API."""
     region: str | None = None
     """S3 region; none leaves it to the environment."""
     path_style: bool = True

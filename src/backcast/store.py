@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -31,6 +32,8 @@ PAGE = 1000
 """Objects listed at a time; what S3 gives at most."""
 _BATCH = 16
 """Objects deleted at the same time."""
+_LINK_LASTS = 300
+"""Seconds in which a link can be followed; what has begun then may go on."""
 _DRAFTS = ".drafts"
 """Where files of a folder are written before they are moved into place. That it is there tells the folder from the
 empty one that stays behind when it is not mounted."""
@@ -93,6 +96,11 @@ class Store:
 
         return chunks()
 
+    async def link(self, key: str) -> str | None:
+        """A URL by which whoever has it may read the object for five minutes, where callers can reach the store
+        themselves; None where they can't. Raises `Missing`."""
+        return await self._within(self._place.link(_checked(key)))
+
     async def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; those that are not there are no error."""
         left = [_checked(key) for key in keys]
@@ -154,6 +162,9 @@ class _Folder:
 
     async def write(self, key: str, body: bytes, is_copied: bool) -> None:
         await self._in_thread(lambda: self._write(key, body, is_copied))
+
+    async def link(self, key: str) -> None:
+        """Nobody but us reads the folder."""
 
     async def remove(self, keys: list[str]) -> None:
         await self._in_thread(lambda: self._remove(keys))
@@ -272,11 +283,11 @@ class _Bucket:
         self._region = settings.region
         self._host = urlsplit(settings.endpoint).netloc.rpartition("@")[2] if settings.endpoint else "AWS"
         seconds = settings.timeout.total_seconds()
-        self._s3: Any = S3FileSystem(
+        open_s3: Any = partial(
+            S3FileSystem,
             asynchronous=True,
             skip_instance_cache=True,
             use_listings_cache=False,
-            endpoint_url=settings.endpoint,
             key=settings.access_key and settings.access_key.get_secret_value(),
             secret=settings.secret_key and settings.secret_key.get_secret_value(),
             client_kwargs={"region_name": settings.region, "verify": settings.ca_bundle and str(settings.ca_bundle)},
@@ -288,9 +299,13 @@ class _Bucket:
                 "s3": {"addressing_style": "path" if settings.path_style else "virtual"},
                 "request_checksum_calculation": "when_required",  # stores other than AWS trip over the newer ones
                 "response_checksum_validation": "when_required",
+                "signature_version": "s3v4",  # of links too
             },
         )
+        self._s3: Any = open_s3(endpoint_url=settings.endpoint)
         self._s3.retries = 1  # botocore's are enough
+        public = settings.public_endpoint
+        self._public: Any = open_s3(endpoint_url=public) if public else None  # signs only, and asks nobody
 
     def __str__(self) -> str:
         return f"The bucket {self._bucket} at {self._host}"
@@ -310,17 +325,21 @@ class _Bucket:
 
     async def read(self, key: str, start: int) -> tuple[bytes, int]:
         try:
-            answer = await self._call("get_object", Key=self._prefix + key, Range=f"bytes={start}-{start + CHUNK - 1}")
+            answer = await self._of(key, "get_object", Range=f"bytes={start}-{start + CHUNK - 1}")
         except OSError as error:
             if _code(error) == "InvalidRange":  # nothing from there on: an empty object
                 return b"", start
-            if isinstance(error, FileNotFoundError):
-                await self.check()  # stores differ in what they say when it is the bucket that is missing
-                raise Missing(key) from None
             raise
         async with answer["Body"] as body:
             chunk: bytes = await body.read()
         return chunk, int(answer.get("ContentRange", f"/{len(chunk)}").rpartition("/")[2])
+
+    async def link(self, key: str) -> str | None:
+        if self._public is None:
+            return None
+        await self._of(key, "head_object")
+        where = f"{self._bucket}/{self._prefix}{key}"
+        return await self._public._url(where, expires=_LINK_LASTS, ResponseContentType="application/json")
 
     async def write(self, key: str, body: bytes, is_copied: bool) -> None:  # noqa: ARG002  # always durable
         # The digest: a store may take a request that ends after its headers for an empty object.
@@ -356,8 +375,17 @@ class _Bucket:
                 await self._call("create_bucket", **where)
 
     async def aclose(self) -> None:
-        if self._s3._s3 is not None:
-            await self._s3._s3.close()
+        for opened in (self._s3, self._public):
+            if opened is not None and opened._s3 is not None:
+                await opened._s3.close()
+
+    async def _of(self, key: str, operation: str, **arguments: Any) -> Any:
+        """Ask about one object. Raises `Missing`."""
+        try:
+            return await self._call(operation, Key=self._prefix + key, **arguments)
+        except FileNotFoundError:
+            await self.check()  # stores differ in what they say when it is the bucket that is missing
+            raise Missing(key) from None
 
     async def _call(self, operation: str, **arguments: Any) -> Any:
         return await self._s3._call_s3(operation, Bucket=self._bucket, **arguments)

@@ -143,6 +143,7 @@ def test_everything_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     store = settings.store
     assert (store.url, store.endpoint) == ("s3://results/backcast", "https://s3.example.org:9443")
     assert (store.region, store.path_style) == ("eu-1", False)
+    assert store.public_endpoint == "https://results.example.org"
     assert store.ca_bundle == Path("/etc/backcast-ca/ca.crt")
     assert not settings.model.embedded
     assert settings.model.api_key is not None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import botocore.session
+import httpx
 import pytest
 from botocore.config import Config
 
@@ -346,6 +347,34 @@ async def test_a_server_that_answers_badly(opened: Opening, answer: bytes, words
     async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         assert words in await unavailable(opened(endpoint=f"http://127.0.0.1:{port}").get("a"))
+
+
+async def test_a_link_is_for_one_object_and_at_the_public_address(s3: S3Server, opened: Opening) -> None:
+    public = s3.url.replace("127.0.0.1", "localhost")
+    store = opened("s3://linked/some/prefix", public_endpoint=public)
+    await store.ensure()
+    await store.put("results/a/1.json", b"[1]")
+    await store.put("results/b/1.json", b"[2]")
+    link = await store.link("results/a/1.json")
+    assert link is not None
+    assert link.startswith(f"{public}/linked/some/prefix/results/a/1.json?")
+    assert "X-Amz-Expires=300" in link
+    assert s3.secret_key not in link
+    async with httpx.AsyncClient() as stranger:
+        answer = await stranger.get(link)
+        assert (answer.status_code, answer.content) == (200, b"[1]")
+        assert answer.headers["content-type"] == "application/json"
+        assert (await stranger.get(link.replace("/a/", "/b/"))).status_code == 403
+        assert (await stranger.delete(link)).status_code == 403
+    with pytest.raises(Missing):
+        await store.link("results/c/1.json")
+    gone = opened("s3://no-such-bucket", public_endpoint=public)
+    assert "create it" in await unavailable(gone.link("results/a/1.json"))
+
+
+async def test_without_a_public_address_there_are_no_links(store: Store) -> None:
+    await store.put("results/a/1.json", b"[1]")
+    assert await store.link("results/a/1.json") is None
 
 
 @pytest.mark.parametrize("size", [100_000, len(LARGE)])

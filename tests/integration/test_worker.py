@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from backcast import postgres
+from backcast.client import AsyncClient
 from backcast.ledger import Ledger, attempts, migrate
 from tests.support.s3 import s3_server
 from tests.support.stack import FINAL, Stack, stack
@@ -311,7 +312,13 @@ async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
             assert await made.ended() == 0, made.text
             await product.up("api", "worker")
             large = "x" * 100_000
-            assert await product.result(await product.submit("echo", value=large)) == large
+            run = await product.submit("echo", value=large)
+            assert await product.result(run) == large
+            other = await product.start("api", BACKCAST_STORE__PUBLIC_ENDPOINT=s3.url).ready()
+            answer = await product.client.get(f"{other.url}/v1/runs/{run}/result")
+            assert (answer.status_code, answer.headers["location"].startswith(s3.url)) == (307, True)
+            async with AsyncClient(other.url) as client:
+                assert await client.result(run) == large
             for _ in range(2):
                 assert await product.result(await product.submit("counted", name="s3", payload=1)) == 1
             s3.stop()

@@ -65,6 +65,7 @@
 {{- if .caBundle.configMap }}{{ $_ := set $store "ca_bundle" "/etc/backcast-ca/ca.crt" }}{{ end }}
 {{- end }}
 {{- end }}
+{{- with $values.store.publicEndpoint }}{{ $_ := set $store "public_endpoint" . }}{{ end }}
 {{- $model := dict "backend" (include "backcast.model.backend" .) "name" $values.model.name "host" "0.0.0.0" }}
 {{- if and (eq $model.backend "embedded") (include "backcast.uses.llm" .) }}
 {{- $_ := set $model "base_url" (printf "http://%s:8083/v1" (include "backcast.name.llm" .)) }}

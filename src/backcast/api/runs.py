@@ -3,12 +3,12 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
-from typing import Annotated
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel
 
 from backcast.api import problems
@@ -37,6 +37,8 @@ from backcast.ledger import runs
 from backcast.ledger.runs import Result
 from backcast.models import Run, State, Submission
 from backcast.store import Missing
+
+T = TypeVar("T")
 
 router = APIRouter(prefix="/v1", tags=["runs"])
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=Direct)
@@ -151,6 +153,7 @@ async def _ended(deps: Backend, run_id: UUID, wait: float) -> Run:
     response_model=None,
     responses={
         200: {"description": "The result, any JSON value", "content": {"application/json": {"schema": {}}}},
+        307: {"description": "A large result is to be fetched from the store itself, within five minutes"},
         **problems.responses(UnknownRun, NotFinished, NoResult, ResultGone, LedgerUnavailable, StoreUnavailable),
     },
 )
@@ -163,14 +166,20 @@ async def get_result(run_id: UUID, deps: Deps) -> Response:
         raise NoResult(f"The run was {found.run.state.value}{why}.")
     if found.text is not None:
         return Response(found.text, media_type="application/json")
+    if (link := await _stored(found, deps.store.link)) is not None:
+        return RedirectResponse(link, headers={"Cache-Control": "no-store"})
     return StreamingResponse(await stored(deps, found), media_type="application/json")
 
 
 async def stored(deps: Backend, found: Result) -> AsyncIterator[bytes]:
     """The stored result in chunks; what goes wrong before the first one is still a problem document."""
+    return await _stored(found, deps.store.stream)
+
+
+async def _stored(found: Result, take: Callable[[str], Awaitable[T]]) -> T:
     assert found.key is not None
     try:
-        return await deps.store.stream(found.key)
+        return await take(found.key)
     except Missing:
         raise ResultGone("The run completed, but its result is no longer in the store: submit it again.") from None
 

@@ -86,6 +86,7 @@ def connection(url: str, headers: Mapping[str, str] | None) -> dict[str, Any]:
     return {
         "base_url": address,
         "headers": headers,
+        "follow_redirects": True,  # a large result may lie in the store; our key stays with the service
         "verify": address.scheme == "https",  # reading the certificate authorities takes 40 ms
         # Never through the environment's proxy:
         "mounts": {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None},

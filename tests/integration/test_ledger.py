@@ -12,6 +12,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from backcast import postgres
 from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
 from backcast.ledger import Ledger, attempts, history, lanes, migrate, runs, submissions, workers
 from backcast.ledger.attempts import Claim, Ending
@@ -374,6 +375,25 @@ async def test_a_database_that_is_away_or_empty_is_unavailable_with_a_sentence(s
     with pytest.raises(LedgerUnavailable, match="backcast setup"):
         await empty.check()
     await empty.aclose()
+
+
+async def test_a_database_that_takes_no_connections_is_unavailable(server: postgres.Postgres, database: str) -> None:
+    """As while it is restored; found on a cluster, where workers and stewards ended for it."""
+    name = database.partition("?")[0].rpartition("/")[2]
+    admin = await asyncpg.connect(server.url())
+    closed = Ledger(database)
+    await admin.execute(f'alter database "{name}" allow_connections false')
+    try:
+        with pytest.raises(LedgerUnavailable, match="not currently accepting connections"):
+            await closed.check()
+        with pytest.raises(LedgerUnavailable, match="not currently accepting connections"):
+            async with closed.session():
+                pass
+    finally:
+        await admin.execute(f'alter database "{name}" allow_connections true')
+        await admin.close()
+    await closed.check()
+    await closed.aclose()
 
 
 @pytest.fixture(autouse=True)

@@ -85,6 +85,8 @@ def _reaching() -> Iterator[None]:
         asyncpg.ReadOnlySQLTransactionError,
         asyncpg.DeadlockDetectedError,
         asyncpg.InvalidAuthorizationSpecificationError,
+        asyncpg.InsufficientPrivilegeError,  # of the role: to connect, or to a table
+        asyncpg.ObjectNotInPrerequisiteStateError,  # a database that takes no connections
         asyncpg.PostgresSystemError,  # class 58: I/O errors of the server's disk
         asyncpg.InternalServerError,  # class XX
     ) as error:

@@ -1,7 +1,8 @@
 """Every setting of every process: one model, unknown keys refused, read at the composition root only.
 
 Sources, later ones win: defaults, the YAML file named by `BACKCAST_CONFIG`, environment variables
-(`BACKCAST_WORKER__SLOTS=20`; two underscores go one level down). Secrets belong in the environment.
+(`BACKCAST_WORKER__SLOTS=20`; two underscores go one level down; an empty one is not set). Secrets belong in the
+environment.
 """
 
 import os
@@ -219,6 +220,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_nested_delimiter="__",
+        env_ignore_empty=True,  # what a template leaves empty was not set: an empty key is no key
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,

@@ -90,3 +90,12 @@ def test_what_is_no_duration_is_a_sentence(monkeypatch: pytest.MonkeyPatch, text
     monkeypatch.setenv("BACKCAST_LEASE", text)
     with pytest.raises(ConfigurationError, match="BACKCAST_LEASE: "):
         load()
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BACKCAST_MODEL__API_KEY", "BACKCAST_MODEL__BASE_URL", "BACKCAST_API__KEYS", "BACKCAST_LEASE"):
+        monkeypatch.setenv(name, "")
+    settings = load()
+    assert settings.model.embedded
+    assert (settings.model.api_key, settings.model.base_url, settings.api.keys) == (None, None, [])
+    assert settings.lease == timedelta(seconds=15)

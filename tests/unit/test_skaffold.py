@@ -59,12 +59,25 @@ def test_the_schema_would_say_so() -> None:
 
 
 def test_it_builds_what_the_dockerfile_has() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
     for artifact in config("llm")["build"]["artifacts"]:
-        arguments = artifact["docker"].get("buildArgs", {})
-        found = stages((ROOT / "Dockerfile").read_text(), **arguments)
         part = artifact["image"].removeprefix("ghcr.io/backcast/")
-        assert artifact["docker"]["target"] in found
-        assert arguments.get("PART", artifact["docker"]["target"]) == part
+        if docker := artifact.get("docker"):
+            assert docker == {"target": "dev", "buildArgs": {"PART": part}}
+            assert stages(dockerfile, PART=part)["dev"].base == part
+        else:
+            assert f"docker build --target {part} " in artifact["custom"]["buildCommand"]
+            assert part in stages(dockerfile)
+            for path in artifact["custom"]["dependencies"]["paths"]:
+                assert (ROOT / path).is_file()
+
+
+def test_a_changed_python_file_is_copied_and_rebuilds_nothing() -> None:
+    # By Skaffold's own builder, an artifact without a rule for a file that the Dockerfile copies would be built again.
+    rules = [artifact["sync"]["manual"] for artifact in BASE["build"]["artifacts"] if "docker" in artifact]
+    assert len(rules) == 2
+    for each in rules:
+        assert {rule["strip"] for rule in each} == {"src/", "examples/"}
 
 
 @pytest.mark.parametrize("profiles", CHOICES)

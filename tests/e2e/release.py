@@ -1,0 +1,313 @@
+"""One release of the chart: installed, changed and removed by helm as a user does, reached through the Ingress from
+outside, and looked into past the product's own code.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from backcast.client import AsyncClient
+from tests.e2e.cluster import INGRESS, Cluster, is_ready
+from tests.e2e.images import CHART, NOW
+from tests.e2e.programs import Done, run, run_aloud
+from tests.support.stack import FINAL
+from tests.support.waiting import until
+
+Values = Mapping[str, Any]
+
+LEASE = 5
+"""Seconds until a lost worker's runs are given to others: short, so that tests of it are."""
+
+
+def merged(*values: Values) -> dict[str, Any]:
+    """As helm merges files: mappings are merged, the rest is replaced."""
+    result: dict[str, Any] = {}
+    for each in values:
+        for name, value in each.items():
+            old = result.get(name)
+            both = isinstance(value, Mapping) and isinstance(old, Mapping)
+            result[name] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def small(host: str, model: str, tag: str = NOW) -> dict[str, Any]:
+    """The least that works: one of each, the tests' tasks, and a model that answers by script."""
+    return {
+        "image": {"tag": tag},
+        "config": {"lease": f"PT{LEASE}S"},
+        "auth": {"enabled": True},
+        "api": {"replicas": 1},
+        "workers": {"pools": {"default": {"replicas": 1, "slots": 4, "tasks": ["e2e_tasks"]}}},
+        "steward": {"replicas": 1},
+        "llm": {"mode": "off"},
+        "model": {"backend": "openai", "name": "scripted", "baseUrl": model, "apiKey": "any"},
+        "ingress": {"host": host},
+    }
+
+
+@dataclass
+class Release:
+    cluster: Cluster
+    name: str
+    namespace: str
+    http: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=30, trust_env=False))
+
+    # -- helm -------------------------------------------------------------------------------------------------------
+
+    async def install(self, values: Values, *, wait: bool = True) -> Done:
+        """Install or upgrade to exactly these values, and be ready to talk to the API if it is waited for."""
+        return await self._helm("upgrade", "--install", values=values, wait=wait)
+
+    async def first_install(self, values: Values, *, wait: bool = True) -> Done:
+        return await self._helm("install", values=values, wait=wait)
+
+    async def _helm(self, *verb: str, values: Values, wait: bool) -> Done:
+        await self.cluster.make_namespace(self.namespace)
+        given = Path(f"/tmp/{self.namespace}-{self.name}.json")
+        given.write_text(json.dumps(values))
+        files = ("--values", str(given)) if values else ()
+        waiting = ("--wait", "--timeout", "5m") if wait else ("--timeout", "2m")
+        try:
+            done = await run_aloud(
+                "helm", *verb, self.name, str(CHART), "-n", self.namespace, *files, *waiting, timeout=330
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{await self.setup_log()}") from None
+        if wait:
+            await self.open()
+        return done
+
+    async def restore(self, values: Values) -> None:
+        """Back to these values and to rest, whatever was done to it."""
+        done = await run("helm", "status", self.name, "-n", self.namespace, "-o", "json", check=False)
+        status = json.loads(done.out) if done.code == 0 else {}
+        if status.get("info", {}).get("status") == "deployed" and status.get("config", {}) == values:
+            with contextlib.suppress(AssertionError):
+                await self.settled(timeout=90)
+                return await self.open()
+        await self.install(values)
+        return await self.settled()
+
+    @contextlib.asynccontextmanager
+    async def installing(self, values: Values) -> AsyncIterator[None]:
+        """An install that is not expected to come to a good end; it is taken back at the end of the block."""
+        helm = asyncio.create_task(self.first_install(values, wait=False))
+        try:
+            yield
+        finally:
+            helm.cancel()
+            await asyncio.gather(helm, return_exceptions=True)
+            await run("helm", "uninstall", self.name, "-n", self.namespace, "--no-hooks", timeout=120, check=False)
+            # Hooks are not helm's to remove, and a Job that fails would go on trying.
+            await run("kubectl", "delete", "job,pod", "-l", self.selector(), "-n", self.namespace, "--wait=false")
+
+    async def rollback(self) -> None:
+        command = ("helm", "rollback", self.name, "-n", self.namespace, "--wait", "--timeout", "5m")
+        await run_aloud(*command, timeout=330)
+
+    async def uninstall(self) -> None:
+        await run_aloud("helm", "uninstall", self.name, "-n", self.namespace, "--wait", timeout=330)
+
+    async def is_installed(self) -> bool:
+        return (await run("helm", "status", self.name, "-n", self.namespace, check=False)).code == 0
+
+    async def notes(self) -> str:
+        return (await run("helm", "get", "notes", self.name, "-n", self.namespace)).out
+
+    # -- its parts --------------------------------------------------------------------------------------------------
+
+    def selector(self, component: str = "", pool: str = "") -> str:
+        labels = {
+            "app.kubernetes.io/instance": self.name,
+            "app.kubernetes.io/component": component,
+            "backcast/pool": pool,
+        }
+        return ",".join(f"{name}={value}" for name, value in labels.items() if value)
+
+    def pods(self, component: str = "", pool: str = "", *, leaving: bool = False) -> list[Any]:
+        return self.cluster.pods(self.namespace, self.selector(component, pool), leaving=leaving)
+
+    def pod(self, component: str, pool: str = "") -> str:
+        """The name of one that is ready."""
+        names = [pod.metadata.name for pod in self.pods(component, pool) if is_ready(pod)]
+        assert names, f"no pod of {component} is ready"
+        return names[0]
+
+    def named(self, component: str, pool: str = "") -> str:
+        """The name of the component's only Deployment, StatefulSet or Service."""
+        of = {"label_selector": self.selector(component, pool)}
+        ask, apps = self.cluster.asking, self.cluster.apps
+        found = ask(apps.list_namespaced_deployment, self.namespace, **of).items
+        found += ask(apps.list_namespaced_stateful_set, self.namespace, **of).items
+        [name] = [workload.metadata.name for workload in found]
+        return name
+
+    async def settled(self, *, timeout: float = 240) -> None:
+        """Every Deployment and StatefulSet has the pods that it wants, of its present template, and no others."""
+        ask, apps, of = self.cluster.asking, self.cluster.apps, {"label_selector": self.selector()}
+
+        async def look() -> list[str]:
+            wrong: list[str] = []
+            for kind in (apps.list_namespaced_deployment, apps.list_namespaced_stateful_set):
+                for workload in ask(kind, self.namespace, **of).items:
+                    status, wanted = workload.status, workload.spec.replicas or 0
+                    has = (status.replicas or 0, status.updated_replicas or 0, status.ready_replicas or 0)
+                    if status.observed_generation != workload.metadata.generation or has != (wanted,) * 3:
+                        wrong.append(f"{workload.metadata.name} has {has} of {wanted}")
+            return wrong
+
+        await until(look, lambda wrong: not wrong, timeout=timeout, every=0.5)
+
+    async def setup_log(self) -> str:
+        """What the newest pod of the setup Job has said."""
+        found = self.cluster.asking(
+            self.cluster.core.list_namespaced_pod, self.namespace, label_selector=self.selector("setup")
+        ).items
+        if not found:
+            return "(no pod of the setup Job)"
+        newest = max(found, key=lambda pod: pod.metadata.creation_timestamp)
+        done = await run("kubectl", "logs", "-n", self.namespace, newest.metadata.name, "--tail=40", check=False)
+        return done.said
+
+    async def setup_fails(self, *, timeout: float = 180) -> str:
+        """The last line that the setup Job's pod has left behind."""
+        core, ask = self.cluster.core, self.cluster.asking
+
+        async def look() -> list[str]:
+            pods = ask(core.list_namespaced_pod, self.namespace, label_selector=self.selector("setup")).items
+            ends = [
+                (pod.metadata.name, state.terminated.exit_code)
+                for pod in pods
+                for status in pod.status.container_statuses or []
+                for state in (status.state, status.last_state)
+                if state is not None and state.terminated is not None
+            ]
+            assert all(code for _, code in ends), f"the setup Job came to a good end: {ends}"
+            return [name for name, _ in ends]
+
+        [name, *_] = await until(look, timeout=timeout, every=1)
+        done = await run("kubectl", "logs", "-n", self.namespace, name)
+        return done.out.strip().splitlines()[-1]
+
+    # -- the API, from outside ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def secret(self) -> dict[str, str]:
+        found = self.cluster.asking(
+            self.cluster.core.list_namespaced_secret, self.namespace, label_selector=self.selector()
+        ).items
+        [data] = [secret.data for secret in found if "api-key" in (secret.data or {})]
+        return {name: base64.b64decode(value).decode() for name, value in data.items()}
+
+    async def open(self) -> None:
+        """Get ready to talk to the API: by the Ingress's host, with the key of the Secret."""
+        ingresses = self.cluster.asking(
+            self.cluster.network.list_namespaced_ingress, self.namespace, label_selector=self.selector("api")
+        ).items
+        [ingress] = ingresses
+        vars(self).pop("secret", None)
+        headers = {"Authorization": f"Bearer {self.secret['api-key']}"}
+        if ingress.spec.rules[0].host:
+            headers["Host"] = ingress.spec.rules[0].host
+        self.http.base_url = httpx.URL(INGRESS)
+        self.http.headers.update(headers)
+
+        async def look() -> int:
+            return (await self.http.get("/v1/lanes")).status_code
+
+        await until(look, lambda status: status == 200, timeout=60, every=0.25)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[AsyncClient]:
+        """The product's own."""
+        headers = {name: self.http.headers[name] for name in ("Host", "Authorization") if name in self.http.headers}
+        async with AsyncClient(INGRESS, headers=headers, patience=60) as client:
+            yield client
+
+    async def knows(self, task: str, *, timeout: float = 120) -> None:
+        """Until a worker has registered the task."""
+
+        async def look() -> int:
+            return (await self.http.get(f"/v1/tasks/{task}")).status_code
+
+        await until(look, lambda status: status == 200, timeout=timeout, every=0.5)
+
+    async def submit(self, task: str, **given: Any) -> str:
+        await self.knows(task)
+        answer = await self.http.post(f"/v1/tasks/{task}/runs", json={"input": given})
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    async def run(self, run_id: str) -> dict[str, Any]:
+        answer = await self.http.get(f"/v1/runs/{run_id}")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def ended(self, run_id: str, *, timeout: float = 120) -> dict[str, Any]:
+        return await until(lambda: self.run(run_id), lambda run: run["state"] in FINAL, timeout=timeout, every=0.25)
+
+    async def result(self, run_id: str, *, timeout: float = 120) -> Any:
+        run = await self.ended(run_id, timeout=timeout)
+        assert run["state"] == "completed", run
+        answer = await self.http.get(f"/v1/runs/{run_id}/result")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def do(self, task: str, **given: Any) -> Any:
+        return await self.result(await self.submit(task, **given))
+
+    # -- past the product ---------------------------------------------------------------------------------------------
+
+    async def sql(self, statement: str, database: str = "backcast") -> list[list[str]]:
+        """As the superuser, in the bundled server's own pod; rows of text."""
+        psql = f'psql -X -A -t -q -v ON_ERROR_STOP=1 -U "${{POSTGRES_USER:-postgres}}" -d {database} -c "$0"'
+        done = await self.cluster.execute(self.namespace, self.pod("postgres"), "sh", "-c", psql, statement)
+        return [line.split("|") for line in done.out.splitlines()]
+
+    async def watch_endings(self) -> None:
+        """From here on the database itself notes every ending of a run, whatever the product does."""
+        await self.sql(_WATCH)
+
+    async def stored(self, run_id: str) -> list[str]:
+        """The names of the run's objects in the bucket, asked of the store by a plain S3 client."""
+        done = await self.cluster.execute(
+            self.namespace, self.pod("api"), "python", "-c", _LIST.format(part=f"/results/{run_id}/")
+        )
+        return list(json.loads(done.out))
+
+
+_WATCH = """
+create schema if not exists e2e;
+create table if not exists e2e.ends (id uuid, state text, fence bigint, result_key text);
+create or replace function e2e.note() returns trigger language plpgsql security definer as $$ begin
+    insert into e2e.ends values (new.id, new.state, new.fence, new.result_key);
+    return null;
+end $$;
+create or replace trigger e2e_ends after update on backcast.runs for each row
+    when (new.finished_at is not null and
+          (old.state, old.fence, old.result_key) is distinct from (new.state, new.fence, new.result_key))
+    execute function e2e.note();
+"""
+
+_LIST = """
+import json
+from botocore.session import get_session
+from backcast.settings import load
+
+store = load().store
+s3 = get_session().create_client(
+    "s3", endpoint_url=store.endpoint, region_name=store.region or "us-east-1",
+    aws_access_key_id=store.access_key.get_secret_value(), aws_secret_access_key=store.secret_key.get_secret_value())
+bucket = store.url.removeprefix("s3://").split("/")[0]
+found = [each["Key"] for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+         for each in page.get("Contents", [])]
+print(json.dumps([key for key in found if "{part}" in "/" + key]))
+"""

@@ -216,7 +216,7 @@ async def connect() -> Cluster:
     # KUBECONFIG alone may name a cluster that is in use: only one that kind has made is taken for a playground.
     elif not (os.environ.get("KUBECONFIG") and await _kind_name() and await _answers()):
         await (_kit_up() if KIT.is_file() else _kind_up())
-    kubeconfig.load_kube_config()
+    kubeconfig.load_kube_config(os.environ["KUBECONFIG"])  # by itself it reads the variable when it is imported
     configuration = kubernetes.Configuration.get_default_copy()
     configuration.proxy = None
     cluster = Cluster(await _kind_name(), kubernetes.ApiClient(configuration))

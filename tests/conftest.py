@@ -1,9 +1,17 @@
 """What holds for every tier."""
 
+import os
 import signal
 from collections.abc import Generator
 
 import pytest
+
+from backcast.settings import Prefect
+from tests.support.stack import free_port
+
+# Prefect reads its settings when it is imported, whichever test does it first. As in a worker, it is to start no server
+# of its own; and there is none at all, as nobody listens there.
+os.environ.update(Prefect(api_url=f"http://127.0.0.1:{free_port()}/api").environment())
 
 
 def pytest_configure() -> None:

@@ -14,17 +14,6 @@ from typing import Any, cast
 from uuid import UUID, uuid4
 
 import pytest
-
-from backcast.changes import Change
-from backcast.models import Attempt, Failed, Retry, Succeeded
-from backcast.settings import Prefect
-from backcast.settings import Store as StoreSettings
-from backcast.store import Store, open_store
-from tests.support.stack import ROOT, free_port
-from tests.support.waiting import until
-
-os.environ.update(Prefect(api_url=f"http://127.0.0.1:{free_port()}/api").environment())
-
 from prefect import get_run_logger, runtime, task
 from prefect.cache_policies import INPUTS, TASK_SOURCE
 from prefect.context import TaskRunContext
@@ -33,10 +22,17 @@ from prefect.states import Cancelled, Completed, Running
 from prefect.states import Failed as FailedState
 
 from backcast import cancel_requested, options
+from backcast.changes import Change
 from backcast.engine import Engine
 from backcast.errors import FatalError, StoreUnavailable, TransientError, UsageError
 from backcast.mirror import Mirror
+from backcast.models import Attempt, Failed, Retry, Succeeded
+from backcast.settings import Prefect
+from backcast.settings import Store as StoreSettings
+from backcast.store import Store, open_store
 from tests.support import sample_tasks
+from tests.support.stack import ROOT
+from tests.support.waiting import until
 
 calls: Counter[str] = Counter()
 gates: dict[str, threading.Event] = {}

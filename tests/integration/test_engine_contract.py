@@ -4,7 +4,6 @@ fact broke. No server runs: `PREFECT_API_URL` points to nobody."""
 import asyncio
 import collections
 import json
-import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +12,6 @@ from uuid import uuid4
 
 import httpx
 import pytest
-
-from backcast.models import Attempt, Failed, Retry, Succeeded
-from backcast.settings import Prefect
-from backcast.settings import Store as StoreSettings
-from backcast.store import open_store
-from tests.support.stack import free_port
-from tests.support.waiting import until
-
-os.environ.update(Prefect(api_url=f"http://127.0.0.1:{free_port()}/api").environment())
-
 from prefect import task
 from prefect.context import TaskRunContext
 from prefect.events.schemas.events import Event
@@ -32,7 +21,12 @@ from backcast import engine as subject
 from backcast.changes import Change
 from backcast.engine import serving
 from backcast.mirror import Mirror
+from backcast.models import Attempt, Failed, Retry, Succeeded
+from backcast.settings import Prefect
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
 from tests.support import sample_tasks
+from tests.support.waiting import until
 
 
 @task

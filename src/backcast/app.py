@@ -20,7 +20,7 @@ Every error is a problem document (RFC 9457) whose `code` is stable and whose `d
 
 
 def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
-    """The API over these collaborators, which it closes when it ends. Not for `limits` is where to listen."""
+    """The API over these collaborators, which it closes when it ends; where it listens is not its business."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

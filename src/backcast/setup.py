@@ -4,6 +4,7 @@ Decides in which order, how long to wait, and what a person is told; run once pe
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -41,7 +42,7 @@ def prepare(settings: Settings, say: Say) -> None:
     say(migrate(url))
     if setup.admin_url is not None and setup.scaler_url is not None:
         say(provisioning.provision_reader(setup.admin_url.get_secret_value(), setup.scaler_url.get_secret_value()))
-    asyncio.run(_prepare_store(settings, deadline, say))
+    _prepare_store(settings, deadline, say)
 
 
 def await_prefect_database(settings: Settings, say: Say) -> None:
@@ -52,11 +53,8 @@ def await_prefect_database(settings: Settings, say: Say) -> None:
     """
     if settings.setup.prefect_url is None:
         raise ConfigurationError("BACKCAST_SETUP__PREFECT_URL must name the database to wait for.")
-    said = ""
-    while (why := _why_not(settings.setup.prefect_url.get_secret_value())) is not None:
-        if why != said:
-            say(said := why)
-        time.sleep(AGAIN_EVERY)
+    url = settings.setup.prefect_url.get_secret_value()
+    _until_there(lambda: _why_not(url), math.inf, say)
 
 
 def _why_not(url: str) -> str | None:
@@ -67,30 +65,39 @@ def _why_not(url: str) -> str | None:
 
 
 def _wait(url: str, deadline: float, say: Say) -> None:
+    if why := _until_there(lambda: provisioning.why_not_ready(url), deadline, say):
+        raise Unavailable(f"{why}. Is it running, and does the setting name its address?")
+
+
+def _prepare_store(settings: Settings, deadline: float, say: Say) -> None:
+    with asyncio.Runner() as runner:
+        store = open_store(settings.store)
+
+        def look() -> str | None:
+            try:
+                runner.run(store.ensure())
+            except StoreUnavailable as error:
+                return error.detail
+            return None
+
+        try:
+            if why := _until_there(look, deadline, say):
+                raise StoreUnavailable(why)
+            runner.run(_try(store, say))
+        finally:
+            runner.run(store.aclose())
+    say(f"The store {settings.store.url} is there, and every call works.")
+
+
+def _until_there(look: Callable[[], str | None], deadline: float, say: Say) -> str | None:
+    """Look until nothing is missing any more, and return None; or after the deadline, what still is. The same reason
+    is said once."""
     said = ""
-    while (why := provisioning.why_not_ready(url)) is not None:
-        if time.monotonic() > deadline:
-            raise Unavailable(f"{why}. Is it running, and does the setting name its address?")
+    while (why := look()) is not None and time.monotonic() <= deadline:
         if why != said:
             say(said := why)
         time.sleep(AGAIN_EVERY)
-
-
-async def _prepare_store(settings: Settings, deadline: float, say: Say) -> None:
-    async with aclosing(open_store(settings.store)) as store:
-        said = ""
-        while True:
-            try:
-                await store.ensure()
-                break
-            except StoreUnavailable as error:
-                if time.monotonic() > deadline:
-                    raise
-                if error.detail != said:
-                    say(said := error.detail)
-                await asyncio.sleep(AGAIN_EVERY)
-        await _try(store, say)
-    say(f"The store {settings.store.url} is there, and every call works.")
+    return why
 
 
 def check(settings: Settings, say: Say) -> bool:
@@ -104,18 +111,15 @@ async def _check(settings: Settings, say: Say) -> bool:
     store = open_store(settings.store)
     async with aclosing(ledger), aclosing(store):
         fine = True
-        for what, step in (
-            ("database: reachable, writable, of this schema", ledger.check()),
-            ("store: there, and lets us in", store.check()),
+        for step in (
+            _step("database: reachable, writable, of this schema", ledger.check(), say),
+            _step("store: there, and lets us in", store.check(), say),
+            _try(store, say),
         ):
             try:
-                await _step(what, step, say)
+                await step
             except BackcastError:
                 fine = False
-        try:
-            await _try(store, say)
-        except BackcastError:
-            fine = False
     return fine
 
 

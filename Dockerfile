@@ -53,9 +53,10 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 
 # The product's own way to the file: by its hash, from whichever source can be reached. These two modules need no other.
 FROM api-env AS weights
-COPY src/backcast/errors.py src/backcast/weights.py /fetch/backcast/
+COPY src/backcast/errors.py /fetch/backcast/
+COPY src/backcast/local/weights.py /fetch/backcast/local/
 RUN --mount=type=cache,target=/cache PYTHONPATH=/fetch /app/.venv/bin/python -c "import pathlib, shutil; \
-    from backcast.weights import fetch; \
+    from backcast.local.weights import fetch; \
     shutil.copyfile(fetch(pathlib.Path('/cache'), lambda *_: None), '/app/model.gguf')"
 
 FROM uv AS prefect-server-env

@@ -1,3 +1,3 @@
-from backcast.cli import app
+from backcast.cli.main import app
 
 app()

@@ -20,8 +20,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from backcast import postgres
-from backcast.ledger import migrate
+from backcast.ledger.connection import migrate
+from backcast.local import postgres
 from tests.support.stack import Stack, prefect_server, stack
 
 CONNECTIONS = 20

@@ -24,10 +24,11 @@ import asyncpg
 from rich.console import Console
 from rich.table import Table
 
-from backcast import postgres
 from backcast.errors import LedgerUnavailable
-from backcast.ledger import Ledger, attempts, lanes, migrate, runs, submissions, workers
-from backcast.ledger.attempts import Claim, Ending
+from backcast.ledger import fleet, lanes, runs, settlement, submissions
+from backcast.ledger.connection import Ledger, migrate
+from backcast.ledger.settlement import Claim, Ending
+from backcast.local import postgres
 from backcast.models import State, Submission, TaskType, uuid7
 
 LEASE = timedelta(hours=1)
@@ -89,7 +90,7 @@ class Place:
     async def begin(self) -> None:
         for pool in POOLS:
             self.workers[pool] = uuid7()
-            await workers.register(
+            await fleet.register(
                 self.ledger, self.workers[pool], pool=pool, host="h", version="1", slots=10, tasks=[task(pool)]
             )
 
@@ -113,7 +114,7 @@ class Place:
         self.last = submitted.run.id
 
     async def claim(self, pool: str, limit: int) -> None:
-        claims = await attempts.claim(
+        claims = await settlement.claim(
             self.ledger, pool=pool, cursor=self._cursor, limit=limit, worker_id=self.workers[pool], lease=LEASE
         )
         assert len(claims) == limit
@@ -123,7 +124,7 @@ class Place:
     async def settle(self) -> None:
         for pool, claims in self.claims.items():
             if some := claims[:10]:
-                await attempts.settle(self.ledger, self.workers[pool], [_completed(claim) for claim in some])
+                await settlement.settle(self.ledger, self.workers[pool], [_completed(claim) for claim in some])
                 del claims[:10]
                 return
 
@@ -220,7 +221,7 @@ async def fairness(url: str) -> str:
     """One owner has 100,000 runs in the queue, then 100 others submit one each; one worker with ten slots."""
     ledger = Ledger(url)
     worker = uuid7()
-    await workers.register(ledger, worker, pool="many", host="h", version="1", slots=10, tasks=[task("many")])
+    await fleet.register(ledger, worker, pool="many", host="h", version="1", slots=10, tasks=[task("many")])
     connection = await asyncpg.connect(url, server_settings={"search_path": "backcast"})
     await connection.execute(
         """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
@@ -237,14 +238,16 @@ async def fairness(url: str) -> str:
             )
         cursor, position, waits, calls = 0, 0, list[int](), 0
         while len(waits) < OWNERS:
-            claims = await attempts.claim(ledger, pool="many", cursor=cursor, limit=each, worker_id=worker, lease=LEASE)
+            claims = await settlement.claim(
+                ledger, pool="many", cursor=cursor, limit=each, worker_id=worker, lease=LEASE
+            )
             keys = [claim.owner_key for claim in claims]
             cursor, calls = max(keys, key=lambda key: (key - cursor - 1) % 2**64), calls + 1
             for claim in claims:
                 position += 1
                 if (await runs.get(ledger, claim.id)).owner.startswith(f"small{each}."):
                     waits.append(position)
-            await attempts.settle(ledger, worker, [_completed(claim) for claim in claims])
+            await settlement.settle(ledger, worker, [_completed(claim) for claim in claims])
         said.append(
             f"{each} at a time: all {OWNERS} had their turn after {position} runs claimed ({calls} claims), "
             f"median {statistics.median(waits):.0f}, last {waits[-1]}; the bulk owner got {position - OWNERS} of them"

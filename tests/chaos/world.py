@@ -17,8 +17,8 @@ import asyncpg
 import httpx
 import psutil
 
-from backcast import postgres
-from backcast.ledger import migrate
+from backcast.ledger.connection import migrate
+from backcast.local import postgres
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
 from tests.chaos.process import Process

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prefect.settings import Settings as PrefectSettings
 
-import backcast.local
+import backcast.local.up
 from backcast.settings import CONFIG_VARIABLE, Settings, load
 from tests.chart.rendering import SCENARIOS, Object, Pod, Release, render, scenario
 
@@ -204,7 +204,7 @@ def test_prefect_takes_its_settings_too(monkeypatch: pytest.MonkeyPatch) -> None
         (server.analytics_enabled, server.services.triggers.enabled, server.services.event_persister.enabled)
     )
     spared = [name for name in told if name.startswith("PREFECT_SERVER_SERVICES")]
-    local = Path(backcast.local.__file__).read_text()
+    local = Path(backcast.local.up.__file__).read_text()
     assert len(spared) == 4
     assert all(f'"{name}": "{told[name]}"' in local for name in spared)
 

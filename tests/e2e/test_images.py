@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from backcast import weights
+from backcast.local import weights
 from tests.e2e.images import BASE, PARTS, REGISTRY, VERSION
 from tests.e2e.programs import Done, run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from backcast import postgres
-from backcast.ledger import Ledger, migrate
+from backcast.ledger.connection import Ledger, migrate
+from backcast.local import postgres
 
 _numbers = itertools.count()
 

@@ -13,9 +13,10 @@ import httpx
 import pytest
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from backcast.app import create_app
-from backcast.ledger import Ledger, attempts, runs, submissions, workers
-from backcast.ledger.attempts import Ending
+from backcast.api.app import create_app
+from backcast.ledger import fleet, runs, settlement, submissions
+from backcast.ledger.connection import Ledger
+from backcast.ledger.settlement import Ending
 from backcast.models import TaskType, uuid7
 from backcast.settings import Api
 from backcast.settings import Store as StoreSettings
@@ -56,7 +57,7 @@ async def store(folder: str) -> AsyncIterator[Store]:
 @pytest.fixture
 async def worker(ledger: Ledger) -> UUID:
     worker = uuid7()
-    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[ECHO, CAST])
+    await fleet.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[ECHO, CAST])
     return worker
 
 
@@ -70,12 +71,12 @@ async def api(ledger: Ledger, store: Store, worker: UUID) -> AsyncIterator[httpx
 
 async def end(ledger: Ledger, store: Store, worker: UUID, text: str) -> None:
     """Complete every queued run with this JSON, as a worker does."""
-    for claim in await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
+    for claim in await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
         key = f"results/{claim.id}/{claim.fence}.json"
         await store.put(key, text.encode())
-        inline = text if len(text) <= attempts.INLINE_RESULT else None
+        inline = text if len(text) <= settlement.INLINE_RESULT else None
         done = Ending(id=claim.id, fence=claim.fence, state="completed", result=inline, result_key=key)
-        assert (await attempts.settle(ledger, worker, [done])).accepted
+        assert (await settlement.settle(ledger, worker, [done])).accepted
 
 
 def problem(answer: httpx.Response, status: int, code: str) -> dict[str, object]:
@@ -138,7 +139,7 @@ async def test_a_form_payload_is_text_or_json(
 ) -> None:
     answer = await api.post("/tasks", data={"payload": sent, "instructions": "", "target_type": "list[int]"})
     assert answer.status_code == 202, answer.text
-    [claim] = await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [claim] = await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     assert claim.input is not None
     assert json.loads(claim.input) == {"data": stored, "target": "list[int]", "instructions": None}
 
@@ -248,7 +249,7 @@ async def test_large_bodies(api: httpx.AsyncClient, ledger: Ledger, store: Store
     large = "x" * (submissions.INLINE_INPUT + 1)
     answer = await api.post("/v1/tasks/echo/runs", json={"input": {"value": large}})
     assert answer.status_code == 202
-    [claim] = await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [claim] = await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     assert claim.input is None
     assert claim.input_key is not None
     assert json.loads(await store.get(claim.input_key)) == {"value": large}

@@ -22,10 +22,10 @@ from prefect.states import Cancelled, Completed, Running
 from prefect.states import Failed as FailedState
 
 from backcast import cancel_requested, options
-from backcast.changes import Change
-from backcast.engine import Engine
 from backcast.errors import FatalError, StoreUnavailable, TransientError, UsageError
-from backcast.mirror import Mirror
+from backcast.executor.executor import Engine
+from backcast.history.events import Change
+from backcast.history.sink import Mirror
 from backcast.models import Attempt, Failed, Retry, Succeeded
 from backcast.settings import Prefect
 from backcast.settings import Store as StoreSettings

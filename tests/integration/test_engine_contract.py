@@ -17,10 +17,10 @@ from prefect.context import TaskRunContext
 from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker
 
-from backcast import engine as subject
-from backcast.changes import Change
-from backcast.engine import serving
-from backcast.mirror import Mirror
+from backcast.executor import executor as subject
+from backcast.executor import registry
+from backcast.history.events import Change
+from backcast.history.sink import Mirror
 from backcast.models import Attempt, Failed, Retry, Succeeded
 from backcast.settings import Prefect
 from backcast.settings import Store as StoreSettings
@@ -101,7 +101,7 @@ async def engine(tmp_path: Path, mirror: Recorded, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
-    tasks = serving.discover([sample_tasks.__name__]) | {one.name: one for one in (parent, itself, hooked)}
+    tasks = registry.discover([sample_tasks.__name__]) | {one.name: one for one in (parent, itself, hooked)}
     async with subject.Engine(
         tasks, pool="default", max_attempts=3, store=store, threads=4, tell=mirror.show
     ) as engine:
@@ -289,20 +289,20 @@ def test_discovery_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "clash_two.py").write_text("from prefect import task\n@task\ndef same(): ...\n")
     (tmp_path / "broken_tasks.py").write_text("1 / 0")
     with pytest.raises(ConfigurationError, match="Two tasks are named 'same'"):
-        serving.discover(["clash_one", "clash_two"])
+        registry.discover(["clash_one", "clash_two"])
     with pytest.raises(ConfigurationError, match="ZeroDivisionError"):
-        serving.discover(["broken_tasks"])
+        registry.discover(["broken_tasks"])
     with pytest.raises(ConfigurationError, match="not_there"):
-        serving.discover(["not_there"])
-    assert list(serving.discover(["clash_one", "clash_one"])) == ["same"]
+        registry.discover(["not_there"])
+    assert list(registry.discover(["clash_one", "clash_one"])) == ["same"]
 
 
 def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    tasks = serving.discover(["shop_tasks"])
+    tasks = registry.discover(["shop_tasks"])
     assert set(tasks) == {"fetch_title", "word_frequencies", "reserve_stock"}
     served = {
-        name: serving.serve(one, pool="p", max_attempts=3, storage=serving.CacheStorage())
+        name: registry.serve(one, pool="p", max_attempts=3, storage=registry.CacheStorage())
         for name, one in tasks.items()
     }
     assert served["reserve_stock"].type.retries == 4
@@ -312,7 +312,7 @@ def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pyte
 
 async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: Path) -> None:
     """Beyond what memory may hold they go to a file; a refused event does not hold up the others."""
-    from backcast import mirror as module
+    from backcast.history import sink as module
 
     posted: list[Any] = []
     answers = iter([503, None])

@@ -8,9 +8,9 @@ from uuid import UUID
 import httpx
 import pytest
 
-from backcast.ledger import Ledger
+from backcast.history.sink import Mirror
+from backcast.ledger.connection import Ledger
 from backcast.ledger.history import Told
-from backcast.mirror import Mirror
 from backcast.models import uuid7
 from backcast.settings import Prefect
 from tests.support.stack import Stack, free_port, prefect_server, stack

@@ -12,8 +12,9 @@ import asyncpg
 import pytest
 
 from backcast.errors import UnknownLane
-from backcast.ledger import Ledger, attempts, lanes, runs, submissions, workers
-from backcast.ledger.attempts import Claim, Ending
+from backcast.ledger import fleet, lanes, runs, settlement, submissions
+from backcast.ledger.connection import Ledger
+from backcast.ledger.settlement import Claim, Ending
 from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
 
@@ -50,13 +51,13 @@ async def fill(ledger: Ledger, names: list[str], each: int) -> None:
 
 async def register(ledger: Ledger) -> UUID:
     worker = uuid7()
-    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[NOOP])
+    await fleet.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[NOOP])
     return worker
 
 
 async def claim(ledger: Ledger, worker: UUID, limit: int = 100) -> list[Claim]:
     cursor = random.randrange(-(1 << 63), 1 << 63)
-    return await attempts.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
+    return await settlement.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
 
 
 def ended(claim: Claim, **fields: object) -> Ending:
@@ -106,7 +107,7 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
             if not claims:
                 await lanes.move_on(ledger)
             for some in (claims[::2], claims[1::2]):
-                settled = await attempts.settle(ledger, worker, [ended(c) for c in some])
+                settled = await settlement.settle(ledger, worker, [ended(c) for c in some])
                 assert len(settled.accepted) == len(some)
                 done += len(some)
 
@@ -136,7 +137,7 @@ async def test_a_rate_admits_no_more_than_its_burst_and_its_time(ledger: Ledger)
         await asyncio.gather(*[lanes.move_on(ledger) for _ in range(4)])
         for c in await claim(ledger, worker):
             taken += 1  # every third is tried again, at once, which takes a token as well
-            await attempts.settle(
+            await settlement.settle(
                 ledger, worker, [ended(c, state="queued", retries_used=1) if taken % 3 == 0 else ended(c)]
             )
         row = await ledger.fetchrow("select count(*) as n from runs where admitted and state = 'queued'")
@@ -184,7 +185,7 @@ async def test_an_owner_with_a_thousand_held_runs_does_not_hold_up_another_ones_
     while not small <= set(order):
         [taken] = await claim(ledger, worker)
         order.append(taken.id)
-        await attempts.settle(ledger, worker, [ended(taken)])
+        await settlement.settle(ledger, worker, [ended(taken)])
     assert len(order) <= 1 + 4, "what ran, and then one turn of each owner"
 
 
@@ -201,7 +202,7 @@ async def test_zero_holds_and_lifting_frees(ledger: Ledger) -> None:
     assert len(taken) == 5
     with pytest.raises(UnknownLane):
         await lanes.get(ledger, "lane")
-    await attempts.settle(ledger, worker, [ended(c) for c in taken])
+    await settlement.settle(ledger, worker, [ended(c) for c in taken])
     assert await admitted(ledger) == 0, "what was admitted is still counted down"
 
 
@@ -214,9 +215,9 @@ async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> 
     assert len(first) == 4
     await lanes.limit(ledger, "lane", Limits(max_running=2))
     for c in first[:2]:
-        await attempts.settle(ledger, worker, [ended(c)])
+        await settlement.settle(ledger, worker, [ended(c)])
         assert await claim(ledger, worker) == []
-    await attempts.settle(ledger, worker, [ended(first[2])])
+    await settlement.settle(ledger, worker, [ended(first[2])])
     assert len(await claim(ledger, worker)) == 1
     assert await admitted(ledger) == 2
 
@@ -242,12 +243,16 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
 
     run = await submit(ledger)
     taken = await running()
-    await attempts.settle(ledger, worker, [ended(taken, state="queued", charged=False)])  # handed back: keeps its place
+    await settlement.settle(
+        ledger, worker, [ended(taken, state="queued", charged=False)]
+    )  # handed back: keeps its place
     assert (await states(ledger)).get("queued") == 1
     taken = await running()
-    await attempts.settle(ledger, worker, [ended(taken, state="queued", retries_used=1)])  # retried at once: asks again
+    await settlement.settle(
+        ledger, worker, [ended(taken, state="queued", retries_used=1)]
+    )  # retried at once: asks again
     taken = await running()
-    await attempts.settle(ledger, worker, [ended(taken, state="scheduled", delay=60.0, retries_used=2)])
+    await settlement.settle(ledger, worker, [ended(taken, state="scheduled", delay=60.0, retries_used=2)])
     assert await admitted(ledger) == 0
     other = await submit(ledger)
     assert (await claim(ledger, worker))[0].id == other.id, "a retry that waits holds no place"
@@ -257,17 +262,17 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
     await runs.cancel(ledger, other.id)
     [held] = await ledger.fetch("select id, fence from runs where state = 'running'")
     stopped = Ending(id=held["id"], fence=held["fence"], lane="lane", state="failed")
-    assert len((await attempts.settle(ledger, worker, [stopped])).cancelled) == 1  # while it ran
+    assert len((await settlement.settle(ledger, worker, [stopped])).cancelled) == 1  # while it ran
     taken = await running()
     assert taken.id == run.id
 
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour'")
-    assert await attempts.requeue(ledger, LEASE) == {run.id: "queued"}
+    assert await settlement.requeue(ledger, LEASE) == {run.id: "queued"}
     assert await admitted(ledger) == 1, "what is ready again keeps its place"
-    stale = await attempts.settle(ledger, worker, [ended(taken)])
+    stale = await settlement.settle(ledger, worker, [ended(taken)])
     assert (stale.accepted, await admitted(ledger)) == (set(), 1)
     worker = await register(ledger)
-    await attempts.settle(ledger, worker, [ended(await running())])
+    await settlement.settle(ledger, worker, [ended(await running())])
     assert await admitted(ledger) == 0
 
 
@@ -278,7 +283,7 @@ async def test_a_run_that_fails_with_its_worker_gives_its_place_to_the_next(ledg
     await ledger.execute("update runs set max_attempts = 1")
     assert [c.id for c in await claim(ledger, worker)] == [first.id]
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour'")
-    assert await attempts.requeue(ledger, LEASE) == {first.id: "failed"}
+    assert await settlement.requeue(ledger, LEASE) == {first.id: "failed"}
     assert [c.id for c in await claim(ledger, await register(ledger))] == [second.id]
 
 
@@ -292,9 +297,9 @@ async def test_a_limit_holds_for_what_comes_after_it(ledger: Ledger) -> None:
     worker = await register(ledger)
     taken = await claim(ledger, worker)
     assert sorted(c.lane or "" for c in taken) == ["", "", "", "lane"], "three of them are not counted"
-    await attempts.settle(ledger, worker, [ended(c) for c in taken if c.lane is None])
+    await settlement.settle(ledger, worker, [ended(c) for c in taken if c.lane is None])
     assert await states(ledger) == {"completed": 3, "running": 1, "held": 2}
-    await attempts.settle(ledger, worker, [ended(c) for c in taken if c.lane])
+    await settlement.settle(ledger, worker, [ended(c) for c in taken if c.lane])
     assert await states(ledger) == {"completed": 4, "queued": 1, "held": 1}
 
 
@@ -309,7 +314,7 @@ async def test_a_scheduled_run_of_a_limited_lane_takes_its_place_when_its_time_c
     worker = await register(ledger)
     [taken] = await claim(ledger, worker)
     assert taken.id == first.id
-    await attempts.settle(ledger, worker, [ended(taken)])
+    await settlement.settle(ledger, worker, [ended(taken)])
     assert [c.id for c in await claim(ledger, worker)] == [later.id]
 
 

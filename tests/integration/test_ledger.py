@@ -12,10 +12,11 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from backcast import postgres
 from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
-from backcast.ledger import Ledger, attempts, history, lanes, migrate, runs, submissions, workers
-from backcast.ledger.attempts import Claim, Ending
+from backcast.ledger import fleet, history, lanes, runs, settlement, submissions
+from backcast.ledger.connection import Ledger, migrate
+from backcast.ledger.settlement import Claim, Ending
+from backcast.local import postgres
 from backcast.models import Problem, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
 
@@ -39,12 +40,12 @@ async def submit(
 
 async def register(ledger: Ledger) -> UUID:
     worker = uuid7()
-    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[NOOP])
+    await fleet.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[NOOP])
     return worker
 
 
 async def claim(ledger: Ledger, worker: UUID, limit: int = 10, cursor: int = 0) -> list[Claim]:
-    return await attempts.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
+    return await settlement.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
 
 
 def completed(claim: Claim, value: str = "1") -> Ending:
@@ -66,7 +67,7 @@ async def test_a_run_from_submit_to_result(ledger: Ledger) -> None:
     assert (taken.id, taken.fence, taken.input) == (submitted.run.id, 1, '{"x": 1}')
     running = await runs.get(ledger, taken.id)
     assert (running.state, running.attempts) == (State.RUNNING, 1)
-    settled = await attempts.settle(ledger, worker, [completed(taken, "[1]")])
+    settled = await settlement.settle(ledger, worker, [completed(taken, "[1]")])
     assert settled.accepted == {(taken.id, taken.fence)}
     result = await runs.result(ledger, taken.id)
     assert (result.run.state, result.text, result.run.attempts) == (State.COMPLETED, "[1]", 1)
@@ -99,7 +100,7 @@ async def test_many_claimers_never_share_a_run(ledger: Ledger) -> None:
         worker = await register(ledger)
         while claims := await claim(ledger, worker, 7, random.randrange(1 << 62)):
             seen.extend(c.id for c in claims)
-            await attempts.settle(ledger, worker, [completed(c) for c in claims])
+            await settlement.settle(ledger, worker, [completed(c) for c in claims])
 
     await asyncio.gather(*[work() for _ in range(8)])
     # A claimer may find nothing while others hold what is left; nothing may be found twice.
@@ -147,13 +148,13 @@ async def test_a_stale_worker_changes_nothing(ledger: Ledger) -> None:
     [old] = await claim(ledger, first)
     await silence(ledger, first)
     assert await claim(ledger, first) == [], "a worker without a lease gets nothing"
-    assert set((await attempts.requeue(ledger, LEASE)).values()) == {"queued"}
-    assert (await attempts.settle(ledger, first, [completed(old)])).accepted == set(), "it is queued again"
+    assert set((await settlement.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert (await settlement.settle(ledger, first, [completed(old)])).accepted == set(), "it is queued again"
     [new] = await claim(ledger, second)
     assert new.fence == old.fence + 1
-    assert (await attempts.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it runs elsewhere"
-    assert (await attempts.settle(ledger, second, [completed(new, "new")])).accepted == {(new.id, new.fence)}
-    assert (await attempts.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it has ended elsewhere"
+    assert (await settlement.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it runs elsewhere"
+    assert (await settlement.settle(ledger, second, [completed(new, "new")])).accepted == {(new.id, new.fence)}
+    assert (await settlement.settle(ledger, first, [completed(old, "old")])).accepted == set(), "it has ended elsewhere"
     result = await runs.result(ledger, new.id)
     assert (result.text, result.key, result.run.attempts) == ("new", f"results/{new.id}/{new.fence}.json", 2)
 
@@ -162,8 +163,8 @@ async def test_an_ending_sent_twice_is_recorded_once_and_accepted_twice(ledger: 
     worker = await register(ledger)
     await submit(ledger)
     [taken] = await claim(ledger, worker)
-    assert (await attempts.settle(ledger, worker, [completed(taken)])).accepted == {(taken.id, taken.fence)}
-    assert (await attempts.settle(ledger, worker, [completed(taken)])).accepted == {(taken.id, taken.fence)}
+    assert (await settlement.settle(ledger, worker, [completed(taken)])).accepted == {(taken.id, taken.fence)}
+    assert (await settlement.settle(ledger, worker, [completed(taken)])).accepted == {(taken.id, taken.fence)}
     assert (await runs.get(ledger, taken.id)).attempts == 1
 
 
@@ -173,9 +174,9 @@ async def test_a_run_that_kills_its_workers_fails_as_worker_lost(ledger: Ledger)
     for _ in range(3):
         worker = await register(ledger)
         [taken] = await claim(ledger, worker)
-        await attempts.begin(ledger, worker, taken)  # the third one waits until it is alone
+        await settlement.begin(ledger, worker, taken)  # the third one waits until it is alone
         await silence(ledger, worker)
-        states += (await attempts.requeue(ledger, LEASE)).values()
+        states += (await settlement.requeue(ledger, LEASE)).values()
     assert states == ["queued", "queued", "failed"]
     run = await runs.get(ledger, taken.id)
     assert run.error is not None
@@ -189,10 +190,10 @@ async def test_retries_of_the_task_do_not_count_as_losses(ledger: Ledger) -> Non
         [taken] = await claim(ledger, worker)
         assert taken.retries_used == n
         again = Ending(id=taken.id, fence=taken.fence, state="queued", retries_used=n + 1)
-        await attempts.settle(ledger, worker, [again])
+        await settlement.settle(ledger, worker, [again])
     [taken] = await claim(ledger, worker)
     await silence(ledger, worker)
-    assert set((await attempts.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert set((await settlement.requeue(ledger, LEASE)).values()) == {"queued"}
     assert (await runs.get(ledger, taken.id)).attempts == 6
 
 
@@ -201,7 +202,7 @@ async def test_handing_back_is_not_charged(ledger: Ledger) -> None:
     await submit(ledger)
     for _ in range(5):
         [taken] = await claim(ledger, worker)
-        await attempts.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="queued", charged=False)])
+        await settlement.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="queued", charged=False)])
     run = await runs.get(ledger, taken.id)
     assert (run.state, run.attempts) == (State.QUEUED, 0)
 
@@ -213,10 +214,10 @@ async def test_a_heartbeat_tells_what_is_held_and_what_to_cancel(ledger: Ledger)
     taken = await claim(ledger, worker)
     await runs.cancel(ledger, taken[0].id)
     async with ledger.session() as connection:
-        held = await workers.beat(connection, worker, busy=3, draining=False, settled=0)
+        held = await fleet.beat(connection, worker, busy=3, draining=False, settled=0)
         assert held is not None
         assert {run_id: h.cancel for run_id, h in held.items()} == {c.id: c is taken[0] for c in taken}
-        assert await workers.beat(connection, uuid7(), busy=0, draining=False, settled=0) is None, (
+        assert await fleet.beat(connection, uuid7(), busy=0, draining=False, settled=0) is None, (
             "an unknown worker hears so"
         )
 
@@ -229,13 +230,13 @@ async def test_cancelling(ledger: Ledger) -> None:
     running = (await submit(ledger)).run.id
     [taken] = await claim(ledger, worker)
     assert (await runs.cancel(ledger, running)).state is State.RUNNING
-    settled = await attempts.settle(ledger, worker, [completed(taken)])
+    settled = await settlement.settle(ledger, worker, [completed(taken)])
     assert settled.cancelled == {(running, taken.fence)}, "a cancel that came before the outcome wins"
     result = await runs.result(ledger, running)
     assert (result.run.state, result.text, result.key) == (State.CANCELLED, None, None)
     done = (await submit(ledger)).run.id
     [taken] = await claim(ledger, worker)
-    await attempts.settle(ledger, worker, [completed(taken)])
+    await settlement.settle(ledger, worker, [completed(taken)])
     assert (await runs.cancel(ledger, done)).state is State.COMPLETED
     with pytest.raises(UnknownRun):
         await runs.cancel(ledger, uuid7())
@@ -250,7 +251,7 @@ async def test_cancel_races_with_claim_and_settle(ledger: Ledger) -> None:
 
         async def work() -> None:
             for taken in await claim(ledger, worker, 100):
-                await attempts.settle(ledger, worker, [completed(taken)])
+                await settlement.settle(ledger, worker, [completed(taken)])
 
         answer, *_ = await asyncio.gather(runs.cancel(ledger, run_id), work(), work())
         if answer.state is State.CANCELLED:
@@ -269,7 +270,7 @@ async def test_what_a_mirror_is_told(ledger: Ledger) -> None:
     [taken] = await claim(ledger, worker, 1)
     await runs.cancel(ledger, made[4])
     lost = Problem(code="c", title="t", detail="why")
-    await attempts.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="failed", error=lost)])
+    await settlement.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="failed", error=lost)])
     told = await history.waiting(ledger, start, uuid7(), limit=2)
     assert [(run.id, run.state, run.parameters) for run in told] == [(made[n], "scheduled", ["x"]) for n in (1, 2)]
     assert [run.id for run in await history.waiting(ledger, told[-1].id, uuid7(), limit=2)] == [made[3]]
@@ -316,12 +317,12 @@ async def test_a_claim_does_not_scan_whatever_the_statistics_say(ledger: Ledger)
         await connection.execute("set client_min_messages = log")
         plans: list[str] = []
         connection.add_log_listener(lambda _, message: plans.append(str(message)))
-        rows = await connection.fetch(attempts._CLAIM, "default", 0, 10, worker, LEASE, 10)
+        rows = await connection.fetch(settlement._CLAIM, "default", 0, 10, worker, LEASE, 10)
         assert len(rows) == 10
         settle = [[r["id"] for r in rows], [r["fence"] for r in rows], ["completed"] * 10, ["1"] * 10, ["k"] * 10]
         none: list[None] = [None] * 10
         args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10, none]
-        assert len(await connection.fetch(attempts._SETTLE_FREE, worker, *args)) == 10
+        assert len(await connection.fetch(settlement._SETTLE_FREE, worker, *args)) == 10
     plan = "\n".join(plan for plan in plans if "on runs" in plan)
     assert "runs_ready" in plan
     assert "Seq Scan on runs" not in plan, plan

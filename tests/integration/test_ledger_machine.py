@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from backcast.errors import IdempotencyConflict, UnknownLane
-from backcast.ledger import Ledger, attempts, lanes, runs, submissions, upkeep, workers
-from backcast.ledger.attempts import Claim, Ending
+from backcast.ledger import fleet, lanes, maintenance, runs, settlement, submissions
+from backcast.ledger.connection import Ledger
+from backcast.ledger.settlement import Claim, Ending
 from backcast.models import Limits, Problem, Submission, TaskType, uuid7
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
@@ -210,7 +211,7 @@ class Machine(RuleBasedStateMachine):
 
     async def _claim(self, *, worker: int, limit: int, ahead: int, lost: bool) -> None:
         worker_id = self._worker(worker)
-        claims = await attempts.claim(
+        claims = await settlement.claim(
             self.ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker_id, lease=LEASE
         )
         assert len(claims) <= limit + ahead
@@ -226,12 +227,12 @@ class Machine(RuleBasedStateMachine):
         """What had waited on its worker begins."""
         worker_id = self._worker(worker)
         if self.open[worker_id]:
-            await attempts.begin(self.ledger, worker_id, self.open[worker_id][0])
+            await settlement.begin(self.ledger, worker_id, self.open[worker_id][0])
 
     async def _settle(self, *, worker: int, ends: list[str], lost: bool) -> None:
         worker_id, endings = self._endings(worker, ends)
         if lost:  # the first answer was
-            await attempts.settle(self.ledger, worker_id, endings)
+            await settlement.settle(self.ledger, worker_id, endings)
         await self._send(worker_id, endings[::-1])
 
     async def _settle_stale(self, *, worker: int, ends: list[str]) -> None:
@@ -272,7 +273,7 @@ class Machine(RuleBasedStateMachine):
         return self.endings.setdefault((c.id, c.fence), Ending(**rest))
 
     async def _send(self, worker_id: UUID, endings: list[Ending]) -> None:
-        settled = await attempts.settle(self.ledger, worker_id, endings)
+        settled = await settlement.settle(self.ledger, worker_id, endings)
         assert settled.cancelled <= settled.accepted
         for ending in endings:
             if (ending.id, ending.fence) in settled.cancelled:
@@ -289,7 +290,7 @@ class Machine(RuleBasedStateMachine):
             await runs.cancel(self.ledger, of[which % len(of)])
 
     async def _register(self, worker_id: UUID) -> None:
-        await workers.register(self.ledger, worker_id, pool="default", host="h", version="1", slots=4, tasks=[NOOP])
+        await fleet.register(self.ledger, worker_id, pool="default", host="h", version="1", slots=4, tasks=[NOOP])
         if worker_id not in self.workers:
             self.workers.append(worker_id)
 
@@ -297,7 +298,7 @@ class Machine(RuleBasedStateMachine):
         worker_id = self._worker(worker)
         known = {(c.id, c.fence) for w, c in self.claims if w == worker_id}
         async with self.ledger.transaction() as connection:
-            held = await workers.beat(connection, worker_id, busy=0, draining=False, settled=0)
+            held = await fleet.beat(connection, worker_id, busy=0, draining=False, settled=0)
         if held is None:
             await self._register(worker_id)
             held = {}
@@ -319,7 +320,7 @@ class Machine(RuleBasedStateMachine):
             await self._requeue()
 
     async def _requeue(self) -> None:
-        await attempts.requeue(self.ledger, LEASE)
+        await settlement.requeue(self.ledger, LEASE)
 
     async def _move_on(self) -> None:
         await lanes.move_on(self.ledger)
@@ -335,10 +336,10 @@ class Machine(RuleBasedStateMachine):
             await lanes.lift(self.ledger, lane)
 
     async def _retire(self, *, worker: int) -> None:
-        await workers.retire(self.ledger, self._worker(worker))
+        await fleet.retire(self.ledger, self._worker(worker))
 
     async def _forget(self) -> None:
-        await upkeep.forget_dead(self.ledger, timedelta(hours=12))
+        await maintenance.forget_dead(self.ledger, timedelta(hours=12))
 
     def _worker(self, number: int) -> UUID:
         return self.workers[number % len(self.workers)]
@@ -488,7 +489,7 @@ class Machine(RuleBasedStateMachine):
                 await self._shift(4000)
                 await self._requeue()
                 await self._move_on()
-                claims = await attempts.claim(
+                claims = await settlement.claim(
                     self.ledger, pool="default", cursor=0, limit=50, worker_id=healthy, lease=LEASE
                 )
                 self._took(healthy, claims)
@@ -531,7 +532,7 @@ def test_every_schedule_keeps_the_ledgers_promises(database: str) -> None:
 
 
 async def _one(ledger: Ledger, worker: UUID) -> None:
-    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=1, tasks=[NOOP])
+    await fleet.register(ledger, worker, pool="default", host="h", version="1", slots=1, tasks=[NOOP])
     await submissions.submit(ledger, NOOP, Submission(), input_text="{}", input_hash=b"")
 
 
@@ -539,11 +540,11 @@ async def test_a_worker_that_retires_while_its_claim_is_under_way_leaves_nothing
     worker, other = uuid7(), uuid7()
     await _one(ledger, worker)
     async with ledger.transaction() as connection:
-        assert await connection.fetch(attempts._CLAIM, "default", 0, 1, worker, LEASE, 1)
-        await workers.retire(ledger, worker)  # sees no run of its own yet
-    assert list((await attempts.requeue(ledger, LEASE)).values()) == ["queued"]
-    await workers.register(ledger, other, pool="default", host="h", version="1", slots=1, tasks=[NOOP])
-    assert await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=other, lease=LEASE)
+        assert await connection.fetch(settlement._CLAIM, "default", 0, 1, worker, LEASE, 1)
+        await fleet.retire(ledger, worker)  # sees no run of its own yet
+    assert list((await settlement.requeue(ledger, LEASE)).values()) == ["queued"]
+    await fleet.register(ledger, other, pool="default", host="h", version="1", slots=1, tasks=[NOOP])
+    assert await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=other, lease=LEASE)
 
 
 async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledger) -> None:
@@ -551,10 +552,10 @@ async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledge
     worker, held = uuid7(), list[Claim]()
     await _one(ledger, worker)
     for _ in range(2):
-        held += await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+        held += await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
         if len(held) == 1:
             await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
-            await attempts.requeue(ledger, LEASE)
+            await settlement.requeue(ledger, LEASE)
             await ledger.execute("update workers set heartbeat_at = now()")
     first, second = held
     batch = [
@@ -562,15 +563,15 @@ async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledge
         Ending(id=first.id, fence=first.fence, state="scheduled", delay=1.0, retries_used=1),
     ]
     for _ in range(2):  # the answer to the first one was lost
-        assert (await attempts.settle(ledger, worker, batch)).accepted == {(second.id, second.fence)}
+        assert (await settlement.settle(ledger, worker, batch)).accepted == {(second.id, second.fence)}
 
 
 async def test_a_run_that_failed_with_its_worker_did_not_fail_by_what_the_worker_says_later(ledger: Ledger) -> None:
     worker = uuid7()
     await _one(ledger, worker)
     await ledger.execute("update runs set max_attempts = 1")
-    [held] = await attempts.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [held] = await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
-    assert await attempts.requeue(ledger, LEASE) == {held.id: "failed"}
+    assert await settlement.requeue(ledger, LEASE) == {held.id: "failed"}
     late = Ending(id=held.id, fence=held.fence, state="failed", error=Problem(code="mine", title="t", detail="d"))
-    assert (await attempts.settle(ledger, worker, [late])).accepted == set()
+    assert (await settlement.settle(ledger, worker, [late])).accepted == set()

@@ -11,8 +11,8 @@ from prefect.utilities.callables import parameter_schema
 
 from backcast import llm
 from backcast.errors import FatalError, UsageError
+from backcast.llm.tasks import create_structured_output
 from backcast.settings import Model
-from backcast.tasks import create_structured_output
 from backcast.testing import Reply, ScriptedModel
 
 now = create_structured_output.with_options(retry_delay_seconds=0, retry_jitter_factor=0)

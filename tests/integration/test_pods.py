@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from backcast.errors import ConfigurationError
-from backcast.ledger import Ledger, workers
+from backcast.ledger import fleet
+from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
-from backcast.pods import Pods
+from backcast.steward.pods import Pods
 
 
 class Cluster(ThreadingHTTPServer):
@@ -65,9 +66,9 @@ def pods(cluster: Cluster, tmp_path: Path) -> Pods:
 
 async def worker(ledger: Ledger, host: str, busy: int, known: UUID | None = None) -> UUID:
     worker = known or uuid7()
-    await workers.register(ledger, worker, pool="default", host=host, version="1", slots=10, tasks=[])
+    await fleet.register(ledger, worker, pool="default", host=host, version="1", slots=10, tasks=[])
     async with ledger.session() as connection:
-        await workers.beat(connection, worker, busy=busy, draining=False, settled=0)
+        await fleet.beat(connection, worker, busy=busy, draining=False, settled=0)
     return worker
 
 

@@ -7,8 +7,9 @@ from uuid import UUID
 
 import pytest
 
-from backcast.ledger import Ledger, attempts, flights, lanes, workers
-from backcast.ledger.attempts import Claim, Ending
+from backcast.ledger import fleet, flights, lanes, settlement
+from backcast.ledger.connection import Ledger
+from backcast.ledger.settlement import Claim, Ending
 from backcast.models import TaskType, uuid7
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.timeout(120)
 async def lose(ledger: Ledger, worker: UUID) -> dict[UUID, str]:
     """The worker falls silent, and the steward notices."""
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 minute' where id = $1", worker)
-    return await attempts.requeue(ledger, LEASE)
+    return await settlement.requeue(ledger, LEASE)
 
 
 async def losses(ledger: Ledger) -> dict[UUID, int]:
@@ -30,7 +31,7 @@ async def losses(ledger: Ledger) -> dict[UUID, int]:
 
 
 async def take(ledger: Ledger, worker: UUID, limit: int, ahead: int = 0) -> list[Claim]:
-    return await attempts.claim(
+    return await settlement.claim(
         ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker, lease=LEASE
     )
 
@@ -74,7 +75,7 @@ def test_who_runs_alone(used: int, most: int, alone: bool) -> None:
 async def test_a_suspect_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api", BACKCAST_WORKER__SLOTS="5")
-        await workers.register_tasks(ledger, [TaskType(name="crowded", pool="default", input_schema={})])
+        await fleet.register_tasks(ledger, [TaskType(name="crowded", pool="default", input_schema={})])
         made = [await product.submit("crowded", name="c", seconds=0.2) for _ in range(40)]
         await ledger.execute(
             "update runs set attempts_used = 2 where id = any($1)", [UUID(run) for run in made[10:40:10]]
@@ -90,7 +91,7 @@ async def test_what_a_lost_worker_has_stored_is_not_computed_again(
 ) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api")
-        await workers.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        await fleet.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         run_id = await product.submit("nap", seconds=0, name="adopted")
         lost = await register(ledger)
         [claimed] = await claim(ledger, lost)
@@ -102,7 +103,7 @@ async def test_what_a_lost_worker_has_stored_is_not_computed_again(
         assert not (product.folder / "calls-adopted").exists()
         # The lost worker is still there, is refused, and cleans up after itself: nobody may miss what it removes.
         late = Ending(id=claimed.id, fence=1, state="completed", result_key=f"results/{run_id}/1.json")
-        assert (await attempts.settle(ledger, lost, [late])).accepted == set()
+        assert (await settlement.settle(ledger, lost, [late])).accepted == set()
         await store.delete([f"results/{run_id}/1.json"])
         [row] = await ledger.fetch("select result_key, attempts_used from runs")
         assert await store.get(row["result_key"]) == b"[42]"
@@ -113,7 +114,7 @@ async def test_what_is_not_whole_is_not_taken(database: str, ledger: Ledger, tmp
     """A store may keep an empty object of a worker that was killed while it sent one."""
     async with stack(database, tmp_path) as product:
         await product.up("api")
-        await workers.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        await fleet.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
         made = [await product.submit("nap", seconds=0) for _ in range(2)]
         lost = await register(ledger)
@@ -129,14 +130,14 @@ async def test_what_is_not_whole_is_not_taken(database: str, ledger: Ledger, tmp
 async def test_a_result_from_before_a_retry_is_not_taken(database: str, ledger: Ledger, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api")
-        await workers.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        await fleet.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         run_id = await product.submit("nap", seconds=0, name="retried")
         first = await register(ledger)
         [claimed] = await claim(ledger, first)
         store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
         await store.put(f"results/{run_id}/1.json", b"[42]")
         await store.aclose()
-        await attempts.settle(ledger, first, [Ending(id=claimed.id, fence=1, state="queued", retries_used=1)])
+        await settlement.settle(ledger, first, [Ending(id=claimed.id, fence=1, state="queued", retries_used=1)])
         await product.up("worker")
         assert await product.result(run_id) == 0
 
@@ -179,11 +180,11 @@ async def test_flights(ledger: Ledger) -> None:
     assert sorted(taken) == [False, False, True]
     leader, follower, _ = sorted((first, second, third), key=lambda c: not taken[(first, second, third).index(c)])
     waits = Ending(id=follower.id, fence=1, state="scheduled", delay=600, charged=False, flight="k")
-    await attempts.settle(ledger, worker, [waits])
+    await settlement.settle(ledger, worker, [waits])
     await flights.land(ledger, [("k", follower.id, 1)])
     assert await claim(ledger, worker) == [], "the flight goes on: only its own attempt can land it"
     failed = Ending(id=leader.id, fence=1, state="failed")
-    await attempts.settle(ledger, worker, [failed])
+    await settlement.settle(ledger, worker, [failed])
     await flights.land(ledger, [("k", leader.id, 1)])
     [again] = await claim(ledger, worker)
     assert again.id == follower.id
@@ -196,7 +197,7 @@ async def test_nobody_is_left_behind_when_a_landing_crosses_a_follower(ledger: L
     worker = await register(ledger)
     [follower] = await claim(ledger, worker)
     waits = Ending(id=follower.id, fence=1, state="scheduled", delay=600, charged=False, flight="gone")
-    await attempts.settle(ledger, worker, [waits])
+    await settlement.settle(ledger, worker, [waits])
     await flights.land(ledger, [("gone", follower.id, 1)])
     assert [c.id for c in await claim(ledger, worker)] == [follower.id]
 
@@ -207,7 +208,7 @@ async def test_a_flight_is_taken_over_when_its_attempt_is_over(ledger: Ledger) -
     worker = await register(ledger)
     first, second = await claim(ledger, worker, limit=2)
     assert await flights.take(ledger, "k", first)
-    await attempts.settle(ledger, worker, [Ending(id=first.id, fence=1, state="failed")])
+    await settlement.settle(ledger, worker, [Ending(id=first.id, fence=1, state="failed")])
     assert not await flights.take(ledger, "k", second), "not at once: what is seen of the other may be old"
     await ledger.execute("update flights set taken_at = taken_at - interval '1 minute'")
     assert await flights.take(ledger, "k", second)
@@ -223,7 +224,7 @@ async def test_a_deadline_ends_what_has_not_started(ledger: Ledger) -> None:
     await asyncio.sleep(0.1)
     assert await claim(ledger, worker) == []
     assert await lanes.move_on(ledger) == 1
-    await attempts.settle(ledger, worker, [Ending(id=running.id, fence=1, state="completed", result_key="k")])
+    await settlement.settle(ledger, worker, [Ending(id=running.id, fence=1, state="completed", result_key="k")])
     states = {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
     assert states == {running.id: "completed", ({late, later} - {running.id}).pop(): "expired"}
 
@@ -238,7 +239,7 @@ async def test_a_suspect_that_waits_is_not_charged_for_its_neighbours(ledger: Le
     assert await losses(ledger) == {suspect: 2, killer: 1}, "it had not begun"
     second = await register(ledger)
     again = {c.id: c for c in await claim(ledger, second)}
-    await attempts.begin(ledger, second, again[suspect])
+    await settlement.begin(ledger, second, again[suspect])
     states = await lose(ledger, second)
     assert (states[suspect], states[killer]) == ("failed", "queued")
 
@@ -249,4 +250,4 @@ async def test_runs_of_a_worker_that_nobody_knows_go_on(ledger: Ledger) -> None:
     worker = await register(ledger)
     await claim(ledger, worker)
     await ledger.execute("delete from workers")
-    assert await attempts.requeue(ledger, LEASE) == {run_id: "queued"}
+    assert await settlement.requeue(ledger, LEASE) == {run_id: "queued"}

@@ -9,8 +9,9 @@ import asyncpg
 import psycopg
 import pytest
 
-from backcast import postgres, setup
+from backcast import provision
 from backcast.errors import ConfigurationError, Unavailable
+from backcast.local import postgres
 from backcast.settings import Settings
 from tests.support.s3 import s3_server
 
@@ -62,12 +63,12 @@ async def _refused(url: str, sql: str) -> str:
 async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded: str, tmp_path: Path) -> None:
     it, said = settings(guarded, tmp_path), []
     for _ in range(2):
-        await asyncio.gather(*(asyncio.to_thread(setup.prepare, it, said.append) for _ in range(3)))
+        await asyncio.gather(*(asyncio.to_thread(provision.prepare, it, said.append) for _ in range(3)))
     assert "The database backcast of backcast is made." in said
     assert "The database prefect of prefect was there." in said
     assert said.count("The schema is now 0002.") == 1
     assert said[-1] == f"The store file://{tmp_path}/store is there, and every call works."
-    assert await asyncio.to_thread(setup.check, it, said.append)
+    assert await asyncio.to_thread(provision.check, it, said.append)
 
     scaler = it.setup.scaler_url.get_secret_value()  # type: ignore[union-attr]
     connection = await asyncpg.connect(scaler)
@@ -86,13 +87,13 @@ async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded:
 
 async def test_a_new_password_is_taken_over(guarded: str, tmp_path: Path) -> None:
     for password in ("first", "second"):
-        await asyncio.to_thread(setup.prepare, settings(guarded, tmp_path, password=password), lambda _: None)
+        await asyncio.to_thread(provision.prepare, settings(guarded, tmp_path, password=password), lambda _: None)
 
 
 def test_an_old_volume_with_a_new_password_is_a_sentence(guarded: str, tmp_path: Path) -> None:
     admin = guarded.format(user="postgres", password="new", database="postgres")
     with pytest.raises(ConfigurationError, match=r"password authentication failed .* earlier installation") as refused:
-        setup.prepare(settings(guarded, tmp_path, admin_url=admin), lambda _: None)
+        provision.prepare(settings(guarded, tmp_path, admin_url=admin), lambda _: None)
     assert "new@" not in str(refused.value)
 
 
@@ -102,7 +103,7 @@ def test_a_database_that_does_not_come_is_a_sentence(tmp_path: Path) -> None:
     )
     said: list[str] = []
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1 can't be used yet.*refused.*the setting name its address"):
-        setup.prepare(away, said.append)
+        provision.prepare(away, said.append)
     assert len(said) == 1, "the same reason is said once"
     assert "secret" not in said[0]
 
@@ -113,11 +114,11 @@ def test_the_prefect_server_is_held_back_until_its_database_is_there(guarded: st
     def say(line: str) -> None:
         said.append(line)
         if len(said) == 1:  # refused: there is no such role yet
-            setup.prepare(it, lambda _: None)
+            provision.prepare(it, lambda _: None)
 
     later = guarded.format(user="later", password="pw", database="later")
     it = settings(guarded, tmp_path, prefect_url=later)
-    setup.await_prefect_database(it, say)
+    provision.await_prefect_database(it, say)
     assert len(said) == 1
 
 
@@ -129,11 +130,11 @@ def test_a_bucket_is_made_and_every_call_is_tried(guarded: str, tmp_path: Path) 
         good = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": s3.secret_key})})
         bad = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": "wrong"})})
         said: list[str] = []
-        assert not setup.check(good, said.append)
+        assert not provision.check(good, said.append)
         assert any("made" in line and "does not exist: create it" in line for line in said)
-        setup.prepare(good, said.append)
+        provision.prepare(good, said.append)
         said.clear()
-        assert setup.check(good, said.append)
+        assert provision.check(good, said.append)
         assert [line[:6] for line in said] == ["ok    "] * 7, said
-        assert not setup.check(bad, said.append)
+        assert not provision.check(bad, said.append)
         assert any(line.startswith("FAILED store: put") and "access key" in line for line in said), said

@@ -12,10 +12,11 @@ import pytest
 
 from backcast import settings
 from backcast.errors import StoreUnavailable
-from backcast.ledger import Ledger, cursors, upkeep, workers
+from backcast.ledger import cursors, fleet, maintenance
+from backcast.ledger.connection import Ledger
 from backcast.models import TaskType, uuid7
+from backcast.steward.retention import Sweep
 from backcast.store import Missing, Store, open_store
-from backcast.sweep import Sweep
 from tests.support.s3 import S3Server, s3_server
 from tests.support.stack import Part, Stack, prefect_server, stack
 from tests.support.waiting import until
@@ -199,15 +200,15 @@ async def test_a_cursor_never_goes_back(ledger: Ledger) -> None:
 
 async def test_vacuum_and_figures(ledger: Ledger) -> None:
     await add(ledger, "failed", ago=1)
-    assert await upkeep.oldest_xmin_age(ledger) >= 0
-    assert await upkeep.dead_rows(ledger) >= 0
+    assert await maintenance.oldest_xmin_age(ledger) >= 0
+    assert await maintenance.dead_rows(ledger) >= 0
     async with ledger.session() as holder, ledger.session() as connection:
         await holder.execute("begin isolation level repeatable read")
         await holder.execute("select 1 from runs limit 1")
         for _ in range(5):
             await ledger.execute("update runs set priority = priority + 1")
-        assert await upkeep.oldest_xmin_age(ledger) >= 5
-        await upkeep.vacuum(connection)
+        assert await maintenance.oldest_xmin_age(ledger) >= 5
+        await maintenance.vacuum(connection)
 
 
 # -- leading -----------------------------------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ async def test_prefect_shows_every_end_in_the_end(database: str, tmp_path: Path,
             await add(ledger, "completed", ago=3 * DAY, ended=DAY): "COMPLETED",  # took two days
         }
         quiet_task = TaskType(name="quiet", pool="default", input_schema={}, history=False)
-        await workers.register_tasks(ledger, [quiet_task])
+        await fleet.register_tasks(ledger, [quiet_task])
         quiet = await add(ledger, "completed", ago=3600, task="quiet")
         forgotten = await add(ledger, "completed", ago=40 * DAY, ended=35 * DAY)
         async with stack(database, tmp_path, **env) as product:

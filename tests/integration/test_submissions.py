@@ -15,12 +15,13 @@ import httpx
 import psutil
 import pytest
 
-from backcast import postgres
-from backcast.app import create_app
+from backcast.api.app import create_app
 from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable, TooManyWaiting
-from backcast.ledger import Ledger, attempts, batches, lanes, migrate, runs, submissions, workers
+from backcast.ledger import batches, fleet, lanes, runs, settlement, submissions
 from backcast.ledger.admission import OWNERS, Admission
+from backcast.ledger.connection import Ledger, migrate
 from backcast.ledger.submissions import New, Submissions, Submitted
+from backcast.local import postgres
 from backcast.models import Limits, State, Submission, uuid7
 from backcast.settings import Api
 from backcast.settings import Store as StoreSettings
@@ -43,7 +44,7 @@ async def store(folder: str) -> AsyncIterator[Store]:
 @pytest.fixture
 async def worker(ledger: Ledger) -> UUID:
     worker = uuid7()
-    await workers.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[ECHO])
+    await fleet.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=[ECHO])
     return worker
 
 
@@ -172,7 +173,7 @@ async def test_no_request_waits_longer_than_the_time_out_for_a_hung_database(tmp
         postgres.create_database(server.url(), "backcast")
         migrate(server.url("backcast"))
         ledger = Ledger(server.url("backcast"), pool=3, timeout=timedelta(seconds=1))
-        await workers.register_tasks(ledger, [ECHO])
+        await fleet.register_tasks(ledger, [ECHO])
         async with over(ledger, store) as api:
             run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()
 
@@ -237,7 +238,7 @@ async def test_a_read_only_database_is_said_and_heals(database: str, store: Stor
         await admin.close()
 
     ledger = Ledger(database, timeout=timedelta(seconds=5))
-    await workers.register_tasks(ledger, [ECHO])
+    await fleet.register_tasks(ledger, [ECHO])
     async with over(ledger, store) as api:
 
         async def submit() -> httpx.Response:
@@ -291,7 +292,7 @@ async def test_what_waits_is_counted_by_owner_and_in_all(ledger: Ledger, worker:
     assert [await room("default", 100, limit, 2) for limit in (4, 5)] == [False, True]
     assert [await room("ana", 100, limit, 2) for limit in (2, 3)] == [False, True]
     assert [await room("new", limit, 100, 2) for limit in (6, 7)] == [False, True]
-    await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+    await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
     assert [await room("default", 100, limit, 2) for limit in (3, 4)] == [False, True]
 
 
@@ -331,7 +332,7 @@ async def test_an_owner_at_its_limit_is_told_when_to_come_again(ledger: Ledger, 
         lines = '{"input": {"value": 1}}\n' * 4
         problem(await api.post("/v1/batches?task=echo&owner=new", content=lines, headers=JSONL), 422, "invalid_input")
 
-        await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+        await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
 
         async def accepted() -> int:
             return (await post()).status_code
@@ -404,12 +405,12 @@ async def test_a_batch_from_submit_to_results(
     assert {run["batch_id"] for run in pages} == {batch["id"]}
 
     await end(ledger, store, worker, '"small"')  # ten of them
-    for claim in await attempts.claim(ledger, pool="default", cursor=0, limit=2, worker_id=worker, lease=LEASE):
+    for claim in await settlement.claim(ledger, pool="default", cursor=0, limit=2, worker_id=worker, lease=LEASE):
         key = f"results/{claim.id}/{claim.fence}.json"
         if not await count(ledger, "result is null and state = 'completed'"):
             await store.put(key, json.dumps("large" * 20_000).encode())
-        done = attempts.Ending(id=claim.id, fence=claim.fence, state="completed", result=None, result_key=key)
-        assert (await attempts.settle(ledger, worker, [done])).accepted
+        done = settlement.Ending(id=claim.id, fence=claim.fence, state="completed", result=None, result_key=key)
+        assert (await settlement.settle(ledger, worker, [done])).accepted
     results = await api.get(f"{where}/results")
     assert (results.status_code, results.headers["content-type"].partition(";")[0]) == (200, "application/jsonl")
     found = [json.loads(line) for line in results.text.splitlines()]
@@ -487,14 +488,16 @@ async def test_batches_are_cancelled_while_they_are_worked_on(
     batch = (await api.post("/v1/batches", content=body, headers=JSONL)).json()
 
     async def work() -> None:
-        while claims := await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
+        while claims := await settlement.claim(
+            ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE
+        ):
             done = [
-                attempts.Ending(
+                settlement.Ending(
                     id=claim.id, fence=claim.fence, state="completed", result="1", result_key="k", lane="gpu"
                 )
                 for claim in claims
             ]
-            await attempts.settle(ledger, worker, done)
+            await settlement.settle(ledger, worker, done)
 
     working = [asyncio.create_task(work()) for _ in range(3)]
     found = await batches.cancel(ledger, UUID(batch["id"]))
@@ -540,7 +543,7 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
     assert [lane["name"] for lane in (await api.get("/v1/lanes")).json()["items"]] == ["gpu"]
     assert (await api.delete("/v1/lanes/gpu")).status_code == 204
     problem(await api.get("/v1/lanes/gpu"), 404, "unknown_lane")
-    claims = await attempts.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+    claims = await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
     assert len(claims) == 3
 
 

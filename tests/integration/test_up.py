@@ -17,7 +17,7 @@ import psutil
 import psycopg
 import pytest
 
-from backcast import postgres
+from backcast.local import postgres
 from backcast.testing import ScriptedModel
 from tests.support.stack import FINAL, ROOT, free_port
 from tests.support.waiting import until

@@ -11,9 +11,10 @@ from uuid import UUID
 import httpx
 import pytest
 
-from backcast import postgres
 from backcast.client import AsyncClient
-from backcast.ledger import Ledger, attempts, migrate
+from backcast.ledger import settlement
+from backcast.ledger.connection import Ledger, migrate
+from backcast.local import postgres
 from tests.support.s3 import s3_server
 from tests.support.stack import FINAL, Stack, stack
 from tests.support.waiting import until
@@ -198,7 +199,7 @@ async def test_a_claim_whose_answer_was_lost_is_handed_back(product: Stack, ledg
     [row] = await ledger.fetch("select id from workers")
     worker.signal(signal.SIGSTOP)
     run_id = await product.submit("echo", value=1)
-    [lost] = await attempts.claim(
+    [lost] = await settlement.claim(
         ledger, pool="default", cursor=0, limit=1, worker_id=row["id"], lease=timedelta(seconds=15)
     )
     assert str(lost.id) == run_id

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from backcast.app import create_app
-from backcast.ledger import Ledger
+from backcast.api.app import create_app
+from backcast.ledger.connection import Ledger
 from backcast.settings import PREFIX, Api, Settings
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store

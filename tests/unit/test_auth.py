@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from backcast.app import create_app
+from backcast.api.app import create_app
 from backcast.errors import ConfigurationError
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 from backcast.settings import Api, load
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import backcast
-from backcast.authoring import Options, cancel_requested, options, options_of, stoppable
+from backcast.options import Options, cancel_requested, options, options_of, stoppable
 
 
 def plain() -> None: ...

@@ -16,7 +16,7 @@ from uuid import UUID
 import pytest
 from typer.testing import CliRunner, Result
 
-from backcast.cli import app
+from backcast.cli.main import app
 from tests.unit.test_client import Service
 
 Cli = Callable[..., Result]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from backcast import postgres
 from backcast.errors import ConfigurationError
-from backcast.local import free_port, up
-from backcast.part import Part
+from backcast.local import postgres
+from backcast.local.child import Part
+from backcast.local.up import free_port, up
 from tests.support.waiting import until
 
 Lines = list[tuple[str, str, str]]

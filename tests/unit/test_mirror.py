@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from backcast.mirror import Mirror
+from backcast.history.sink import Mirror
 from backcast.settings import Prefect
 
 

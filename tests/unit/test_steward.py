@@ -4,9 +4,9 @@ from uuid import UUID
 
 import pytest
 
-from backcast.ledger.workers import Fleet
+from backcast.ledger.fleet import Fleet
 from backcast.models import uuid7
-from backcast.steward import Vigil
+from backcast.steward.loop import Vigil
 
 A, B, C = uuid7(), uuid7(), uuid7()
 APART = 1_000_000.0

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from backcast import weights
 from backcast.errors import ConfigurationError, Unavailable
-from backcast.weights import Hub, Part, Weights, Wheels
+from backcast.local import weights
+from backcast.local.weights import Hub, Part, Weights, Wheels
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 PIECES = [CONTENT[:400_000], CONTENT[400_000:800_000], CONTENT[800_000:]]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from backcast.api import problems
 from backcast.api.body import json_body, validate
 from backcast.api.deps import Backend, Deps, backend
-from backcast.api.direct import RUN_ID, Direct, in_header, in_path, run_id
+from backcast.api.fast_path import RUN_ID, Direct, in_header, in_path, run_id
 from backcast.api.submit import idempotency_key, submit
 from backcast.errors import (
     BodyTooLarge,

@@ -16,7 +16,7 @@ from datetime import timedelta
 from itertools import pairwise
 
 from backcast.errors import InvalidInput, LedgerUnavailable, TooManyWaiting
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 
 INTERVAL = 1.0
 """Seconds between two counts, or more when they take long: see `BURDEN`."""

@@ -8,7 +8,8 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import IdempotencyConflict, InvalidInput, UnknownBatch
-from backcast.ledger import Ledger, lanes
+from backcast.ledger import lanes
+from backcast.ledger.connection import Ledger
 from backcast.ledger.submissions import INSERT, New, columns
 from backcast.models import Batch, Problem, State
 

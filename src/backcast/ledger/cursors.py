@@ -2,7 +2,7 @@
 
 from uuid import UUID
 
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import asyncpg
 
 from backcast.errors import LedgerUnavailable, UnknownLane
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 from backcast.models import Lane, Limits, Problem
 
 AT_ONCE = 1000

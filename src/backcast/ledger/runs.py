@@ -12,7 +12,8 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import UnknownRun
-from backcast.ledger import Ledger, lanes
+from backcast.ledger import lanes
+from backcast.ledger.connection import Ledger
 from backcast.models import Problem, Run, State
 
 COLUMNS = """id, task, state, owner, priority, lane, batch_id, attempts_used, error, usage, metadata, created_at,

@@ -15,7 +15,8 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable
-from backcast.ledger import Ledger, lanes
+from backcast.ledger import lanes
+from backcast.ledger.connection import Ledger
 from backcast.ledger.runs import COLUMNS, shown
 from backcast.models import Run, Submission, TaskType, uuid7
 

@@ -3,10 +3,10 @@
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from backcast.api.app import create_app
 from backcast.api.deps import Deps
 from backcast.api.submit import submit
-from backcast.app import create_app
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 from backcast.models import Submission
 from backcast.settings import load
 from backcast.store import open_store

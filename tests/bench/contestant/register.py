@@ -2,7 +2,8 @@
 
 import asyncio
 
-from backcast.ledger import Ledger, migrate, workers
+from backcast.ledger import fleet
+from backcast.ledger.connection import Ledger, migrate
 from backcast.models import TaskType
 from backcast.settings import load
 from backcast.store import open_store
@@ -17,7 +18,7 @@ async def main() -> None:
     for name in ("noop", "sleep"):
         schema = {"type": "object", "properties": {"n": {"type": "integer"}, "seconds": {"type": "number"}}}
         task = TaskType(name=name, pool="default", input_schema=schema)
-        await workers.register_tasks(ledger, [task])
+        await fleet.register_tasks(ledger, [task])
     await ledger.aclose()
     store = open_store(settings.store)
     await store.ensure()

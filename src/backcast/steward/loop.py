@@ -19,16 +19,17 @@ import asyncpg
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from backcast.chronicle import Chronicle
 from backcast.errors import LedgerUnavailable, Unavailable
-from backcast.ledger import Ledger, attempts, lanes, upkeep, workers
-from backcast.mirror import Mirror
+from backcast.history.reconciliation import Chronicle
+from backcast.history.sink import Mirror
+from backcast.ledger import fleet, lanes, maintenance, settlement
+from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
-from backcast.pods import Pods
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
+from backcast.steward.pods import Pods
+from backcast.steward.retention import Sweep, forget_history
 from backcast.store import Store, open_store
-from backcast.sweep import Sweep, forget_history
 
 log = logging.getLogger("backcast.steward")
 
@@ -59,7 +60,7 @@ class Vigil:
     _database_started: float | None = field(default=None, init=False)
     _suspects: frozenset[UUID] = field(default_factory=frozenset[UUID], init=False)
 
-    def may_requeue(self, fleet: workers.Fleet, now: float) -> bool:
+    def may_requeue(self, fleet: fleet.Fleet, now: float) -> bool:
         """`now` is a monotonic clock, in seconds, read after the answer: what was asked before a pause is old. The
         database's clock sees what ours may not: that the machine slept, or that somebody has set the clock."""
         limit = max(3 * ROUND, self.lease / 3)
@@ -118,7 +119,7 @@ class Steward:
             try:
                 async with self._ledger.session() as connection:  # which holds the lead, and loses it when it ends
                     quiet = False
-                    while not await upkeep.take_lead(connection):
+                    while not await maintenance.take_lead(connection):
                         await self._round_ends()
                     await self._lead(connection)
             except LedgerUnavailable as error:
@@ -132,10 +133,10 @@ class Steward:
         vigil = Vigil(self._lease.total_seconds())
         async with self._at_work():
             while True:
-                await upkeep.beat(connection, self._id)
-                fleet = await workers.fleet(connection, self._lease)
-                if vigil.may_requeue(fleet, time.monotonic()):
-                    await self._requeue(fleet.dead)
+                await maintenance.beat(connection, self._id)
+                seen = await fleet.observe(connection, self._lease)
+                if vigil.may_requeue(seen, time.monotonic()):
+                    await self._requeue(seen.dead)
                 await self._round_ends()
 
     async def _round_ends(self) -> None:
@@ -145,7 +146,7 @@ class Steward:
         await asyncio.sleep(ROUND)
 
     async def _requeue(self, dead: Collection[UUID]) -> None:
-        states = await attempts.requeue(self._ledger, self._lease, dead)
+        states = await settlement.requeue(self._ledger, self._lease, dead)
         for state in sorted(set(states.values())):
             count = sum(1 for value in states.values() if value == state)
             self._requeued.labels(state).inc(count)
@@ -159,7 +160,11 @@ class Steward:
         duties: list[Duty] = [
             ("vacuum", self._vacuum, VACUUM_EVERY),
             ("measure", self._measure, MEASURE_EVERY),
-            ("forget workers", partial(upkeep.forget_dead, self._ledger, FORGET_WORKERS_AFTER), FORGET_WORKERS_EVERY),
+            (
+                "forget workers",
+                partial(maintenance.forget_dead, self._ledger, FORGET_WORKERS_AFTER),
+                FORGET_WORKERS_EVERY,
+            ),
             ("sweep", Sweep(self._ledger, self._store, keep), every),
         ]
         if self._settings.deletion_cost:  # anew: who led meanwhile may have marked pods otherwise
@@ -188,13 +193,13 @@ class Steward:
             self._forget_figures()
 
     async def _vacuum(self) -> None:
-        if await upkeep.dead_rows(self._ledger) > DEAD_ROWS:
+        if await maintenance.dead_rows(self._ledger) > DEAD_ROWS:
             async with self._ledger.session() as connection:
-                await upkeep.vacuum(connection)
+                await maintenance.vacuum(connection)
 
     async def _measure(self) -> None:
-        self._oldest_xmin.set(await upkeep.oldest_xmin_age(self._ledger))
-        for pool in await upkeep.backlog(self._ledger):
+        self._oldest_xmin.set(await maintenance.oldest_xmin_age(self._ledger))
+        for pool in await maintenance.backlog(self._ledger):
             self._ready.labels(pool.pool).set(pool.ready)
             self._running.labels(pool.pool).set(pool.running)
             self._oldest.labels(pool.pool).set(pool.oldest_age_seconds)

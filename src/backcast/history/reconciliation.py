@@ -11,9 +11,10 @@ from uuid import UUID
 
 import httpx
 
-from backcast.changes import state_type
-from backcast.ledger import Ledger, cursors, history
-from backcast.mirror import Mirror
+from backcast.history.events import state_type
+from backcast.history.sink import Mirror
+from backcast.ledger import cursors, history
+from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 
 log = logging.getLogger("backcast.steward")

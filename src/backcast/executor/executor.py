@@ -16,15 +16,15 @@ from prefect.context import AsyncClientContext, SyncClientContext
 from prefect.logging.loggers import patch_print
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 
-from backcast.authoring import stoppable
-from backcast.engine import direct, tracked
-from backcast.engine.direct import Job, Kit
-from backcast.engine.serving import CacheStorage, serve
-from backcast.engine.threads import Threads
-from backcast.engine.tracked import Tell
-from backcast.engine.verdicts import problem
 from backcast.errors import Unavailable
+from backcast.executor import plain, prefect_engine
+from backcast.executor.classification import problem
+from backcast.executor.plain import Job, Kit
+from backcast.executor.prefect_engine import Tell
+from backcast.executor.registry import CacheStorage, serve
+from backcast.executor.threads import Threads
 from backcast.models import JSON, Attempt, Failed, TaskType
+from backcast.options import stoppable
 from backcast.store import Store
 
 
@@ -102,8 +102,8 @@ class Engine:
                     job = self._job(name, run_id, given, retries)
                     tell = self._tell if job.kit.served.options.history == "full" else None
                     if tell is None and not job.kit.served.needs_engine:
-                        return await direct.call(job, self._threads, asked)
-                    return await tracked.call(job, self._threads, asked, tell)
+                        return await plain.call(job, self._threads, asked)
+                    return await prefect_engine.call(job, self._threads, asked, tell)
                 finally:
                     asked.set()  # what the task has left running belongs to a run that is over
         except asyncio.CancelledError as stop:
@@ -124,7 +124,7 @@ class Engine:
         if not served.is_cached or (PREFECT_TASKS_REFRESH_CACHE.value() if refresh is None else refresh):
             return None
         try:
-            return tracked.cache_key(self._job(name, run_id, given, 0))
+            return prefect_engine.cache_key(self._job(name, run_id, given, 0))
         except Exception:  # noqa: BLE001  # the attempt will say what is wrong
             return None
 

@@ -7,10 +7,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from backcast import __version__
-from backcast.api import auth, batches, health, lanes, problems, runs, seed, tasks
+from backcast.api import auth, batches, compatibility, health, lanes, problems, runs, tasks
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 from backcast.process import configure_logging
 from backcast.settings import Api, Settings
 from backcast.store import Store, open_store
@@ -36,7 +36,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     auth.describe(app)
     problems.install(app)
     nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router)
-    for router in (runs.hot, seed.router, *nouns):
+    for router in (runs.hot, compatibility.router, *nouns):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     return app
 

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from typer.core import TyperGroup
 
-from backcast import __version__, client, terminal
+from backcast import __version__, client
+from backcast.cli import output
 from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable
 from backcast.models import JSON, Lane, Limits, Run, State, Submission
 from backcast.settings import KEY_VARIABLE, URL_VARIABLE, load
@@ -41,17 +42,15 @@ class _Readable(TyperGroup):
         try:
             return super().invoke(ctx)
         except BackcastError as error:
-            terminal.complain(error.detail)
+            output.complain(error.detail)
             for field in error.errors if isinstance(error, ClientError) else ():
                 if field.detail not in error.detail:
-                    terminal.complain(f"  {field.pointer}: {field.detail}")
+                    output.complain(f"  {field.pointer}: {field.detail}")
             raise typer.Exit(_exit_code(error)) from None
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("backcast"):
                 raise
-            terminal.complain(
-                f"{error.name} is not installed, and this command needs it: pip install 'backcast[local]'."
-            )
+            output.complain(f"{error.name} is not installed, and this command needs it: pip install 'backcast[local]'.")
             raise typer.Exit(REFUSED) from None
 
 
@@ -113,15 +112,15 @@ def up(
     ] = None,
 ) -> None:
     """Run the whole product on this machine."""
-    from backcast import local
+    from backcast.local import up
 
-    raise typer.Exit(local.up(data=data, model=model, port=port, slots=slots))
+    raise typer.Exit(up.up(data=data, model=model, port=port, slots=slots))
 
 
 @_run()
 def api() -> None:
     """Run the HTTP API."""
-    from backcast import app
+    from backcast.api import app
 
     app.serve(load())
 
@@ -129,59 +128,59 @@ def api() -> None:
 @_run()
 def worker() -> None:
     """Run a worker, which claims runs and executes them."""
-    from backcast import worker
+    from backcast.worker import loop
 
-    worker.main(load())
+    loop.main(load())
 
 
 @_run()
 def steward() -> None:
     """Run the steward, which requeues the runs of dead workers and cleans up."""
-    from backcast import steward
+    from backcast.steward import loop
 
-    steward.main(load())
+    loop.main(load())
 
 
 @_run()
 def model() -> None:
     """Run the embedded model's server; its file is downloaded first if need be."""
-    from backcast import llama, weights
+    from backcast.local import model_server, weights
 
     settings = load().model
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=terminal.err, transient=True, disable=not terminal.err.is_terminal) as bars:
+    with Progress(*columns, console=output.err, transient=True, disable=not output.err.is_terminal) as bars:
         bar = bars.add_task("model", total=None)
 
         def show(done: int, total: int, source: str) -> None:
             bars.update(bar, completed=done, total=total, description=f"model from {source}")
 
         file = settings.weights or weights.fetch(settings.cache, show)
-    llama.main(settings, file)
+    model_server.main(settings, file)
 
 
 @_run()
 def setup() -> None:
     """Make what the processes need: roles and databases if told to, the schema, the store's folder or bucket."""
-    from backcast import setup
+    from backcast import provision
 
-    setup.prepare(load(), typer.echo)
+    provision.prepare(load(), typer.echo)
 
 
 @_run()
 def check() -> None:
     """Try every call that the processes make to the database and the store, and say what to change."""
-    from backcast import setup
+    from backcast import provision
 
-    if not setup.check(load(), typer.echo):
+    if not provision.check(load(), typer.echo):
         raise typer.Exit(RUN_FAILED)
 
 
 @_run(hidden=True)
 def await_database() -> None:
     """Wait until the Prefect server's database can be used: that server ends when it can't."""
-    from backcast import setup
+    from backcast import provision
 
-    setup.await_prefect_database(load(), typer.echo)
+    provision.await_prefect_database(load(), typer.echo)
 
 
 # Values on the command line
@@ -336,7 +335,7 @@ def submit(
         if wait:
             _finish(service, run, timeout, as_json)
         elif as_json:
-            terminal.print_document(run.model_dump(mode="json"))
+            output.print_document(run.model_dump(mode="json"))
         else:
             typer.echo(run.id)
 
@@ -351,9 +350,9 @@ def get(
     """Show a run, or print its result."""
     with _connect(url) as service:
         if result:
-            terminal.print_value(service.result(run_id), as_json)
+            output.print_value(service.result(run_id), as_json)
         else:
-            terminal.print_run(service.get(run_id), as_json)
+            output.print_run(service.get(run_id), as_json)
 
 
 @_use()
@@ -361,7 +360,7 @@ def wait(run_id: RunId, timeout: Timeout = None, url: Url = None, as_json: AsJso
     """Wait until a run has ended, and show it."""
     with _connect(url) as service:
         run = _ended(service, run_id, timeout)
-    terminal.print_run(run, as_json)
+    output.print_run(run, as_json)
     client.raise_for_state(run)
 
 
@@ -378,13 +377,13 @@ def list_(
     with _connect(url) as service:
         runs = list(service.list(limit=limit, state=state, task=task, owner=owner))
     if as_json:
-        terminal.print_document([run.model_dump(mode="json") for run in runs])
+        output.print_document([run.model_dump(mode="json") for run in runs])
         return
     now = datetime.now(UTC)
-    terminal.print_table(
+    output.print_table(
         ("ID", "TASK", "STATE", "OWNER", "AGE", "TOOK"),
         [
-            (str(run.id), run.task, run.state, run.owner, terminal.span(now - run.created_at), terminal.took(run))
+            (str(run.id), run.task, run.state, run.owner, output.span(now - run.created_at), output.took(run))
             for run in runs
         ],
     )
@@ -396,7 +395,7 @@ def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
     with _connect(url) as service:
         run = service.cancel(run_id)
     if as_json:
-        terminal.print_document(run.model_dump(mode="json"))
+        output.print_document(run.model_dump(mode="json"))
     elif run.state.is_final:
         typer.echo(f"Run {run.id} is {run.state}.")
     else:
@@ -412,14 +411,14 @@ def tasks(
     """List the tasks that can be run, or show one with its parameters."""
     with _connect(url) as service:
         if name is not None:
-            terminal.print_task(service.task(name), as_json)
+            output.print_task(service.task(name), as_json)
             return
         found = service.tasks()
     if as_json:
-        terminal.print_document([task.model_dump(mode="json") for task in found])
+        output.print_document([task.model_dump(mode="json") for task in found])
     else:
-        rows = [(task.name, " ".join(terminal.usage(task)), task.description.partition("\n")[0]) for task in found]
-        terminal.print_table(("TASK", "PARAMETERS", "DESCRIPTION"), rows)
+        rows = [(task.name, " ".join(output.usage(task)), task.description.partition("\n")[0]) for task in found]
+        output.print_table(("TASK", "PARAMETERS", "DESCRIPTION"), rows)
 
 
 # Lanes
@@ -467,14 +466,14 @@ def lane(
 def _print_lanes(found: Sequence[Lane], as_json: bool, *, one: bool = False) -> None:
     if as_json:
         documents = [lane.model_dump(mode="json") for lane in found]
-        terminal.print_document(documents[0] if one else documents)
+        output.print_document(documents[0] if one else documents)
         return
     rows = [
         (lane.name, *("" if limit is None else f"{limit:g}" for limit in (lane.max_running, lane.max_per_minute)),
          str(lane.admitted), str(lane.held))
         for lane in found
     ]  # fmt: skip
-    terminal.print_table(("LANE", "MAX RUNNING", "MAX PER MINUTE", "ADMITTED", "HELD"), rows)
+    output.print_table(("LANE", "MAX RUNNING", "MAX PER MINUTE", "ADMITTED", "HELD"), rows)
 
 
 # Waiting
@@ -483,13 +482,13 @@ def _print_lanes(found: Sequence[Lane], as_json: bool, *, one: bool = False) -> 
 def _finish(service: client.Client, run: Run, timeout: float | None, as_json: bool) -> None:
     run = _ended(service, run.id, timeout)
     client.raise_for_state(run)
-    terminal.print_value(service.result(run.id), as_json)
+    output.print_value(service.result(run.id), as_json)
 
 
 def _ended(service: client.Client, run_id: UUID, timeout: float | None) -> Run:
     try:
-        with terminal.watching(run_id) as progress:
+        with output.watching(run_id) as progress:
             return service.wait(run_id, timeout=timeout, progress=progress)
     except KeyboardInterrupt:
-        terminal.err.print(f"The run goes on: backcast wait {run_id}", soft_wrap=True)
+        output.err.print(f"The run goes on: backcast wait {run_id}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None

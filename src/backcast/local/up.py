@@ -25,10 +25,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from backcast import client, postgres, weights
+from backcast import client
 from backcast.errors import BackcastError, ConfigurationError, Unavailable
-from backcast.ledger import migrate
-from backcast.part import Part
+from backcast.ledger.connection import migrate
+from backcast.local import postgres, weights
+from backcast.local.child import Part
 from backcast.process import Stop
 from backcast.settings import URL_VARIABLE, Settings, load
 from backcast.store import open_store

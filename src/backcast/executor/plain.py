@@ -23,10 +23,10 @@ from prefect.utilities.math import clamped_poisson_interval
 from prefect.utilities.timeout import timeout, timeout_async
 from pydantic import BaseModel
 
-from backcast.engine.serving import Served
-from backcast.engine.threads import Overdue, Threads
-from backcast.engine.verdicts import may_retry, problem, retry_after, to_json
 from backcast.errors import FatalError, RunTimeout
+from backcast.executor.classification import may_retry, problem, retry_after, to_json
+from backcast.executor.registry import Served
+from backcast.executor.threads import Overdue, Threads
 from backcast.models import Attempt, Failed, Retry, Succeeded, uuid7
 
 MARGIN = 0.5

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from backcast.api import problems
 from backcast.api.body import json_body, validate
 from backcast.api.deps import backend
-from backcast.api.direct import RUN_ID, Direct, run_id
+from backcast.api.fast_path import RUN_ID, Direct, run_id
 from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS, json_request, stored
 from backcast.api.submit import idempotency_key, submit
 from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun

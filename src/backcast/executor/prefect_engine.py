@@ -22,12 +22,12 @@ from prefect.telemetry.run_telemetry import RunTelemetry
 from prefect.transactions import AsyncTransaction, Transaction
 from prefect.utilities.timeout import timeout, timeout_async
 
-from backcast.changes import Change
-from backcast.engine import direct
-from backcast.engine.direct import Job
-from backcast.engine.threads import Overdue, Threads
-from backcast.engine.verdicts import clean, may_retry, problem, retry_after
 from backcast.errors import Unavailable
+from backcast.executor import plain
+from backcast.executor.classification import clean, may_retry, problem, retry_after
+from backcast.executor.plain import Job
+from backcast.executor.threads import Overdue, Threads
+from backcast.history.events import Change
 from backcast.models import Attempt, Failed, Retry, Succeeded
 
 Tell = Callable[[Change], None]
@@ -68,7 +68,7 @@ class _Ours:
         """The contexts in which a task, and the tasks that it calls, find their run."""
         engine = self._engine
         assert engine.task_run is not None
-        with direct.context(self.job, engine.task_run), ConcurrencyContext():
+        with plain.context(self.job, engine.task_run), ConcurrencyContext():
             if self.job.task.task_run_name:
                 self.speak()
                 engine._set_custom_task_run_name()  # pyright: ignore[reportPrivateUsage]
@@ -131,7 +131,7 @@ class _Ours:
     def keep(self, value: Any) -> bool:
         """Keep what the function returned. True: it is a mere value, and the run is completed; else Prefect decides
         what it means, and does what the task has asked for when it is completed."""
-        self.body = direct.body(value.result if isinstance(value, ResultRecord) else value)
+        self.body = plain.body(value.result if isinstance(value, ResultRecord) else value)
         return not (self.job.kit.served.needs_engine or isinstance(value, State) or is_state_iterable(value))
 
     def note(self, cause: BaseException) -> None:
@@ -177,7 +177,7 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
         if not self.keep(result):
             return await super().handle_success(result, transaction)
         transaction.stage(None)
-        return self.enter(direct.fresh(direct.COMPLETED))
+        return self.enter(plain.fresh(plain.COMPLETED))
 
     async def handle_exception(self, exc: Exception) -> None:
         self.note(exc)
@@ -192,7 +192,7 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
         with self.inside():
             try:
                 if self.task_run is not None and self.task_run.state is None:
-                    self.enter(direct.fresh(direct.RUNNING))
+                    self.enter(plain.fresh(plain.RUNNING))
                     await self.call_hooks()
                 await self._attempt()
                 if not self.is_parked and self.state.is_final():
@@ -250,7 +250,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
         if not self.keep(result):
             return super().handle_success(result, transaction)
         transaction.stage(None)
-        return self.enter(direct.fresh(direct.COMPLETED))
+        return self.enter(plain.fresh(plain.COMPLETED))
 
     def handle_exception(self, exc: Exception) -> None:
         self.note(exc)
@@ -265,7 +265,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
         with self.inside():
             try:
                 if self.task_run is not None and self.task_run.state is None:
-                    self.enter(direct.fresh(direct.RUNNING))
+                    self.enter(plain.fresh(plain.RUNNING))
                     self.call_hooks()
                 self._attempt()
                 self._finish()
@@ -344,7 +344,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event, tell: Tell | 
 
 def cache_key(job: Job) -> str | None:
     """As the engine reckons it when the run begins."""
-    with direct.context(job, direct.task_run(job)):
+    with plain.context(job, plain.task_run(job)):
         return _SyncEngine(**_parts(job, None)).compute_transaction_key()
 
 
@@ -355,7 +355,7 @@ def _parts(job: Job, tell: Tell | None, **other: Any) -> dict[str, Any]:
         "tell": tell,
         "task": job.task,
         "parameters": job.parameters,
-        "task_run": direct.task_run(job),
+        "task_run": plain.task_run(job),
         "retries": job.retries,
         "logger": _LOGGER,
         "_telemetry": _TELEMETRY,

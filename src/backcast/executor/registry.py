@@ -25,10 +25,10 @@ from prefect.tasks import MaterializingTask
 from prefect.utilities.callables import parameter_schema
 from pydantic import PrivateAttr, TypeAdapter, ValidationError
 
-from backcast.authoring import Options, options_of
-from backcast.engine.verdicts import to_json
 from backcast.errors import ConfigurationError, UsageError
+from backcast.executor.classification import to_json
 from backcast.models import JSON, TaskType
+from backcast.options import Options, options_of
 from backcast.store import Store
 
 T = TypeVar("T")

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 
 from backcast.errors import ConfigurationError
-from backcast.ledger import Ledger, workers
+from backcast.ledger import fleet
+from backcast.ledger.connection import Ledger
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _COST = "controller.kubernetes.io/pod-deletion-cost"
@@ -35,7 +36,7 @@ class Pods:
         Raises:
             httpx.HTTPError: the API server is away, or the account may not patch pods.
         """
-        busy = await workers.busy(ledger)
+        busy = await fleet.busy(ledger)
         self._told = {host: cost for host, cost in self._told.items() if host in busy}
         changed = {host: cost for host, cost in busy.items() if self._told.get(host) != cost}
         if not changed:

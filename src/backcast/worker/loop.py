@@ -20,17 +20,18 @@ from uuid import UUID
 import asyncpg
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from backcast import endings
-from backcast.endings import Keeper
 from backcast.errors import FatalError, LedgerUnavailable, StoreUnavailable
-from backcast.execution import Engine, Execution, Meter
-from backcast.lease import BEAT, Beat, Lease
-from backcast.ledger import Ledger, attempts, lanes, workers
-from backcast.ledger.attempts import Claim, Ending
+from backcast.ledger import fleet, lanes, settlement
+from backcast.ledger.connection import Ledger
+from backcast.ledger.settlement import Claim, Ending
 from backcast.models import Failed, Problem, Reason
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
 from backcast.store import Store, open_store
+from backcast.worker import results
+from backcast.worker.execution import Engine, Execution, Meter
+from backcast.worker.lease import BEAT, Beat, Lease
+from backcast.worker.results import Keeper
 
 log = logging.getLogger("backcast.worker")
 
@@ -117,7 +118,7 @@ class Worker:
         fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
         return Beat(fences, claims, self._busy, self._draining, self._settled)
 
-    def _heard(self, said: Beat, holds: dict[UUID, workers.Held]) -> None:
+    def _heard(self, said: Beat, holds: dict[UUID, fleet.Held]) -> None:
         for run_id, fence in said.fences.items():
             ours, theirs = self._held.get(run_id), holds.get(run_id)
             if ours is None or ours.claim.fence != fence:
@@ -134,7 +135,7 @@ class Worker:
         for run_id, theirs in holds.items():
             if run_id not in said.fences and run_id not in self._held:
                 log.warning("handing back %s: the answer to its claim was lost", run_id)
-                self._endings.put_nowait(endings.handed_back(run_id, theirs))
+                self._endings.put_nowait(results.handed_back(run_id, theirs))
 
     async def _watch_lease(self) -> None:
         while True:
@@ -187,7 +188,7 @@ class Worker:
             if free > 0 or ahead > 0:
                 self._claiming = True
                 try:
-                    claims = await attempts.claim(
+                    claims = await settlement.claim(
                         self._ledger,
                         pool=self._settings.worker.pool,
                         cursor=cursor,
@@ -207,7 +208,7 @@ class Worker:
                     self._suspects.append(held)
                 elif claim.ahead:
                     self._ahead.append(held)
-                else:  # at once, even when an abandoned thread has taken its slot meanwhile: see `attempts.requeue`
+                else:  # at once, even when an abandoned thread has taken its slot meanwhile: see `settlement.requeue`
                     self._start(held)
             self._fill()
             self._claims, self._claiming = self._claims + 1, False
@@ -254,7 +255,7 @@ class Worker:
         except Exception:
             log.exception("run %s could not be executed", claim.id)
             bug = FatalError("The worker failed on this run; its log has the details.", code="internal_error")
-            attempt = Failed(endings.problem(bug))
+            attempt = Failed(results.problem(bug))
         finally:
             held.is_executing = False
             self._busy -= 1
@@ -262,7 +263,7 @@ class Worker:
             self._ends.append(time.monotonic())
             self._fill()
             self._wake.set()
-        ending = endings.stopped(claim, held.reason) if attempt is None else await self._keeper.ending(claim, attempt)
+        ending = results.stopped(claim, held.reason) if attempt is None else await self._keeper.ending(claim, attempt)
         if ending is None:
             self._forget(claim.id, claim.fence)
         else:
@@ -280,7 +281,7 @@ class Worker:
 
     def _hand_back(self, held: _Held) -> None:
         if self._forget_waiting(held):
-            self._endings.put_nowait(endings.handed_back(held.claim.id, held.claim))
+            self._endings.put_nowait(results.handed_back(held.claim.id, held.claim))
 
     def _forget_waiting(self, held: _Held) -> bool:
         for waiting in (self._ahead, self._suspects):
@@ -307,7 +308,7 @@ class Worker:
         settled, delay = None, 0.1
         while settled is None:
             try:
-                settled = await attempts.settle(self._ledger, self._lease.id, batch)
+                settled = await settlement.settle(self._ledger, self._lease.id, batch)
             except LedgerUnavailable as error:  # its fate is unknown; the fence makes it safe to send again
                 if delay == 0.1:  # the first time
                     log.warning("can't settle %d runs, trying on: %s", len(batch), error)
@@ -395,10 +396,10 @@ class Worker:
 
 async def _serve(settings: Settings) -> None:
     # The one late import: Prefect reads its settings when it is imported, and ours must be there first.
-    from backcast import engine as prefect_engine
     from backcast import llm
-    from backcast.engine import serving
-    from backcast.mirror import Mirror
+    from backcast.executor import executor as prefect_engine
+    from backcast.executor import registry
+    from backcast.history.sink import Mirror
 
     stop = Stop()
     store = open_store(settings.store)
@@ -409,7 +410,7 @@ async def _serve(settings: Settings) -> None:
     mirror = Mirror(settings.prefect)
     mirror.install()
     llm.connect(settings.model)
-    tasks = serving.discover([*(["backcast.tasks"] if settings.builtin_tasks else []), *settings.tasks])
+    tasks = registry.discover([*(["backcast.llm.tasks"] if settings.builtin_tasks else []), *settings.tasks])
     engine = prefect_engine.Engine(
         tasks,
         pool=settings.worker.pool,

@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import Literal
 from uuid import UUID
 
-from backcast.ledger import Ledger, lanes
+from backcast.ledger import lanes
+from backcast.ledger.connection import Ledger
 from backcast.models import JSON, Problem
 
 INLINE_RESULT = 32 * 1024

@@ -11,7 +11,8 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from backcast.errors import BackcastError, ConfigurationError, StoreUnavailable, Unavailable
-from backcast.ledger import Ledger, migrate, provisioning
+from backcast.ledger import provisioning
+from backcast.ledger.connection import Ledger, migrate
 from backcast.models import uuid7
 from backcast.settings import Settings
 from backcast.store import Missing, Store, open_store

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import httpx
 
-from backcast.changes import RESOURCE, Change, event
+from backcast.history.events import RESOURCE, Change, event
 from backcast.ledger.history import Told
 from backcast.settings import Prefect
 

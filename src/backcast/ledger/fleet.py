@@ -9,7 +9,7 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import NoWorkerYet, UnknownTask
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 from backcast.models import TaskType
 
 
@@ -130,7 +130,7 @@ class Fleet:
     """When this was so, by the same clock."""
 
 
-async def fleet(connection: asyncpg.Connection, lease: timedelta) -> Fleet:
+async def observe(connection: asyncpg.Connection, lease: timedelta) -> Fleet:
     row = await connection.fetchrow(
         """select count(*) filter (where heartbeat_at >= now() - $1::interval) as alive,
                   array(select r.worker_id from runs r where r.state = 'running' and not exists (select from workers h

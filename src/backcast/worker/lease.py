@@ -14,8 +14,9 @@ from uuid import UUID
 
 from backcast import __version__
 from backcast.errors import LedgerUnavailable
-from backcast.ledger import Ledger, workers
-from backcast.ledger.workers import Held
+from backcast.ledger import fleet
+from backcast.ledger.connection import Ledger
+from backcast.ledger.fleet import Held
 from backcast.models import TaskType, uuid7
 from backcast.settings import Settings
 
@@ -78,7 +79,7 @@ class Lease:
         quiet = False
         while True:
             try:
-                await workers.register(
+                await fleet.register(
                     self._ledger,
                     self.id,
                     pool=self._settings.worker.pool,
@@ -112,7 +113,7 @@ class Lease:
                     async with self._ledger.session() as connection:
                         while not self._stopped.is_set():
                             sent, said = time.monotonic(), self._report()
-                            held = await workers.beat(
+                            held = await fleet.beat(
                                 connection, self.id, busy=said.busy, draining=said.draining, settled=said.settled
                             )
                             loop.call_soon_threadsafe(self._answered, sent, said, held)
@@ -138,4 +139,4 @@ class Lease:
     async def give_up(self) -> None:
         """Leave the fleet, unless a run is still held."""
         with contextlib.suppress(LedgerUnavailable):
-            await workers.retire(self._ledger, self.id)
+            await fleet.retire(self._ledger, self.id)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from backcast.ledger import Ledger, cursors, upkeep
-from backcast.mirror import Mirror
+from backcast.history.sink import Mirror
+from backcast.ledger import cursors, maintenance
+from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 from backcast.store import Missing, Object, Store
 
@@ -39,8 +40,8 @@ class Sweep:
         await self.store.check()
         if self.keep is not None:
             await self._old_runs(self.keep)
-            await upkeep.remove_empty_batches(self.ledger, self.keep)
-        await upkeep.remove_stale_flights(self.ledger)
+            await maintenance.remove_empty_batches(self.ledger, self.keep)
+        await maintenance.remove_stale_flights(self.ledger)
         if not await self._is_ours():
             return
         if self.keep is not None:
@@ -69,11 +70,11 @@ class Sweep:
         """Objects first: while the store is away, the rows that name them stay. A caller who comes in between is told
         that the result is gone. Results of lost attempts, which no row names, are orphans."""
         removed = 0
-        async for runs in upkeep.old_runs(self.ledger, keep):
+        async for runs in maintenance.old_runs(self.ledger, keep):
             if not runs:
                 continue
             await self.store.delete(key for keys in runs.values() for key in keys)
-            await upkeep.remove(self.ledger, list(runs))
+            await maintenance.remove(self.ledger, list(runs))
             removed += len(runs)
         if removed:
             log.info("removed %d runs that ended more than %s ago", removed, keep)
@@ -98,7 +99,7 @@ class Sweep:
         async for objects in self.store.pages(kind):
             youngest = uuid7(SUBMITTED_WITHIN)
             suspects = {key: run for key, run in _runs(objects) if kind == "results" or run < youngest}
-            if suspects and (orphans := await upkeep.orphans(self.ledger, suspects)):
+            if suspects and (orphans := await maintenance.orphans(self.ledger, suspects)):
                 await self.store.delete(orphans)
                 removed += len(orphans)
         if removed:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import asyncpg
 
-from backcast.ledger import Ledger
+from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 
 PAGE = 1000

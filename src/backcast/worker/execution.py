@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Protocol
 from uuid import UUID
 
-from backcast import endings
 from backcast.errors import LedgerUnavailable, Unavailable, UsageError
-from backcast.ledger import Ledger, attempts, flights, workers
-from backcast.ledger.attempts import Claim
+from backcast.ledger import fleet, flights, settlement
+from backcast.ledger.connection import Ledger
+from backcast.ledger.settlement import Claim
 from backcast.models import JSON, Attempt, Failed, Problem, Retry, Succeeded, TaskType
 from backcast.store import Missing, Store
+from backcast.worker import results
 
 log = logging.getLogger("backcast.worker")
 
@@ -74,7 +75,7 @@ class Execution:
             if claim.task not in self._names:
                 return await self._unknown(claim)
             if claim.is_suspect:
-                await attempts.begin(self._ledger, self._worker_id, claim)
+                await settlement.begin(self._ledger, self._worker_id, claim)
             if claim.lost_fence == claim.fence - 1 and (left := await self._left_behind(claim)) is not None:
                 return left
             text = claim.input
@@ -95,21 +96,21 @@ class Execution:
             return replace(attempt, usage={"model": used[-1].model, **tokens})
         except Unavailable as error:
             # Spread, or all that met the same outage come back at the same moment.
-            return Retry(endings.problem(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
+            return Retry(results.problem(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
         except Missing:
             return Failed(
-                endings.problem(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
+                results.problem(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
             )
         except (ValueError, RecursionError) as error:
             return Failed(
-                endings.problem(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
+                results.problem(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
             )
 
     async def _left_behind(self, claim: Claim) -> Attempt | None:
         """What the attempt before stored, before its worker was lost. It becomes an object of this attempt: the lost
         worker may still be there, and removes its own when it is refused."""
         try:
-            body = await self._store.get(endings.result_key(claim.id, claim.fence - 1))
+            body = await self._store.get(results.result_key(claim.id, claim.fence - 1))
             json.loads(body)
         except (Missing, ValueError):  # nothing, or not all of it: not every store keeps only what it got whole
             return None
@@ -119,11 +120,11 @@ class Execution:
     async def _unknown(self, claim: Claim) -> Attempt:
         """A run of our pool whose task we don't have, as in the middle of a deployment: leave it to a worker that has
         it, wait a little for one to come, then fail it with a sentence."""
-        if await workers.serves(self._ledger, self._pool, claim.task):
-            return Retry(endings.ELSEWHERE, delay=1.0, retries=claim.retries_used)
+        if await fleet.serves(self._ledger, self._pool, claim.task):
+            return Retry(results.ELSEWHERE, delay=1.0, retries=claim.retries_used)
         if claim.losses + 1 < claim.max_attempts:
-            return Retry(endings.UNKNOWN, delay=5.0, retries=claim.retries_used)
-        return Failed(endings.UNKNOWN)
+            return Retry(results.UNKNOWN, delay=5.0, retries=claim.retries_used)
+        return Failed(results.UNKNOWN)
 
     async def settled(self, runs: Collection[UUID]) -> None:
         """To be told once the ends of these runs' attempts are recorded: those who wait for their values go on."""

@@ -1,0 +1,1 @@
+"""Executes tasks: on Prefect's engine, or plainly where a task needs nothing of it."""

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from backcast.errors import BackcastError, ConfigurationError, StoreUnavailable, Unavailable
 from backcast.ledger import provisioning
-from backcast.ledger.connection import Ledger, migrate
+from backcast.ledger.connection import Ledger
+from backcast.ledger.migration import migrate
 from backcast.models import uuid7
 from backcast.settings import Settings
 from backcast.store import Missing, Store, open_store

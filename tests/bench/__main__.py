@@ -20,7 +20,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from backcast.ledger.connection import migrate
+from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.support.stack import Stack, prefect_server, stack
 

@@ -25,9 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from backcast.errors import LedgerUnavailable
-from backcast.ledger import fleet, lanes, runs, settlement, submissions
-from backcast.ledger.connection import Ledger, migrate
-from backcast.ledger.settlement import Claim, Ending
+from backcast.ledger import claims, dispatch, fleet, runs, settlement, submissions
+from backcast.ledger.claims import Claim
+from backcast.ledger.connection import Ledger
+from backcast.ledger.migration import migrate
+from backcast.ledger.settlement import Ending
 from backcast.local import postgres
 from backcast.models import State, Submission, TaskType, uuid7
 
@@ -114,18 +116,18 @@ class Place:
         self.last = submitted.run.id
 
     async def claim(self, pool: str, limit: int) -> None:
-        claims = await settlement.claim(
+        taken = await claims.claim(
             self.ledger, pool=pool, cursor=self._cursor, limit=limit, worker_id=self.workers[pool], lease=LEASE
         )
-        assert len(claims) == limit
-        self._cursor = claims[-1].owner_key
-        self.claims[pool] += claims
+        assert len(taken) == limit
+        self._cursor = taken[-1].owner_key
+        self.claims[pool] += taken
 
     async def settle(self) -> None:
-        for pool, claims in self.claims.items():
-            if some := claims[:10]:
+        for pool, taken in self.claims.items():
+            if some := taken[:10]:
                 await settlement.settle(self.ledger, self.workers[pool], [_completed(claim) for claim in some])
-                del claims[:10]
+                del taken[:10]
                 return
 
     async def status(self) -> None:
@@ -156,7 +158,7 @@ STATEMENTS: dict[str, Statement] = {
     "list running": lambda at: runs.find(at.ledger, limit=50, state=State.RUNNING),
     "list an owner's failed": lambda at: runs.find(at.ledger, limit=50, owner="o7", state=State.FAILED),
     "list a task": lambda at: runs.find(at.ledger, limit=50, task="cast_many"),
-    "move on (poll)": lambda at: lanes.move_on(at.ledger),
+    "move on (poll)": lambda at: dispatch.move_on(at.ledger),
 }
 
 
@@ -238,16 +240,14 @@ async def fairness(url: str) -> str:
             )
         cursor, position, waits, calls = 0, 0, list[int](), 0
         while len(waits) < OWNERS:
-            claims = await settlement.claim(
-                ledger, pool="many", cursor=cursor, limit=each, worker_id=worker, lease=LEASE
-            )
-            keys = [claim.owner_key for claim in claims]
+            taken = await claims.claim(ledger, pool="many", cursor=cursor, limit=each, worker_id=worker, lease=LEASE)
+            keys = [claim.owner_key for claim in taken]
             cursor, calls = max(keys, key=lambda key: (key - cursor - 1) % 2**64), calls + 1
-            for claim in claims:
+            for claim in taken:
                 position += 1
                 if (await runs.get(ledger, claim.id)).owner.startswith(f"small{each}."):
                     waits.append(position)
-            await settlement.settle(ledger, worker, [_completed(claim) for claim in claims])
+            await settlement.settle(ledger, worker, [_completed(claim) for claim in taken])
         said.append(
             f"{each} at a time: all {OWNERS} had their turn after {position} runs claimed ({calls} claims), "
             f"median {statistics.median(waits):.0f}, last {waits[-1]}; the bulk owner got {position - OWNERS} of them"

@@ -17,7 +17,7 @@ import asyncpg
 import httpx
 import psutil
 
-from backcast.ledger.connection import migrate
+from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store

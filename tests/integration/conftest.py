@@ -8,7 +8,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from backcast.ledger.connection import Ledger, migrate
+from backcast.ledger.connection import Ledger
+from backcast.ledger.migration import migrate
 from backcast.local import postgres
 
 _numbers = itertools.count()

@@ -14,7 +14,7 @@ import pytest
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from backcast.api.app import create_app
-from backcast.ledger import fleet, runs, settlement, submissions
+from backcast.ledger import claims, fleet, runs, settlement, submissions
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Ending
 from backcast.models import TaskType, uuid7
@@ -71,7 +71,7 @@ async def api(ledger: Ledger, store: Store, worker: UUID) -> AsyncIterator[httpx
 
 async def end(ledger: Ledger, store: Store, worker: UUID, text: str) -> None:
     """Complete every queued run with this JSON, as a worker does."""
-    for claim in await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
+    for claim in await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
         key = f"results/{claim.id}/{claim.fence}.json"
         await store.put(key, text.encode())
         inline = text if len(text) <= settlement.INLINE_RESULT else None
@@ -139,7 +139,7 @@ async def test_a_form_payload_is_text_or_json(
 ) -> None:
     answer = await api.post("/tasks", data={"payload": sent, "instructions": "", "target_type": "list[int]"})
     assert answer.status_code == 202, answer.text
-    [claim] = await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [claim] = await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     assert claim.input is not None
     assert json.loads(claim.input) == {"data": stored, "target": "list[int]", "instructions": None}
 
@@ -249,7 +249,7 @@ async def test_large_bodies(api: httpx.AsyncClient, ledger: Ledger, store: Store
     large = "x" * (submissions.INLINE_INPUT + 1)
     answer = await api.post("/v1/tasks/echo/runs", json={"input": {"value": large}})
     assert answer.status_code == 202
-    [claim] = await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [claim] = await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     assert claim.input is None
     assert claim.input_key is not None
     assert json.loads(await store.get(claim.input_key)) == {"value": large}

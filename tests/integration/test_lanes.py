@@ -12,9 +12,10 @@ import asyncpg
 import pytest
 
 from backcast.errors import UnknownLane
-from backcast.ledger import fleet, lanes, runs, settlement, submissions
+from backcast.ledger import claims, dispatch, fleet, lanes, recovery, runs, settlement, submissions
+from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Claim, Ending
+from backcast.ledger.settlement import Ending
 from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
 
@@ -57,7 +58,7 @@ async def register(ledger: Ledger) -> UUID:
 
 async def claim(ledger: Ledger, worker: UUID, limit: int = 100) -> list[Claim]:
     cursor = random.randrange(-(1 << 63), 1 << 63)
-    return await settlement.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
+    return await claims.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
 
 
 def ended(claim: Claim, **fields: object) -> Ending:
@@ -105,7 +106,7 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
         while done < total:
             claims = await claim(ledger, worker, 20)
             if not claims:
-                await lanes.move_on(ledger)
+                await dispatch.move_on(ledger)
             for some in (claims[::2], claims[1::2]):
                 settled = await settlement.settle(ledger, worker, [ended(c) for c in some])
                 assert len(settled.accepted) == len(some)
@@ -134,7 +135,7 @@ async def test_a_rate_admits_no_more_than_its_burst_and_its_time(ledger: Ledger)
 
     async def go_on() -> int:
         nonlocal taken
-        await asyncio.gather(*[lanes.move_on(ledger) for _ in range(4)])
+        await asyncio.gather(*[dispatch.move_on(ledger) for _ in range(4)])
         for c in await claim(ledger, worker):
             taken += 1  # every third is tried again, at once, which takes a token as well
             await settlement.settle(
@@ -194,7 +195,7 @@ async def test_zero_holds_and_lifting_frees(ledger: Ledger) -> None:
     for _ in range(5):
         assert (await submit(ledger)).state is State.QUEUED
     worker = await register(ledger)
-    await lanes.move_on(ledger)
+    await dispatch.move_on(ledger)
     assert await claim(ledger, worker) == []
     assert (await lanes.get(ledger, "lane")).held == 5
     await lanes.lift(ledger, "lane")
@@ -237,7 +238,7 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
 
     late = await submit(ledger, deadline=datetime.now(UTC) + timedelta(hours=1))
     await ledger.execute("update runs set deadline = now() where id = $1", late.id)
-    await lanes.move_on(ledger)  # expired while it was queued
+    await dispatch.move_on(ledger)  # expired while it was queued
     assert (await runs.get(ledger, late.id)).state is State.EXPIRED
     assert await admitted(ledger) == 0
 
@@ -257,7 +258,7 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
     other = await submit(ledger)
     assert (await claim(ledger, worker))[0].id == other.id, "a retry that waits holds no place"
     await ledger.execute("update runs set run_at = now() where state = 'scheduled'")
-    await lanes.move_on(ledger)
+    await dispatch.move_on(ledger)
     assert (await states(ledger)).get("held") == 1
     await runs.cancel(ledger, other.id)
     [held] = await ledger.fetch("select id, fence from runs where state = 'running'")
@@ -267,7 +268,7 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
     assert taken.id == run.id
 
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour'")
-    assert await settlement.requeue(ledger, LEASE) == {run.id: "queued"}
+    assert await recovery.requeue(ledger, LEASE) == {run.id: "queued"}
     assert await admitted(ledger) == 1, "what is ready again keeps its place"
     stale = await settlement.settle(ledger, worker, [ended(taken)])
     assert (stale.accepted, await admitted(ledger)) == (set(), 1)
@@ -283,7 +284,7 @@ async def test_a_run_that_fails_with_its_worker_gives_its_place_to_the_next(ledg
     await ledger.execute("update runs set max_attempts = 1")
     assert [c.id for c in await claim(ledger, worker)] == [first.id]
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour'")
-    assert await settlement.requeue(ledger, LEASE) == {first.id: "failed"}
+    assert await recovery.requeue(ledger, LEASE) == {first.id: "failed"}
     assert [c.id for c in await claim(ledger, await register(ledger))] == [second.id]
 
 
@@ -309,7 +310,7 @@ async def test_a_scheduled_run_of_a_limited_lane_takes_its_place_when_its_time_c
     first = await submit(ledger)
     assert await states(ledger) == {"scheduled": 1, "queued": 1}
     await ledger.execute("update runs set run_at = now() where id = $1", later.id)
-    await lanes.move_on(ledger)
+    await dispatch.move_on(ledger)
     assert await states(ledger) == {"held": 1, "queued": 1}
     worker = await register(ledger)
     [taken] = await claim(ledger, worker)

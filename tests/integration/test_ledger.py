@@ -13,9 +13,11 @@ import asyncpg
 import pytest
 
 from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
-from backcast.ledger import fleet, history, lanes, runs, settlement, submissions
-from backcast.ledger.connection import Ledger, migrate
-from backcast.ledger.settlement import Claim, Ending
+from backcast.ledger import claims, dispatch, fleet, history, recovery, runs, settlement, submissions
+from backcast.ledger.claims import Claim
+from backcast.ledger.connection import Ledger
+from backcast.ledger.migration import migrate
+from backcast.ledger.settlement import Ending
 from backcast.local import postgres
 from backcast.models import Problem, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
@@ -45,7 +47,7 @@ async def register(ledger: Ledger) -> UUID:
 
 
 async def claim(ledger: Ledger, worker: UUID, limit: int = 10, cursor: int = 0) -> list[Claim]:
-    return await settlement.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
+    return await claims.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
 
 
 def completed(claim: Claim, value: str = "1") -> Ending:
@@ -135,10 +137,10 @@ async def test_a_scheduled_run_waits_for_its_time(ledger: Ledger) -> None:
     worker = await register(ledger)
     later = await submit(ledger, run_at=datetime.now(UTC) + timedelta(hours=1))
     assert later.run.state is State.QUEUED
-    await lanes.move_on(ledger)
+    await dispatch.move_on(ledger)
     assert await claim(ledger, worker) == []
     await ledger.execute("update runs set run_at = now() - interval '1 s'")
-    await lanes.move_on(ledger)
+    await dispatch.move_on(ledger)
     assert [c.id for c in await claim(ledger, worker)] == [later.run.id]
 
 
@@ -148,7 +150,7 @@ async def test_a_stale_worker_changes_nothing(ledger: Ledger) -> None:
     [old] = await claim(ledger, first)
     await silence(ledger, first)
     assert await claim(ledger, first) == [], "a worker without a lease gets nothing"
-    assert set((await settlement.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert set((await recovery.requeue(ledger, LEASE)).values()) == {"queued"}
     assert (await settlement.settle(ledger, first, [completed(old)])).accepted == set(), "it is queued again"
     [new] = await claim(ledger, second)
     assert new.fence == old.fence + 1
@@ -174,9 +176,9 @@ async def test_a_run_that_kills_its_workers_fails_as_worker_lost(ledger: Ledger)
     for _ in range(3):
         worker = await register(ledger)
         [taken] = await claim(ledger, worker)
-        await settlement.begin(ledger, worker, taken)  # the third one waits until it is alone
+        await claims.begin(ledger, worker, taken)  # the third one waits until it is alone
         await silence(ledger, worker)
-        states += (await settlement.requeue(ledger, LEASE)).values()
+        states += (await recovery.requeue(ledger, LEASE)).values()
     assert states == ["queued", "queued", "failed"]
     run = await runs.get(ledger, taken.id)
     assert run.error is not None
@@ -193,7 +195,7 @@ async def test_retries_of_the_task_do_not_count_as_losses(ledger: Ledger) -> Non
         await settlement.settle(ledger, worker, [again])
     [taken] = await claim(ledger, worker)
     await silence(ledger, worker)
-    assert set((await settlement.requeue(ledger, LEASE)).values()) == {"queued"}
+    assert set((await recovery.requeue(ledger, LEASE)).values()) == {"queued"}
     assert (await runs.get(ledger, taken.id)).attempts == 6
 
 
@@ -317,7 +319,7 @@ async def test_a_claim_does_not_scan_whatever_the_statistics_say(ledger: Ledger)
         await connection.execute("set client_min_messages = log")
         plans: list[str] = []
         connection.add_log_listener(lambda _, message: plans.append(str(message)))
-        rows = await connection.fetch(settlement._CLAIM, "default", 0, 10, worker, LEASE, 10)
+        rows = await connection.fetch(claims._CLAIM, "default", 0, 10, worker, LEASE, 10)
         assert len(rows) == 10
         settle = [[r["id"] for r in rows], [r["fence"] for r in rows], ["completed"] * 10, ["1"] * 10, ["k"] * 10]
         none: list[None] = [None] * 10

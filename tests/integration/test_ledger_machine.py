@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from backcast.errors import IdempotencyConflict, UnknownLane
-from backcast.ledger import fleet, lanes, maintenance, runs, settlement, submissions
+from backcast.ledger import claims, dispatch, fleet, lanes, maintenance, recovery, runs, settlement, submissions
+from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Claim, Ending
+from backcast.ledger.settlement import Ending
 from backcast.models import Limits, Problem, Submission, TaskType, uuid7
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
@@ -211,23 +212,23 @@ class Machine(RuleBasedStateMachine):
 
     async def _claim(self, *, worker: int, limit: int, ahead: int, lost: bool) -> None:
         worker_id = self._worker(worker)
-        claims = await settlement.claim(
+        taken = await claims.claim(
             self.ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker_id, lease=LEASE
         )
-        assert len(claims) <= limit + ahead
-        assert sum(not c.ahead for c in claims) <= limit + sum(c.lost_fence is not None for c in claims)
+        assert len(taken) <= limit + ahead
+        assert sum(not c.ahead for c in taken) <= limit + sum(c.lost_fence is not None for c in taken)
         if not lost:
-            self._took(worker_id, claims)
+            self._took(worker_id, taken)
 
-    def _took(self, worker_id: UUID, claims: list[Claim]) -> None:
-        self.claims += [(worker_id, c) for c in claims]
-        self.open[worker_id] += claims
+    def _took(self, worker_id: UUID, taken: list[Claim]) -> None:
+        self.claims += [(worker_id, c) for c in taken]
+        self.open[worker_id] += taken
 
     async def _start(self, *, worker: int) -> None:
         """What had waited on its worker begins."""
         worker_id = self._worker(worker)
         if self.open[worker_id]:
-            await settlement.begin(self.ledger, worker_id, self.open[worker_id][0])
+            await claims.begin(self.ledger, worker_id, self.open[worker_id][0])
 
     async def _settle(self, *, worker: int, ends: list[str], lost: bool) -> None:
         worker_id, endings = self._endings(worker, ends)
@@ -320,10 +321,10 @@ class Machine(RuleBasedStateMachine):
             await self._requeue()
 
     async def _requeue(self) -> None:
-        await settlement.requeue(self.ledger, LEASE)
+        await recovery.requeue(self.ledger, LEASE)
 
     async def _move_on(self) -> None:
-        await lanes.move_on(self.ledger)
+        await dispatch.move_on(self.ledger)
 
     async def _limit(self, lane: str, limits: tuple[int | None, float | None]) -> None:
         self.ceiling[lane] = float("inf")  # until the check sees what is left of earlier times
@@ -489,10 +490,10 @@ class Machine(RuleBasedStateMachine):
                 await self._shift(4000)
                 await self._requeue()
                 await self._move_on()
-                claims = await settlement.claim(
+                taken = await claims.claim(
                     self.ledger, pool="default", cursor=0, limit=50, worker_id=healthy, lease=LEASE
                 )
-                self._took(healthy, claims)
+                self._took(healthy, taken)
                 await self._settle(worker=len(self.workers) - 1, ends=["completed"] * 50, lost=False)
                 left = await self.ledger.fetch(
                     """select r.id, r.state, r.lane, r.worker_id from runs r left join lanes l on l.name = r.lane
@@ -540,11 +541,11 @@ async def test_a_worker_that_retires_while_its_claim_is_under_way_leaves_nothing
     worker, other = uuid7(), uuid7()
     await _one(ledger, worker)
     async with ledger.transaction() as connection:
-        assert await connection.fetch(settlement._CLAIM, "default", 0, 1, worker, LEASE, 1)
+        assert await connection.fetch(claims._CLAIM, "default", 0, 1, worker, LEASE, 1)
         await fleet.retire(ledger, worker)  # sees no run of its own yet
-    assert list((await settlement.requeue(ledger, LEASE)).values()) == ["queued"]
+    assert list((await recovery.requeue(ledger, LEASE)).values()) == ["queued"]
     await fleet.register(ledger, other, pool="default", host="h", version="1", slots=1, tasks=[NOOP])
-    assert await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=other, lease=LEASE)
+    assert await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=other, lease=LEASE)
 
 
 async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledger) -> None:
@@ -552,10 +553,10 @@ async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledge
     worker, held = uuid7(), list[Claim]()
     await _one(ledger, worker)
     for _ in range(2):
-        held += await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+        held += await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
         if len(held) == 1:
             await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
-            await settlement.requeue(ledger, LEASE)
+            await recovery.requeue(ledger, LEASE)
             await ledger.execute("update workers set heartbeat_at = now()")
     first, second = held
     batch = [
@@ -570,8 +571,8 @@ async def test_a_run_that_failed_with_its_worker_did_not_fail_by_what_the_worker
     worker = uuid7()
     await _one(ledger, worker)
     await ledger.execute("update runs set max_attempts = 1")
-    [held] = await settlement.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    [held] = await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
-    assert await settlement.requeue(ledger, LEASE) == {held.id: "failed"}
+    assert await recovery.requeue(ledger, LEASE) == {held.id: "failed"}
     late = Ending(id=held.id, fence=held.fence, state="failed", error=Problem(code="mine", title="t", detail="d"))
     assert (await settlement.settle(ledger, worker, [late])).accepted == set()

@@ -7,9 +7,10 @@ from uuid import UUID
 
 import pytest
 
-from backcast.ledger import fleet, flights, lanes, settlement
+from backcast.ledger import claims, dispatch, flights, recovery, settlement, task_types
+from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Claim, Ending
+from backcast.ledger.settlement import Ending
 from backcast.models import TaskType, uuid7
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 async def lose(ledger: Ledger, worker: UUID) -> dict[UUID, str]:
     """The worker falls silent, and the steward notices."""
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 minute' where id = $1", worker)
-    return await settlement.requeue(ledger, LEASE)
+    return await recovery.requeue(ledger, LEASE)
 
 
 async def losses(ledger: Ledger) -> dict[UUID, int]:
@@ -31,9 +32,7 @@ async def losses(ledger: Ledger) -> dict[UUID, int]:
 
 
 async def take(ledger: Ledger, worker: UUID, limit: int, ahead: int = 0) -> list[Claim]:
-    return await settlement.claim(
-        ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker, lease=LEASE
-    )
+    return await claims.claim(ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker, lease=LEASE)
 
 
 async def test_every_run_that_had_started_is_charged_the_first_time(ledger: Ledger) -> None:
@@ -75,7 +74,7 @@ def test_who_runs_alone(used: int, most: int, alone: bool) -> None:
 async def test_a_suspect_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api", BACKCAST_WORKER__SLOTS="5")
-        await fleet.register_tasks(ledger, [TaskType(name="crowded", pool="default", input_schema={})])
+        await task_types.register(ledger, [TaskType(name="crowded", pool="default", input_schema={})])
         made = [await product.submit("crowded", name="c", seconds=0.2) for _ in range(40)]
         await ledger.execute(
             "update runs set attempts_used = 2 where id = any($1)", [UUID(run) for run in made[10:40:10]]
@@ -91,7 +90,7 @@ async def test_what_a_lost_worker_has_stored_is_not_computed_again(
 ) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api")
-        await fleet.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        await task_types.register(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         run_id = await product.submit("nap", seconds=0, name="adopted")
         lost = await register(ledger)
         [claimed] = await claim(ledger, lost)
@@ -114,7 +113,7 @@ async def test_what_is_not_whole_is_not_taken(database: str, ledger: Ledger, tmp
     """A store may keep an empty object of a worker that was killed while it sent one."""
     async with stack(database, tmp_path) as product:
         await product.up("api")
-        await fleet.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        await task_types.register(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
         made = [await product.submit("nap", seconds=0) for _ in range(2)]
         lost = await register(ledger)
@@ -130,7 +129,7 @@ async def test_what_is_not_whole_is_not_taken(database: str, ledger: Ledger, tmp
 async def test_a_result_from_before_a_retry_is_not_taken(database: str, ledger: Ledger, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api")
-        await fleet.register_tasks(ledger, [TaskType(name="nap", pool="default", input_schema={})])
+        await task_types.register(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         run_id = await product.submit("nap", seconds=0, name="retried")
         first = await register(ledger)
         [claimed] = await claim(ledger, first)
@@ -223,7 +222,7 @@ async def test_a_deadline_ends_what_has_not_started(ledger: Ledger) -> None:
     [running] = await claim(ledger, worker, limit=1)
     await asyncio.sleep(0.1)
     assert await claim(ledger, worker) == []
-    assert await lanes.move_on(ledger) == 1
+    assert await dispatch.move_on(ledger) == 1
     await settlement.settle(ledger, worker, [Ending(id=running.id, fence=1, state="completed", result_key="k")])
     states = {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
     assert states == {running.id: "completed", ({late, later} - {running.id}).pop(): "expired"}
@@ -239,7 +238,7 @@ async def test_a_suspect_that_waits_is_not_charged_for_its_neighbours(ledger: Le
     assert await losses(ledger) == {suspect: 2, killer: 1}, "it had not begun"
     second = await register(ledger)
     again = {c.id: c for c in await claim(ledger, second)}
-    await settlement.begin(ledger, second, again[suspect])
+    await claims.begin(ledger, second, again[suspect])
     states = await lose(ledger, second)
     assert (states[suspect], states[killer]) == ("failed", "queued")
 
@@ -250,4 +249,4 @@ async def test_runs_of_a_worker_that_nobody_knows_go_on(ledger: Ledger) -> None:
     worker = await register(ledger)
     await claim(ledger, worker)
     await ledger.execute("delete from workers")
-    assert await settlement.requeue(ledger, LEASE) == {run_id: "queued"}
+    assert await recovery.requeue(ledger, LEASE) == {run_id: "queued"}

@@ -12,7 +12,7 @@ import pytest
 
 from backcast import settings
 from backcast.errors import StoreUnavailable
-from backcast.ledger import cursors, fleet, maintenance
+from backcast.ledger import cursors, figures, maintenance, task_types
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType, uuid7
 from backcast.steward.retention import Sweep
@@ -200,14 +200,14 @@ async def test_a_cursor_never_goes_back(ledger: Ledger) -> None:
 
 async def test_vacuum_and_figures(ledger: Ledger) -> None:
     await add(ledger, "failed", ago=1)
-    assert await maintenance.oldest_xmin_age(ledger) >= 0
+    assert await figures.oldest_xmin_age(ledger) >= 0
     assert await maintenance.dead_rows(ledger) >= 0
     async with ledger.session() as holder, ledger.session() as connection:
         await holder.execute("begin isolation level repeatable read")
         await holder.execute("select 1 from runs limit 1")
         for _ in range(5):
             await ledger.execute("update runs set priority = priority + 1")
-        assert await maintenance.oldest_xmin_age(ledger) >= 5
+        assert await figures.oldest_xmin_age(ledger) >= 5
         await maintenance.vacuum(connection)
 
 
@@ -327,7 +327,7 @@ async def test_prefect_shows_every_end_in_the_end(database: str, tmp_path: Path,
             await add(ledger, "completed", ago=3 * DAY, ended=DAY): "COMPLETED",  # took two days
         }
         quiet_task = TaskType(name="quiet", pool="default", input_schema={}, history=False)
-        await fleet.register_tasks(ledger, [quiet_task])
+        await task_types.register(ledger, [quiet_task])
         quiet = await add(ledger, "completed", ago=3600, task="quiet")
         forgotten = await add(ledger, "completed", ago=40 * DAY, ended=35 * DAY)
         async with stack(database, tmp_path, **env) as product:

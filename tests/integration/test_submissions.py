@@ -17,9 +17,10 @@ import pytest
 
 from backcast.api.app import create_app
 from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable, TooManyWaiting
-from backcast.ledger import batches, fleet, lanes, runs, settlement, submissions
+from backcast.ledger import batches, claims, dispatch, fleet, lanes, runs, settlement, submissions, task_types
 from backcast.ledger.admission import OWNERS, Admission
-from backcast.ledger.connection import Ledger, migrate
+from backcast.ledger.connection import Ledger
+from backcast.ledger.migration import migrate
 from backcast.ledger.submissions import New, Submissions, Submitted
 from backcast.local import postgres
 from backcast.models import Limits, State, Submission, uuid7
@@ -173,7 +174,7 @@ async def test_no_request_waits_longer_than_the_time_out_for_a_hung_database(tmp
         postgres.create_database(server.url(), "backcast")
         migrate(server.url("backcast"))
         ledger = Ledger(server.url("backcast"), pool=3, timeout=timedelta(seconds=1))
-        await fleet.register_tasks(ledger, [ECHO])
+        await task_types.register(ledger, [ECHO])
         async with over(ledger, store) as api:
             run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()
 
@@ -238,7 +239,7 @@ async def test_a_read_only_database_is_said_and_heals(database: str, store: Stor
         await admin.close()
 
     ledger = Ledger(database, timeout=timedelta(seconds=5))
-    await fleet.register_tasks(ledger, [ECHO])
+    await task_types.register(ledger, [ECHO])
     async with over(ledger, store) as api:
 
         async def submit() -> httpx.Response:
@@ -292,7 +293,7 @@ async def test_what_waits_is_counted_by_owner_and_in_all(ledger: Ledger, worker:
     assert [await room("default", 100, limit, 2) for limit in (4, 5)] == [False, True]
     assert [await room("ana", 100, limit, 2) for limit in (2, 3)] == [False, True]
     assert [await room("new", limit, 100, 2) for limit in (6, 7)] == [False, True]
-    await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+    await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
     assert [await room("default", 100, limit, 2) for limit in (3, 4)] == [False, True]
 
 
@@ -332,7 +333,7 @@ async def test_an_owner_at_its_limit_is_told_when_to_come_again(ledger: Ledger, 
         lines = '{"input": {"value": 1}}\n' * 4
         problem(await api.post("/v1/batches?task=echo&owner=new", content=lines, headers=JSONL), 422, "invalid_input")
 
-        await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+        await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
 
         async def accepted() -> int:
             return (await post()).status_code
@@ -405,7 +406,7 @@ async def test_a_batch_from_submit_to_results(
     assert {run["batch_id"] for run in pages} == {batch["id"]}
 
     await end(ledger, store, worker, '"small"')  # ten of them
-    for claim in await settlement.claim(ledger, pool="default", cursor=0, limit=2, worker_id=worker, lease=LEASE):
+    for claim in await claims.claim(ledger, pool="default", cursor=0, limit=2, worker_id=worker, lease=LEASE):
         key = f"results/{claim.id}/{claim.fence}.json"
         if not await count(ledger, "result is null and state = 'completed'"):
             await store.put(key, json.dumps("large" * 20_000).encode())
@@ -488,14 +489,12 @@ async def test_batches_are_cancelled_while_they_are_worked_on(
     batch = (await api.post("/v1/batches", content=body, headers=JSONL)).json()
 
     async def work() -> None:
-        while claims := await settlement.claim(
-            ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE
-        ):
+        while taken := await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
             done = [
                 settlement.Ending(
                     id=claim.id, fence=claim.fence, state="completed", result="1", result_key="k", lane="gpu"
                 )
-                for claim in claims
+                for claim in taken
             ]
             await settlement.settle(ledger, worker, done)
 
@@ -543,14 +542,14 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
     assert [lane["name"] for lane in (await api.get("/v1/lanes")).json()["items"]] == ["gpu"]
     assert (await api.delete("/v1/lanes/gpu")).status_code == 204
     problem(await api.get("/v1/lanes/gpu"), 404, "unknown_lane")
-    claims = await settlement.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
-    assert len(claims) == 3
+    taken = await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+    assert len(taken) == 3
 
 
 async def test_a_run_that_expired_has_no_result_and_says_why(api: httpx.AsyncClient, ledger: Ledger) -> None:
     past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, "deadline": past})).json()
-    assert await lanes.move_on(ledger) == 1
+    assert await dispatch.move_on(ledger) == 1
     assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "expired"
     found = problem(await api.get(f"/v1/runs/{run['id']}/result"), 409, "no_result")
     assert "deadline" in str(found["detail"])

@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from backcast.client import AsyncClient
-from backcast.ledger import settlement
-from backcast.ledger.connection import Ledger, migrate
+from backcast.ledger import claims
+from backcast.ledger.connection import Ledger
+from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.support.s3 import s3_server
 from tests.support.stack import FINAL, Stack, stack
@@ -199,7 +200,7 @@ async def test_a_claim_whose_answer_was_lost_is_handed_back(product: Stack, ledg
     [row] = await ledger.fetch("select id from workers")
     worker.signal(signal.SIGSTOP)
     run_id = await product.submit("echo", value=1)
-    [lost] = await settlement.claim(
+    [lost] = await claims.claim(
         ledger, pool="default", cursor=0, limit=1, worker_id=row["id"], lease=timedelta(seconds=15)
     )
     assert str(lost.id) == run_id

@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 from jsonschema import Draft202012Validator
 
 from backcast import settings
-from backcast.ledger import fleet
+from backcast.ledger import task_types
 from backcast.ledger.admission import Admission
 from backcast.ledger.connection import Ledger
 from backcast.ledger.submissions import Submissions
@@ -44,7 +44,7 @@ class Backend:
         """Raises `UnknownTask`."""
         known = self._known.get(name)
         if known is None or time.monotonic() - known.at > _FRESH:
-            task = await fleet.task_type(self.ledger, name)
+            task = await task_types.get(self.ledger, name)
             known = self._known[name] = Known(task, Draft202012Validator(task.input_schema), time.monotonic())
         return known
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 from backcast.api import problems
 from backcast.api.deps import Deps
 from backcast.errors import LedgerUnavailable, UnknownTask
-from backcast.ledger import fleet
+from backcast.ledger import task_types
 from backcast.models import TaskType
 
 router = APIRouter(prefix="/v1/tasks", tags=["tasks"])
@@ -18,9 +18,9 @@ class TaskList(BaseModel):
 
 @router.get("", summary="List the tasks that can be run", responses=problems.responses(LedgerUnavailable))
 async def list_tasks(deps: Deps) -> TaskList:
-    return TaskList(items=await fleet.task_types(deps.ledger))
+    return TaskList(items=await task_types.all_(deps.ledger))
 
 
 @router.get("/{name}", summary="Get a task", responses=problems.responses(UnknownTask, LedgerUnavailable))
 async def get_task(name: str, deps: Deps) -> TaskType:
-    return await fleet.task_type(deps.ledger, name)
+    return await task_types.get(deps.ledger, name)

@@ -1,6 +1,5 @@
 """Who is there to do the work: workers and their heartbeats, the tasks that they serve, and how much is waiting."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,7 +7,7 @@ from uuid import UUID
 
 import asyncpg
 
-from backcast.errors import NoWorkerYet, UnknownTask
+from backcast.ledger import task_types
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType
 
@@ -27,34 +26,7 @@ async def register(
         [task.name for task in tasks],
         slots,
     )
-    await register_tasks(ledger, tasks)
-
-
-async def register_tasks(ledger: Ledger, tasks: Sequence[TaskType]) -> None:
-    """Announce tasks; the latest registration of a name counts."""
-    # In name order, so that two workers that register the same tasks lock them in the same order.
-    for task in sorted(tasks, key=lambda task: task.name):
-        await ledger.execute(
-            """insert into task_types (name, pool, version, description, input_schema, output_schema, retries, timeout,
-                                       max_attempts, lane, history)
-               values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
-               on conflict (name) do update set pool = excluded.pool, version = excluded.version,
-                   description = excluded.description, input_schema = excluded.input_schema,
-                   output_schema = excluded.output_schema, retries = excluded.retries, timeout = excluded.timeout,
-                   max_attempts = excluded.max_attempts, lane = excluded.lane,
-                   history = excluded.history, updated_at = now()""",
-            task.name,
-            task.pool,
-            task.version,
-            task.description,
-            json.dumps(task.input_schema),
-            json.dumps(task.output_schema),
-            task.retries,
-            task.timeout,
-            task.max_attempts,
-            task.lane,
-            task.history,
-        )
+    await task_types.register(ledger, tasks)
 
 
 async def serves(ledger: Ledger, pool: str, task: str) -> bool:
@@ -143,45 +115,3 @@ async def observe(connection: asyncpg.Connection, lease: timedelta) -> Fleet:
     )
     assert row is not None
     return Fleet(row["alive"], frozenset(row["dead"]), row["started"], row["at"])
-
-
-def _task(row: asyncpg.Record) -> TaskType:
-    return TaskType(
-        **{
-            key: row[key]
-            for key in (
-                "name",
-                "pool",
-                "version",
-                "description",
-                "retries",
-                "timeout",
-                "max_attempts",
-                "lane",
-                "history",
-            )
-        },
-        input_schema=json.loads(row["input_schema"]),
-        output_schema=json.loads(row["output_schema"]),
-    )
-
-
-_TASK_COLUMNS = """name, pool, version, description, input_schema, output_schema, retries, timeout, max_attempts, lane,
-    history"""
-
-
-async def task_type(ledger: Ledger, name: str) -> TaskType:
-    """Raises `UnknownTask`, or `NoWorkerYet` while no task is known at all."""
-    row = await ledger.fetchrow(f"select {_TASK_COLUMNS} from task_types where name = $1", name)  # noqa: S608
-    if row is None:
-        if await ledger.fetchrow("select 1 from task_types limit 1") is None:
-            raise NoWorkerYet("No worker has registered its tasks yet: start one, or wait for the first to be ready.")
-        raise UnknownTask(
-            f"No worker has registered a task {name!r}: see GET /v1/tasks, or start a worker that has it."
-        )
-    return _task(row)
-
-
-async def task_types(ledger: Ledger) -> list[TaskType]:
-    rows = await ledger.fetch(f"select {_TASK_COLUMNS} from task_types order by name")  # noqa: S608  # a constant
-    return [_task(row) for row in rows]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from backcast.ledger import lanes
+from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Claim
 
 # The key's row lock lets one of the racers in. A flight whose attempt is over is taken over; not in its first seconds,
 # because a racer's snapshot may be older than the claim of the run that it sees there.

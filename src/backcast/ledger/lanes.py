@@ -12,7 +12,7 @@ import asyncpg
 
 from backcast.errors import LedgerUnavailable, UnknownLane
 from backcast.ledger.connection import Ledger
-from backcast.models import Lane, Limits, Problem
+from backcast.models import Lane, Limits
 
 AT_ONCE = 1000
 """Runs admitted by one statement."""
@@ -79,62 +79,6 @@ async def nudge(ledger: Ledger, names: Iterable[str]) -> None:
     """`admit` after a change that has been committed: everyone's poll makes up for it when it fails."""
     with contextlib.suppress(LedgerUnavailable):
         await admit(ledger, names)
-
-
-# Lanes that may have room for a run that waits; one probe into runs_held each.
-_OPEN = """
-select name from lanes l where (max_running is null or admitted < max_running)
-   and exists (select from runs where state = 'held' and lane = l.name)"""
-
-# SKIP LOCKED: every worker does this on its poll, and none waits for another. The index is runs_scheduled.
-_DUE = """
-with due as materialized (
-  select id from runs where state = 'scheduled' and run_at <= now() order by run_at limit 1000 for update skip locked)
-update runs r set state = case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held'
-                               else 'queued' end
- where id = any(array(select id from due)) returning pool, state, lane"""
-
-# Lanes first, then runs, as everywhere; a run that is locked is being claimed or cancelled. The index is runs_deadline.
-_EXPIRE = """
-with due as materialized (
-  select id, lane from runs where deadline <= now() and state in ('held', 'scheduled', 'queued')
-   order by deadline limit 1000),
-lane as materialized (
-  select name from lanes where name = any(array(select lane from due)) order by name for update),
-late as materialized (
-  select id from runs where id = any(array(select id from due)) and state in ('held', 'scheduled', 'queued')
-     and (select count(*) from lane) >= 0 for update skip locked),
-expired as (
-  update runs set state = 'expired', finished_at = now(), error = $1::json
-   where id = any(array(select id from late)) returning lane, admitted),
-released as (
-  update lanes set admitted = lanes.admitted - n
-    from (select lane, count(*) as n from expired where admitted group by lane) e where lanes.name = e.lane)
-select count(*) as expired from expired"""
-
-EXPIRED = Problem(
-    code="expired",
-    title="The deadline passed while the run waited",
-    detail="It was not running when its deadline came: submit it with a later one, or see why the queue is long.",
-)
-
-
-async def move_on(ledger: Ledger) -> int:
-    """What time alone changes: scheduled runs whose time has come are ready, late ones expire, lanes have room again.
-
-    Every worker and the steward do it on their polls, so that none of it waits for one of them. Returns how many runs
-    expired.
-    """
-    expired = 0
-    while row := await ledger.fetchrow(_EXPIRE, EXPIRED.model_dump_json()):
-        expired += row["expired"]
-        if row["expired"] < AT_ONCE:
-            break
-    due = await ledger.fetch(_DUE)
-    for pool in {row["pool"] for row in due if row["state"] == "queued"}:
-        ledger.wake(pool)
-    await admit(ledger, {row["name"] for row in await ledger.fetch(_OPEN)})
-    return expired
 
 
 _HELD = "(select count(*) from (select from runs where state = 'held' and lane = l.name limit 10000) h) as held"

@@ -4,7 +4,6 @@ Nothing brings a run that has ended back, so what is decided about one stays rig
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
@@ -17,40 +16,7 @@ PAGE = 1000
 """Rows looked at, or removed, by one statement: a fraction of a second."""
 _NIL = UUID(int=0)
 _FINAL = "('completed', 'failed', 'cancelled', 'expired')"
-_LOCK = "backcast.steward"
 
-
-# -- leading -----------------------------------------------------------------------------------------------------------
-
-
-async def take_lead(connection: asyncpg.Connection) -> bool:
-    """Whether this session leads: it does until it ends, or has been silent for ten seconds.
-
-    The database must find out by itself when a leader is stopped (its session would stay) or its machine is gone (its
-    session would stay for hours).
-    """
-    if not await connection.fetchval("select pg_try_advisory_lock(hashtext($1))", _LOCK):
-        return False
-    for setting, value in (
-        ("idle_session_timeout", "10s"),
-        ("tcp_keepalives_idle", "5"),  # on a unix socket these three are ignored
-        ("tcp_keepalives_interval", "2"),
-        ("tcp_keepalives_count", "3"),
-    ):
-        await connection.execute("select set_config($1, $2, false)", setting, value)
-    return True
-
-
-async def beat(connection: asyncpg.Connection, steward: UUID) -> None:
-    """Write who leads. While this does not get through, the heartbeats of workers do not either."""
-    await connection.execute(
-        """insert into cursors (name, value) values ('leader', $1)
-           on conflict (name) do update set value = excluded.value, moved_at = now()""",
-        steward,
-    )
-
-
-# -- removing ----------------------------------------------------------------------------------------------------------
 
 # By the primary key, from the oldest: ids are time-ordered, and no run ends before it was accepted. Rows that have not
 # ended are passed over, once in a sweep.
@@ -139,36 +105,3 @@ async def vacuum(connection: asyncpg.Connection) -> None:
     that is under way."""
     await connection.execute("set statement_timeout = 0")
     await connection.execute("vacuum (index_cleanup on, truncate off, skip_locked) runs", timeout=3600)
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    pool: str
-    ready: int
-    running: int
-    oldest_age_seconds: float
-
-
-async def backlog(ledger: Ledger) -> list[Backlog]:
-    return [
-        Backlog(**row) for row in await ledger.fetch("select pool, ready, running, oldest_age_seconds from backlog")
-    ]
-
-
-# What vacuum must leave because someone may still look at it. Sessions of other roles are only seen with the role
-# pg_read_all_stats; slots and prepared transactions always.
-_OLDEST_XMIN = """
-select greatest(
-    (select max(age(backend_xmin)) from pg_stat_activity where pid <> pg_backend_pid()),
-    (select max(greatest(age(xmin), age(catalog_xmin))) from pg_replication_slots),
-    (select max(age(transaction)) from pg_prepared_xacts), 0) as age"""
-
-
-async def oldest_xmin_age(ledger: Ledger) -> int:
-    """How many transactions have begun since the oldest snapshot that somebody still holds."""
-    row = await ledger.fetchrow(_OLDEST_XMIN)
-    assert row is not None
-    return int(row["age"])

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from backcast import client
 from backcast.errors import BackcastError, ConfigurationError, Unavailable
-from backcast.ledger.connection import migrate
+from backcast.ledger.migration import migrate
 from backcast.local import postgres, weights
 from backcast.local.child import Part
 from backcast.process import Stop

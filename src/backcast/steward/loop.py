@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from backcast.errors import LedgerUnavailable, Unavailable
 from backcast.history.reconciliation import Chronicle
 from backcast.history.sink import Mirror
-from backcast.ledger import fleet, lanes, maintenance, settlement
+from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery
 from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 from backcast.process import Stop, configure_logging, probes
@@ -119,7 +119,7 @@ class Steward:
             try:
                 async with self._ledger.session() as connection:  # which holds the lead, and loses it when it ends
                     quiet = False
-                    while not await maintenance.take_lead(connection):
+                    while not await leadership.take_lead(connection):
                         await self._round_ends()
                     await self._lead(connection)
             except LedgerUnavailable as error:
@@ -133,7 +133,7 @@ class Steward:
         vigil = Vigil(self._lease.total_seconds())
         async with self._at_work():
             while True:
-                await maintenance.beat(connection, self._id)
+                await leadership.beat(connection, self._id)
                 seen = await fleet.observe(connection, self._lease)
                 if vigil.may_requeue(seen, time.monotonic()):
                     await self._requeue(seen.dead)
@@ -141,12 +141,12 @@ class Steward:
 
     async def _round_ends(self) -> None:
         """Also without the lead: what time alone changes waits for nobody."""
-        await lanes.move_on(self._ledger)
+        await dispatch.move_on(self._ledger)
         self._last_round = time.monotonic()
         await asyncio.sleep(ROUND)
 
     async def _requeue(self, dead: Collection[UUID]) -> None:
-        states = await settlement.requeue(self._ledger, self._lease, dead)
+        states = await recovery.requeue(self._ledger, self._lease, dead)
         for state in sorted(set(states.values())):
             count = sum(1 for value in states.values() if value == state)
             self._requeued.labels(state).inc(count)
@@ -198,8 +198,8 @@ class Steward:
                 await maintenance.vacuum(connection)
 
     async def _measure(self) -> None:
-        self._oldest_xmin.set(await maintenance.oldest_xmin_age(self._ledger))
-        for pool in await maintenance.backlog(self._ledger):
+        self._oldest_xmin.set(await figures.oldest_xmin_age(self._ledger))
+        for pool in await figures.backlog(self._ledger):
             self._ready.labels(pool.pool).set(pool.ready)
             self._running.labels(pool.pool).set(pool.running)
             self._oldest.labels(pool.pool).set(pool.oldest_age_seconds)

@@ -12,9 +12,9 @@ from typing import Protocol
 from uuid import UUID
 
 from backcast.errors import LedgerUnavailable, Unavailable, UsageError
-from backcast.ledger import fleet, flights, settlement
+from backcast.ledger import claims, fleet, flights
+from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Claim
 from backcast.models import JSON, Attempt, Failed, Problem, Retry, Succeeded, TaskType
 from backcast.store import Missing, Store
 from backcast.worker import results
@@ -75,7 +75,7 @@ class Execution:
             if claim.task not in self._names:
                 return await self._unknown(claim)
             if claim.is_suspect:
-                await settlement.begin(self._ledger, self._worker_id, claim)
+                await claims.begin(self._ledger, self._worker_id, claim)
             if claim.lost_fence == claim.fence - 1 and (left := await self._left_behind(claim)) is not None:
                 return left
             text = claim.input

@@ -21,9 +21,10 @@ import asyncpg
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from backcast.errors import FatalError, LedgerUnavailable, StoreUnavailable
-from backcast.ledger import fleet, lanes, settlement
+from backcast.ledger import claims, dispatch, fleet, settlement
+from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Claim, Ending
+from backcast.ledger.settlement import Ending
 from backcast.models import Failed, Problem, Reason
 from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
@@ -184,11 +185,11 @@ class Worker:
         while not self._draining:
             self._wake.clear()
             free, ahead = self._room()
-            claims: list[Claim] = []
+            taken: list[Claim] = []
             if free > 0 or ahead > 0:
                 self._claiming = True
                 try:
-                    claims = await settlement.claim(
+                    taken = await claims.claim(
                         self._ledger,
                         pool=self._settings.worker.pool,
                         cursor=cursor,
@@ -202,20 +203,20 @@ class Worker:
                     if not quiet:
                         log.warning("can't claim: %s", error)
                     quiet = True
-            for claim in claims:
+            for claim in taken:
                 held = self._held[claim.id] = _Held(claim)
                 if claim.is_suspect:
                     self._suspects.append(held)
                 elif claim.ahead:
                     self._ahead.append(held)
-                else:  # at once, even when an abandoned thread has taken its slot meanwhile: see `settlement.requeue`
+                else:  # at once, even when an abandoned thread has taken its slot meanwhile: see `recovery.requeue`
                     self._start(held)
             self._fill()
             self._claims, self._claiming = self._claims + 1, False
-            if claims:
-                cursor = _farthest(cursor, [claim.owner_key for claim in claims])
+            if taken:
+                cursor = _farthest(cursor, [claim.owner_key for claim in taken])
             # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
-            if not 1 < len(claims) < free + ahead:
+            if not 1 < len(taken) < free + ahead:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 
@@ -223,7 +224,7 @@ class Worker:
         while True:
             await asyncio.sleep(self._settings.worker.poll.total_seconds())
             with contextlib.suppress(LedgerUnavailable):
-                await lanes.move_on(self._ledger)
+                await dispatch.move_on(self._ledger)
 
     # -- working ----------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ import time
 from uuid import UUID
 
 from backcast.errors import BackcastError, FatalError, StoreUnavailable
+from backcast.ledger.claims import Claim
 from backcast.ledger.fleet import Held
-from backcast.ledger.settlement import INLINE_RESULT, Claim, Ending
+from backcast.ledger.settlement import INLINE_RESULT, Ending
 from backcast.models import Attempt, Failed, Problem, Reason, Retry, Succeeded
 from backcast.settings import Settings
 from backcast.store import Store

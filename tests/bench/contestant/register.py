@@ -2,8 +2,9 @@
 
 import asyncio
 
-from backcast.ledger import fleet
-from backcast.ledger.connection import Ledger, migrate
+from backcast.ledger import task_types
+from backcast.ledger.connection import Ledger
+from backcast.ledger.migration import migrate
 from backcast.models import TaskType
 from backcast.settings import load
 from backcast.store import open_store
@@ -18,7 +19,7 @@ async def main() -> None:
     for name in ("noop", "sleep"):
         schema = {"type": "object", "properties": {"n": {"type": "integer"}, "seconds": {"type": "number"}}}
         task = TaskType(name=name, pool="default", input_schema=schema)
-        await fleet.register_tasks(ledger, [task])
+        await task_types.register(ledger, [task])
     await ledger.aclose()
     store = open_store(settings.store)
     await store.ensure()

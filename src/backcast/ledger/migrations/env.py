@@ -1,4 +1,4 @@
-"""Alembic's entry: one connection given by `ledger.migrate`, plain SQL, version table in our schema."""
+"""Alembic's entry: one connection given by `ledger.migration`, plain SQL, version table in our schema."""
 
 from alembic import context
 from sqlalchemy import Connection

@@ -1,0 +1,97 @@
+"""How workers claim runs: fairly by owner, at a cost that depends neither on the backlog nor on history."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID
+
+from backcast.ledger.connection import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run that this worker now holds, until its lease ends. `fence` proves it."""
+
+    id: UUID
+    task: str
+    fence: int
+    input: str | None
+    input_key: str | None
+    retries_used: int
+    attempts_used: int
+    max_attempts: int
+    owner_key: int
+    lane: str | None = None
+    """Set when the run is counted in this lane, which must then be told that it has ended."""
+    ahead: bool = False
+    """Claimed while no slot was free: it may wait here for a moment, and its loss is not charged."""
+    lost_fence: int | None = None
+    """The latest attempt that was lost with its worker. It may have stored a result."""
+
+    @property
+    def losses(self) -> int:
+        """Workers lost that this run is held to account for."""
+        return self.attempts_used - self.retries_used
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the run must run alone: the next loss will be its own doing, and no other run's."""
+        return self.losses >= max(1, min(2, self.max_attempts - 1))
+
+
+# Fair share: a loose index scan over runs_ready hops from owner to owner, one index probe each, starting after the
+# owner served last ($2) and wrapping around; then each owner gives its best rows. So a claim costs the same with 1 or
+# 1,000,000 rows queued. SKIP LOCKED keeps claimers from waiting for each other: a row locked by someone else is being
+# claimed or cancelled. `= any(array(...))` and not a join: a generic plan might hash-join, which scans the table.
+# A worker whose own lease has run out gets nothing: the steward is about to give its runs to others. Runs past their
+# deadline are passed over; everyone's poll takes them out of the index.
+# Of $3 rows, those after the first $6 are claimed ahead of a free slot; one that was ever lost is not (see `requeue`),
+# but for suspects, who wait for all the others to end first and then `begin`.
+_CLAIM = """
+with recursive
+alive as materialized (select id from workers where id = $4 and heartbeat_at > now() - $5::interval),
+a(owner_key, n) as (
+  (select owner_key, 1 from runs where pool = $1 and state = 'queued' and owner_key > $2
+    order by owner_key limit 1)
+  union all
+  select x.owner_key, a.n + 1 from a cross join lateral (select owner_key from runs where pool = $1
+    and state = 'queued' and owner_key > a.owner_key order by owner_key limit 1) x where a.n < $3),
+b(owner_key, n) as (
+  (select owner_key, (select count(*)::int from a) + 1 from runs where pool = $1 and state = 'queued'
+    and owner_key <= $2 and (select count(*) from a) < $3 order by owner_key limit 1)
+  union all
+  select x.owner_key, b.n + 1 from b cross join lateral (select owner_key from runs where pool = $1
+    and state = 'queued' and owner_key > b.owner_key and owner_key <= $2 order by owner_key limit 1) x where b.n < $3),
+hop as (select owner_key, n from a union all select owner_key, n from b),
+share as (select ceil($3::numeric / greatest(count(*), 1))::int as rows from hop),
+pick as materialized (
+  select r.id, row_number() over (order by hop.n) as place from hop cross join share cross join lateral (
+    select id from runs where pool = $1 and state = 'queued' and owner_key = hop.owner_key
+       and (deadline is null or deadline > now())
+     order by priority desc, run_at, id limit share.rows for update skip locked) r
+   where exists (select from alive)
+   order by hop.n limit $3)
+update runs r set state = 'running', fence = r.fence + 1, worker_id = $4, started_at = now(),
+       ahead = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
+            or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1))
+ where r.id = any(array(select id from pick))
+returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
+          r.owner_key, case when r.admitted then r.lane end as lane, r.ahead, r.lost_fence"""
+
+
+async def claim(
+    ledger: Ledger, *, pool: str, cursor: int, limit: int, worker_id: UUID, lease: timedelta, ahead: int = 0
+) -> list[Claim]:
+    """Take up to `limit` ready runs of `pool`, and up to `ahead` more, going round the owners from the one after
+    `cursor` (an owner key)."""
+    rows = await ledger.fetch(_CLAIM, pool, cursor, limit + ahead, worker_id, lease, limit)
+    return [Claim(**row) for row in rows]
+
+
+async def begin(ledger: Ledger, worker_id: UUID, claim: Claim) -> None:
+    """Mark that a run which waited on its worker begins: from here on its loss is charged."""
+    await ledger.execute(
+        "update runs set ahead = false where id = $1 and fence = $2 and worker_id = $3 and state = 'running'",
+        claim.id,
+        claim.fence,
+        worker_id,
+    )

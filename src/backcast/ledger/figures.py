@@ -1,0 +1,35 @@
+"""Figures of the whole ledger, for metrics and for the autoscaler: read only, and in a fraction of a second."""
+
+from dataclasses import dataclass
+
+from backcast.ledger.connection import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    pool: str
+    ready: int
+    running: int
+    oldest_age_seconds: float
+
+
+async def backlog(ledger: Ledger) -> list[Backlog]:
+    return [
+        Backlog(**row) for row in await ledger.fetch("select pool, ready, running, oldest_age_seconds from backlog")
+    ]
+
+
+# What vacuum must leave because someone may still look at it. Sessions of other roles are only seen with the role
+# pg_read_all_stats; slots and prepared transactions always.
+_OLDEST_XMIN = """
+select greatest(
+    (select max(age(backend_xmin)) from pg_stat_activity where pid <> pg_backend_pid()),
+    (select max(greatest(age(xmin), age(catalog_xmin))) from pg_replication_slots),
+    (select max(age(transaction)) from pg_prepared_xacts), 0) as age"""
+
+
+async def oldest_xmin_age(ledger: Ledger) -> int:
+    """How many transactions have begun since the oldest snapshot that somebody still holds."""
+    row = await ledger.fetchrow(_OLDEST_XMIN)
+    assert row is not None
+    return int(row["age"])

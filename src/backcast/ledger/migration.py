@@ -1,0 +1,48 @@
+"""Brings the schema up to this release, by the plain SQL of `migrations/`."""
+
+import re
+from pathlib import Path
+
+from backcast.errors import LedgerUnavailable
+
+
+def migrate(url: str) -> str:
+    """Bring the schema up to this release and return a sentence about what was done.
+
+    Safe to run from several places at once (an advisory lock lets one in), and does nothing when the schema is
+    already newer, as after a rollback of the code.
+
+    Raises:
+        LedgerUnavailable: the database can't be reached, or this role may not change it.
+    """
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import SQLAlchemyError
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    script = ScriptDirectory.from_config(config)
+    engine = create_engine(re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql+psycopg://", url))
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("select pg_advisory_lock(hashtext('backcast.migrate'))"))
+            connection.execute(text("create schema if not exists backcast"))
+            connection.execute(text("set search_path to backcast, public"))
+            connection.commit()
+            table = connection.scalar(text("select to_regclass('backcast.alembic_version')::text"))
+            before = connection.scalar(text("select version_num from backcast.alembic_version")) if table else None
+            known = {revision.revision for revision in script.walk_revisions()}
+            if before is not None and before not in known:
+                return f"The schema ({before}) is newer than this release: nothing to do."
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+            head = script.get_current_head()
+            return f"The schema is up to date ({head})." if before == head else f"The schema is now {head}."
+    except SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise LedgerUnavailable(f"The database can't be migrated: {cause}") from None
+    finally:
+        engine.dispose()

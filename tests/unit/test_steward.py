@@ -6,7 +6,7 @@ import pytest
 
 from backcast.ledger.fleet import Fleet
 from backcast.models import uuid7
-from backcast.steward.loop import Vigil
+from backcast.steward.failure_detector import Vigil
 
 A, B, C = uuid7(), uuid7(), uuid7()
 APART = 1_000_000.0

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import AsyncIterator
 
-import uvicorn
 from fastapi import FastAPI
 
 from backcast import __version__
@@ -11,9 +10,8 @@ from backcast.api import auth, batches, compatibility, health, lanes, problems, 
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
 from backcast.ledger.connection import Ledger
-from backcast.process import configure_logging
-from backcast.settings import Api, Settings
-from backcast.store import Store, open_store
+from backcast.settings import Api
+from backcast.store import Store
 
 _ABOUT = """Background tasks you can rely on. Submit a run, get its id at once, fetch the result when it is there.
 Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` says what to do."""
@@ -39,22 +37,3 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     for router in (runs.hot, compatibility.router, *nouns):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     return app
-
-
-def serve(settings: Settings) -> None:
-    """Serve the API until SIGTERM or SIGINT; requests that are being answered are finished first."""
-    configure_logging(settings.log_level)
-    database = settings.database
-    ledger = Ledger(database.url.get_secret_value(), pool=database.pool, name="backcast-api", timeout=database.timeout)
-    app = create_app(ledger, open_store(settings.store), settings.api)
-    uvicorn.run(
-        app,
-        host=settings.api.host,
-        port=settings.api.port,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,  # nothing here depends on who asks or by which scheme
-        timeout_graceful_shutdown=10,
-        timeout_keep_alive=75,  # longer than a proxy's usual 60 s: it must be the one to close an idle connection
-        server_header=False,
-    )

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from uuid import UUID
@@ -25,16 +24,14 @@ from backcast.history.sink import Mirror
 from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery
 from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
-from backcast.process import Stop, configure_logging, probes
 from backcast.settings import Settings
+from backcast.steward.failure_detector import ROUND, Vigil
 from backcast.steward.pods import Pods
 from backcast.steward.retention import Sweep, forget_history
-from backcast.store import Store, open_store
+from backcast.store import Store
 
 log = logging.getLogger("backcast.steward")
 
-ROUND = 1.0
-"""Seconds between two looks at the leases."""
 LOOK_AGAIN_EVERY = 5.0
 VACUUM_EVERY = 2.0
 DEAD_ROWS = 5000
@@ -46,34 +43,6 @@ FORGET_WORKERS_AFTER = timedelta(hours=1)
 
 Duty = tuple[str, Callable[[], Awaitable[object]], float]
 """What is done, and how often, in seconds."""
-
-
-@dataclass
-class Vigil:
-    """Decides when silence means death. After any pause of our own, or of the database, every heartbeat is old: so
-    the steward must have been watching without a gap for a whole lease, and a mass death needs a second look."""
-
-    lease: float
-    watching_since: float = 0.0
-    _last: float = field(default=0.0, init=False)
-    _last_at: float = field(default=0.0, init=False)
-    _database_started: float | None = field(default=None, init=False)
-    _suspects: frozenset[UUID] = field(default_factory=frozenset[UUID], init=False)
-
-    def may_requeue(self, fleet: fleet.Fleet, now: float) -> bool:
-        """`now` is a monotonic clock, in seconds, read after the answer: what was asked before a pause is old. The
-        database's clock sees what ours may not: that the machine slept, or that somebody has set the clock."""
-        limit = max(3 * ROUND, self.lease / 3)
-        gap = now - self._last > limit or fleet.at - self._last_at > limit
-        if gap or fleet.database_started != self._database_started:
-            self.watching_since, self._suspects = now, frozenset()
-        self._last, self._last_at, self._database_started = now, fleet.at, fleet.database_started
-        if now - self.watching_since < self.lease or not fleet.dead:
-            return False
-        if len(fleet.dead) > max(1, (fleet.alive + len(fleet.dead)) // 4) and fleet.dead != self._suspects:
-            self._suspects = fleet.dead  # more than a quarter at once: look again in a moment before believing it
-            return False
-        return True
 
 
 class Steward:
@@ -226,30 +195,3 @@ async def _repeat(what: str, step: Callable[[], Awaitable[object]], every: float
         except Exception:
             log.exception("can't %s, trying on", what)
         await asyncio.sleep(every)
-
-
-async def _serve(settings: Settings) -> None:
-    stop = Stop()
-    # Connections for the leader's duties, which run side by side.
-    url, timeout = settings.database.url.get_secret_value(), settings.database.timeout
-    ledger = Ledger(url, pool=5, name="backcast-steward", timeout=timeout)
-    store = open_store(settings.store)
-    mirror = Mirror(settings.prefect)
-    steward = Steward(settings, ledger, store, mirror)
-    async with probes(settings.steward.host, settings.steward.port, ready=steward.check, registry=steward.registry):
-        running, mirroring = asyncio.create_task(steward.run()), asyncio.create_task(mirror.run())
-        asked = asyncio.create_task(stop.asked.wait())
-        await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (asked, mirroring, running):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
-    await mirror.aclose(timeout=2)
-    await ledger.aclose()
-    await store.aclose()
-
-
-def main(settings: Settings) -> None:
-    """Run a steward until SIGTERM or SIGINT."""
-    configure_logging(settings.log_level)
-    asyncio.run(_serve(settings))

@@ -8,31 +8,29 @@ settled is bounded, so a store or database that is away stops the claiming, not 
 import asyncio
 import contextlib
 import logging
-import os
 import random
-import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
 from uuid import UUID
 
-import asyncpg
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Gauge
 
-from backcast.errors import FatalError, LedgerUnavailable, StoreUnavailable
-from backcast.ledger import claims, dispatch, fleet, settlement
+from backcast.errors import FatalError, LedgerUnavailable
+from backcast.ledger import claims, dispatch, fleet
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Ending
-from backcast.models import Failed, Problem, Reason
-from backcast.process import Stop, configure_logging, probes
+from backcast.models import Failed, Reason
+from backcast.process import Stop
 from backcast.settings import Settings
-from backcast.store import Store, open_store
+from backcast.store import Store
 from backcast.worker import results
 from backcast.worker.execution import Engine, Execution, Meter
 from backcast.worker.lease import BEAT, Beat, Lease
 from backcast.worker.results import Keeper
+from backcast.worker.settler import Settler
 
 log = logging.getLogger("backcast.worker")
 
@@ -84,14 +82,14 @@ class Worker:
         self._ahead: deque[_Held] = deque()
         self._suspects: deque[_Held] = deque()
         self._alone = False
-        self._busy, self._settled = 0, 0
+        self._busy = 0
         self._ends: deque[float] = deque()
         self._works: set[asyncio.Task[None]] = set()
-        self._endings: asyncio.Queue[Ending] = asyncio.Queue()
         self._wake = asyncio.Event()
         self._draining = False
         self._claims, self._claiming = 0, False
         self.registry = CollectorRegistry()
+        self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=self.registry)
         self._metrics()
 
     def _metrics(self) -> None:
@@ -102,9 +100,6 @@ class Worker:
         gauge("busy", "Runs that execute now", lambda: self._busy)
         gauge("unsettled", "Runs claimed and not yet settled", lambda: len(self._held))
         gauge("heartbeat_age_seconds", "Since the last heartbeat", lambda: self._lease.age)
-        self._ended = Counter(
-            "backcast_worker_attempts", "Attempts that ended, by how", ["ending"], registry=self.registry
-        )
 
     # -- being there ------------------------------------------------------------------------------------------------
 
@@ -117,7 +112,7 @@ class Worker:
     def _report(self) -> Beat:
         claims = None if self._claiming else self._claims  # first: a claim from here on is one more
         fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
-        return Beat(fences, claims, self._busy, self._draining, self._settled)
+        return Beat(fences, claims, self._busy, self._draining, self._settler.count)
 
     def _heard(self, said: Beat, holds: dict[UUID, fleet.Held]) -> None:
         for run_id, fence in said.fences.items():
@@ -136,7 +131,7 @@ class Worker:
         for run_id, theirs in holds.items():
             if run_id not in said.fences and run_id not in self._held:
                 log.warning("handing back %s: the answer to its claim was lost", run_id)
-                self._endings.put_nowait(results.handed_back(run_id, theirs))
+                self._settler.put(results.handed_back(run_id, theirs))
 
     async def _watch_lease(self) -> None:
         while True:
@@ -268,7 +263,13 @@ class Worker:
         if ending is None:
             self._forget(claim.id, claim.fence)
         else:
-            self._endings.put_nowait(ending)
+            self._settler.put(ending)
+
+    async def _recorded(self, batch: Collection[Ending]) -> None:
+        await self._execution.settled([ending.id for ending in batch])
+        for ending in batch:
+            self._forget(ending.id, ending.fence)
+        self._wake.set()
 
     def _forget(self, run_id: UUID, fence: int) -> None:
         """What we hold of this attempt; the run may be here again under a higher fence."""
@@ -282,7 +283,7 @@ class Worker:
 
     def _hand_back(self, held: _Held) -> None:
         if self._forget_waiting(held):
-            self._endings.put_nowait(results.handed_back(held.claim.id, held.claim))
+            self._settler.put(results.handed_back(held.claim.id, held.claim))
 
     def _forget_waiting(self, held: _Held) -> bool:
         for waiting in (self._ahead, self._suspects):
@@ -291,56 +292,13 @@ class Worker:
                 return True
         return False
 
-    # -- settling ---------------------------------------------------------------------------------------------------
-
-    async def _settle(self) -> None:
-        while True:
-            batch = [await self._endings.get()]
-            while not self._endings.empty() and len(batch) < UNSETTLED:
-                batch.append(self._endings.get_nowait())
-            try:
-                await self._settle_batch(batch)
-            finally:
-                for _ in batch:
-                    self._endings.task_done()
-            self._wake.set()
-
-    async def _settle_batch(self, batch: list[Ending]) -> None:
-        settled, delay = None, 0.1
-        while settled is None:
-            try:
-                settled = await settlement.settle(self._ledger, self._lease.id, batch)
-            except LedgerUnavailable as error:  # its fate is unknown; the fence makes it safe to send again
-                if delay == 0.1:  # the first time
-                    log.warning("can't settle %d runs, trying on: %s", len(batch), error)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 2.0)
-            except asyncpg.PostgresError as error:  # one ending that the database refuses must not hold up the others
-                log.error("the database refused an ending: %s", error)  # its text says it all
-                if len(batch) > 1:
-                    for ending in batch:
-                        await self._settle_batch([ending])
-                    return
-                refused = Problem(code="unstorable_outcome", title="The outcome can't be recorded", detail=str(error))
-                batch = [replace(batch[0], state="failed", result=None, result_key=None, usage=None, error=refused)]
-        self._settled += sum((e.id, e.fence) in settled.accepted and e.state in ("completed", "failed") for e in batch)
-        await self._execution.settled([ending.id for ending in batch])
-        for ending in batch:
-            self._forget(ending.id, ending.fence)
-            attempt = ending.id, ending.fence
-            recorded = attempt in settled.accepted and attempt not in settled.cancelled
-            self._ended.labels(ending.state if recorded else "dropped").inc()
-            if ending.result_key is not None and not recorded:
-                with contextlib.suppress(StoreUnavailable):
-                    await self._store.delete([ending.result_key])
-
     # -- the whole --------------------------------------------------------------------------------------------------
 
     async def run(self, stop: Stop) -> None:
         """Work until `stop` is asked for, then drain: finish within the grace period, hand back the rest."""
         await self._until(stop, self._lease.register())
         self._lease.start()
-        settling = asyncio.create_task(self._settle())
+        settling = asyncio.create_task(self._settler.run())
         pool = self._settings.worker.pool
         claiming = asyncio.create_task(self._claim())
         others = (self._promote(), self._watch_lease(), self._ledger.listen(pool, self._wake.set))
@@ -383,7 +341,7 @@ class Worker:
         with contextlib.suppress(TimeoutError, LedgerUnavailable):
             async with asyncio.timeout(5):
                 if not settling.done():
-                    await self._endings.join()
+                    await self._settler.join()
                 await self._lease.give_up()
 
     async def _until(self, stop: Stop, work: Awaitable[None]) -> None:
@@ -393,59 +351,3 @@ class Worker:
             one.cancel()
         if task in done:
             task.result()
-
-
-async def _serve(settings: Settings) -> None:
-    # The one late import: Prefect reads its settings when it is imported, and ours must be there first.
-    from backcast import llm
-    from backcast.executor import executor as prefect_engine
-    from backcast.executor import registry
-    from backcast.history.sink import Mirror
-
-    stop = Stop()
-    store = open_store(settings.store)
-    database = settings.database
-    ledger = Ledger(
-        database.url.get_secret_value(), pool=database.pool, name="backcast-worker", timeout=database.timeout
-    )
-    mirror = Mirror(settings.prefect)
-    mirror.install()
-    llm.connect(settings.model)
-    tasks = registry.discover([*(["backcast.llm.tasks"] if settings.builtin_tasks else []), *settings.tasks])
-    engine = prefect_engine.Engine(
-        tasks,
-        pool=settings.worker.pool,
-        max_attempts=settings.max_attempts,
-        store=store,
-        threads=settings.worker.slots,
-        tell=mirror.show if mirror.is_enabled else None,
-    )
-    mirroring = asyncio.create_task(mirror.run())
-    try:
-        async with engine:
-            worker = Worker(settings, ledger, store, engine, llm.metered)
-            Gauge(
-                "backcast_worker_history_waiting", "Events not yet shown to Prefect", registry=worker.registry
-            ).set_function(lambda: mirror.waiting)
-            async with probes(settings.worker.host, settings.worker.port, ready=worker.check, registry=worker.registry):
-                await worker.run(stop)
-    finally:
-        mirroring.cancel()
-        await asyncio.gather(mirroring, return_exceptions=True)
-        await llm.aclose()
-        await mirror.aclose(timeout=2)
-        await ledger.aclose()
-        await store.aclose()
-
-
-def main(settings: Settings) -> None:
-    """Run a worker until SIGTERM or SIGINT."""
-    import uvloop
-
-    configure_logging(settings.log_level)
-    os.environ.update(settings.prefect.environment())
-    uvloop.run(_serve(settings))
-    # Everything is settled. A sync task that ignores being handed back must not keep the process.
-    if any(thread.name.startswith("task") for thread in threading.enumerate()):
-        logging.shutdown()
-        os._exit(0)

@@ -1,0 +1,28 @@
+"""The API process: builds the API's collaborators from the settings, and serves until a signal."""
+
+import uvicorn
+
+from backcast.api.app import create_app
+from backcast.ledger.connection import Ledger
+from backcast.process import configure_logging
+from backcast.settings import Settings
+from backcast.store import open_store
+
+
+def main(settings: Settings) -> None:
+    """Serve the API until SIGTERM or SIGINT; requests that are being answered are finished first."""
+    configure_logging(settings.log_level)
+    database = settings.database
+    ledger = Ledger(database.url.get_secret_value(), pool=database.pool, name="backcast-api", timeout=database.timeout)
+    app = create_app(ledger, open_store(settings.store), settings.api)
+    uvicorn.run(
+        app,
+        host=settings.api.host,
+        port=settings.api.port,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,  # nothing here depends on who asks or by which scheme
+        timeout_graceful_shutdown=10,
+        timeout_keep_alive=75,  # longer than a proxy's usual 60 s: it must be the one to close an idle connection
+        server_header=False,
+    )

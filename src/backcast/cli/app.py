@@ -1,0 +1,68 @@
+"""The application that commands are declared on, and which exit code each error becomes."""
+
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from backcast import __version__, client
+from backcast.cli import output
+from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable
+
+OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = (
+    "Exit codes: 0 fine; 1 the run failed, was cancelled or expired; 2 wrong usage, or the service refused; "
+    "3 the service can't be reached, or --timeout has passed."
+)
+
+
+class _Readable(TyperGroup):
+    """Every error of ours ends as a red sentence on stderr and an exit code, never as a traceback."""
+
+    def invoke(self, ctx: Any) -> object:
+        try:
+            return super().invoke(ctx)
+        except BackcastError as error:
+            output.complain(error.detail)
+            for field in error.errors if isinstance(error, ClientError) else ():
+                if field.detail not in error.detail:
+                    output.complain(f"  {field.pointer}: {field.detail}")
+            raise typer.Exit(_exit_code(error)) from None
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("backcast"):
+                raise
+            output.complain(f"{error.name} is not installed, and this command needs it: pip install 'backcast[local]'.")
+            raise typer.Exit(REFUSED) from None
+
+
+def _exit_code(error: BackcastError) -> int:
+    match error:
+        case RunError() | NoResult():
+            return RUN_FAILED
+        case Unavailable() | client.WaitTimeout():
+            return AWAY
+        case _:
+            return REFUSED
+
+
+app = typer.Typer(
+    name="backcast", cls=_Readable, no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_CODES
+)
+use = partial(app.command, rich_help_panel="Use the service", epilog=EXIT_CODES)
+run = partial(app.command, rich_help_panel="Run the service")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"backcast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Background tasks you can rely on: what was accepted is finished, and its result waits for you."""

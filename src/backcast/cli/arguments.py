@@ -1,0 +1,74 @@
+"""How words on the command line become values: JSON, files, times, targets, parameters."""
+
+import json
+import sys
+from collections.abc import Iterable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import typer
+from pydantic import ValidationError
+
+from backcast.models import JSON
+
+
+def stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise typer.BadParameter("what comes from stdin is not text.") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_loads = partial(json.loads, parse_constant=_refuse_constant)
+
+
+def _json_or_file(given: str) -> JSON:
+    try:
+        if given == "@-":
+            return _loads(stdin())
+        return _loads(Path(given[1:]).read_text() if given.startswith("@") else given)
+    except OSError as error:
+        raise typer.BadParameter(f"{given[1:]} can't be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise typer.BadParameter(f"this is not JSON ({error}).") from None
+
+
+def json_object(given: str) -> dict[str, JSON]:
+    value = _json_or_file(given)
+    if not isinstance(value, dict):
+        raise typer.BadParameter("a JSON object is wanted: the task's parameters by name.")
+    return value
+
+
+def target(given: str) -> JSON:
+    return _json_or_file(given) if given.startswith(("@", "{")) else given
+
+
+def moment(given: str) -> datetime:
+    try:
+        return datetime.fromisoformat(given).astimezone()  # without an offset it is this machine's time
+    except ValueError:
+        raise typer.BadParameter("a time is wanted, such as 2030-01-31T08:00 or 2030-01-31T08:00Z.") from None
+
+
+def wrong_option(error: ValidationError) -> typer.BadParameter:
+    first = error.errors(include_url=False)[0]
+    return typer.BadParameter(f"{first['msg']}.", param_hint=f"--{str(first['loc'][0]).replace('_', '-')}")
+
+
+def parameters(pairs: Iterable[str]) -> dict[str, JSON]:
+    parameters: dict[str, JSON] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE.")
+        try:
+            parameters[name] = _loads(text)
+        except ValueError:
+            parameters[name] = text
+    return parameters

@@ -1,0 +1,64 @@
+"""The commands about lanes."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from backcast.cli import arguments, output
+from backcast.cli.app import use
+from backcast.cli.service import AsJson, Url, connect
+from backcast.models import Lane, Limits
+
+
+@use()
+def lanes(url: Url = None, as_json: AsJson = False) -> None:
+    """List the lanes that have limits."""
+    with connect(url) as service:
+        _print_lanes(service.lanes(), as_json)
+
+
+@use()
+def lane(
+    name: Annotated[str, typer.Argument(metavar="LANE", help="The lane's name.")],
+    max_running: Annotated[
+        int | None,
+        typer.Option(help="Runs that may run at the same time; 0 holds them all.", min=0, show_default=False),
+    ] = None,
+    max_per_minute: Annotated[
+        float | None, typer.Option(help="Runs that may start in a minute.", show_default=False)
+    ] = None,
+    lift: Annotated[bool, typer.Option("--lift", help="Take its limits away.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the limits of a lane, or set or lift them. Limits that are not given are removed."""
+    is_set = max_running is not None or max_per_minute is not None
+    if lift and is_set:
+        raise typer.BadParameter("--lift takes no limits with it.")
+    try:
+        limits = Limits(max_running=max_running, max_per_minute=max_per_minute)
+    except ValidationError as error:
+        raise arguments.wrong_option(error) from None
+    with connect(url) as service:
+        if lift:
+            service.lift_lane(name)
+            if not as_json:
+                typer.echo(f"The lane {name} has no limits any more.")
+            return
+        found = service.limit_lane(name, limits) if is_set else service.lane(name)
+    _print_lanes([found], as_json, one=True)
+
+
+def _print_lanes(found: Sequence[Lane], as_json: bool, *, one: bool = False) -> None:
+    if as_json:
+        documents = [lane.model_dump(mode="json") for lane in found]
+        output.print_document(documents[0] if one else documents)
+        return
+    rows = [
+        (lane.name, *("" if limit is None else f"{limit:g}" for limit in (lane.max_running, lane.max_per_minute)),
+         str(lane.admitted), str(lane.held))
+        for lane in found
+    ]  # fmt: skip
+    output.print_table(("LANE", "MAX RUNNING", "MAX PER MINUTE", "ADMITTED", "HELD"), rows)

@@ -1,0 +1,92 @@
+"""The commands that run the service."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from backcast.cli import output
+from backcast.cli.app import RUN_FAILED, run
+from backcast.settings import load
+
+
+@run()
+def up(
+    data: Annotated[Path, typer.Option(help="Folder for the database, the results and the logs.")] = Path(".backcast"),
+    model: Annotated[bool, typer.Option(help="Serve the embedded model, when no provider is set.")] = True,
+    port: Annotated[int, typer.Option(help="Port of the API; the next free one if it is taken.")] = 8000,
+    slots: Annotated[
+        int | None, typer.Option(help="Runs that are worked on at the same time.", show_default=False)
+    ] = None,
+) -> None:
+    """Run the whole product on this machine."""
+    from backcast.local import up
+
+    raise typer.Exit(up.up(data=data, model=model, port=port, slots=slots))
+
+
+@run()
+def api() -> None:
+    """Run the HTTP API."""
+    from backcast.api.main import main
+
+    main(load())
+
+
+@run()
+def worker() -> None:
+    """Run a worker, which claims runs and executes them."""
+    from backcast.worker.main import main
+
+    main(load())
+
+
+@run()
+def steward() -> None:
+    """Run the steward, which requeues the runs of dead workers and cleans up."""
+    from backcast.steward.main import main
+
+    main(load())
+
+
+@run()
+def model() -> None:
+    """Run the embedded model's server; its file is downloaded first if need be."""
+    from backcast.local import model_server, weights
+
+    settings = load().model
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=output.err, transient=True, disable=not output.err.is_terminal) as bars:
+        bar = bars.add_task("model", total=None)
+
+        def show(done: int, total: int, source: str) -> None:
+            bars.update(bar, completed=done, total=total, description=f"model from {source}")
+
+        file = settings.weights or weights.fetch(settings.cache, show)
+    model_server.main(settings, file)
+
+
+@run()
+def setup() -> None:
+    """Make what the processes need: roles and databases if told to, the schema, the store's folder or bucket."""
+    from backcast import provision
+
+    provision.prepare(load(), typer.echo)
+
+
+@run()
+def check() -> None:
+    """Try every call that the processes make to the database and the store, and say what to change."""
+    from backcast import provision
+
+    if not provision.check(load(), typer.echo):
+        raise typer.Exit(RUN_FAILED)
+
+
+@run(hidden=True)
+def await_database() -> None:
+    """Wait until the Prefect server's database can be used: that server ends when it can't."""
+    from backcast import provision
+
+    provision.await_prefect_database(load(), typer.echo)

@@ -1,0 +1,174 @@
+"""The commands about runs: cast, submit, get, wait, list, cancel."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+from pydantic import ValidationError
+
+from backcast import client
+from backcast.cli import arguments, output
+from backcast.cli.app import INTERRUPTED, use
+from backcast.cli.service import AsJson, RunId, Timeout, Url, connect
+from backcast.models import Run, State, Submission
+
+
+@use()
+def cast(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="What to cast; - reads it from stdin.")],
+    to: Annotated[
+        Any,
+        typer.Option(
+            "--to",
+            parser=arguments.target,
+            metavar="TARGET",
+            help="The wanted shape: int, list\\[str], date, …, a JSON Schema, or @FILE with one.",
+            show_default=False,
+        ),
+    ],
+    instructions: Annotated[str | None, typer.Option(help="What to look for, in words.", show_default=False)] = None,
+    timeout: Timeout = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn messy data into a value of the wanted shape, and print it."""
+    wanted = {"data": arguments.stdin() if data == "-" else data, "target": to}
+    if instructions is not None:
+        wanted["instructions"] = instructions
+    with connect(url) as service:
+        _finish(service, service.submit(client.CAST, wanted), timeout, as_json)
+
+
+@use()
+def submit(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name; see `backcast tasks`.")],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Parameters; a value that reads as JSON is JSON.", show_default=False),
+    ] = None,
+    given: Annotated[
+        Any,
+        typer.Option(
+            "--input",
+            parser=arguments.json_object,
+            metavar="JSON",
+            help="All parameters as a JSON object, or @FILE (@- is stdin) with one.",
+            show_default=False,
+        ),
+    ] = None,
+    owner: Annotated[str, typer.Option(help="Whose run it is; owners get equal shares of the queue.")] = "default",
+    priority: Annotated[int, typer.Option(help="Among the owner's runs, higher ones start first.")] = 0,
+    run_at: Annotated[
+        Any, typer.Option(parser=arguments.moment, metavar="TIME", help="Not before this time.", show_default=False)
+    ] = None,
+    deadline: Annotated[
+        Any,
+        typer.Option(
+            parser=arguments.moment, metavar="TIME", help="Not if it has not started by then.", show_default=False
+        ),
+    ] = None,
+    lane: Annotated[
+        str | None, typer.Option(help="What it draws on; see `backcast lanes`.", show_default=False)
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency-Key: the same key gives the same run.", show_default=False)
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it instead of the id.")] = False,
+    timeout: Timeout = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a run of a task, and print its id."""
+    parameters = (given or {}) | arguments.parameters(pairs or ())
+    try:
+        submission = Submission(
+            input=parameters, owner=owner, priority=priority, run_at=run_at, deadline=deadline, lane=lane
+        )
+    except ValidationError as error:
+        raise arguments.wrong_option(error) from None
+    with connect(url) as service:
+        run = service.submit(task, submission, key=key)
+        if wait:
+            _finish(service, run, timeout, as_json)
+        elif as_json:
+            output.print_document(run.model_dump(mode="json"))
+        else:
+            typer.echo(run.id)
+
+
+@use()
+def get(
+    run_id: RunId,
+    result: Annotated[bool, typer.Option("--result", help="Print the result.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run, or print its result."""
+    with connect(url) as service:
+        if result:
+            output.print_value(service.result(run_id), as_json)
+        else:
+            output.print_run(service.get(run_id), as_json)
+
+
+@use()
+def wait(run_id: RunId, timeout: Timeout = None, url: Url = None, as_json: AsJson = False) -> None:
+    """Wait until a run has ended, and show it."""
+    with connect(url) as service:
+        run = _ended(service, run_id, timeout)
+    output.print_run(run, as_json)
+    client.raise_for_state(run)
+
+
+@use("list")
+def list_(
+    state: Annotated[State | None, typer.Option(help="Only runs in this state.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option(help="Only runs of this task.", show_default=False)] = None,
+    owner: Annotated[str | None, typer.Option(help="Only runs of this owner.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(help="Runs to show at most.", min=1)] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, the newest first."""
+    with connect(url) as service:
+        runs = list(service.list(limit=limit, state=state, task=task, owner=owner))
+    if as_json:
+        output.print_document([run.model_dump(mode="json") for run in runs])
+        return
+    now = datetime.now(UTC)
+    output.print_table(
+        ("ID", "TASK", "STATE", "OWNER", "AGE", "TOOK"),
+        [
+            (str(run.id), run.task, run.state, run.owner, output.span(now - run.created_at), output.took(run))
+            for run in runs
+        ],
+    )
+
+
+@use()
+def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
+    """Cancel a run: a queued one never starts, a running one is asked to stop."""
+    with connect(url) as service:
+        run = service.cancel(run_id)
+    if as_json:
+        output.print_document(run.model_dump(mode="json"))
+    elif run.state.is_final:
+        typer.echo(f"Run {run.id} is {run.state}.")
+    else:
+        typer.echo(f"Run {run.id} is {run.state} and was asked to stop.")
+
+
+def _finish(service: client.Client, run: Run, timeout: float | None, as_json: bool) -> None:
+    run = _ended(service, run.id, timeout)
+    client.raise_for_state(run)
+    output.print_value(service.result(run.id), as_json)
+
+
+def _ended(service: client.Client, run_id: UUID, timeout: float | None) -> Run:
+    try:
+        with output.watching(run_id) as progress:
+            return service.wait(run_id, timeout=timeout, progress=progress)
+    except KeyboardInterrupt:
+        output.err.print(f"The run goes on: backcast wait {run_id}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None

@@ -13,10 +13,10 @@ from tests.e2e.programs import Done, run
 log = logging.getLogger("e2e")
 
 MODULES = {
-    "api": "backcast.api",
-    "worker": "backcast.worker",
+    "api": "backcast.api.main",
+    "worker": "backcast.worker.main",
     "prefect-server": "prefect.server",
-    "llm": "backcast.llama",
+    "llm": "backcast.local.model_server",
 }
 LARGEST = {"api": 75, "worker": 175, "prefect-server": 145, "llm": 600}
 """Megabytes over the base image: what the Dockerfile states, and a little."""

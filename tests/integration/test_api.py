@@ -401,7 +401,7 @@ def test_http_is_read_by_the_fast_parser() -> None:
 
 
 def test_the_api_never_imports_prefect_marvin_or_the_workers_side() -> None:
-    script = "import sys, backcast.app, backcast.cli; print('\\n'.join(sys.modules))"
+    script = "import sys, backcast.api.main, backcast.cli.main; print('\\n'.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-    for name in ("prefect", "marvin", "pydantic_ai", "openai", "xllamacpp", "backcast.engine", "backcast.worker"):
+    for name in ("prefect", "marvin", "pydantic_ai", "openai", "xllamacpp", "backcast.executor", "backcast.worker"):
         assert name not in loaded

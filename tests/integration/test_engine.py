@@ -23,6 +23,7 @@ from prefect.states import Failed as FailedState
 
 from backcast import cancel_requested, options
 from backcast.errors import FatalError, StoreUnavailable, TransientError, UsageError
+from backcast.executor import capture
 from backcast.executor.executor import Engine
 from backcast.history.events import Change
 from backcast.history.sink import Mirror
@@ -288,7 +289,7 @@ class Ways:
 @pytest.fixture(params=["tracked", "direct"])
 async def way(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ways]:
     mirror = Mirror(Prefect(api_url="http://127.0.0.1:9/api", history=False))
-    mirror.install()
+    capture.install(mirror)
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
     way = Ways()
@@ -505,13 +506,14 @@ async def test_who_has_no_cache_key(way: Ways) -> None:
 async def test_a_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
     code = """
 import asyncio, sys, uuid
-from backcast import engine, store
-from backcast.engine import serving
+from backcast import store
+from backcast.executor import registry
+from backcast.executor.executor import Engine
 from backcast.settings import Store
 async def main():
     there = store.open_store(Store(url="file:///nowhere"))
-    tasks = serving.discover(["tests.support.sample_tasks"])
-    async with engine.Engine(tasks, pool="p", max_attempts=1, store=there, threads=1) as e:
+    tasks = registry.discover(["tests.support.sample_tasks"])
+    async with Engine(tasks, pool="p", max_attempts=1, store=there, threads=1) as e:
         print(e.cache_key("counted", uuid.uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]}))
 asyncio.run(main())
 """

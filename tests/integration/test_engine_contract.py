@@ -17,8 +17,8 @@ from prefect.context import TaskRunContext
 from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker
 
+from backcast.executor import cache, capture, registry
 from backcast.executor import executor as subject
-from backcast.executor import registry
 from backcast.history.events import Change
 from backcast.history.sink import Mirror
 from backcast.models import Attempt, Failed, Retry, Succeeded
@@ -75,9 +75,9 @@ class Recorded(Mirror):
         self.events.append(change)
         super().show(change)
 
-    def put(self, item: tuple[str, Event]) -> None:
-        self.emitted.append(item[1])
-        super().put(item)
+    def keep_event(self, key: str, event: Any) -> None:
+        self.emitted.append(event)
+        super().keep_event(key, event)
 
     def keep_log(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
@@ -90,7 +90,7 @@ class Recorded(Mirror):
 @pytest.fixture
 async def mirror() -> AsyncIterator[Recorded]:
     mirror = Recorded()
-    mirror.install()
+    capture.install(mirror)
     yield mirror
     EventsWorker.set_client_override(None)
     await mirror.aclose(0)
@@ -302,8 +302,7 @@ def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pyte
     tasks = registry.discover(["shop_tasks"])
     assert set(tasks) == {"fetch_title", "word_frequencies", "reserve_stock"}
     served = {
-        name: registry.serve(one, pool="p", max_attempts=3, storage=registry.CacheStorage())
-        for name, one in tasks.items()
+        name: registry.serve(one, pool="p", max_attempts=3, storage=cache.CacheStorage()) for name, one in tasks.items()
     }
     assert served["reserve_stock"].type.retries == 4
     assert served["word_frequencies"].type.input_schema["properties"]["most"]["maximum"] == 1000
@@ -340,7 +339,7 @@ async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: P
         kind = "Bad" if n == 7 else "Completed"
         resource = {"prefect.resource.id": f"prefect.task-run.{n}"}
         event = Event(event=f"prefect.task-run.{kind}", resource=resource, occurred=datetime.now(UTC))
-        mirror.put(("event", event))
+        capture.Queue(mirror).put(("event", event))
     assert mirror.waiting < module.IN_MEMORY, "some are in the file"
     with pytest.raises(httpx.HTTPStatusError):
         await mirror._flush()

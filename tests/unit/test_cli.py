@@ -230,7 +230,7 @@ def test_version(cli: Cli) -> None:
 
 def test_the_command_line_brings_neither_prefect_nor_the_database(service: Service) -> None:
     heavy = ["prefect", "marvin", "asyncpg", "fastapi", "s3fs"]
-    code = f"import sys, backcast.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, backcast.cli.main; print([name for name in {heavy} if name in sys.modules])"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout == "[]\n"
 

@@ -2,33 +2,11 @@
 it may be tried again. Knows neither Prefect nor runs.
 """
 
-import json
-from typing import Any
-
-from pydantic_core import PydanticSerializationError, to_jsonable_python
-
-from backcast.errors import FatalError, RunError
+from backcast.errors import RunError
 from backcast.models import Problem
 
 _DETAIL = 2000
 """Characters of an exception's message that are kept."""
-
-
-def to_json(value: Any) -> bytes:
-    """The plain JSON of a task's return value: models, dataclasses, dates and the like by pydantic's rules.
-
-    Raises:
-        FatalError: `unserialisable_result`; the sentence names the type or value.
-    """
-    try:
-        text = json.dumps(to_jsonable_python(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-        return text.encode()
-    except (PydanticSerializationError, ValueError, RecursionError) as error:  # UnicodeError is a ValueError
-        raise FatalError(
-            f"The task returned a {type(value).__name__} that can't be written as JSON ({error}): return plain values,"
-            " pydantic models or dataclasses.",
-            code="unserialisable_result",
-        ) from None
 
 
 def problem(cause: BaseException | None, message: str | None = None) -> Problem:

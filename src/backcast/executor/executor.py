@@ -18,10 +18,11 @@ from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 
 from backcast.errors import Unavailable
 from backcast.executor import plain, prefect_engine
+from backcast.executor.cache import CacheStorage
 from backcast.executor.classification import problem
 from backcast.executor.plain import Job, Kit
 from backcast.executor.prefect_engine import Tell
-from backcast.executor.registry import CacheStorage, serve
+from backcast.executor.registry import serve
 from backcast.executor.threads import Threads
 from backcast.models import JSON, Attempt, Failed, TaskType
 from backcast.options import stoppable

@@ -24,9 +24,10 @@ from prefect.utilities.timeout import timeout, timeout_async
 from pydantic import BaseModel
 
 from backcast.errors import FatalError, RunTimeout
-from backcast.executor.classification import may_retry, problem, retry_after, to_json
+from backcast.executor.classification import may_retry, problem, retry_after
 from backcast.executor.registry import Served
 from backcast.executor.threads import Overdue, Threads
+from backcast.executor.values import to_json
 from backcast.models import Attempt, Failed, Retry, Succeeded, uuid7
 
 MARGIN = 0.5

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections import OrderedDict, deque
 from datetime import datetime
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Protocol
 from uuid import UUID
 
 import httpx
@@ -18,10 +18,14 @@ from backcast.history.events import RESOURCE, Change, event
 from backcast.ledger.history import Told
 from backcast.settings import Prefect
 
-if TYPE_CHECKING:
-    from prefect.events.schemas.events import Event
 
-log = logging.getLogger("backcast.mirror")
+class Event(Protocol):
+    """One of Prefect's own events, without knowing Prefect."""
+
+    def model_dump_json(self) -> str: ...
+
+
+log = logging.getLogger("backcast.history")
 
 INTERVAL = 0.5
 """Seconds between two posts: a run that starts and ends within it costs the server one event, not two."""
@@ -55,25 +59,6 @@ class Mirror:
         )
         self.is_enabled = server.api_url is not None and server.history
 
-    def install(self) -> None:
-        """Become the destination of this process's Prefect events and logs. Prefect ignores any other client class.
-
-        Our engine shows its runs itself; what comes this way are the tasks that tasks call. Their changes of state are
-        taken before Prefect's own thread looks for related flows, of which there are none.
-        """
-        from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient  # the steward has no Prefect
-        from prefect.logging.handlers import set_api_log_sink
-
-        EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=self)
-        set_api_log_sink(self.keep_log)
-        worker = EventsWorker.instance()
-        send = worker.send
-
-        def take(event: "Event") -> None:
-            self.put(("event", event)) if event.event.startswith(RESOURCE) else send(event)
-
-        worker.send = take  # pyright: ignore[reportAttributeAccessIssue]  # a method is replaced on purpose
-
     # -- what is to be shown ----------------------------------------------------------------------------------------
 
     def show(self, change: Change) -> None:
@@ -84,11 +69,10 @@ class Mirror:
         """Show what the ledger knows of a run and no engine has said: that it waits, or how it ended."""
         self.show(Change.from_ledger(run))
 
-    def put(self, item: "tuple[str, Event]") -> None:
-        """Prefect's word for it: this object is the queue of its forwarding client."""
-        event = item[1]
+    def keep_event(self, key: str, event: Event) -> None:
+        """Show an event that Prefect itself has made; of two with one key the later one."""
         if self.is_enabled:
-            self._keep(str(event.resource.id if event.event.startswith(RESOURCE) else event.id), event)
+            self._keep(key, event)
 
     def keep_log(self, line: dict[str, Any]) -> None:
         line.pop("__payload_size__", None)  # Prefect's own note
@@ -100,7 +84,7 @@ class Mirror:
                 while self._log_bytes > LOGS:
                     self._log_bytes -= len(self._logs.popleft())
 
-    def _keep(self, key: str, item: "bytes | Change | Event") -> None:
+    def _keep(self, key: str, item: bytes | Change | Event) -> None:
         with self._lock:
             self._waiting.pop(key, None)
             self._waiting[key] = item
@@ -256,7 +240,7 @@ class Mirror:
         return list(response.json())
 
 
-def _written(item: "bytes | Change | Event") -> bytes:
+def _written(item: bytes | Change | Event) -> bytes:
     match item:
         case bytes():
             return item

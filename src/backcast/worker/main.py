@@ -18,7 +18,7 @@ from backcast.worker.loop import Worker
 async def _serve(settings: Settings) -> None:
     # The one late import: Prefect reads its settings when it is imported, and ours must be there first.
     from backcast import llm
-    from backcast.executor import registry
+    from backcast.executor import capture, registry
     from backcast.executor.executor import Engine
     from backcast.history.sink import Mirror
 
@@ -29,7 +29,7 @@ async def _serve(settings: Settings) -> None:
         database.url.get_secret_value(), pool=database.pool, name="backcast-worker", timeout=database.timeout
     )
     mirror = Mirror(settings.prefect)
-    mirror.install()
+    capture.install(mirror)
     llm.connect(settings.model)
     tasks = registry.discover([*(["backcast.llm.tasks"] if settings.builtin_tasks else []), *settings.tasks])
     engine = Engine(

@@ -1,0 +1,25 @@
+"""The value of a task as plain JSON."""
+
+import json
+from typing import Any
+
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from backcast.errors import FatalError
+
+
+def to_json(value: Any) -> bytes:
+    """The plain JSON of a task's return value: models, dataclasses, dates and the like by pydantic's rules.
+
+    Raises:
+        FatalError: `unserialisable_result`; the sentence names the type or value.
+    """
+    try:
+        text = json.dumps(to_jsonable_python(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        return text.encode()
+    except (PydanticSerializationError, ValueError, RecursionError) as error:  # UnicodeError is a ValueError
+        raise FatalError(
+            f"The task returned a {type(value).__name__} that can't be written as JSON ({error}): return plain values,"
+            " pydantic models or dataclasses.",
+            code="unserialisable_result",
+        ) from None

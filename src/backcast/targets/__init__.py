@@ -1,5 +1,42 @@
-"""The wanted shape of an answer: a name out of a closed list or a JSON Schema (2020-12), made one plain schema."""
+"""The wanted shape of an answer: a name out of a closed list or a JSON Schema (2020-12), made one plain schema.
 
-from backcast.targets.schemas import Target, parse
+Decides what may be wanted and whether a value is it. Targets come from strangers: nothing in them is imported, run or
+fetched, every keyword means what it says or is refused by name, and no pattern takes more than linear time.
+"""
 
-__all__ = ["Target", "parse"]
+from pydantic_core import to_json
+
+from backcast.errors import FieldError, InvalidTarget
+from backcast.models import JSON
+from backcast.targets.names import NAMES, named
+from backcast.targets.refusal import Refused
+from backcast.targets.schemas import described
+from backcast.targets.validation import Target
+
+__all__ = ["SIZE", "Target", "parse"]
+
+SIZE = 64 * 1024
+"""Bytes of a schema as it is sent."""
+
+
+def parse(target: JSON, *, pointer: str = "/target") -> Target:
+    """The target that a caller wrote as a name, as a JSON Schema, or as a JSON Schema in a text.
+
+    Raises:
+        InvalidTarget: with the place of what is wrong, below `pointer`.
+    """
+    try:
+        if isinstance(target, str) and not target.lstrip().startswith("{"):
+            return named(target)
+        if not isinstance(target, str | dict):
+            raise Refused("", f"a target is one of the names {NAMES}; or a JSON Schema")
+        try:
+            text = target.encode() if isinstance(target, str) else to_json(target, inf_nan_mode="constants")
+        except ValueError as error:
+            raise Refused("", f"the schema is not plain JSON ({error})") from None
+        if len(text) > SIZE:
+            raise Refused("", f"the schema has {len(text)} bytes; up to {SIZE} are taken")
+        return described(text)
+    except Refused as refused:
+        place = pointer + refused.place
+        raise InvalidTarget(f"{place}: {refused}.", errors=(FieldError(place, str(refused)),)) from None

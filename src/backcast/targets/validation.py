@@ -1,0 +1,125 @@
+"""Whether a value has the wanted shape: JSON Schema 2020-12, with formats that are checked and linear-time patterns."""
+
+import functools
+import ipaddress
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from fractions import Fraction
+from typing import Any
+
+from jsonschema import Draft202012Validator, FormatChecker
+from jsonschema.exceptions import ValidationError, best_match
+from jsonschema.validators import extend
+from pydantic import AnyUrl
+from pydantic_core import SchemaValidator, core_schema, to_jsonable_python
+
+from backcast.models import JSON
+
+Schema = dict[str, JSON]
+
+PATTERNS = 16
+"""Different patterns in one schema: compiled, each may take 10 MB."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A wanted shape: a label for logs, its plain schema without references, and the check of a value."""
+
+    name: str
+    schema: Schema = field(repr=False)
+
+    def validate(self, value: JSON) -> JSON:
+        """The value as plain JSON (dates become ISO strings, 3.0 stays a valid integer as JSON Schema has it).
+
+        Raises:
+            ValueError: it does not have the shape; the sentence says where.
+        """
+        try:
+            plain = to_jsonable_python(value)
+            json.dumps(plain, allow_nan=False, ensure_ascii=False).encode()  # NaN and lone surrogates are no JSON
+            error = best_match(self._validator.iter_errors(plain))
+        except (RecursionError, OverflowError) as error:
+            raise ValueError(f"The value can't be checked: {error}.") from None
+        if error is not None:
+            raise ValueError(_sentence(error))
+        return plain
+
+    @functools.cached_property
+    def _validator(self) -> Draft202012Validator:
+        return _Validator(self.schema, format_checker=_Validator.FORMAT_CHECKER)
+
+
+def is_number(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+
+
+def escaped(part: str) -> str:
+    """A part of a JSON pointer."""
+    return part.replace("~", "~0").replace("/", "~1")
+
+
+def compile_pattern(pattern: str) -> SchemaValidator:
+    """A Rust regular expression: linear time, unanchored and `$` at the very end only, as JSON Schema has it."""
+    return SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True))
+
+
+_compiled = functools.lru_cache(maxsize=PATTERNS)(compile_pattern)
+
+
+def _pattern(_: Any, pattern: str, value: JSON, __: Any) -> Any:
+    if isinstance(value, str) and not _compiled(pattern).isinstance_python(value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _multiple_of(_: Any, step: float, value: JSON, __: Any) -> Any:
+    """As written: in binary 19.99 is no multiple of 0.01."""
+    if is_number(value) and Fraction(str(value)) % Fraction(str(step)):
+        yield ValidationError(f"{value!r} is not a multiple of {step!r}")
+
+
+def _shaped(shape: str, check: Callable[[str], Any] = bool) -> Callable[[str], Any]:
+    """The shape, and then the calendar: the standard library alone takes more than the shape."""
+    expression = re.compile(shape, re.ASCII)
+    return lambda value: expression.fullmatch(value) and check(value)
+
+
+_CLOCK = r"\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?"  # texts seldom tell the zone
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+FORMATS: Mapping[str, Callable[[str], Any]] = {
+    "date": _shaped(r"\d{4}-\d\d-\d\d", date.fromisoformat),
+    "date-time": _shaped(r"\d{4}-\d\d-\d\d[T ]" + _CLOCK, datetime.fromisoformat),
+    "time": _shaped(_CLOCK, time.fromisoformat),
+    "duration": _shaped(r"-?P(?=[\dT])(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+(\.\d+)?S)?)?)"),
+    "email": _shaped(rf"(?=.{{3,254}}$)[\w.!#$%&'*+/=?^`{{|}}~-]{{1,64}}@{_LABEL}(\.{_LABEL})*"),  # as in HTML forms
+    "uri": _shaped(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+", AnyUrl),
+    "uuid": _shaped(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"),
+    "hostname": _shaped(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*"),
+    "ipv4": _shaped(r"[\d.]+", ipaddress.IPv4Address),
+    "ipv6": _shaped(r"[\dA-Fa-f:.]+", ipaddress.IPv6Address),
+}
+
+
+def _format_checker() -> FormatChecker:
+    def only_text(holds: Callable[[str], Any]) -> Callable[[object], bool]:
+        return lambda value: not isinstance(value, str) or bool(holds(value))
+
+    checker = FormatChecker(formats=())
+    checker.checkers = {name: (only_text(holds), ValueError) for name, holds in FORMATS.items()}
+    return checker
+
+
+_Validator: Any = extend(
+    Draft202012Validator,
+    {"pattern": _pattern, "multipleOf": _multiple_of},
+    format_checker=_format_checker(),
+)
+
+
+def _sentence(error: ValidationError) -> str:
+    place = "".join(f"/{escaped(str(part))}" for part in error.absolute_path)
+    message = error.message if len(error.message) <= 300 else f"{error.message[:100]} … {error.message[-200:]}"
+    return f"{place}: {message}." if place else f"{message}."

@@ -5,10 +5,12 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+
+from backcast.errors import BackcastError
 
 JSON = Any
 """A plain JSON value: None, bool, int, float, str, list, dict with string keys."""
@@ -60,6 +62,10 @@ class Problem(_Noun):
     """Stable; clients may branch on it."""
     title: str
     detail: str
+
+    @classmethod
+    def from_error(cls, error: BackcastError) -> Self:
+        return cls(code=error.code, title=error.title, detail=error.detail)
 
 
 class Submission(_Noun):
@@ -142,7 +148,7 @@ class Lane(Limits):
     """A lane with limits, and how it is doing."""
 
     name: str
-    admitted: int
+    promoted: int
     """Its runs that are running, or may run as soon as a slot is free."""
     held: int
     """Its runs that wait for the lane; counted up to 10,000."""
@@ -185,8 +191,8 @@ class Retry:
     """The flight to wait for: another run computes the same value."""
 
 
-Attempt = Succeeded | Failed | Retry
+AttemptResult = Succeeded | Failed | Retry
 """How an attempt of a run ended."""
-Reason = Literal["cancelled", "lost", "handed back"]
+Reason = Literal["cancelled", "lost", "released"]
 """Why an attempt was stopped: its caller asked, another worker has the run, or this worker stops. It is the message of
 the attempt's `CancelledError`."""

@@ -15,7 +15,7 @@ the ledger still has every run."""
 
 T = TypeVar("T")
 _MARK = "__backcast_options__"
-_asked: ContextVar[threading.Event | None] = ContextVar("backcast_asked_to_stop", default=None)
+_requested: ContextVar[threading.Event | None] = ContextVar("backcast_cancel_requested", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ def options(*, history: History = "full", lane: str | None = None) -> Callable[[
         raise ValueError(f"history is {history!r}: write 'full' or 'none'.")
     if lane is not None and not (0 < len(lane) <= 200 and lane.isprintable()):
         raise ValueError(f"lane is {lane!r}: write 1 to 200 printable characters.")
-    said = Options(history, lane)
+    chosen = Options(history, lane)
 
     def mark(task: T) -> T:
-        setattr(task, _MARK, said)
+        setattr(task, _MARK, chosen)
         return task
 
     return mark
@@ -64,15 +64,15 @@ def cancel_requested() -> bool:
     Python can't stop a thread, so a long sync task asks now and then, and returns or raises: nobody waits for its value
     any more. An async task is cancelled at its next `await`; the threads that it started may ask. Outside of a run: no.
     """
-    asked = _asked.get()
-    return asked is not None and asked.is_set()
+    requested = _requested.get()
+    return requested is not None and requested.is_set()
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[threading.Event]:
     """Around a run, in its context: setting the event is what `cancel_requested` answers to."""
-    token = _asked.set(asked := threading.Event())
+    token = _requested.set(requested := threading.Event())
     try:
-        yield asked
+        yield requested
     finally:
-        _asked.reset(token)
+        _requested.reset(token)

@@ -15,17 +15,18 @@ from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.models import uuid7
+from backcast.process.outages import Outage
 from backcast.settings import Settings
 from backcast.store import Missing, Store, open_store
 
-Say = Callable[[str], object]
+Report = Callable[[str], object]
 T = TypeVar("T")
 
 AGAIN_EVERY = 1.0
 """Seconds between two attempts at something that is not there yet."""
 
 
-def prepare(settings: Settings, say: Say) -> None:
+def prepare(settings: Settings, report: Report) -> None:
     """Make all that is needed, and try it. Safe to repeat, and to run from several places at once.
 
     Raises:
@@ -36,18 +37,18 @@ def prepare(settings: Settings, say: Say) -> None:
     deadline = time.monotonic() + setup.patience.total_seconds()
     if setup.admin_url is not None:
         admin = setup.admin_url.get_secret_value()
-        _wait(admin, deadline, say)
+        _wait(admin, deadline, report)
         for each in (settings.database.url, setup.prefect_url):
             if each is not None:
-                say(provisioning.provision(admin, each.get_secret_value()))
-    _wait(url, deadline, say)
-    say(migrate(url))
+                report(provisioning.provision(admin, each.get_secret_value()))
+    _wait(url, deadline, report)
+    report(migrate(url))
     if setup.admin_url is not None and setup.scaler_url is not None:
-        say(provisioning.provision_reader(setup.admin_url.get_secret_value(), setup.scaler_url.get_secret_value()))
-    _prepare_store(settings, deadline, say)
+        report(provisioning.provision_reader(setup.admin_url.get_secret_value(), setup.scaler_url.get_secret_value()))
+    _prepare_store(settings, deadline, report)
 
 
-def await_prefect_database(settings: Settings, say: Say) -> None:
+def await_prefect_database(settings: Settings, report: Report) -> None:
     """Return when `setup.prefect_url` can be connected to; waits for as long as it takes, also for its role to be made.
 
     Raises:
@@ -56,7 +57,7 @@ def await_prefect_database(settings: Settings, say: Say) -> None:
     if settings.setup.prefect_url is None:
         raise ConfigurationError("BACKCAST_SETUP__PREFECT_URL must name the database to wait for.")
     url = settings.setup.prefect_url.get_secret_value()
-    _until_there(lambda: _why_not(url), math.inf, say)
+    _until_there(lambda: _why_not(url), math.inf, report)
 
 
 def _why_not(url: str) -> str | None:
@@ -66,12 +67,12 @@ def _why_not(url: str) -> str | None:
         return error.detail
 
 
-def _wait(url: str, deadline: float, say: Say) -> None:
-    if why := _until_there(lambda: provisioning.why_not_ready(url), deadline, say):
+def _wait(url: str, deadline: float, report: Report) -> None:
+    if why := _until_there(lambda: provisioning.why_not_ready(url), deadline, report):
         raise Unavailable(f"{why}. Is it running, and does the setting name its address?")
 
 
-def _prepare_store(settings: Settings, deadline: float, say: Say) -> None:
+def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
     with asyncio.Runner() as runner:
         store = open_store(settings.store)
 
@@ -83,40 +84,38 @@ def _prepare_store(settings: Settings, deadline: float, say: Say) -> None:
             return None
 
         try:
-            if why := _until_there(look, deadline, say):
+            if why := _until_there(look, deadline, report):
                 raise StoreUnavailable(why)
-            runner.run(_try(store, say))
+            runner.run(_try(store, report))
         finally:
             runner.run(store.aclose())
-    say(f"The store {settings.store.url} is there, and every call works.")
+    report(f"The store {settings.store.url} is there, and every call works.")
 
 
-def _until_there(look: Callable[[], str | None], deadline: float, say: Say) -> str | None:
-    """Look until nothing is missing any more, and return None; or after the deadline, what still is. The same reason
-    is said once."""
-    said = ""
+def _until_there(look: Callable[[], str | None], deadline: float, report: Report) -> str | None:
+    """Look until nothing is missing any more, and return None; or after the deadline, what still is."""
+    outage = Outage(report)
     while (why := look()) is not None and time.monotonic() <= deadline:
-        if why != said:
-            say(said := why)
+        outage.failed(why)
         time.sleep(AGAIN_EVERY)
     return why
 
 
-def check(settings: Settings, say: Say) -> bool:
+def check(settings: Settings, report: Report) -> bool:
     """Try the database and each call to the store; whether all is well. Changes nothing but one object of its own."""
-    return asyncio.run(_check(settings, say))
+    return asyncio.run(_check(settings, report))
 
 
-async def _check(settings: Settings, say: Say) -> bool:
+async def _check(settings: Settings, report: Report) -> bool:
     database = settings.database
     ledger = Ledger(database.url.get_secret_value(), pool=2, name="backcast-check", timeout=database.timeout)
     store = open_store(settings.store)
     async with aclosing(ledger), aclosing(store):
         fine = True
         for step in (
-            _step("database: reachable, writable, of this schema", ledger.check(), say),
-            _step("store: there, and lets us in", store.check(), say),
-            _try(store, say),
+            _step("database: reachable, writable, of this schema", ledger.check(), report),
+            _step("store: there, and lets us in", store.check(), report),
+            _try(store, report),
         ):
             try:
                 await step
@@ -125,7 +124,7 @@ async def _check(settings: Settings, say: Say) -> bool:
     return fine
 
 
-async def _try(store: Store, say: Say) -> None:
+async def _try(store: Store, report: Report) -> None:
     """Every call that the processes make, on an object of our own, which is removed at the end."""
     key, body = f"checks/{uuid7()}", b"backcast"
 
@@ -145,20 +144,20 @@ async def _try(store: Store, say: Say) -> None:
         raise StoreUnavailable("The store still has what was deleted: has the bucket got a retention lock?")
 
     try:
-        await _step("store: put", store.put(key, body), say)
-        await _step("store: get", read(), say)
-        await _step("store: list", listed(), say)
+        await _step("store: put", store.put(key, body), report)
+        await _step("store: get", read(), report)
+        await _step("store: list", listed(), report)
     finally:
-        await _step("store: delete", store.delete([key]), say)
-    await _step("store: a missing object is told from a missing bucket", gone(), say)
+        await _step("store: delete", store.delete([key]), report)
+    await _step("store: a missing object is told from a missing bucket", gone(), report)
 
 
-async def _step(what: str, step: Awaitable[T], say: Say) -> T:
+async def _step(what: str, step: Awaitable[T], report: Report) -> T:
     try:
         value = await step
     except (BackcastError, Missing) as error:
         why = error.detail if isinstance(error, BackcastError) else "what was just stored is not there"
-        say(f"FAILED {what}: {why}")
+        report(f"FAILED {what}: {why}")
         raise error if isinstance(error, BackcastError) else StoreUnavailable(why) from None
-    say(f"ok     {what}")
+    report(f"ok     {what}")
     return value

@@ -148,7 +148,7 @@ class Prefect(_Section):
     api_key: SecretStr | None = None
     """Key of Prefect Cloud."""
     history: bool = True
-    """Mirror every run to the Prefect server."""
+    """Sink every run to the Prefect server."""
 
     def environment(self) -> dict[str, str]:
         """Prefect's own variables for a worker; they must be set before prefect is imported."""

@@ -20,6 +20,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.support.stack import Stack, prefect_server, stack
@@ -78,7 +79,7 @@ def cpu(processes: dict[str, psutil.Process]) -> dict[str, float]:
 @asynccontextmanager
 async def product(folder: Path) -> AsyncIterator[tuple[Stack, dict[str, psutil.Process]]]:
     with postgres.running(folder / "postgres") as database, prefect_server(folder) as prefect:
-        postgres.create_database(database.url(), "backcast")
+        provisioning.create_database(database.url(), "backcast")
         migrate(database.url("backcast"))
         await prefect.ready("/health", timeout=60)
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": prefect.url, "BACKCAST_LEASE": "PT15S"}

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from backcast.errors import LedgerUnavailable
-from backcast.ledger import claims, dispatch, fleet, runs, settlement, submissions
+from backcast.ledger import claims, dispatch, fleet, provisioning, runs, settlement, submissions
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
-from backcast.ledger.settlement import Ending
+from backcast.ledger.settlement import Settlement
 from backcast.local import postgres
 from backcast.models import State, Submission, TaskType, uuid7
 
@@ -135,9 +135,9 @@ class Place:
         await runs.get(self.ledger, self.last)
 
 
-def _completed(claim: Claim) -> Ending:
+def _completed(claim: Claim) -> Settlement:
     key = f"results/{claim.id}/{claim.fence}.json"
-    return Ending(id=claim.id, fence=claim.fence, lane=claim.lane, state="completed", result="1", result_key=key)
+    return Settlement(id=claim.id, fence=claim.fence, lane=claim.lane, state="completed", result="1", result_key=key)
 
 
 Statement = Callable[[Place], Awaitable[object]]
@@ -158,7 +158,7 @@ STATEMENTS: dict[str, Statement] = {
     "list running": lambda at: runs.find(at.ledger, limit=50, state=State.RUNNING),
     "list an owner's failed": lambda at: runs.find(at.ledger, limit=50, owner="o7", state=State.FAILED),
     "list a task": lambda at: runs.find(at.ledger, limit=50, task="cast_many"),
-    "move on (poll)": lambda at: dispatch.move_on(at.ledger),
+    "dispatch due runs (poll)": lambda at: dispatch.dispatch_due(at.ledger),
 }
 
 
@@ -271,7 +271,7 @@ def main() -> None:
         with postgres.running(data, settings=SETTINGS) as server:
             urls = {}
             for name in ("empty", "backlog", "history", "fair"):
-                postgres.create_database(server.url(), name)
+                provisioning.create_database(server.url(), name)
                 migrate(server.url(name))
                 urls[name] = server.url(name)
             if not filled:

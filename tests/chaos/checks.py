@@ -119,7 +119,7 @@ with changes as (
   select n, state = 'running' as runs, coalesce(lag(state) over (partition by id order by n) = 'running', false) as ran
     from audit.changes where id in (select id from backcast.runs where lane = $1)),
 running as (select sum(runs::int - ran::int) over (order by n) as count from changes)
-select (select max(count) from running) as most, admitted from backcast.lanes where name = $1"""
+select (select max(count) from running) as most, promoted from backcast.lanes where name = $1"""
 
 
 async def lanes(world: World) -> list[str]:
@@ -127,7 +127,7 @@ async def lanes(world: World) -> list[str]:
     name, limit = NARROW
     [row] = await world.sql(_LANE, name)
     wrong = [f"{row['most']} runs of the lane ran at once, {limit} may"] if (row["most"] or 0) > limit else []
-    return wrong + ([f"the lane still counts {row['admitted']} runs"] if row["admitted"] else [])
+    return wrong + ([f"the lane still counts {row['promoted']} runs"] if row["promoted"] else [])
 
 
 async def values(world: World, cases: list[Case], ledger: dict[str, Row]) -> list[str]:

@@ -17,6 +17,7 @@ import asyncpg
 import httpx
 import psutil
 
+from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.settings import Store as StoreSettings
@@ -142,7 +143,7 @@ class World:
         settings = {"max_connections": "250", "log_min_messages": "fatal"}
 
         async def is_up() -> bool:
-            return await asyncio.to_thread(postgres.why_not_ready, postgres.url(data, "postgres")) is None
+            return await asyncio.to_thread(provisioning.why_not_ready, postgres.url(data, "postgres")) is None
 
         self._add("postgres", lambda: postgres.command(data, settings=settings), is_up)
         self._add("s3", self.s3.command, _answers(self.s3.url, 403))
@@ -161,7 +162,7 @@ class World:
         )
         await self.up("postgres", "s3")
         for name in ("backcast", "prefect"):
-            await asyncio.to_thread(postgres.create_database, postgres.url(data, "postgres"), name)
+            await asyncio.to_thread(provisioning.create_database, postgres.url(data, "postgres"), name)
         await asyncio.to_thread(migrate, self.database)
         connection = await asyncpg.connect(self.database)
         await connection.execute(_AUDIT)

@@ -180,7 +180,7 @@ _DISCOVERY = {"/api/v1": _resources("v1"), "/apis/apps/v1": _resources("apps/v1"
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Served while entered; every namespace has the ConfigMap by which the chart knows that it can ask."""
+    """RegisteredTask while entered; every namespace has the ConfigMap by which the chart knows that it can ask."""
     served = Cluster()
     served.add("ConfigMap", "kube-root-ca.crt")
 

@@ -192,12 +192,12 @@ def test_releases_in_one_namespace_keep_to_themselves() -> None:
     ours, theirs = scenario("defaults"), render({}, name="other")
     for target in ours.pods:
         if target.runs_on and target.component != "api":
-            admitted = {
+            promoted = {
                 pod.name
                 for pod in theirs.pods
                 if admits(ours, target, _port(target), pod.metadata["labels"], NAMESPACE)
             }
-            assert not admitted, target.name
+            assert not promoted, target.name
     for policy in ours.of("NetworkPolicy"):
         chosen = [pod.name for pod in theirs.pods if _matches(policy["spec"]["podSelector"], pod.metadata["labels"])]
         assert not chosen, policy["metadata"]["name"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
@@ -32,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres.Postgr
 
 @pytest.fixture(scope="session")
 def _template(server: postgres.Postgres) -> str:
-    postgres.create_database(server.url(), "template_backcast")
+    provisioning.create_database(server.url(), "template_backcast")
     assert migrate(server.url("template_backcast")) == "The schema is now 0002."
     return "template_backcast"
 

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from backcast.api.app import create_app
 from backcast.ledger import claims, fleet, runs, settlement, submissions
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Ending
+from backcast.ledger.settlement import Settlement
 from backcast.models import TaskType, uuid7
 from backcast.settings import Api
 from backcast.settings import Store as StoreSettings
@@ -75,7 +75,7 @@ async def end(ledger: Ledger, store: Store, worker: UUID, text: str) -> None:
         key = f"results/{claim.id}/{claim.fence}.json"
         await store.put(key, text.encode())
         inline = text if len(text) <= settlement.INLINE_RESULT else None
-        done = Ending(id=claim.id, fence=claim.fence, state="completed", result=inline, result_key=key)
+        done = Settlement(id=claim.id, fence=claim.fence, state="completed", result=inline, result_key=key)
         assert (await settlement.settle(ledger, worker, [done])).accepted
 
 

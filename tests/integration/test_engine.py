@@ -24,10 +24,10 @@ from prefect.states import Failed as FailedState
 from backcast import cancel_requested, options
 from backcast.errors import FatalError, StoreUnavailable, TransientError, UsageError
 from backcast.executor import capture
-from backcast.executor.executor import Engine
+from backcast.executor.executor import Executor
 from backcast.history.events import Change
-from backcast.history.sink import Mirror
-from backcast.models import Attempt, Failed, Retry, Succeeded
+from backcast.history.sink import Sink
+from backcast.models import AttemptResult, Failed, Retry, Succeeded
 from backcast.settings import Prefect
 from backcast.settings import Store as StoreSettings
 from backcast.store import Store, open_store
@@ -274,40 +274,40 @@ TASKS = {one.name: one for one in list(vars().values()) if isinstance(one, type(
 class Ways:
     """An engine, and what it told of its runs."""
 
-    engine: Engine
+    engine: Executor
 
     def __init__(self) -> None:
-        self.told: list[Change] = []
+        self.published: list[Change] = []
 
-    async def run(self, task: str, retries: int = 0, *, run_id: UUID | None = None, **given: Any) -> Attempt:
+    async def run(self, task: str, retries: int = 0, *, run_id: UUID | None = None, **given: Any) -> AttemptResult:
         return await self.engine.execute(task, run_id or uuid4(), given, retries=retries)
 
     def states(self, run_id: UUID) -> list[str]:
-        return [change.name for change in self.told if change.run == run_id]
+        return [change.name for change in self.published if change.run == run_id]
 
 
-@pytest.fixture(params=["tracked", "direct"])
+@pytest.fixture(params=["prefect", "plain"])
 async def way(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ways]:
-    mirror = Mirror(Prefect(api_url="http://127.0.0.1:9/api", history=False))
-    capture.install(mirror)
+    sink = Sink(Prefect(api_url="http://127.0.0.1:9/api", history=False))
+    capture.install(sink)
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
     way = Ways()
-    tell = way.told.append if request.param == "tracked" else None
-    async with Engine(TASKS, pool="p", max_attempts=3, store=store, threads=3, tell=tell) as way.engine:
+    publish = way.published.append if request.param == "prefect" else None
+    async with Executor(TASKS, pool="p", max_attempts=3, store=store, threads=3, publish=publish) as way.engine:
         yield way
         for gate in gates.values():
             gate.set()
         await until(busy(way), lambda n: n == 0)
     EventsWorker.set_client_override(None)
-    await mirror.aclose(0)
+    await sink.aclose(0)
     await store.aclose()
 
 
 @pytest.fixture
 async def tracked(way: Ways, request: pytest.FixtureRequest) -> Ways:
-    if request.node.callspec.params["way"] == "direct":
-        pytest.skip("there is nothing to tell on the direct way")
+    if request.node.callspec.params["way"] == "plain":
+        pytest.skip("there is nothing to publish on the direct way")
     return way
 
 
@@ -420,7 +420,7 @@ async def test_a_thread_that_can_not_be_interrupted_is_left_behind(way: Ways) ->
     gates[name].set()
     await until(busy(way), lambda n: n == 0)
     assert way.engine.threads_abandoned == 0
-    if way.told:
+    if way.published:
         assert way.states(run_id) == ["Running", "Retrying", "Completed"]
 
 
@@ -428,10 +428,10 @@ async def test_tasks_find_their_run(way: Ways, kind: str, caplog: pytest.LogCapt
     run_id = uuid4()
     answer = f'["{run_id}","{kind}_asks",{{}},2]'
     assert await way.run(f"{kind}_asks", run_id=run_id) == Succeeded(answer.encode())
-    assert [change.run for change in way.told] in ([], [run_id] * 2)
+    assert [change.run for change in way.published] in ([], [run_id] * 2)
 
 
-@pytest.mark.parametrize("reason", ["cancelled", "handed back", "lost"])
+@pytest.mark.parametrize("reason", ["cancelled", "released", "lost"])
 async def test_whoever_stops_a_run_does_not_wait(way: Ways, kind: str, reason: str) -> None:
     name, run_id = str(uuid4()), uuid4()
     gates[name] = threading.Event()
@@ -451,8 +451,8 @@ async def test_whoever_stops_a_run_does_not_wait(way: Ways, kind: str, reason: s
     await until(busy(way), lambda n: n == 0)
     assert way.engine.threads_abandoned == 0
     assert way.states(run_id) == told, "what the thread does later is told to nobody"
-    if way.told:
-        last = {"cancelled": ["Cancelled"], "handed back": ["HandedBack"], "lost": []}[reason]
+    if way.published:
+        last = {"cancelled": ["Cancelled"], "released": ["Released"], "lost": []}[reason]
         assert told == ["Running", *last]
     if kind == "s":
         assert seen[name], "the thread could see that it was asked to stop"
@@ -492,9 +492,9 @@ async def test_a_cached_value_is_taken_on_either_way(way: Ways, kind: str, tmp_p
     assert key != way.engine.cache_key(f"{kind}_cached", second, {"name": "another"})
     assert await way.run(f"{kind}_cached", run_id=first, **given) == Succeeded(b"1")
     assert await way.run(f"{kind}_cached", run_id=second, **given) == Succeeded(b"1")
-    storage = way.engine.served[f"{kind}_cached"].task.result_storage
+    storage = way.engine.registered[f"{kind}_cached"].task.result_storage
     assert (tmp_path / "store" / storage._key(key)).exists(), "the engine reckons the same key"
-    if way.told:
+    if way.published:
         assert way.states(second) == ["Running", "Cached"]
 
 
@@ -508,12 +508,12 @@ async def test_a_cache_key_is_the_same_in_another_process(tmp_path: Path) -> Non
 import asyncio, sys, uuid
 from backcast import store
 from backcast.executor import registry
-from backcast.executor.executor import Engine
+from backcast.executor.executor import Executor
 from backcast.settings import Store
 async def main():
     there = store.open_store(Store(url="file:///nowhere"))
     tasks = registry.discover(["tests.support.sample_tasks"])
-    async with Engine(tasks, pool="p", max_attempts=1, store=there, threads=1) as e:
+    async with Executor(tasks, pool="p", max_attempts=1, store=there, threads=1) as e:
         print(e.cache_key("counted", uuid.uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]}))
 asyncio.run(main())
 """
@@ -526,7 +526,7 @@ asyncio.run(main())
         for seed in ("1", "2")
     }
     store = open_store(StoreSettings(url=f"file://{tmp_path}/other"))
-    async with Engine({"counted": sample_tasks.counted}, pool="p", max_attempts=1, store=store, threads=1) as engine:
+    async with Executor({"counted": sample_tasks.counted}, pool="p", max_attempts=1, store=store, threads=1) as engine:
         ours = engine.cache_key("counted", uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]})
     assert keys == {f"{ours}\n"}
     await store.aclose()
@@ -556,7 +556,7 @@ async def test_a_store_that_goes_away_is_not_the_tasks_failure(tmp_path: Path, m
     tasks = {"counted": sample_tasks.counted}
     given = {"name": "c", "payload": 1}
     monkeypatch.chdir(tmp_path)  # where the task counts its calls
-    async with Engine(tasks, pool="p", max_attempts=1, store=cast("Store", leaving), threads=1) as engine:
+    async with Executor(tasks, pool="p", max_attempts=1, store=cast("Store", leaving), threads=1) as engine:
         first = await engine.execute("counted", uuid4(), given, retries=0)
         assert first == Succeeded(b"1")
         left = leaving.reads
@@ -573,16 +573,16 @@ async def test_hooks_and_names_need_the_engine_and_get_it(way: Ways, kind: str) 
         await way.run(f"{kind}_hooked", run_id=run_id, fail=fail)
         mine = [state for name, run, state in seen["hooks"] if run == run_id]
         assert mine == ["Running", last]
-        if way.told:
-            assert way.told[-1].label == f"hooked {fail}"
+        if way.published:
+            assert way.published[-1].label == f"hooked {fail}"
 
 
 async def test_history_none_is_told_to_nobody_and_keeps_its_cache(way: Ways) -> None:
     assert await way.run("a_quiet") == Succeeded(b"null")
     name = str(uuid4())
     assert await way.run("a_quiet_cached", name=name) == await way.run("a_quiet_cached", name=name) == Succeeded(b"1")
-    assert way.told == []
-    assert way.engine.served["a_quiet"].type.lane == "quota"
+    assert way.published == []
+    assert way.engine.registered["a_quiet"].type.lane == "quota"
 
 
 async def test_attempts_are_shown_as_one_run(tracked: Ways, kind: str) -> None:
@@ -591,5 +591,5 @@ async def test_attempts_are_shown_as_one_run(tracked: Ways, kind: str) -> None:
     assert isinstance(first, Retry)
     await tracked.run(f"{kind}_list", first.retries, run_id=run_id)
     assert tracked.states(run_id) == ["Running", "AwaitingRetry"] * 2
-    assert [change.attempts for change in tracked.told] == [1, 1, 2, 2]
-    assert all(change.scheduled_for for change in tracked.told if change.name == "AwaitingRetry")
+    assert [change.attempts for change in tracked.published] == [1, 1, 2, 2]
+    assert all(change.scheduled_for for change in tracked.published if change.name == "AwaitingRetry")

@@ -1,4 +1,4 @@
-"""The facts of Prefect 3.8.8 that engine.py and mirror.py rest on, one test each: when a pin moves, these say which
+"""The facts of Prefect 3.8.8 that engine.py and sink.py rest on, one test each: when a pin moves, these say which
 fact broke. No server runs: `PREFECT_API_URL` points to nobody."""
 
 import asyncio
@@ -20,8 +20,8 @@ from prefect.events.worker import EventsWorker
 from backcast.executor import cache, capture, registry
 from backcast.executor import executor as subject
 from backcast.history.events import Change
-from backcast.history.sink import Mirror
-from backcast.models import Attempt, Failed, Retry, Succeeded
+from backcast.history.sink import Sink
+from backcast.models import AttemptResult, Failed, Retry, Succeeded
 from backcast.settings import Prefect
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
@@ -62,8 +62,8 @@ async def hooked() -> int:
     return 5
 
 
-class Recorded(Mirror):
-    """A mirror that also keeps what it was given."""
+class Recorded(Sink):
+    """A sink that also keeps what it was given."""
 
     def __init__(self) -> None:
         super().__init__(Prefect(api_url="http://127.0.0.1:9/api"))
@@ -71,9 +71,9 @@ class Recorded(Mirror):
         self.emitted: list[Event] = []
         self.lines: list[dict[str, Any]] = []
 
-    def show(self, change: Change) -> None:
+    def publish(self, change: Change) -> None:
         self.events.append(change)
-        super().show(change)
+        super().publish(change)
 
     def keep_event(self, key: str, event: Any) -> None:
         self.emitted.append(event)
@@ -88,32 +88,34 @@ class Recorded(Mirror):
 
 
 @pytest.fixture
-async def mirror() -> AsyncIterator[Recorded]:
-    mirror = Recorded()
-    capture.install(mirror)
-    yield mirror
+async def sink() -> AsyncIterator[Recorded]:
+    sink = Recorded()
+    capture.install(sink)
+    yield sink
     EventsWorker.set_client_override(None)
-    await mirror.aclose(0)
+    await sink.aclose(0)
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, mirror: Recorded, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[subject.Engine]:
+async def engine(tmp_path: Path, sink: Recorded, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[subject.Executor]:
     monkeypatch.chdir(tmp_path)
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
     tasks = registry.discover([sample_tasks.__name__]) | {one.name: one for one in (parent, itself, hooked)}
-    async with subject.Engine(
-        tasks, pool="default", max_attempts=3, store=store, threads=4, tell=mirror.show
+    async with subject.Executor(
+        tasks, pool="default", max_attempts=3, store=store, threads=4, publish=sink.publish
     ) as engine:
         yield engine
     await store.aclose()
 
 
-async def run(engine: subject.Engine, task: str, retries: int = 0, *, run_id: Any = None, **given: Any) -> Attempt:
+async def run(
+    engine: subject.Executor, task: str, retries: int = 0, *, run_id: Any = None, **given: Any
+) -> AttemptResult:
     return await engine.execute(task, run_id or uuid4(), given, retries=retries)
 
 
-async def test_no_http_call_is_on_the_hot_path(engine: subject.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_http_call_is_on_the_hot_path(engine: subject.Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: collections.Counter[str] = collections.Counter()
     for client in (httpx.AsyncClient, httpx.Client):
         build = client.build_request
@@ -130,48 +132,48 @@ async def test_no_http_call_is_on_the_hot_path(engine: subject.Engine, monkeypat
     assert calls == {}
 
 
-async def test_every_state_goes_through_the_one_door(engine: subject.Engine, mirror: Recorded) -> None:
+async def test_every_state_goes_through_the_one_door(engine: subject.Executor, sink: Recorded) -> None:
     for name, given in (("echo", {"value": 1}), ("block", {"seconds": 0})):
         run_id = uuid4()
         await run(engine, name, run_id=run_id, **given)
-        assert mirror.states(run_id) == ["Running", "Completed"]
-    last = mirror.events[-1]
+        assert sink.states(run_id) == ["Running", "Completed"]
+    last = sink.events[-1]
     assert (last.label, last.type, list(last.parameters)) == ("block", "COMPLETED", ["seconds"])
     assert last.started_at
     assert last.ended_at
 
 
-async def test_the_mirror_keeps_the_last_word_on_each_run(engine: subject.Engine, mirror: Recorded) -> None:
+async def test_the_mirror_keeps_the_last_word_on_each_run(engine: subject.Executor, sink: Recorded) -> None:
     for _ in range(5):
         await run(engine, "echo", value=1)
-    assert mirror.waiting == 5
-    assert len(mirror.events) == 10
+    assert sink.waiting == 5
+    assert len(sink.events) == 10
 
 
-async def test_our_runs_emit_nothing_and_the_tasks_they_call_do(engine: subject.Engine, mirror: Recorded) -> None:
+async def test_our_runs_emit_nothing_and_the_tasks_they_call_do(engine: subject.Executor, sink: Recorded) -> None:
     """`set_state` is the one place where the engine tells of a run; a called task still has Prefect's own."""
     await run(engine, "block", seconds=0)
     await run(engine, "fail", 3, kind="plain")
-    assert mirror.emitted == []
+    assert sink.emitted == []
     run_id = uuid4()
     assert await run(engine, "parent", run_id=run_id) == Succeeded(b"1")
-    assert [one.event for one in mirror.emitted] == [
+    assert [one.event for one in sink.emitted] == [
         f"prefect.task-run.{name}" for name in ("Pending", "Running", "Completed")
     ]
-    assert mirror.emitted[0].payload["task_run"]["task_inputs"]["__parents__"][0]["id"] == str(run_id)
+    assert sink.emitted[0].payload["task_run"]["task_inputs"]["__parents__"][0]["id"] == str(run_id)
 
 
-async def test_logs_come_to_the_mirror_with_their_run(engine: subject.Engine, mirror: Recorded) -> None:
+async def test_logs_come_to_the_mirror_with_their_run(engine: subject.Executor, sink: Recorded) -> None:
     run_id, failed = uuid4(), uuid4()
     await run(engine, "talk", run_id=run_id, words="hello")
-    assert [line["message"] for line in mirror.lines] == ["logged: hello", "printed: hello"]
-    assert {line["task_run_id"] for line in mirror.lines} == {str(run_id)}
+    assert [line["message"] for line in sink.lines] == ["logged: hello", "printed: hello"]
+    assert {line["task_run_id"] for line in sink.lines} == {str(run_id)}
     await run(engine, "fail", 3, run_id=failed, kind="plain")
-    assert "Retries are exhausted" in mirror.lines[-1]["message"], "the engine's own lines, which `speak` is for"
-    assert mirror.lines[-1]["task_run_id"] == str(failed)
+    assert "Retries are exhausted" in sink.lines[-1]["message"], "the engine's own lines, which `speak` is for"
+    assert sink.lines[-1]["task_run_id"] == str(failed)
 
 
-async def test_runs_share_nothing_that_changes(engine: subject.Engine) -> None:
+async def test_runs_share_nothing_that_changes(engine: subject.Executor) -> None:
     """The models of Prefect's contexts are copies of one that was validated when the worker started."""
     first, second = [await run(engine, "itself") for _ in range(2)]
     assert isinstance(first, Succeeded)
@@ -182,19 +184,19 @@ async def test_runs_share_nothing_that_changes(engine: subject.Engine) -> None:
     assert one["count"] == other["count"] == 1
 
 
-async def test_a_hook_can_ask_for_the_result(engine: subject.Engine) -> None:
+async def test_a_hook_can_ask_for_the_result(engine: subject.Executor) -> None:
     await run(engine, "hooked")
     assert ended == [5]
 
 
-async def test_print_is_replaced_once(engine: subject.Engine) -> None:
+async def test_print_is_replaced_once(engine: subject.Executor) -> None:
     """Prefect does it around each run that logs prints; two that overlap leave the second one's in place for ever."""
     before = print
     await asyncio.gather(*[run(engine, "talk", words=str(n)) for n in range(5)])
     assert print is before
 
 
-async def test_an_attempt_parks_and_goes_on_as_the_same_run(engine: subject.Engine, mirror: Recorded) -> None:
+async def test_an_attempt_parks_and_goes_on_as_the_same_run(engine: subject.Executor, sink: Recorded) -> None:
     run_id = uuid4()
     first = await run(engine, "flaky", run_id=run_id, name="p", fails=1)
     assert isinstance(first, Retry)
@@ -202,32 +204,32 @@ async def test_an_attempt_parks_and_goes_on_as_the_same_run(engine: subject.Engi
     assert (first.retries, first.problem.code) == (1, "temporarily_failed")
     second = await run(engine, "flaky", first.retries, run_id=run_id, name="p", fails=1)
     assert second == Succeeded(b"2")
-    assert mirror.states(run_id) == ["Running", "AwaitingRetry", "Running", "Completed"]
-    assert mirror.events[-1].attempts == 2, "Prefect shows one run with two attempts"
+    assert sink.states(run_id) == ["Running", "AwaitingRetry", "Running", "Completed"]
+    assert sink.events[-1].attempts == 2, "Prefect shows one run with two attempts"
 
 
-async def test_our_error_kinds_decide_about_retries(engine: subject.Engine) -> None:
+async def test_our_error_kinds_decide_about_retries(engine: subject.Executor) -> None:
     assert isinstance(await run(engine, "fail", kind="usage"), Failed)
     assert isinstance(await run(engine, "fail", kind="fatal"), Failed)
     assert isinstance(await run(engine, "fail", kind="plain"), Retry)
     assert isinstance(await run(engine, "fail", 3, kind="plain"), Failed)
 
 
-async def test_a_value_that_is_not_json_fails_in_prefect_too(engine: subject.Engine, mirror: Recorded) -> None:
+async def test_a_value_that_is_not_json_fails_in_prefect_too(engine: subject.Executor, sink: Recorded) -> None:
     run_id = uuid4()
     assert isinstance(await run(engine, "unserialisable", run_id=run_id, kind="object"), Failed)
-    assert mirror.states(run_id)[-1] == "Failed"
+    assert sink.states(run_id)[-1] == "Failed"
 
 
-async def test_a_message_that_is_not_text_does_not_lose_the_state(engine: subject.Engine, mirror: Recorded) -> None:
+async def test_a_message_that_is_not_text_does_not_lose_the_state(engine: subject.Executor, sink: Recorded) -> None:
     run_id = uuid4()
     failed = await run(engine, "fail", run_id=run_id, kind="usage")
     assert isinstance(failed, Failed)
     assert failed.problem.detail == r"as asked \x00 \ud800"
-    assert mirror.states(run_id)[-1] == "Failed"
+    assert sink.states(run_id)[-1] == "Failed"
 
 
-async def test_a_cached_value_is_plain_json_and_shared(engine: subject.Engine, tmp_path: Path) -> None:
+async def test_a_cached_value_is_plain_json_and_shared(engine: subject.Executor, tmp_path: Path) -> None:
     payload = {"__class__": "subprocess.Popen", "data": ["touch", "pwned"]}
     for _ in range(2):
         assert await run(engine, "counted", name="c", payload=payload) == Succeeded(b"1")
@@ -238,22 +240,22 @@ async def test_a_cached_value_is_plain_json_and_shared(engine: subject.Engine, t
 
 
 @pytest.mark.parametrize(
-    ("reason", "state"), [("cancelled", "Cancelled"), ("handed back", "HandedBack"), ("lost", "Running")]
+    ("reason", "state"), [("cancelled", "Cancelled"), ("released", "Released"), ("lost", "Running")]
 )
 async def test_a_stopped_execution_ends_at_once_and_prefect_hears_why(
-    engine: subject.Engine, mirror: Recorded, reason: str, state: str
+    engine: subject.Executor, sink: Recorded, reason: str, state: str
 ) -> None:
     run_id = uuid4()
     execution = asyncio.create_task(run(engine, "nap", run_id=run_id, seconds=60))
 
     async def states() -> list[str]:
-        return mirror.states(run_id)
+        return sink.states(run_id)
 
     await until(states, lambda seen: "Running" in seen)
     execution.cancel(reason)
     with pytest.raises(asyncio.CancelledError):
         await execution
-    assert mirror.states(run_id)[-1] == state
+    assert sink.states(run_id)[-1] == state
 
 
 async def test_the_users_task_object_stays_as_it_was(tmp_path: Path) -> None:
@@ -263,8 +265,8 @@ async def test_the_users_task_object_stays_as_it_was(tmp_path: Path) -> None:
 
     before = dict(vars(mine))
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
-    engine = subject.Engine({"mine": mine}, pool="default", max_attempts=3, store=store, threads=1)
-    served = engine.served["mine"]
+    engine = subject.Executor({"mine": mine}, pool="default", max_attempts=3, store=store, threads=1)
+    served = engine.registered["mine"]
     assert served.task.tags == set()
     assert vars(mine) == before
     assert mine.with_options(retries=5).retries == 5
@@ -302,7 +304,8 @@ def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pyte
     tasks = registry.discover(["shop_tasks"])
     assert set(tasks) == {"fetch_title", "word_frequencies", "reserve_stock"}
     served = {
-        name: registry.serve(one, pool="p", max_attempts=3, storage=cache.CacheStorage()) for name, one in tasks.items()
+        name: registry.register(one, pool="p", max_attempts=3, storage=cache.CacheStorage())
+        for name, one in tasks.items()
     }
     assert served["reserve_stock"].type.retries == 4
     assert served["word_frequencies"].type.input_schema["properties"]["most"]["maximum"] == 1000
@@ -332,17 +335,17 @@ async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: P
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body"})
 
-    mirror = module.Mirror(Prefect(api_url="http://prefect/api"))
-    mirror._client = httpx.AsyncClient(transport=httpx.ASGITransport(post), base_url="http://prefect/api")
+    sink = module.Sink(Prefect(api_url="http://prefect/api"))
+    sink._client = httpx.AsyncClient(transport=httpx.ASGITransport(post), base_url="http://prefect/api")
     total = module.IN_MEMORY + 50
     for n in range(total):
         kind = "Bad" if n == 7 else "Completed"
         resource = {"prefect.resource.id": f"prefect.task-run.{n}"}
         event = Event(event=f"prefect.task-run.{kind}", resource=resource, occurred=datetime.now(UTC))
-        capture.Queue(mirror).put(("event", event))
-    assert mirror.waiting < module.IN_MEMORY, "some are in the file"
+        capture.Queue(sink).put(("event", event))
+    assert sink.waiting < module.IN_MEMORY, "some are in the file"
     with pytest.raises(httpx.HTTPStatusError):
-        await mirror._flush()
-    await mirror._flush()
+        await sink._flush()
+    await sink._flush()
     assert len({event["resource"]["prefect.resource.id"] for event in posted}) == total - 1
-    await mirror.aclose(1)
+    await sink.aclose(1)

@@ -8,9 +8,9 @@ from uuid import UUID
 import httpx
 import pytest
 
-from backcast.history.sink import Mirror
+from backcast.history.sink import Sink
 from backcast.ledger.connection import Ledger
-from backcast.ledger.history import Told
+from backcast.ledger.history import Entry
 from backcast.models import uuid7
 from backcast.settings import Prefect
 from tests.support.stack import Stack, free_port, prefect_server, stack
@@ -122,19 +122,19 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
     now = datetime.now(UTC)
     old, young, waiting, late, unknown = (uuid7() for _ in range(5))
 
-    def told(run: UUID, state: Any, at: datetime) -> Told:
-        return Told(run, "t", state, ["x"], "why", at, at, None if state == "scheduled" else at, 1)
+    def told(run: UUID, state: Any, at: datetime) -> Entry:
+        return Entry(run, "t", state, ["x"], "why", at, at, None if state == "scheduled" else at, 1)
 
     with prefect_server(tmp_path) as server:
         await server.ready("/health", timeout=60)
-        mirror = Mirror(Prefect(api_url=server.url))
-        mirror.tell(told(old, "failed", now - timedelta(days=2)))
-        mirror.tell(told(young, "completed", now))
-        mirror.tell(told(waiting, "scheduled", now - timedelta(days=2)))
-        mirror.tell(told(late, "expired", now - timedelta(days=3)))
+        sink = Sink(Prefect(api_url=server.url))
+        sink.record(told(old, "failed", now - timedelta(days=2)))
+        sink.record(told(young, "completed", now))
+        sink.record(told(waiting, "scheduled", now - timedelta(days=2)))
+        sink.record(told(late, "expired", now - timedelta(days=3)))
         stamp = now.isoformat()
         for line in ("first", "second"):
-            mirror.keep_log(
+            sink.keep_log(
                 {
                     "name": "n",
                     "level": 20,
@@ -143,17 +143,17 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
                     "task_run_id": str(old),
                 }
             )
-        await mirror._flush()
+        await sink._flush()
         ids = [old, young, waiting, late, unknown]
         wanted = dict(zip(ids, ["FAILED", "COMPLETED", "SCHEDULED", "CANCELLED", None], strict=True))
-        await until(lambda: mirror.states(ids), lambda states: states == wanted)
+        await until(lambda: sink.states(ids), lambda states: states == wanted)
         expired = await seen(server.url, str(late), "CANCELLED")
         assert expired["state"]["message"] == "Expired: why"
         assert await logs(server.url, str(old)) == ["first", "second"]
-        assert await mirror.forget(now - timedelta(days=1), 1) == 1, "no more than asked"
-        assert await mirror.forget(now - timedelta(days=1), 100) == 1
+        assert await sink.delete_ended(now - timedelta(days=1), 1) == 1, "no more than asked"
+        assert await sink.delete_ended(now - timedelta(days=1), 100) == 1
         wanted |= {old: None, late: None}
-        assert await mirror.states(ids) == wanted, "what waits has not ended"
+        assert await sink.states(ids) == wanted, "what waits has not ended"
 
         async def lines() -> int:
             async with httpx.AsyncClient() as client:
@@ -163,7 +163,7 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
         await until(lines, lambda count: count == 0)
         server.kill()
         with pytest.raises(httpx.HTTPError):
-            await mirror.states(ids)
+            await sink.states(ids)
         with pytest.raises(httpx.HTTPError):
-            await mirror.forget(now, 1)
-        await mirror.aclose(1)
+            await sink.delete_ended(now, 1)
+        await sink.aclose(1)

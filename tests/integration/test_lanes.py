@@ -15,7 +15,7 @@ from backcast.errors import UnknownLane
 from backcast.ledger import claims, dispatch, fleet, lanes, recovery, runs, settlement, submissions
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Ending
+from backcast.ledger.settlement import Settlement
 from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
 
@@ -61,10 +61,10 @@ async def claim(ledger: Ledger, worker: UUID, limit: int = 100) -> list[Claim]:
     return await claims.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
 
 
-def ended(claim: Claim, **fields: object) -> Ending:
+def ended(claim: Claim, **fields: object) -> Settlement:
     key = f"results/{claim.id}/{claim.fence}.json"
     done: dict[str, object] = {"state": "completed", "result": "1", "result_key": key}
-    return Ending(id=claim.id, fence=claim.fence, lane=claim.lane, **(fields or done))  # type: ignore[arg-type]
+    return Settlement(id=claim.id, fence=claim.fence, lane=claim.lane, **(fields or done))  # type: ignore[arg-type]
 
 
 async def states(ledger: Ledger, lane: str = "lane") -> dict[str, int]:
@@ -72,19 +72,19 @@ async def states(ledger: Ledger, lane: str = "lane") -> dict[str, int]:
     return {row["state"]: row["count"] for row in rows}
 
 
-async def admitted(ledger: Ledger, lane: str = "lane") -> int:
-    row = await ledger.fetchrow("select admitted from lanes where name = $1", lane)
+async def promoted(ledger: Ledger, lane: str = "lane") -> int:
+    row = await ledger.fetchrow("select promoted from lanes where name = $1", lane)
     assert row is not None
-    return row["admitted"]
+    return row["promoted"]
 
 
 @pytest.fixture(autouse=True)
 async def _every_lane_counts_right(ledger: Ledger) -> AsyncIterator[None]:
     yield
     wrong = await ledger.fetch(
-        """select l.name, l.admitted, count(r.id) as really from lanes l
-             left join runs r on r.lane = l.name and r.admitted and r.state in ('queued', 'running')
-            group by l.name, l.admitted having l.admitted <> count(r.id)"""
+        """select l.name, l.promoted, count(r.id) as really from lanes l
+             left join runs r on r.lane = l.name and r.promoted and r.state in ('queued', 'running')
+            group by l.name, l.promoted having l.promoted <> count(r.id)"""
     )
     assert wrong == []
 
@@ -106,7 +106,7 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
         while done < total:
             claims = await claim(ledger, worker, 20)
             if not claims:
-                await dispatch.move_on(ledger)
+                await dispatch.dispatch_due(ledger)
             for some in (claims[::2], claims[1::2]):
                 settled = await settlement.settle(ledger, worker, [ended(c) for c in some])
                 assert len(settled.accepted) == len(some)
@@ -133,20 +133,20 @@ async def test_a_rate_admits_no_more_than_its_burst_and_its_time(ledger: Ledger)
     await fill(ledger, ["lane"], each=100)
     worker, taken = await register(ledger), 0
 
-    async def go_on() -> int:
+    async def publish_new() -> int:
         nonlocal taken
-        await asyncio.gather(*[dispatch.move_on(ledger) for _ in range(4)])
+        await asyncio.gather(*[dispatch.dispatch_due(ledger) for _ in range(4)])
         for c in await claim(ledger, worker):
             taken += 1  # every third is tried again, at once, which takes a token as well
             await settlement.settle(
                 ledger, worker, [ended(c, state="queued", retries_used=1) if taken % 3 == 0 else ended(c)]
             )
-        row = await ledger.fetchrow("select count(*) as n from runs where admitted and state = 'queued'")
+        row = await ledger.fetchrow("select count(*) as n from runs where promoted and state = 'queued'")
         allowed = lanes.BURST * rate + rate * ((await now(ledger)) - began).total_seconds()
         assert taken + row["n"] <= allowed + 1e-6  # type: ignore[index]
         return taken
 
-    await until(go_on, lambda seen: seen >= 25)
+    await until(publish_new, lambda seen: seen >= 25)
 
 
 async def now(ledger: Ledger) -> datetime:
@@ -195,7 +195,7 @@ async def test_zero_holds_and_lifting_frees(ledger: Ledger) -> None:
     for _ in range(5):
         assert (await submit(ledger)).state is State.QUEUED
     worker = await register(ledger)
-    await dispatch.move_on(ledger)
+    await dispatch.dispatch_due(ledger)
     assert await claim(ledger, worker) == []
     assert (await lanes.get(ledger, "lane")).held == 5
     await lanes.lift(ledger, "lane")
@@ -204,7 +204,7 @@ async def test_zero_holds_and_lifting_frees(ledger: Ledger) -> None:
     with pytest.raises(UnknownLane):
         await lanes.get(ledger, "lane")
     await settlement.settle(ledger, worker, [ended(c) for c in taken])
-    assert await admitted(ledger) == 0, "what was admitted is still counted down"
+    assert await promoted(ledger) == 0, "what was promoted is still counted down"
 
 
 async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> None:
@@ -220,7 +220,7 @@ async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> 
         assert await claim(ledger, worker) == []
     await settlement.settle(ledger, worker, [ended(first[2])])
     assert len(await claim(ledger, worker)) == 1
-    assert await admitted(ledger) == 2
+    assert await promoted(ledger) == 2
 
 
 async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> None:
@@ -229,23 +229,23 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
 
     async def running() -> Claim:
         [taken] = await claim(ledger, worker)
-        assert (taken.lane, await admitted(ledger)) == ("lane", 1)
+        assert (taken.lane, await promoted(ledger)) == ("lane", 1)
         return taken
 
     waits = await submit(ledger)
     await runs.cancel(ledger, waits.id)  # while it is queued
-    assert await admitted(ledger) == 0
+    assert await promoted(ledger) == 0
 
     late = await submit(ledger, deadline=datetime.now(UTC) + timedelta(hours=1))
     await ledger.execute("update runs set deadline = now() where id = $1", late.id)
-    await dispatch.move_on(ledger)  # expired while it was queued
+    await dispatch.dispatch_due(ledger)  # expired while it was queued
     assert (await runs.get(ledger, late.id)).state is State.EXPIRED
-    assert await admitted(ledger) == 0
+    assert await promoted(ledger) == 0
 
     run = await submit(ledger)
     taken = await running()
     await settlement.settle(
-        ledger, worker, [ended(taken, state="queued", charged=False)]
+        ledger, worker, [ended(taken, state="queued", counts=False)]
     )  # handed back: keeps its place
     assert (await states(ledger)).get("queued") == 1
     taken = await running()
@@ -254,27 +254,27 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
     )  # retried at once: asks again
     taken = await running()
     await settlement.settle(ledger, worker, [ended(taken, state="scheduled", delay=60.0, retries_used=2)])
-    assert await admitted(ledger) == 0
+    assert await promoted(ledger) == 0
     other = await submit(ledger)
     assert (await claim(ledger, worker))[0].id == other.id, "a retry that waits holds no place"
     await ledger.execute("update runs set run_at = now() where state = 'scheduled'")
-    await dispatch.move_on(ledger)
+    await dispatch.dispatch_due(ledger)
     assert (await states(ledger)).get("held") == 1
     await runs.cancel(ledger, other.id)
     [held] = await ledger.fetch("select id, fence from runs where state = 'running'")
-    stopped = Ending(id=held["id"], fence=held["fence"], lane="lane", state="failed")
+    stopped = Settlement(id=held["id"], fence=held["fence"], lane="lane", state="failed")
     assert len((await settlement.settle(ledger, worker, [stopped])).cancelled) == 1  # while it ran
     taken = await running()
     assert taken.id == run.id
 
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour'")
     assert await recovery.requeue(ledger, LEASE) == {run.id: "queued"}
-    assert await admitted(ledger) == 1, "what is ready again keeps its place"
+    assert await promoted(ledger) == 1, "what is ready again keeps its place"
     stale = await settlement.settle(ledger, worker, [ended(taken)])
-    assert (stale.accepted, await admitted(ledger)) == (set(), 1)
+    assert (stale.accepted, await promoted(ledger)) == (set(), 1)
     worker = await register(ledger)
     await settlement.settle(ledger, worker, [ended(await running())])
-    assert await admitted(ledger) == 0
+    assert await promoted(ledger) == 0
 
 
 async def test_a_run_that_fails_with_its_worker_gives_its_place_to_the_next(ledger: Ledger) -> None:
@@ -310,7 +310,7 @@ async def test_a_scheduled_run_of_a_limited_lane_takes_its_place_when_its_time_c
     first = await submit(ledger)
     assert await states(ledger) == {"scheduled": 1, "queued": 1}
     await ledger.execute("update runs set run_at = now() where id = $1", later.id)
-    await dispatch.move_on(ledger)
+    await dispatch.dispatch_due(ledger)
     assert await states(ledger) == {"held": 1, "queued": 1}
     worker = await register(ledger)
     [taken] = await claim(ledger, worker)
@@ -326,12 +326,12 @@ async def test_a_count_that_was_out_of_date_is_no_error(ledger: Ledger, database
     run = await submit(ledger)
     await lanes.limit(ledger, "other", Limits(max_running=0))
     async with ledger.transaction() as connection:
-        await connection.execute("update lanes set max_running = 1, admitted = 1 where name = 'lane'")
-        await connection.execute("update runs set state = 'queued', admitted = true where id = $1", run.id)
+        await connection.execute("update lanes set max_running = 1, promoted = 1 where name = 'lane'")
+        await connection.execute("update runs set state = 'queued', promoted = true where id = $1", run.id)
         cancelling = asyncio.create_task(runs.cancel(ledger, run.id))
         await blocked(connection)
     assert (await cancelling).state is State.CANCELLED
-    assert await admitted(ledger) == 0
+    assert await promoted(ledger) == 0
 
 
 async def blocked(connection: asyncpg.Connection) -> None:

@@ -17,7 +17,7 @@ from backcast.ledger import claims, dispatch, fleet, history, recovery, runs, se
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
-from backcast.ledger.settlement import Ending
+from backcast.ledger.settlement import Settlement
 from backcast.local import postgres
 from backcast.models import Problem, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
@@ -28,7 +28,7 @@ NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 
 async def submit(
     ledger: Ledger, *, key: str | None = None, value: object = 1, **fields: object
-) -> submissions.Submitted:
+) -> submissions.SubmittedRun:
     text = json.dumps({"x": value})
     return await submissions.submit(
         ledger,
@@ -50,9 +50,9 @@ async def claim(ledger: Ledger, worker: UUID, limit: int = 10, cursor: int = 0) 
     return await claims.claim(ledger, pool="default", cursor=cursor, limit=limit, worker_id=worker, lease=LEASE)
 
 
-def completed(claim: Claim, value: str = "1") -> Ending:
+def completed(claim: Claim, value: str = "1") -> Settlement:
     key = f"results/{claim.id}/{claim.fence}.json"
-    return Ending(id=claim.id, fence=claim.fence, state="completed", result=value, result_key=key)
+    return Settlement(id=claim.id, fence=claim.fence, state="completed", result=value, result_key=key)
 
 
 async def silence(ledger: Ledger, worker: UUID) -> None:
@@ -137,10 +137,10 @@ async def test_a_scheduled_run_waits_for_its_time(ledger: Ledger) -> None:
     worker = await register(ledger)
     later = await submit(ledger, run_at=datetime.now(UTC) + timedelta(hours=1))
     assert later.run.state is State.QUEUED
-    await dispatch.move_on(ledger)
+    await dispatch.dispatch_due(ledger)
     assert await claim(ledger, worker) == []
     await ledger.execute("update runs set run_at = now() - interval '1 s'")
-    await dispatch.move_on(ledger)
+    await dispatch.dispatch_due(ledger)
     assert [c.id for c in await claim(ledger, worker)] == [later.run.id]
 
 
@@ -191,7 +191,7 @@ async def test_retries_of_the_task_do_not_count_as_losses(ledger: Ledger) -> Non
     for n in range(5):
         [taken] = await claim(ledger, worker)
         assert taken.retries_used == n
-        again = Ending(id=taken.id, fence=taken.fence, state="queued", retries_used=n + 1)
+        again = Settlement(id=taken.id, fence=taken.fence, state="queued", retries_used=n + 1)
         await settlement.settle(ledger, worker, [again])
     [taken] = await claim(ledger, worker)
     await silence(ledger, worker)
@@ -204,7 +204,9 @@ async def test_handing_back_is_not_charged(ledger: Ledger) -> None:
     await submit(ledger)
     for _ in range(5):
         [taken] = await claim(ledger, worker)
-        await settlement.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="queued", charged=False)])
+        await settlement.settle(
+            ledger, worker, [Settlement(id=taken.id, fence=taken.fence, state="queued", counts=False)]
+        )
     run = await runs.get(ledger, taken.id)
     assert (run.state, run.attempts) == (State.QUEUED, 0)
 
@@ -272,13 +274,13 @@ async def test_what_a_mirror_is_told(ledger: Ledger) -> None:
     [taken] = await claim(ledger, worker, 1)
     await runs.cancel(ledger, made[4])
     lost = Problem(code="c", title="t", detail="why")
-    await settlement.settle(ledger, worker, [Ending(id=taken.id, fence=taken.fence, state="failed", error=lost)])
+    await settlement.settle(ledger, worker, [Settlement(id=taken.id, fence=taken.fence, state="failed", error=lost)])
     told = await history.waiting(ledger, start, uuid7(), limit=2)
     assert [(run.id, run.state, run.parameters) for run in told] == [(made[n], "scheduled", ["x"]) for n in (1, 2)]
     assert [run.id for run in await history.waiting(ledger, told[-1].id, uuid7(), limit=2)] == [made[3]]
     assert await history.waiting(ledger, start, uuid7(1), limit=9) == [], "not before their time"
 
-    async def ended() -> list[history.Told]:
+    async def ended() -> list[history.Entry]:
         return await history.ended_badly(ledger, began, limit=9)
 
     ends = await until(ended, lambda seen: len(seen) == 2)

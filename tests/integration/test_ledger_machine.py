@@ -1,4 +1,4 @@
-"""The ledger as a state machine: any order of submits, claims, stalls, endings, cancels and limits, several of them at
+"""The ledger as a state machine: any order of submits, claims, stalls, settlements, cancels, limits, several of them at
 the same time, against the real PostgreSQL. A trigger writes down every version of every run; after each step the whole
 history is checked. A few seconds here; `MACHINE_EXAMPLES=1000 pytest tests/integration/test_ledger_machine.py`
 (with `--hypothesis-seed=N` to choose) looks at other schedules for as long as that takes.
@@ -24,7 +24,7 @@ from backcast.errors import IdempotencyConflict, UnknownLane
 from backcast.ledger import claims, dispatch, fleet, lanes, maintenance, recovery, runs, settlement, submissions
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Ending
+from backcast.ledger.settlement import Settlement
 from backcast.models import Limits, Problem, Submission, TaskType, uuid7
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
@@ -55,7 +55,7 @@ FRESH = "truncate runs, workers, lanes, flights, seen"
 
 # One statement, so one snapshot: also true while others are at work.
 COUNTED = """
-select l.name, l.admitted, (select count(*) from runs r where r.lane = l.name and r.admitted
+select l.name, l.promoted, (select count(*) from runs r where r.lane = l.name and r.promoted
        and r.state in ('queued', 'running')) as really from lanes l"""
 
 Op = tuple[str, dict[str, Any]]
@@ -74,7 +74,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "lane": st.sampled_from([None, "narrow", "narrow", "wide", "quota"]),
         "max_attempts": st.integers(1, 3),
     },
-    "claim": {"worker": INDEX, "limit": st.integers(1, 4), "ahead": st.integers(0, 2), "lost": RARELY},
+    "claim": {"worker": INDEX, "limit": st.integers(1, 4), "prefetch": st.integers(0, 2), "lost": RARELY},
     "settle": {"worker": INDEX, "ends": ENDS, "lost": RARELY},
     "start": {"worker": INDEX},
     "settle_stale": {"worker": INDEX, "ends": ENDS},
@@ -83,13 +83,13 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "beat": {"worker": INDEX},
     "stall": {"worker": INDEX, "seen": st.booleans()},
     "requeue": {},
-    "move_on": {},
+    "dispatch_due": {},
     "limit": {"lane": st.sampled_from(["narrow", "narrow", "wide"]), "limits": LIMITS},
     "lift": {"lane": st.sampled_from(["narrow", "wide"])},
     "retire": {"worker": INDEX},
-    "forget": {},
+    "drop": {},
 }
-OFTEN = {"submit": 4, "claim": 8, "settle": 6, "settle_twice": 2, "stall": 2, "cancel": 2, "beat": 2, "move_on": 2}
+OFTEN = {"submit": 4, "claim": 8, "settle": 6, "settle_twice": 2, "stall": 2, "cancel": 2, "beat": 2, "dispatch_due": 2}
 OPS = st.sampled_from([name for name in FIELDS for _ in range(OFTEN.get(name, 1))]).flatmap(
     lambda name: st.tuples(st.just(name), st.fixed_dictionaries(FIELDS[name]))
 )
@@ -109,7 +109,7 @@ class Machine(RuleBasedStateMachine):
         self.accepted: set[UUID] = set()
         self.claims: list[tuple[UUID, Claim]] = []
         self.open: dict[UUID, list[Claim]] = collections.defaultdict(list)
-        self.endings: dict[tuple[UUID, int], Ending] = {}
+        self.settlements: dict[tuple[UUID, int], Settlement] = {}
         self.outcomes: dict[UUID, str] = {}
         """What an accepted final ending said; "cancelled" when the ledger answered so."""
         self.together = submissions.Submissions(ledger)
@@ -210,13 +210,13 @@ class Machine(RuleBasedStateMachine):
             if key:
                 self.requests.append((submission.owner, request, run_id, fresh))
 
-    async def _claim(self, *, worker: int, limit: int, ahead: int, lost: bool) -> None:
+    async def _claim(self, *, worker: int, limit: int, prefetch: int, lost: bool) -> None:
         worker_id = self._worker(worker)
         taken = await claims.claim(
-            self.ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker_id, lease=LEASE
+            self.ledger, pool="default", cursor=0, limit=limit, prefetch=prefetch, worker_id=worker_id, lease=LEASE
         )
-        assert len(taken) <= limit + ahead
-        assert sum(not c.ahead for c in taken) <= limit + sum(c.lost_fence is not None for c in taken)
+        assert len(taken) <= limit + prefetch
+        assert sum(not c.prefetched for c in taken) <= limit + sum(c.lost_fence is not None for c in taken)
         if not lost:
             self._took(worker_id, taken)
 
@@ -231,10 +231,10 @@ class Machine(RuleBasedStateMachine):
             await claims.begin(self.ledger, worker_id, self.open[worker_id][0])
 
     async def _settle(self, *, worker: int, ends: list[str], lost: bool) -> None:
-        worker_id, endings = self._endings(worker, ends)
+        worker_id, settlements = self._endings(worker, ends)
         if lost:  # the first answer was
-            await settlement.settle(self.ledger, worker_id, endings)
-        await self._send(worker_id, endings[::-1])
+            await settlement.settle(self.ledger, worker_id, settlements)
+        await self._send(worker_id, settlements[::-1])
 
     async def _settle_stale(self, *, worker: int, ends: list[str]) -> None:
         """Endings of attempts that may long be over."""
@@ -245,17 +245,17 @@ class Machine(RuleBasedStateMachine):
 
     async def _settle_twice(self, *, worker: int, ends: list[str]) -> None:
         """Sent again, in another order, while the first is still under way."""
-        worker_id, endings = self._endings(worker, ends)
-        await asyncio.gather(self._send(worker_id, endings), self._send(worker_id, endings[::-1]))
+        worker_id, settlements = self._endings(worker, ends)
+        await asyncio.gather(self._send(worker_id, settlements), self._send(worker_id, settlements[::-1]))
 
-    def _endings(self, worker: int, ends: list[str]) -> tuple[UUID, list[Ending]]:
+    def _endings(self, worker: int, ends: list[str]) -> tuple[UUID, list[Settlement]]:
         """Of what a worker believes to hold; of one that holds something, if there is one."""
         busy = [worker_id for worker_id in self.workers if self.open[worker_id]] or self.workers
         worker_id = busy[worker % len(busy)]
         mine, self.open[worker_id] = self.open[worker_id][: len(ends)], self.open[worker_id][len(ends) :]
         return worker_id, [self._ending(c, end) for c, end in zip(mine, ends, strict=False)]
 
-    def _ending(self, c: Claim, end: str) -> Ending:
+    def _ending(self, c: Claim, end: str) -> Settlement:
         """One attempt has one ending, however often it is sent."""
         rest: dict[str, Any] = {"id": c.id, "fence": c.fence, "lane": c.lane, "retries_used": c.retries_used}
         match end:
@@ -268,15 +268,15 @@ class Machine(RuleBasedStateMachine):
             case "later":
                 rest |= {"state": "scheduled", "delay": 5.0, "retries_used": c.retries_used + 1}
             case "parked":
-                rest |= {"state": "scheduled", "delay": 5.0, "charged": False}
+                rest |= {"state": "scheduled", "delay": 5.0, "counts": False}
             case _:
-                rest |= {"state": "queued", "charged": False}
-        return self.endings.setdefault((c.id, c.fence), Ending(**rest))
+                rest |= {"state": "queued", "counts": False}
+        return self.settlements.setdefault((c.id, c.fence), Settlement(**rest))
 
-    async def _send(self, worker_id: UUID, endings: list[Ending]) -> None:
-        settled = await settlement.settle(self.ledger, worker_id, endings)
+    async def _send(self, worker_id: UUID, settlements: list[Settlement]) -> None:
+        settled = await settlement.settle(self.ledger, worker_id, settlements)
         assert settled.cancelled <= settled.accepted
-        for ending in endings:
+        for ending in settlements:
             if (ending.id, ending.fence) in settled.cancelled:
                 self._ended(ending.id, "cancelled")
             elif (ending.id, ending.fence) in settled.accepted and ending.state in FINAL:
@@ -308,7 +308,7 @@ class Machine(RuleBasedStateMachine):
         await self._send(
             worker_id,
             [
-                Ending(id=i, fence=h.fence, lane=h.lane, state="queued", charged=False, retries_used=h.retries_used)
+                Settlement(id=i, fence=h.fence, lane=h.lane, state="queued", counts=False, retries_used=h.retries_used)
                 for i, h in lost
             ],
         )
@@ -323,8 +323,8 @@ class Machine(RuleBasedStateMachine):
     async def _requeue(self) -> None:
         await recovery.requeue(self.ledger, LEASE)
 
-    async def _move_on(self) -> None:
-        await dispatch.move_on(self.ledger)
+    async def _dispatch_due(self) -> None:
+        await dispatch.dispatch_due(self.ledger)
 
     async def _limit(self, lane: str, limits: tuple[int | None, float | None]) -> None:
         self.ceiling[lane] = float("inf")  # until the check sees what is left of earlier times
@@ -339,8 +339,8 @@ class Machine(RuleBasedStateMachine):
     async def _retire(self, *, worker: int) -> None:
         await fleet.retire(self.ledger, self._worker(worker))
 
-    async def _forget(self) -> None:
-        await maintenance.forget_dead(self.ledger, timedelta(hours=12))
+    async def _drop(self) -> None:
+        await maintenance.remove_silent_workers(self.ledger, timedelta(hours=12))
 
     def _worker(self, number: int) -> UUID:
         return self.workers[number % len(self.workers)]
@@ -360,8 +360,8 @@ class Machine(RuleBasedStateMachine):
 
     async def _count(self) -> None:
         for row in await self.ledger.fetch(COUNTED):
-            assert row["admitted"] == row["really"], dict(row)
-            assert row["admitted"] <= self.ceiling[row["name"]], (dict(row), self.ceiling)
+            assert row["promoted"] == row["really"], dict(row)
+            assert row["promoted"] <= self.ceiling[row["name"]], (dict(row), self.ceiling)
 
     async def _check(self) -> None:
         await self._count()
@@ -379,7 +379,7 @@ class Machine(RuleBasedStateMachine):
                 losses[row["tx"], was["worker_id"]].append((was, now))
             self.last = row["seq"]
         for lost in losses.values():
-            self._charged(lost)
+            self._counting(lost)
         rows = {row["id"]: row for row in await self.ledger.fetch("select * from runs")}
         assert set(rows) == self.accepted, "a run is lost, or nobody has accepted it"
         for run_id, row in rows.items():
@@ -387,31 +387,32 @@ class Machine(RuleBasedStateMachine):
         self._keys()
         for row in await self.ledger.fetch("select * from lanes where name <> 'quota'"):
             limit = row["max_running"] if row["max_running"] is not None else float("inf")
-            self.ceiling[row["name"]] = max(limit, min(self.ceiling[row["name"]], row["admitted"]))
-        admitted, elapsed = await self.ledger.fetchrow(  # type: ignore[misc]
+            self.ceiling[row["name"]] = max(limit, min(self.ceiling[row["name"]], row["promoted"]))
+        promoted, elapsed = await self.ledger.fetchrow(  # type: ignore[misc]
             """select count(*) filter (where now->>'lane' = 'quota' and was->>'state' = 'held'
                                          and now->>'state' = 'queued'),
                       extract(epoch from now() - $1::timestamptz)::float8 from seen""",
             self.base,
         )
-        assert admitted <= 2 + QUOTA / 60 * (elapsed + self.shifted)
+        assert promoted <= 2 + QUOTA / 60 * (elapsed + self.shifted)
 
     def _follow(self, was: dict[str, Any] | None, now: dict[str, Any]) -> None:
         """One change of one run."""
         state = now["state"]
         assert (state == "completed") == (now["result_key"] is not None)
         assert (state in FINAL) == (now["finished_at"] is not None)
-        assert not (now["admitted"] and state in ("held", "scheduled"))
+        assert not (now["promoted"] and state in ("held", "scheduled"))
         if was is None:
             assert state in NEXT[None]
-            assert (now["fence"], now["admitted"], now["worker_id"]) == (0, False, None)
+            assert (now["fence"], now["promoted"], now["worker_id"]) == (0, False, None)
             return
         changed = {name for name in now if now[name] != was[name]}
         if state == was["state"]:
             assert changed <= {"run_at", "deadline"} or (
                 state == "running"
                 and (
-                    changed == {"ahead"} or (was["cancel_requested_at"] is None and changed == {"cancel_requested_at"})
+                    changed == {"prefetched"}
+                    or (was["cancel_requested_at"] is None and changed == {"cancel_requested_at"})
                 )
             ), changed
             return
@@ -422,8 +423,8 @@ class Machine(RuleBasedStateMachine):
         assert now["fence"] == was["fence"] + (state == "running"), "only a claim raises the fence, by one"
         assert "worker_id" not in changed or state == "running"
         assert now["lane"] == was["lane"]
-        if "admitted" in changed:
-            assert now["admitted"] == (was["state"] == "held")
+        if "promoted" in changed:
+            assert now["promoted"] == (was["state"] == "held")
             assert was["state"] in ("held", "running")
         assert 0 <= now["attempts_used"] - was["attempts_used"] <= (was["state"] == "running")
         assert 0 <= now["retries_used"] - was["retries_used"] <= now["attempts_used"] - was["attempts_used"]
@@ -431,11 +432,11 @@ class Machine(RuleBasedStateMachine):
         if state == "failed" and now["error"]["code"] == "worker_lost":
             assert now["attempts_used"] - now["retries_used"] == now["max_attempts"]
 
-    def _charged(self, lost: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    def _counting(self, lost: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         """Runs that were lost together with one worker: somebody is charged, unless none of them had been started."""
-        started = [(was, now) for was, now in lost if not was["ahead"]]
+        started = [(was, now) for was, now in lost if not was["prefetched"]]
         charged = [was for was, now in lost if now["attempts_used"] > was["attempts_used"]]
-        assert all(not was["ahead"] for was in charged), "a run that had not been started is charged"
+        assert all(not was["prefetched"] for was in charged), "a run that had not been started is charged"
         if any(was["cancel_requested_at"] is None for was, _ in started):
             assert charged, f"none of {len(started)} lost runs is charged"
 
@@ -489,7 +490,7 @@ class Machine(RuleBasedStateMachine):
             for _ in range(10 + 2 * len(self.accepted)):
                 await self._shift(4000)
                 await self._requeue()
-                await self._move_on()
+                await self._dispatch_due()
                 taken = await claims.claim(
                     self.ledger, pool="default", cursor=0, limit=50, worker_id=healthy, lease=LEASE
                 )
@@ -560,8 +561,8 @@ async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledge
             await ledger.execute("update workers set heartbeat_at = now()")
     first, second = held
     batch = [
-        Ending(id=second.id, fence=second.fence, state="completed", result="1", result_key="k"),
-        Ending(id=first.id, fence=first.fence, state="scheduled", delay=1.0, retries_used=1),
+        Settlement(id=second.id, fence=second.fence, state="completed", result="1", result_key="k"),
+        Settlement(id=first.id, fence=first.fence, state="scheduled", delay=1.0, retries_used=1),
     ]
     for _ in range(2):  # the answer to the first one was lost
         assert (await settlement.settle(ledger, worker, batch)).accepted == {(second.id, second.fence)}
@@ -574,5 +575,5 @@ async def test_a_run_that_failed_with_its_worker_did_not_fail_by_what_the_worker
     [held] = await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
     assert await recovery.requeue(ledger, LEASE) == {held.id: "failed"}
-    late = Ending(id=held.id, fence=held.fence, state="failed", error=Problem(code="mine", title="t", detail="d"))
+    late = Settlement(id=held.id, fence=held.fence, state="failed", error=Problem(code="mine", title="t", detail="d"))
     assert (await settlement.settle(ledger, worker, [late])).accepted == set()

@@ -10,7 +10,7 @@ import pytest
 from backcast.ledger import claims, dispatch, flights, recovery, settlement, task_types
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Ending
+from backcast.ledger.settlement import Settlement
 from backcast.models import TaskType, uuid7
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
@@ -31,21 +31,23 @@ async def losses(ledger: Ledger) -> dict[UUID, int]:
     return {row["id"]: row["n"] for row in await ledger.fetch("select id, attempts_used - retries_used as n from runs")}
 
 
-async def take(ledger: Ledger, worker: UUID, limit: int, ahead: int = 0) -> list[Claim]:
-    return await claims.claim(ledger, pool="default", cursor=0, limit=limit, ahead=ahead, worker_id=worker, lease=LEASE)
+async def take(ledger: Ledger, worker: UUID, limit: int, prefetch: int = 0) -> list[Claim]:
+    return await claims.claim(
+        ledger, pool="default", cursor=0, limit=limit, prefetch=prefetch, worker_id=worker, lease=LEASE
+    )
 
 
 async def test_every_run_that_had_started_is_charged_the_first_time(ledger: Ledger) -> None:
     made = [(await submit(ledger, value=n)).run.id for n in range(5)]
     worker = await register(ledger)
-    taken = {c.id: c.ahead for c in await take(ledger, worker, limit=3, ahead=2)}
+    taken = {c.id: c.prefetched for c in await take(ledger, worker, limit=3, prefetch=2)}
     assert sorted(taken.values()) == [False, False, False, True, True]
     assert set((await lose(ledger, worker)).values()) == {"queued"}
     assert await losses(ledger) == {run: 0 if taken[run] else 1 for run in made}
     second = await register(ledger)
-    again = await take(ledger, second, limit=0, ahead=5)
+    again = await take(ledger, second, limit=0, prefetch=5)
     assert len(again) == 5
-    assert not any(c.ahead for c in again), "a run that was ever lost is not claimed ahead: its next loss counts"
+    assert not any(c.prefetched for c in again), "a run that was ever lost is not claimed ahead: its next loss counts"
 
 
 async def test_the_most_suspect_is_charged_and_the_others_go_free(ledger: Ledger) -> None:
@@ -60,7 +62,7 @@ async def test_the_most_suspect_is_charged_and_the_others_go_free(ledger: Ledger
         assert {counted[run] for run in others} == {1 if round_ == 1 else 0}
         await ledger.execute("update runs set state = 'cancelled', finished_at = now() where id <> $1", killer)
     [suspect] = await claim(ledger, await register(ledger))
-    assert suspect.is_suspect, "its third worker must be its own"
+    assert suspect.is_quarantined, "its third worker must be its own"
     assert suspect.lost_fence == 2
 
 
@@ -68,7 +70,7 @@ async def test_the_most_suspect_is_charged_and_the_others_go_free(ledger: Ledger
     ("used", "most", "alone"), [(0, 3, False), (1, 3, False), (2, 3, True), (1, 2, True), (0, 1, False), (2, 9, True)]
 )
 def test_who_runs_alone(used: int, most: int, alone: bool) -> None:
-    assert Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0).is_suspect is alone
+    assert Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0).is_quarantined is alone
 
 
 async def test_a_suspect_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ async def test_what_a_lost_worker_has_stored_is_not_computed_again(
         assert await product.result(run_id) == [42]
         assert not (product.folder / "calls-adopted").exists()
         # The lost worker is still there, is refused, and cleans up after itself: nobody may miss what it removes.
-        late = Ending(id=claimed.id, fence=1, state="completed", result_key=f"results/{run_id}/1.json")
+        late = Settlement(id=claimed.id, fence=1, state="completed", result_key=f"results/{run_id}/1.json")
         assert (await settlement.settle(ledger, lost, [late])).accepted == set()
         await store.delete([f"results/{run_id}/1.json"])
         [row] = await ledger.fetch("select result_key, attempts_used from runs")
@@ -136,7 +138,7 @@ async def test_a_result_from_before_a_retry_is_not_taken(database: str, ledger: 
         store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
         await store.put(f"results/{run_id}/1.json", b"[42]")
         await store.aclose()
-        await settlement.settle(ledger, first, [Ending(id=claimed.id, fence=1, state="queued", retries_used=1)])
+        await settlement.settle(ledger, first, [Settlement(id=claimed.id, fence=1, state="queued", retries_used=1)])
         await product.up("worker")
         assert await product.result(run_id) == 0
 
@@ -178,11 +180,11 @@ async def test_flights(ledger: Ledger) -> None:
     taken = await asyncio.gather(*[flights.take(ledger, "k", c) for c in (first, second, third)])
     assert sorted(taken) == [False, False, True]
     leader, follower, _ = sorted((first, second, third), key=lambda c: not taken[(first, second, third).index(c)])
-    waits = Ending(id=follower.id, fence=1, state="scheduled", delay=600, charged=False, flight="k")
+    waits = Settlement(id=follower.id, fence=1, state="scheduled", delay=600, counts=False, flight="k")
     await settlement.settle(ledger, worker, [waits])
     await flights.land(ledger, [("k", follower.id, 1)])
     assert await claim(ledger, worker) == [], "the flight goes on: only its own attempt can land it"
-    failed = Ending(id=leader.id, fence=1, state="failed")
+    failed = Settlement(id=leader.id, fence=1, state="failed")
     await settlement.settle(ledger, worker, [failed])
     await flights.land(ledger, [("k", leader.id, 1)])
     [again] = await claim(ledger, worker)
@@ -195,7 +197,7 @@ async def test_nobody_is_left_behind_when_a_landing_crosses_a_follower(ledger: L
     await submit(ledger)
     worker = await register(ledger)
     [follower] = await claim(ledger, worker)
-    waits = Ending(id=follower.id, fence=1, state="scheduled", delay=600, charged=False, flight="gone")
+    waits = Settlement(id=follower.id, fence=1, state="scheduled", delay=600, counts=False, flight="gone")
     await settlement.settle(ledger, worker, [waits])
     await flights.land(ledger, [("gone", follower.id, 1)])
     assert [c.id for c in await claim(ledger, worker)] == [follower.id]
@@ -207,7 +209,7 @@ async def test_a_flight_is_taken_over_when_its_attempt_is_over(ledger: Ledger) -
     worker = await register(ledger)
     first, second = await claim(ledger, worker, limit=2)
     assert await flights.take(ledger, "k", first)
-    await settlement.settle(ledger, worker, [Ending(id=first.id, fence=1, state="failed")])
+    await settlement.settle(ledger, worker, [Settlement(id=first.id, fence=1, state="failed")])
     assert not await flights.take(ledger, "k", second), "not at once: what is seen of the other may be old"
     await ledger.execute("update flights set taken_at = taken_at - interval '1 minute'")
     assert await flights.take(ledger, "k", second)
@@ -222,8 +224,8 @@ async def test_a_deadline_ends_what_has_not_started(ledger: Ledger) -> None:
     [running] = await claim(ledger, worker, limit=1)
     await asyncio.sleep(0.1)
     assert await claim(ledger, worker) == []
-    assert await dispatch.move_on(ledger) == 1
-    await settlement.settle(ledger, worker, [Ending(id=running.id, fence=1, state="completed", result_key="k")])
+    assert await dispatch.dispatch_due(ledger) == 1
+    await settlement.settle(ledger, worker, [Settlement(id=running.id, fence=1, state="completed", result_key="k")])
     states = {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
     assert states == {running.id: "completed", ({late, later} - {running.id}).pop(): "expired"}
 
@@ -233,7 +235,7 @@ async def test_a_suspect_that_waits_is_not_charged_for_its_neighbours(ledger: Le
     await ledger.execute("update runs set attempts_used = 2, lost_fence = 0 where id = $1", suspect)
     worker = await register(ledger)
     taken = {c.id: c for c in await claim(ledger, worker)}
-    assert taken[suspect].is_suspect
+    assert taken[suspect].is_quarantined
     await lose(ledger, worker)
     assert await losses(ledger) == {suspect: 2, killer: 1}, "it had not begun"
     second = await register(ledger)

@@ -15,7 +15,7 @@ from backcast.errors import StoreUnavailable
 from backcast.ledger import cursors, figures, maintenance, task_types
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType, uuid7
-from backcast.steward.retention import Sweep
+from backcast.steward.retention import Retention
 from backcast.store import Missing, Store, open_store
 from tests.support.s3 import S3Server, s3_server
 from tests.support.stack import Part, Stack, prefect_server, stack
@@ -93,7 +93,7 @@ async def test_runs_that_ended_long_ago_go_with_their_objects(ledger: Ledger, st
     large = await add(ledger, "completed", ago=40 * DAY, input_key="inputs/placeholder")
     await ledger.execute("update runs set input_key = 'inputs/' || id || '.json' where id = $1", large)
     await store.put(f"inputs/{large}.json", b"{}")
-    await Sweep(ledger, store, KEEP)()
+    await Retention(ledger, store, KEEP)()
     assert await runs(ledger) == kept
     rows = await ledger.fetch("select id, state, result_key from runs")
     named = {f"results/{row['id']}/1.json" for row in rows if row["state"] not in FINAL or row["result_key"]}
@@ -108,9 +108,9 @@ async def test_more_runs_than_a_page(ledger: Ledger, store: Store) -> None:
                   now() - interval '1 year', case n % 10 when 0 then null else now() - interval '1 year' end
              from generate_series(1, 2500) n"""
     )
-    await Sweep(ledger, store, KEEP)()
+    await Retention(ledger, store, KEEP)()
     assert len(await runs(ledger)) == 250
-    await Sweep(ledger, store, None)()
+    await Retention(ledger, store, None)()
     assert len(await runs(ledger)) == 250
 
 
@@ -118,7 +118,7 @@ async def test_while_the_store_is_away_rows_stay(ledger: Ledger, store: Store, t
     old = await add(ledger, "completed", ago=40 * DAY)
     away = open_store(settings.Store(url=f"file://{tmp_path}/not-mounted"))
     with pytest.raises(StoreUnavailable):
-        await Sweep(ledger, away, KEEP)()
+        await Retention(ledger, away, KEEP)()
     await away.aclose()
     assert await runs(ledger) == {old}
 
@@ -126,15 +126,15 @@ async def test_while_the_store_is_away_rows_stay(ledger: Ledger, store: Store, t
 async def test_the_store_of_another_ledger_is_not_swept(
     ledger: Ledger, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await Sweep(ledger, store, KEEP)()  # signs it
+    await Retention(ledger, store, KEEP)()  # signs it
     theirs = f"results/{uuid7()}/1.json"
     await store.put(theirs, b"1")
     await ledger.execute("update cursors set value = gen_random_uuid() where name = 'ledger'")  # now we are another one
-    await Sweep(ledger, store, KEEP)()
+    await Retention(ledger, store, KEEP)()
     assert await keys(store) == {theirs}
     assert "belongs to another ledger" in caplog.text
     await store.delete(["ledger/id"])  # as the sentence says
-    await Sweep(ledger, store, KEEP)()
+    await Retention(ledger, store, KEEP)()
     assert await keys(store) == set()
 
 
@@ -158,16 +158,16 @@ async def test_objects_that_no_run_needs_go(ledger: Ledger, store: Store) -> Non
     }
     for key in needed | orphans:
         await store.put(key, b"1")
-    await Sweep(ledger, store, None)()
+    await Retention(ledger, store, None)()
     assert await keys(store) == needed
 
 
 async def test_cached_values_go_by_their_age(ledger: Ledger, store: Store) -> None:
     await store.put("cache/a", b"1")
-    await Sweep(ledger, store, None)()
-    await Sweep(ledger, store, timedelta(minutes=5))()
+    await Retention(ledger, store, None)()
+    await Retention(ledger, store, timedelta(minutes=5))()
     assert await keys(store) == {"cache/a"}
-    await Sweep(ledger, store, timedelta(seconds=-5))()
+    await Retention(ledger, store, timedelta(seconds=-5))()
     with pytest.raises(Missing):
         await store.get("cache/a")
 
@@ -185,7 +185,7 @@ async def test_batches_and_flights_go_with_their_runs(ledger: Ledger, folder: st
         await ledger.execute(
             "insert into flights values ($1, $2, 1, now() - make_interval(secs => $3))", key, run, float(age)
         )
-    await Sweep(ledger, store, KEEP)()
+    await Retention(ledger, store, KEEP)()
     assert {row["id"] for row in await ledger.fetch("select id from batches")} == {full, young}
     assert {row["key"] for row in await ledger.fetch("select key from flights")} == {"a", "c"}
     await store.aclose()

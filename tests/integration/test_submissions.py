@@ -17,11 +17,22 @@ import pytest
 
 from backcast.api.app import create_app
 from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable, TooManyWaiting
-from backcast.ledger import batches, claims, dispatch, fleet, lanes, runs, settlement, submissions, task_types
+from backcast.ledger import (
+    batches,
+    claims,
+    dispatch,
+    fleet,
+    lanes,
+    provisioning,
+    runs,
+    settlement,
+    submissions,
+    task_types,
+)
 from backcast.ledger.admission import OWNERS, Admission
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
-from backcast.ledger.submissions import New, Submissions, Submitted
+from backcast.ledger.submissions import New, Submissions, SubmittedRun
 from backcast.local import postgres
 from backcast.models import Limits, State, Submission, uuid7
 from backcast.settings import Api
@@ -102,11 +113,11 @@ async def test_the_same_key_twice_in_a_group(ledger: Ledger) -> None:
         together.submit(new(2, key="k", owner="ana")),
         return_exceptions=True,
     )
-    assert isinstance(first, Submitted)
-    assert isinstance(again, Submitted)
+    assert isinstance(first, SubmittedRun)
+    assert isinstance(again, SubmittedRun)
     assert (first.fresh, again.fresh, again.run.id) == (True, False, first.run.id)
     assert isinstance(other, IdempotencyConflict)
-    assert isinstance(elsewhere, Submitted)
+    assert isinstance(elsewhere, SubmittedRun)
     assert elsewhere.fresh
 
 
@@ -126,7 +137,7 @@ async def test_what_the_server_refuses_does_not_take_the_others_with_it(ledger: 
     made = await asyncio.gather(
         *[together.submit(new("poison" if n % 3 == 0 else n)) for n in range(9)], return_exceptions=True
     )
-    assert [type(one) for one in made] == [InvalidInput, Submitted, Submitted] * 3
+    assert [type(one) for one in made] == [InvalidInput, SubmittedRun, SubmittedRun] * 3
     assert await count(ledger) == 6
 
 
@@ -136,7 +147,7 @@ async def test_a_caller_that_goes_away_takes_nobody_with_it(ledger: Ledger) -> N
     await asyncio.sleep(0)
     asked[3].cancel()
     made = await asyncio.gather(*asked, return_exceptions=True)
-    assert [isinstance(one, Submitted) for one in made] == [n != 3 for n in range(20)]
+    assert [isinstance(one, SubmittedRun) for one in made] == [n != 3 for n in range(20)]
     assert (await together.submit(new())).fresh
 
 
@@ -145,11 +156,11 @@ async def test_a_held_run_is_admitted_when_its_lane_has_room(ledger: Ledger, wor
     together = Submissions(ledger)
     await asyncio.gather(*[together.submit(new(n, lane="gpu")) for n in range(5)])
 
-    async def admitted() -> tuple[int, int]:
+    async def promoted() -> tuple[int, int]:
         lane = await lanes.get(ledger, "gpu")
-        return lane.admitted, lane.held
+        return lane.promoted, lane.held
 
-    await until(admitted, lambda seen: seen == (2, 3))
+    await until(promoted, lambda seen: seen == (2, 3))
 
 
 # A database in trouble
@@ -171,7 +182,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 async def test_no_request_waits_longer_than_the_time_out_for_a_hung_database(tmp_path: Path, store: Store) -> None:
     with postgres.running(tmp_path / "postgres") as server:
-        postgres.create_database(server.url(), "backcast")
+        provisioning.create_database(server.url(), "backcast")
         migrate(server.url("backcast"))
         ledger = Ledger(server.url("backcast"), pool=3, timeout=timedelta(seconds=1))
         await task_types.register(ledger, [ECHO])
@@ -410,7 +421,7 @@ async def test_a_batch_from_submit_to_results(
         key = f"results/{claim.id}/{claim.fence}.json"
         if not await count(ledger, "result is null and state = 'completed'"):
             await store.put(key, json.dumps("large" * 20_000).encode())
-        done = settlement.Ending(id=claim.id, fence=claim.fence, state="completed", result=None, result_key=key)
+        done = settlement.Settlement(id=claim.id, fence=claim.fence, state="completed", result=None, result_key=key)
         assert (await settlement.settle(ledger, worker, [done])).accepted
     results = await api.get(f"{where}/results")
     assert (results.status_code, results.headers["content-type"].partition(";")[0]) == (200, "application/jsonl")
@@ -491,7 +502,7 @@ async def test_batches_are_cancelled_while_they_are_worked_on(
     async def work() -> None:
         while taken := await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE):
             done = [
-                settlement.Ending(
+                settlement.Settlement(
                     id=claim.id, fence=claim.fence, state="completed", result="1", result_key="k", lane="gpu"
                 )
                 for claim in taken
@@ -504,7 +515,7 @@ async def test_batches_are_cancelled_while_they_are_worked_on(
     found = await batches.get(ledger, found.id)
     assert found.states.keys() <= {State.CANCELLED, State.COMPLETED}
     assert sum(found.states.values()) == 1500
-    assert (await lanes.get(ledger, "gpu")).admitted == 0
+    assert (await lanes.get(ledger, "gpu")).promoted == 0
 
 
 async def test_while_a_batch_is_read_other_requests_go_on(api: httpx.AsyncClient) -> None:
@@ -530,7 +541,7 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
         problem(await api.put("/v1/lanes/gpu", json=wrong), 422, "invalid_input")
     problem(await api.put(f"/v1/lanes/{'x' * 201}", json={"max_running": 1}), 422, "invalid_input")
     lane = (await api.put("/v1/lanes/gpu", json={"max_running": 1})).json()
-    assert lane == {"name": "gpu", "max_running": 1, "max_per_minute": None, "admitted": 0, "held": 0}
+    assert lane == {"name": "gpu", "max_running": 1, "max_per_minute": None, "promoted": 0, "held": 0}
     for n in range(3):
         body = {"input": {"value": n}, "lane": "gpu"}
         assert (await api.post("/v1/tasks/echo/runs", json=body)).json()["lane"] == "gpu"
@@ -538,7 +549,7 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
     async def look() -> dict[str, Any]:
         return dict((await api.get("/v1/lanes/gpu")).json())
 
-    await until(look, lambda lane: (lane["admitted"], lane["held"]) == (1, 2))
+    await until(look, lambda lane: (lane["promoted"], lane["held"]) == (1, 2))
     assert [lane["name"] for lane in (await api.get("/v1/lanes")).json()["items"]] == ["gpu"]
     assert (await api.delete("/v1/lanes/gpu")).status_code == 204
     problem(await api.get("/v1/lanes/gpu"), 404, "unknown_lane")
@@ -549,7 +560,7 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
 async def test_a_run_that_expired_has_no_result_and_says_why(api: httpx.AsyncClient, ledger: Ledger) -> None:
     past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, "deadline": past})).json()
-    assert await dispatch.move_on(ledger) == 1
+    assert await dispatch.dispatch_due(ledger) == 1
     assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "expired"
     found = problem(await api.get(f"/v1/runs/{run['id']}/result"), 409, "no_result")
     assert "deadline" in str(found["detail"])

@@ -17,6 +17,7 @@ import psutil
 import psycopg
 import pytest
 
+from backcast.ledger import provisioning
 from backcast.local import postgres
 from backcast.testing import ScriptedModel
 from tests.support.stack import FINAL, ROOT, free_port
@@ -258,7 +259,7 @@ def test_postgres_survives_the_kill_of_its_server(tmp_path: Path) -> None:
     with postgres.running(tmp_path / "data") as server, psycopg.connect(server.url()) as connection:
         assert connection.execute("select number from kept").fetchall() == [(31,)]
         assert not server.url("x").startswith("postgresql://localhost")
-    assert postgres.why_not_ready(server.url()) is not None
+    assert provisioning.why_not_ready(server.url()) is not None
 
 
 def test_postgres_is_not_fooled_by_a_pid_that_someone_else_has_now(tmp_path: Path) -> None:
@@ -266,13 +267,13 @@ def test_postgres_is_not_fooled_by_a_pid_that_someone_else_has_now(tmp_path: Pat
         pass
     (tmp_path / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n{tmp_path}/data\n")
     with postgres.running(tmp_path / "data") as server:
-        assert postgres.why_not_ready(server.url()) is None
+        assert provisioning.why_not_ready(server.url()) is None
 
 
 def test_postgres_takes_long_and_odd_paths_and_every_driver(tmp_path: Path) -> None:
     with postgres.running(tmp_path / ("a long name, 50% of it spaces " * 4) / "data") as server:
-        postgres.create_database(server.url(), "other")
-        postgres.create_database(server.url(), "other")
+        provisioning.create_database(server.url(), "other")
+        provisioning.create_database(server.url(), "other")
         with psycopg.connect(server.url("other")) as connection:
             collation = "select datlocprovider, pg_encoding_to_char(encoding) from pg_database where datname = 'other'"
             assert connection.execute(collation).fetchone() == ("b", "UTF8")

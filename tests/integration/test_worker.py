@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from backcast.client import AsyncClient
-from backcast.ledger import claims
+from backcast.ledger import claims, provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
@@ -258,7 +258,7 @@ async def test_everything_waits_for_the_database(tmp_path: Path) -> None:
             await part.ready("/livez")
             assert (await product.client.get(f"{part.url}/readyz")).status_code == 503
         with postgres.running(data) as database:
-            postgres.create_database(database.url(), "backcast")
+            provisioning.create_database(database.url(), "backcast")
             migrate(database.url("backcast"))
             await asyncio.gather(*[part.ready() for part in (api, worker, steward)])
             product.client.base_url = httpx.URL(api.url)

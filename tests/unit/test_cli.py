@@ -175,7 +175,7 @@ def test_cancel(cli: Cli, service: Service) -> None:
 
 def test_lanes(cli: Cli) -> None:
     assert cli("lane", "gpu", "--max-running", "2").stdout.splitlines() == [
-        "LANE\tMAX RUNNING\tMAX PER MINUTE\tADMITTED\tHELD",
+        "LANE\tMAX RUNNING\tMAX PER MINUTE\tPROMOTED\tHELD",
         "gpu\t2\t\t0\t3",
     ]
     assert cli("lane", "gpu", "--max-per-minute", "1.5").stdout.splitlines()[1] == "gpu\t\t1.5\t0\t3"

@@ -93,7 +93,7 @@ class Service:
             case "GET", ["runs"]:
                 return self._page(seen.query)
             case "GET", ["runs", run_id] if run_id in self.runs:
-                return 200, self._move_on(run_id)
+                return 200, self._dispatch_due(run_id)
             case "GET", ["runs", run_id, "result"] if run_id in self.runs:
                 match self.runs[run_id]["state"]:
                     case "completed":
@@ -116,7 +116,7 @@ class Service:
             case "GET", ["lanes"]:
                 return 200, {"items": list(self.lanes.values())}
             case "PUT", ["lanes", name]:
-                self.lanes[name] = {"name": name, "admitted": 0, "held": 3, **seen.body}
+                self.lanes[name] = {"name": name, "promoted": 0, "held": 3, **seen.body}
                 return 200, self.lanes[name]
             case "GET", ["lanes", name] if name in self.lanes:
                 return 200, self.lanes[name]
@@ -143,7 +143,7 @@ class Service:
         self.keys[seen.headers["idempotency-key"]] = (seen.body, run_id)
         return 202, self.runs[run_id]
 
-    def _move_on(self, run_id: str) -> dict[str, Any]:
+    def _dispatch_due(self, run_id: str) -> dict[str, Any]:
         run = self.runs[run_id]
         at = self.states.index(run["state"])
         run["state"] = self.states[min(at + 1, len(self.states) - 1)]

@@ -12,18 +12,18 @@ import pytest
 
 from backcast.errors import ConfigurationError
 from backcast.local import postgres
-from backcast.local.child import Part
+from backcast.local.child import Child
 from backcast.local.up import free_port, up
 from tests.support.waiting import until
 
 Lines = list[tuple[str, str, str]]
 
 
-def part(folder: Path, lines: Lines, program: str, *, name: str = "api", **given: object) -> Part:
+def part(folder: Path, lines: Lines, program: str, *, name: str = "api", **given: object) -> Child:
     def say(*line: str) -> None:
         lines.append(line)  # type: ignore[arg-type]
 
-    return Part(name, lambda: [sys.executable, "-uISc", program], os.environ, folder / "part.log", say, **given)  # type: ignore[arg-type]
+    return Child(name, lambda: [sys.executable, "-uISc", program], os.environ, folder / "part.log", say, **given)  # type: ignore[arg-type]
 
 
 async def words(lines: Lines, wanted: str, *, times: int = 1) -> Lines:

@@ -17,7 +17,7 @@ import pytest
 
 from backcast.errors import ConfigurationError, Unavailable
 from backcast.local import weights
-from backcast.local.weights import Hub, Part, Weights, Wheels
+from backcast.local.weights import Hub, Piece, Weights, Wheels
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 PIECES = [CONTENT[:400_000], CONTENT[400_000:800_000], CONTENT[800_000:]]
@@ -38,7 +38,7 @@ class Web:
         return Hub(name, f"{self.url}/{name}")
 
     def add_wheels(self, pieces: list[bytes], index: str = "simple") -> Wheels:
-        parts: list[Part] = []
+        parts: list[Piece] = []
         for i, piece in enumerate(pieces, start=1):
             file = f"piece_{i}-1.0-py3-none-any.whl"
             with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as wheel:
@@ -51,7 +51,7 @@ class Web:
             self.files[f"/{index}/piece-{i}/"] = f'<a href="/files/{file}">{file}</a>'.encode()
             self.files[f"/files/{file}"] = buffer.getvalue()
             digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-            parts.append(Part(f"piece-{i}==1.0", digest, f"piece_{i}/data.bin", len(piece)))
+            parts.append(Piece(f"piece-{i}==1.0", digest, f"piece_{i}/data.bin", len(piece)))
         return Wheels("index", tuple(parts))
 
     def downloads(self) -> Counter[str]:

@@ -14,14 +14,14 @@ from pydantic_core import from_json
 from backcast.api import problems
 from backcast.api.body import json_body, validate
 from backcast.api.deps import backend
-from backcast.api.fast_path import RUN_ID, Direct, run_id
+from backcast.api.fast_path import RUN_ID, FastRoute, run_id
 from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS, json_request, stored
 from backcast.api.submit import idempotency_key, submit
 from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun
 from backcast.ledger import runs
 from backcast.models import JSON, State, Submission
 
-router = APIRouter(tags=["as in Prefect's example"], route_class=Direct)
+router = APIRouter(tags=["as in Prefect's example"], route_class=FastRoute)
 
 CAST = "create_structured_output"
 _PLACES = {"data": "/payload", "target": "/target_type", "instructions": "/instructions"}

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from backcast.errors import UnknownRun
 
 
-class Direct(APIRoute):
+class FastRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **declared: Any) -> None:
         super().__init__(path, endpoint, **declared)
 

@@ -4,7 +4,7 @@ import uvicorn
 
 from backcast.api.app import create_app
 from backcast.ledger.connection import Ledger
-from backcast.process import configure_logging
+from backcast.process.logs import configure_logging
 from backcast.settings import Settings
 from backcast.store import open_store
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from backcast.api import problems
 from backcast.api.body import json_body, validate
 from backcast.api.deps import Backend, Deps, backend
-from backcast.api.fast_path import RUN_ID, Direct, in_header, in_path, run_id
+from backcast.api.fast_path import RUN_ID, FastRoute, in_header, in_path, run_id
 from backcast.api.submit import idempotency_key, submit
 from backcast.errors import (
     BodyTooLarge,
@@ -36,12 +36,13 @@ from backcast.errors import (
 from backcast.ledger import runs
 from backcast.ledger.runs import Result
 from backcast.models import Run, State, Submission
+from backcast.process.outages import backoff
 from backcast.store import Missing
 
 T = TypeVar("T")
 
 router = APIRouter(prefix="/v1", tags=["runs"])
-hot = APIRouter(prefix="/v1", tags=["runs"], route_class=Direct)
+hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
 """What every run is asked for: submit, look."""
 
 LONGEST_WAIT = 50.0
@@ -137,14 +138,13 @@ async def get_run(request: Request) -> Response:
 
 async def _ended(deps: Backend, run_id: UUID, wait: float) -> Run:
     """The run, once it has ended or `wait` seconds have passed; looked at seldom enough for many to wait at once."""
-    deadline, pause = time.monotonic() + wait, 0.02
+    deadline, delays = time.monotonic() + wait, backoff(0.02, 1.0, factor=1.5)
     while True:
         run = await runs.get(deps.ledger, run_id)
         left = deadline - time.monotonic()
         if run.state.is_final or left <= 0:
             return run
-        await asyncio.sleep(min(pause, left))
-        pause = min(pause * 1.5, 1.0)
+        await asyncio.sleep(min(next(delays), left))
 
 
 @router.get(

@@ -12,7 +12,7 @@ from backcast import targets
 from backcast.api.deps import Backend, Known
 from backcast.errors import FieldError, InvalidInput, TooManyWaiting
 from backcast.ledger import submissions
-from backcast.ledger.submissions import Submitted
+from backcast.ledger.submissions import SubmittedRun
 from backcast.models import JSON, Label, Submission, uuid7
 
 TARGET_FORMAT = "target"
@@ -66,7 +66,7 @@ def in_json(given: dict[str, JSON]) -> bytes:
 
 async def submit(
     backend: Backend, name: str, submission: Submission, *, key: str | None, places: Mapping[str, str] = _NOWHERE_ELSE
-) -> Submitted:
+) -> SubmittedRun:
     """Check and record a run; see `Submissions.submit` for the errors."""
     known = await backend.known(name)
     check_input(known, submission.input, places)

@@ -14,7 +14,7 @@ import httpx
 
 from backcast.client import exchanges
 from backcast.client.exchanges import CAST, Filters, Progress, Waiting, WaitTimeout, raise_for_state
-from backcast.client.wire import Ask, Flow, Options, connection, to_httpx
+from backcast.client.wire import Ask, Flow, SubmitOptions, connection, to_httpx
 from backcast.models import JSON, Batch, Lane, Limits, Run, Submission, TaskType
 
 __all__ = [
@@ -57,7 +57,7 @@ class Client:
         submission: Submission | Mapping[str, JSON],
         *,
         key: str | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SubmitOptions],
     ) -> Run:
         """Queue a run of `task`. A mapping is the task's input; `options` set the other fields of the submission.
 
@@ -71,7 +71,7 @@ class Client:
         submissions: Iterable[Submission | Mapping[str, JSON]],
         *,
         key: str | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SubmitOptions],
     ) -> Batch:
         """Queue a run of `task` for each of them, all or none, with one request; `options` hold for every one."""
         return self._perform(exchanges.submit_many(task, submissions, options, key, self._patience))
@@ -190,7 +190,7 @@ class AsyncClient:
         submission: Submission | Mapping[str, JSON],
         *,
         key: str | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SubmitOptions],
     ) -> Run:
         return await self._perform(exchanges.submit(task, submission, options, key, self._patience))
 
@@ -200,7 +200,7 @@ class AsyncClient:
         submissions: Iterable[Submission | Mapping[str, JSON]],
         *,
         key: str | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SubmitOptions],
     ) -> Batch:
         return await self._perform(exchanges.submit_many(task, submissions, options, key, self._patience))
 

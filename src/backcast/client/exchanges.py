@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 from backcast.client.wire import (
     Ask,
     Flow,
-    Options,
+    SubmitOptions,
     answered,
     body_of,
     lane_path,
@@ -52,7 +52,7 @@ class Filters(TypedDict, total=False):
     batch: UUID | str | None
 
 
-class Page(NamedTuple):
+class PageRequest(NamedTuple):
     params: Mapping[str, str]
     left: int | None
     """Runs still wanted; None is all of them."""
@@ -95,7 +95,7 @@ def raise_for_state(run: Run) -> None:
 
 
 def submit(
-    task: str, submission: Submission | Mapping[str, JSON], options: Options, key: str | None, patience: float
+    task: str, submission: Submission | Mapping[str, JSON], options: SubmitOptions, key: str | None, patience: float
 ) -> Flow[Run]:
     ask = Ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", {}, body_of(submission, options), post_headers(key))
     return read(Run, (yield from answered(ask, patience)))
@@ -104,7 +104,7 @@ def submit(
 def submit_many(
     task: str,
     submissions: Iterable[Submission | Mapping[str, JSON]],
-    options: Options,
+    options: SubmitOptions,
     key: str | None,
     patience: float,
 ) -> Flow[Batch]:
@@ -190,17 +190,17 @@ def tasks(patience: float) -> Flow[Sequence[TaskType]]:
     return read(_TaskTypes, (yield from answered(Ask("GET", "/v1/tasks"), patience))).items
 
 
-def first_page(filters: Filters, limit: int | None) -> Page | None:
+def first_page(filters: Filters, limit: int | None) -> PageRequest | None:
     return _next_page({name: str(value) for name, value in filters.items() if value is not None}, limit)
 
 
-def _next_page(params: Mapping[str, str], left: int | None) -> Page | None:
+def _next_page(params: Mapping[str, str], left: int | None) -> PageRequest | None:
     if left is not None and left <= 0:
         return None
-    return Page({**params, "limit": str(_PAGE if left is None else min(left, _PAGE))}, left)
+    return PageRequest({**params, "limit": str(_PAGE if left is None else min(left, _PAGE))}, left)
 
 
-def page(page: Page, patience: float) -> Flow[tuple[Sequence[Run], Page | None]]:
+def page(page: PageRequest, patience: float) -> Flow[tuple[Sequence[Run], PageRequest | None]]:
     got = read(_RunPage, (yield from answered(Ask("GET", "/v1/runs", page.params), patience)))
     if got.next_cursor is None:
         return got.items, None

@@ -22,12 +22,13 @@ from backcast.errors import (
     Unavailable,
 )
 from backcast.models import JSON, Submission
+from backcast.process.outages import backoff
 
 T = TypeVar("T")
 Noun = TypeVar("Noun", bound=BaseModel)
 
 
-class Options(TypedDict, total=False):
+class SubmitOptions(TypedDict, total=False):
     """The fields of a `Submission` beside its input."""
 
     owner: str
@@ -53,7 +54,7 @@ Flow: TypeAlias = Generator[Ask | float, httpx.Response | httpx.TransportError |
 def answered(ask: Ask, patience: float) -> Flow[httpx.Response]:
     """Ask until there is an answer, or nothing but "come back later" for `patience` seconds."""
     give_up = time.monotonic() + patience
-    pause = 0.1
+    delays = backoff(0.1, 5.0)
     while True:
         got = yield ask
         assert got is not None  # only pauses are answered with nothing
@@ -65,12 +66,11 @@ def answered(ask: Ask, patience: float) -> Flow[httpx.Response]:
                 raise trouble
         else:
             trouble, retry_after = _silence(got), ""
-        seconds = max(pause, float(retry_after) if retry_after.isdecimal() else 0.0)
+        seconds = max(next(delays), float(retry_after) if retry_after.isdecimal() else 0.0)
         seconds *= random.uniform(1.0, 1.5)  # noqa: S311  # so that clients do not all come back together
         if time.monotonic() + seconds > give_up:
             raise trouble
         yield seconds
-        pause = min(pause * 2, 5.0)
 
 
 # What is sent
@@ -116,7 +116,7 @@ def _header(key: str) -> str:
     return key
 
 
-def body_of(submission: Submission | Mapping[str, JSON], given: Options) -> bytes:
+def body_of(submission: Submission | Mapping[str, JSON], given: SubmitOptions) -> bytes:
     try:
         if not isinstance(submission, Submission):
             submission = Submission(input=dict(submission), **given)
@@ -178,8 +178,8 @@ def _refusal(answer: httpx.Response) -> BackcastError:
         detail = str(problem.get("detail") or title)
         errors = tuple(FieldError(str(e["pointer"]), str(e["detail"])) for e in problem.get("errors") or ())
     except (ValueError, TypeError, KeyError, AttributeError):  # a proxy's page, or another service
-        said = f"{answer.status_code} {answer.reason_phrase}".strip()
-        return Unavailable(f"{answer.url} answered {said}.") if is_away else _foreign(answer, said)
+        answered = f"{answer.status_code} {answer.reason_phrase}".strip()
+        return Unavailable(f"{answer.url} answered {answered}.") if is_away else _foreign(answer, answered)
     kind = _KINDS.get(code, Unavailable if is_away else ClientError)
     if issubclass(kind, TooManyWaiting):
         retry_after = answer.headers.get("Retry-After", "")

@@ -20,20 +20,20 @@ from backcast.errors import Unavailable
 from backcast.executor import plain, prefect_engine
 from backcast.executor.cache import CacheStorage
 from backcast.executor.classification import problem
-from backcast.executor.plain import Job, Kit
-from backcast.executor.prefect_engine import Tell
-from backcast.executor.registry import serve
+from backcast.executor.plain import Job, Template
+from backcast.executor.prefect_engine import Publish
+from backcast.executor.registry import register
 from backcast.executor.threads import Threads
-from backcast.models import JSON, Attempt, Failed, TaskType
+from backcast.models import JSON, AttemptResult, Failed, TaskType
 from backcast.options import stoppable
 from backcast.store import Store
 
 
-class Engine:
+class Executor:
     """The tasks of this process and the means to run them. Enter it once, for the life of the worker: one client
     context for all runs is what keeps HTTP calls off the hot path.
 
-    Where nobody is told of a run (no `tell`, or its task has `history="none"`) and its task asks for nothing that only
+    Where nobody is told of a run (no `publish`, or its task has `history="none"`) and its task asks for nothing that only
     Prefect's engine does (a cache policy, hooks, assets, names for runs), the function is called directly.
     """
 
@@ -45,26 +45,26 @@ class Engine:
         max_attempts: int,
         store: Store,
         threads: int,
-        tell: Tell | None = None,
+        publish: Publish | None = None,
     ):
         storage = CacheStorage.over(store, asyncio.get_running_loop())
-        self.served = {
-            name: serve(task, pool=pool, max_attempts=max_attempts, storage=storage)
+        self.registered = {
+            name: register(task, pool=pool, max_attempts=max_attempts, storage=storage)
             for name, task in tasks.items()
             if not task.isgenerator  # a stream of values has no place to go yet
         }
-        self._tell = tell
+        self._publish = publish
         self._threads = Threads(threads)
         self._contexts = contextlib.AsyncExitStack()
-        self._kits: dict[str, Kit] = {}
+        self._templates: dict[str, Template] = {}
 
     @property
     def names(self) -> Collection[str]:
-        return self.served.keys()
+        return self.registered.keys()
 
     @property
     def types(self) -> list[TaskType]:
-        return [served.type for served in self.served.values()]
+        return [registered.type for registered in self.registered.values()]
 
     @property
     def threads_busy(self) -> int:
@@ -81,8 +81,8 @@ class Engine:
         self._contexts.enter_context(SyncClientContext.get_or_create())
         # Once and for all: Prefect does it around each run, and runs side by side then undo each other's.
         self._contexts.enter_context(patch_print())
-        for name, served in self.served.items():
-            self._kits[name] = await Kit.of(served, client.client)
+        for name, registered in self.registered.items():
+            self._templates[name] = await Template.of(registered, client.client)
         return self
 
     async def __aexit__(
@@ -91,7 +91,7 @@ class Engine:
         self._threads.close()
         await self._contexts.aclose()
 
-    async def execute(self, name: str, run_id: UUID, given: dict[str, JSON], *, retries: int) -> Attempt:
+    async def execute(self, name: str, run_id: UUID, given: dict[str, JSON], *, retries: int) -> AttemptResult:
         """Make one attempt, and those after it that are due at once; `retries` is how many were made before.
 
         Raises nothing but the `CancelledError` of whoever stops it, with a `models.Reason`: at once, also where a
@@ -101,10 +101,10 @@ class Engine:
             with stoppable() as asked:
                 try:
                     job = self._job(name, run_id, given, retries)
-                    tell = self._tell if job.kit.served.options.history == "full" else None
-                    if tell is None and not job.kit.served.needs_engine:
+                    publish = self._publish if job.template.registered.options.history == "full" else None
+                    if publish is None and not job.template.registered.needs_engine:
                         return await plain.call(job, self._threads, asked)
-                    return await prefect_engine.call(job, self._threads, asked, tell)
+                    return await prefect_engine.call(job, self._threads, asked, publish)
                 finally:
                     asked.set()  # what the task has left running belongs to a run that is over
         except asyncio.CancelledError as stop:
@@ -120,9 +120,9 @@ class Engine:
     def cache_key(self, name: str, run_id: UUID, given: dict[str, JSON]) -> str | None:
         """The key of the value that this run would take or leave in the cache, as Prefect's engine reckons it. None:
         the task is not cached, wants no cached value, or its policy has no key for this input."""
-        served = self.served[name]
-        refresh = served.task.refresh_cache
-        if not served.is_cached or (PREFECT_TASKS_REFRESH_CACHE.value() if refresh is None else refresh):
+        registered = self.registered[name]
+        refresh = registered.task.refresh_cache
+        if not registered.is_cached or (PREFECT_TASKS_REFRESH_CACHE.value() if refresh is None else refresh):
             return None
         try:
             return prefect_engine.cache_key(self._job(name, run_id, given, 0))
@@ -130,4 +130,4 @@ class Engine:
             return None
 
     def _job(self, name: str, run_id: UUID, given: dict[str, JSON], retries: int) -> Job:
-        return Job(self._kits[name], run_id, self.served[name].bind(given), retries)
+        return Job(self._templates[name], run_id, self.registered[name].bind(given), retries)

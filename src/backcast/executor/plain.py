@@ -25,10 +25,10 @@ from pydantic import BaseModel
 
 from backcast.errors import FatalError, RunTimeout
 from backcast.executor.classification import may_retry, problem, retry_after
-from backcast.executor.registry import Served
+from backcast.executor.registry import RegisteredTask
 from backcast.executor.threads import Overdue, Threads
 from backcast.executor.values import to_json
-from backcast.models import Attempt, Failed, Retry, Succeeded, uuid7
+from backcast.models import AttemptResult, Failed, Retry, Succeeded, uuid7
 
 MARGIN = 0.5
 """Seconds after its time-out in which a thread may end by itself, before it is left behind."""
@@ -38,16 +38,16 @@ RUNNING, COMPLETED = Running(), Completed()
 
 
 @dataclass(frozen=True, slots=True)
-class Kit:
+class Template:
     """A served task with the models that Prefect's contexts want for its runs. Making and validating one takes longer
     than a run; a run takes copies."""
 
-    served: Served
+    registered: RegisteredTask
     context: TaskRunContext
 
     @classmethod
-    async def of(cls, served: Served, client: PrefectClient) -> Self:
-        task = served.task
+    async def of(cls, registered: RegisteredTask, client: PrefectClient) -> Self:
+        task = registered.task
         run = TaskRun(
             name=task.name,
             task_key=task.task_key,
@@ -59,26 +59,26 @@ class Kit:
             task=task,
             task_run=run,
             parameters={},
-            log_prints=served.log_prints,
+            log_prints=registered.log_prints,
             result_store=await ResultStore().aupdate_for_task(task),
-            persist_result=served.is_cached,
+            persist_result=registered.is_cached,
             client=client,
         )
-        return cls(served, context)
+        return cls(registered, context)
 
 
 @dataclass(slots=True)
 class Job:
     """Attempts to be made."""
 
-    kit: Kit
+    template: Template
     run_id: UUID
     parameters: dict[str, Any]
     retries: int
 
     @property
     def task(self) -> "Task[..., Any]":
-        return self.kit.served.task
+        return self.template.registered.task
 
     @property
     def within(self) -> float | None:
@@ -90,7 +90,7 @@ class Job:
         return RunTimeout(f"Task run exceeded timeout of {self.task.timeout_seconds} second(s)")
 
     def function(self) -> Callable[[], Any]:
-        if self.kit.served.is_plain:
+        if self.template.registered.is_plain:
             return lambda: self.task.fn(**self.parameters)
         return lambda: call_with_parameters(self.task.fn, self.parameters)
 
@@ -117,13 +117,13 @@ def task_run(job: Job) -> TaskRun:
         "created": at,
         "updated": at,
     }
-    return cast("TaskRun", BaseModel.model_copy(job.kit.context.task_run, update=changed))
+    return cast("TaskRun", BaseModel.model_copy(job.template.context.task_run, update=changed))
 
 
 def context(job: Job, run: TaskRun) -> TaskRunContext:
     """Where `get_run_logger`, `prefect.runtime` and the tasks that a task calls find their run."""
     changed = {"task_run": run, "parameters": job.parameters, "start_time": now("UTC")}
-    return job.kit.context.model_copy(update=changed)
+    return job.template.context.model_copy(update=changed)
 
 
 def body(value: Any) -> bytes:
@@ -136,7 +136,7 @@ def body(value: Any) -> bytes:
     return to_json(value)
 
 
-async def call(job: Job, threads: Threads, asked: threading.Event) -> Attempt:
+async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptResult:
     """Make the attempt, and at once those that are due without a delay. Raises nothing but `BaseException`s."""
     task, run = job.task, task_run(job)
     while True:

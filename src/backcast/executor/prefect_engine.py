@@ -28,9 +28,9 @@ from backcast.executor.classification import clean, may_retry, problem, retry_af
 from backcast.executor.plain import Job
 from backcast.executor.threads import Overdue, Threads
 from backcast.history.events import Change
-from backcast.models import Attempt, Failed, Retry, Succeeded
+from backcast.models import AttemptResult, Failed, Retry, Succeeded
 
-Tell = Callable[[Change], None]
+Publish = Callable[[Change], None]
 _LOGGER = get_logger("engine")
 _TELEMETRY = RunTelemetry()  # asks OpenTelemetry for a tracer, once and not for each run
 
@@ -38,10 +38,10 @@ _TELEMETRY = RunTelemetry()  # asks OpenTelemetry for a tracer, once and not for
 @dataclass(kw_only=True)
 class _Ours:
     """What we change in Prefect's engines: the run's contexts are entered once for an attempt and are not validated;
-    states are told to `tell` and not emitted; our error kinds decide about retries; the cause of a failure is kept."""
+    states are told to `publish` and not emitted; our error kinds decide about retries; the cause of a failure is kept."""
 
     job: Job
-    tell: Tell | None
+    publish: Publish | None
     cause: BaseException | None = None
     body: bytes = b""
     """The value as JSON, made before Prefect is told that the run is completed."""
@@ -103,8 +103,8 @@ class _Ours:
             run.start_time = at
         run.end_time = at if state.is_final() else None
         run.state, run.state_id, run.state_type, run.state_name = state, state.id, state.type, state.name
-        if self.tell is not None:
-            self.tell(self._change(state))
+        if self.publish is not None:
+            self.publish(self._change(state))
 
     def _change(self, state: "State[Any]") -> Change:
         run = self._engine.task_run
@@ -120,7 +120,7 @@ class _Ours:
             attempts=run.run_count,
             due=run.expected_start_time or state.timestamp,
             parameters=tuple(self.job.parameters),
-            policy=self.job.kit.served.policy,
+            policy=self.job.template.registered.policy,
             version=self.job.task.version,
             started_at=run.start_time,
             ended_at=run.end_time,
@@ -132,7 +132,7 @@ class _Ours:
         """Keep what the function returned. True: it is a mere value, and the run is completed; else Prefect decides
         what it means, and does what the task has asked for when it is completed."""
         self.body = plain.body(value.result if isinstance(value, ResultRecord) else value)
-        return not (self.job.kit.served.needs_engine or isinstance(value, State) or is_state_iterable(value))
+        return not (self.job.template.registered.needs_engine or isinstance(value, State) or is_state_iterable(value))
 
     def note(self, cause: BaseException) -> None:
         self.cause = self.job.overdue() if isinstance(cause, TaskRunTimeoutError) else cause
@@ -144,7 +144,7 @@ class _Ours:
         assert run is not None
         self._engine.logger = typing.cast("Any", task_run_logger(task_run=run, task=self.job.task))
 
-    def verdict(self) -> Attempt:
+    def attempt_result(self) -> AttemptResult:
         state, retries = self._engine.state, self._engine.retries
         if self.is_parked:
             at = state.state_details.scheduled_time
@@ -164,7 +164,7 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
         return may_retry(exc_or_state) and await super().can_retry(exc_or_state)
 
     async def call_hooks(self, state: Any = None) -> None:
-        if self.job.kit.served.needs_engine:
+        if self.job.template.registered.needs_engine:
             self.speak()
             await super().call_hooks(state)
 
@@ -209,7 +209,7 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
                 raise
 
     async def _attempt(self) -> None:
-        if not self.job.kit.served.needs_engine:
+        if not self.job.template.registered.needs_engine:
             return await self._try(AsyncTransaction(logger=_LOGGER, write_on_commit=False))
         async with self.asset_context():
             await self._try(self.transaction_context())
@@ -237,7 +237,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
         return may_retry(exc_or_state) and super().can_retry(exc_or_state)
 
     def call_hooks(self, state: Any = None) -> None:
-        if self.job.kit.served.needs_engine:
+        if self.job.template.registered.needs_engine:
             self.speak()
             super().call_hooks(state)
 
@@ -287,7 +287,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
             self.call_hooks()
 
     def _attempt(self) -> None:
-        if not self.job.kit.served.needs_engine:
+        if not self.job.template.registered.needs_engine:
             return self._try(Transaction(logger=_LOGGER, write_on_commit=False))
         with self.asset_context():
             self._try(self.transaction_context())
@@ -310,36 +310,36 @@ def _last_word(stop: BaseException) -> "tuple[State[Any] | None, bool]":
     match stop.args[:1]:  # see `models.Reason`
         case ("cancelled",):
             return Cancelled(message="Cancelled by request."), True
-        case ("handed back",):
+        case ("released",):
             message = "Its worker stopped before it had finished; another one runs it."
-            return Pending(name="HandedBack", message=message), True
+            return Pending(name="Released", message=message), True
         case ("lost",):
             return None, True  # another worker has the run and speaks for it
         case _:
             return None, False
 
 
-async def call(job: Job, threads: Threads, asked: threading.Event, tell: Tell | None) -> Attempt:
+async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publish | None) -> AttemptResult:
     """Make the attempt, and at once those that are due without a delay."""
     if job.task.isasync:
-        engine = _AsyncEngine(**_parts(job, tell))
+        engine = _AsyncEngine(**_parts(job, publish))
         while True:
             await engine.drive()
             if engine.is_done:
-                return engine.verdict()
-    engine = _SyncEngine(**_parts(job, tell))
+                return engine.attempt_result()
+    engine = _SyncEngine(**_parts(job, publish))
     while True:
         try:
             await threads.run(engine.drive, asked=asked, within=job.within)
         except Overdue:
             engine.silence(None)
-            engine = _SyncEngine(**_parts(job, tell, task_run=engine.task_run, retries=engine.retries))
+            engine = _SyncEngine(**_parts(job, publish, task_run=engine.task_run, retries=engine.retries))
             await asyncio.to_thread(engine.overrun)
         except asyncio.CancelledError as stop:
             engine.silence(_last_word(stop)[0])
             raise
         if engine.is_done:
-            return engine.verdict()
+            return engine.attempt_result()
 
 
 def cache_key(job: Job) -> str | None:
@@ -348,11 +348,11 @@ def cache_key(job: Job) -> str | None:
         return _SyncEngine(**_parts(job, None)).compute_transaction_key()
 
 
-def _parts(job: Job, tell: Tell | None, **other: Any) -> dict[str, Any]:
+def _parts(job: Job, publish: Publish | None, **other: Any) -> dict[str, Any]:
     """What both engines are made of; their own defaults cost more than a run."""
     return {
         "job": job,
-        "tell": tell,
+        "publish": publish,
         "task": job.task,
         "parameters": job.parameters,
         "task_run": plain.task_run(job),

@@ -53,7 +53,7 @@ def discover(modules: Iterable[str]) -> dict[str, "Task[..., Any]"]:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class RegisteredTask:
     """A task that this process serves: what callers see, and what is run."""
 
     type: TaskType
@@ -93,7 +93,7 @@ class Served:
         return {name: bound[name] for name in self.type.input_schema["properties"] if name in bound}
 
 
-def serve(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: WritableFileSystem) -> Served:
+def register(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: WritableFileSystem) -> RegisteredTask:
     """How this task is offered and run. The user's object stays as it is; the engine gets a copy that carries storage
     (or each run would ask the server for it), no tags (each costs a call and fails without the server) and, unless a
     cache policy asks for it, no persistence: we write results ourselves."""
@@ -110,7 +110,7 @@ def serve(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Writ
         if hints.get(name, Any) not in _PLAIN:
             adapters[name] = TypeAdapter(hints[name])
     cached, options = _is_cached(task.cache_policy), options_of(task)
-    return Served(
+    return RegisteredTask(
         type=TaskType(
             name=task.name,
             pool=pool,

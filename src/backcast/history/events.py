@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Self
 from uuid import UUID, uuid5
 
-from backcast.ledger.history import Told
+from backcast.ledger.history import Entry
 from backcast.models import JSON
 
 RESOURCE = "prefect.task-run."
@@ -49,7 +49,7 @@ class Change:
     scheduled_for: datetime | None = None
 
     @classmethod
-    def from_ledger(cls, run: Told) -> Self:
+    def from_ledger(cls, run: Entry) -> Self:
         scheduled = run.state == "scheduled"
         start = None if scheduled else run.started_at or run.at
         kind = state_type(run.state)
@@ -62,7 +62,7 @@ class Change:
             message=f"Expired: {run.message or 'it was not started before its deadline.'}"
             if run.state == "expired"
             else run.message,
-            at=run.said_at or run.at,
+            at=run.reported_at or run.at,
             attempts=run.attempts,
             due=run.due,
             parameters=run.parameters,

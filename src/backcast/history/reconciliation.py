@@ -1,5 +1,5 @@
 """Tells Prefect what its engine can't: which runs wait, how those ended that never reached an engine, and every end
-that was lost on the way. Decides whom to ask about and when; how Prefect is asked and told, the mirror knows.
+that was lost on the way. Decides whom to ask about and when; how Prefect is asked and told, the sink knows.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from uuid import UUID
 import httpx
 
 from backcast.history.events import state_type
-from backcast.history.sink import Mirror
+from backcast.history.sink import Sink
 from backcast.ledger import cursors, history
 from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
@@ -43,17 +43,17 @@ AFTER_ABSENCE = 60.0
 
 
 @dataclass
-class Chronicle:
+class Reconciliation:
     """Telling twice does no harm: Prefect keeps the latest state of a run."""
 
     ledger: Ledger
-    mirror: Mirror
+    sink: Sink
     keep: timedelta | None
     """How long Prefect keeps the runs that ended; what it has forgotten is not told anew."""
     _ended: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(seconds=LOOK_BACK), init=False)
     _away_until: float = field(default=0.0, init=False)
 
-    async def go_on(self) -> None:
+    async def publish_new(self) -> None:
         """What is new since the last time: who waits, and who ended badly. The others' engines speak for themselves."""
         after = (await cursors.read(self.ledger)).get("waiting", uuid7(LOOK_BACK))
         until = await history.reach(self.ledger, after, uuid7(WAITS_AFTER), rows=WAITING_REACH)
@@ -62,10 +62,10 @@ class Chronicle:
         if ended:  # a full page may end inside a batch with one time: that batch again
             self._ended = ended[-1].at - timedelta(microseconds=len(ended) == ENDED_PAGE)
         for run in (*waiting, *ended):
-            self.mirror.tell(run)
+            self.sink.record(run)
         await cursors.move(self.ledger, "waiting", waiting[-1].id if len(waiting) == WAITING_PAGE else until)
 
-    async def look_again(self) -> None:
+    async def reconcile(self) -> None:
         """Ask Prefect about every run that ended, and correct what it has wrong; see decision 10.
 
         Runs are gone through by their ids, when they reach each of the ages, and asked about when they have ended. So
@@ -96,11 +96,11 @@ class Chronicle:
     async def _correct(self, runs: list[UUID], kind: str) -> None:
         """Returns when Prefect shows it, so that a server that dies with what it was just told is told again."""
         for seconds in PATIENCE:
-            if await self.mirror.count(runs, kind) == len(runs):
+            if await self.sink.count(runs, kind) == len(runs):
                 return
-            shown = await self.mirror.states(runs)
+            shown = await self.sink.states(runs)
             runs = [run for run in runs if shown[run] != kind]
-            for run in await history.told(self.ledger, runs):
-                self.mirror.tell(run)
+            for run in await history.entries(self.ledger, runs):
+                self.sink.record(run)
             await asyncio.sleep(seconds)
         log.warning("Prefect does not show yet how %d runs ended, such as %s", len(runs), runs[0])

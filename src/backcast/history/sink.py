@@ -9,13 +9,15 @@ import tempfile
 import threading
 from collections import OrderedDict, deque
 from datetime import datetime
+from functools import partial
 from typing import IO, Any, Protocol
 from uuid import UUID
 
 import httpx
 
 from backcast.history.events import RESOURCE, Change, event
-from backcast.ledger.history import Told
+from backcast.ledger.history import Entry
+from backcast.process.outages import Outage, backoff
 from backcast.settings import Prefect
 
 
@@ -39,7 +41,7 @@ AT_ONCE = 8
 """Deletions that the server works on at the same time; it has no route that takes several."""
 
 
-class Mirror:
+class Sink:
     """`show`, `put` and `keep_log` may come from any thread; `run` is a loop of ours."""
 
     def __init__(self, server: Prefect) -> None:
@@ -61,13 +63,13 @@ class Mirror:
 
     # -- what is to be shown ----------------------------------------------------------------------------------------
 
-    def show(self, change: Change) -> None:
+    def publish(self, change: Change) -> None:
         if self.is_enabled:
             self._keep(f"{RESOURCE}{change.run}", change)
 
-    def tell(self, run: Told) -> None:
+    def record(self, entry: Entry) -> None:
         """Show what the ledger knows of a run and no engine has said: that it waits, or how it ended."""
-        self.show(Change.from_ledger(run))
+        self.publish(Change.from_ledger(entry))
 
     def keep_event(self, key: str, event: Event) -> None:
         """Show an event that Prefect itself has made; of two with one key the later one."""
@@ -115,21 +117,20 @@ class Mirror:
 
     async def run(self) -> None:
         """Post for ever; while the server is away events wait, the newest of each run."""
-        delay, away = INTERVAL, False
+        outage = Outage(partial(log.warning, "Prefect can't be reached (%s): runs go on, their history follows"))
+        delay, delays = INTERVAL, backoff(1.0, 15.0)
         while True:
             await asyncio.sleep(delay)
             try:
                 await self._flush()
             except httpx.HTTPError as error:
-                if not away:
-                    log.warning(
-                        "Prefect can't be reached (%s): runs go on, their history follows", type(error).__name__
-                    )
-                delay, away = min(max(delay * 2, 1.0), 15.0), True
+                outage.failed(type(error).__name__)
+                delay = next(delays)
             else:
-                if away:
+                if outage:
                     log.info("Prefect is back")
-                delay, away = INTERVAL, False
+                outage.is_over()
+                delay, delays = INTERVAL, backoff(1.0, 15.0)
 
     async def aclose(self, timeout: float) -> None:
         """Post what is left, for at most `timeout` seconds."""
@@ -207,7 +208,7 @@ class Mirror:
                 known[UUID(run["id"])] = run["state_type"]
         return known
 
-    async def forget(self, before: datetime, limit: int) -> int:
+    async def delete_ended(self, before: datetime, limit: int) -> int:
         """Have the server delete up to `limit` task runs without a flow that ended before this time, with their logs,
         which it removes a moment later. How many it was; the server's route takes one at a time.
 

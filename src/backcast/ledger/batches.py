@@ -12,6 +12,7 @@ from backcast.ledger import lanes
 from backcast.ledger.connection import Ledger
 from backcast.ledger.submissions import INSERT, New, columns
 from backcast.models import Batch, Problem, State
+from backcast.process.outages import backoff
 
 SLICE = 500
 """Runs per statement: between two of them the process does other things."""
@@ -22,7 +23,7 @@ AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
+class SubmittedBatch:
     batch: Batch
     fresh: bool
     """False when an earlier request with the same Idempotency-Key made this batch."""
@@ -38,7 +39,7 @@ returning id, owner, size, created_at, request_hash, xmax = 0 as fresh"""
 
 async def submit(
     ledger: Ledger, batch_id: UUID, owner: str, rows: Sequence[New], *, key: str | None, request_hash: bytes
-) -> Submitted:
+) -> SubmittedBatch:
     """Record a batch and its runs; when this returns they are durable.
 
     Raises:
@@ -63,11 +64,11 @@ async def submit(
                 "An earlier batch of this owner used the same Idempotency-Key for something else: use a new key for a"
                 " new batch, or repeat the earlier one unchanged."
             )
-        return Submitted(await get(ledger, row["id"]), fresh=False)
+        return SubmittedBatch(await get(ledger, row["id"]), fresh=False)
     for pool in ready:
         ledger.wake(pool)
-    await lanes.nudge(ledger, held)
-    return Submitted(_batch(row, {State.QUEUED: len(rows)}), fresh=True)
+    await lanes.try_promote(ledger, held)
+    return SubmittedBatch(_batch(row, {State.QUEUED: len(rows)}), fresh=True)
 
 
 async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
@@ -141,10 +142,10 @@ cancelled as (
   update runs set cancel_requested_at = now(),
          state = case when state = 'running' then state else 'cancelled' end,
          finished_at = case when state = 'running' then null else now() end
-   where id = any(array(select id from mine)) returning lane, admitted, state),
+   where id = any(array(select id from mine)) returning lane, promoted, state),
 released as (
-  update lanes set admitted = lanes.admitted - n
-    from (select lane, count(*) as n from cancelled where admitted and state = 'cancelled' group by lane) c
+  update lanes set promoted = lanes.promoted - n
+    from (select lane, count(*) as n from cancelled where promoted and state = 'cancelled' group by lane) c
    where lanes.name = c.lane returning name)
 select (select count(*) from due) as due, (select max(id::text)::uuid from due) as last,
        (select count(*) from cancelled) as cancelled, array(select name from released) as released"""
@@ -153,16 +154,15 @@ select (select count(*) from due) as due, (select max(id::text)::uuid from due) 
 async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
     """Cancel what has not ended, and ask running ones to stop. Raises `UnknownBatch`."""
     await get(ledger, batch_id)
-    pause = 0.01
-    while True:
+    for delay in backoff(0.01, 1.0):
         after, skipped = UUID(int=0), 0
         while row := await ledger.fetchrow(_CANCEL, batch_id, after, AT_ONCE):
-            await lanes.nudge(ledger, row["released"])
+            await lanes.try_promote(ledger, row["released"])
             skipped += row["due"] - row["cancelled"]
             if row["due"] < AT_ONCE:
                 break
             after = row["last"]
         if not skipped:
-            return await get(ledger, batch_id)
-        await asyncio.sleep(pause)  # whoever has them is done in milliseconds
-        pause = min(2 * pause, 1.0)
+            break
+        await asyncio.sleep(delay)  # whoever has them is done in milliseconds
+    return await get(ledger, batch_id)

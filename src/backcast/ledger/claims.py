@@ -22,7 +22,7 @@ class Claim:
     owner_key: int
     lane: str | None = None
     """Set when the run is counted in this lane, which must then be told that it has ended."""
-    ahead: bool = False
+    prefetched: bool = False
     """Claimed while no slot was free: it may wait here for a moment, and its loss is not charged."""
     lost_fence: int | None = None
     """The latest attempt that was lost with its worker. It may have stored a result."""
@@ -33,7 +33,7 @@ class Claim:
         return self.attempts_used - self.retries_used
 
     @property
-    def is_suspect(self) -> bool:
+    def is_quarantined(self) -> bool:
         """Whether the run must run alone: the next loss will be its own doing, and no other run's."""
         return self.losses >= max(1, min(2, self.max_attempts - 1))
 
@@ -71,26 +71,26 @@ pick as materialized (
    where exists (select from alive)
    order by hop.n limit $3)
 update runs r set state = 'running', fence = r.fence + 1, worker_id = $4, started_at = now(),
-       ahead = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
+       prefetched = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
             or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1))
  where r.id = any(array(select id from pick))
 returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
-          r.owner_key, case when r.admitted then r.lane end as lane, r.ahead, r.lost_fence"""
+          r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence"""
 
 
 async def claim(
-    ledger: Ledger, *, pool: str, cursor: int, limit: int, worker_id: UUID, lease: timedelta, ahead: int = 0
+    ledger: Ledger, *, pool: str, cursor: int, limit: int, worker_id: UUID, lease: timedelta, prefetch: int = 0
 ) -> list[Claim]:
     """Take up to `limit` ready runs of `pool`, and up to `ahead` more, going round the owners from the one after
     `cursor` (an owner key)."""
-    rows = await ledger.fetch(_CLAIM, pool, cursor, limit + ahead, worker_id, lease, limit)
+    rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit)
     return [Claim(**row) for row in rows]
 
 
 async def begin(ledger: Ledger, worker_id: UUID, claim: Claim) -> None:
     """Mark that a run which waited on its worker begins: from here on its loss is charged."""
     await ledger.execute(
-        "update runs set ahead = false where id = $1 and fence = $2 and worker_id = $3 and state = 'running'",
+        "update runs set prefetched = false where id = $1 and fence = $2 and worker_id = $3 and state = 'running'",
         claim.id,
         claim.fence,
         worker_id,

@@ -195,7 +195,7 @@ class Ledger:
     async def listen(self, pool: str, ready: Callable[[], None]) -> None:
         """Call `ready` whenever a run of `pool` may be ready, for ever; a lost connection is opened again."""
 
-        def heard(_connection: object, _pid: int, _channel: str, payload: object) -> None:
+        def notified(_connection: object, _pid: int, _channel: str, payload: object) -> None:
             if payload == pool:
                 ready()
 
@@ -204,7 +204,7 @@ class Ledger:
                 async with self.session() as connection:
                     lost = asyncio.get_running_loop().create_future()
                     connection.add_termination_listener(partial(_closed, lost))
-                    await connection.add_listener(CHANNEL, heard)
+                    await connection.add_listener(CHANNEL, notified)
                     ready()  # what became ready while nobody listened
                     await lost
             await asyncio.sleep(1)

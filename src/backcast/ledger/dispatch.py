@@ -9,7 +9,7 @@ AT_ONCE = 1000
 
 # Lanes that may have room for a run that waits; one probe into runs_held each.
 _OPEN = """
-select name from lanes l where (max_running is null or admitted < max_running)
+select name from lanes l where (max_running is null or promoted < max_running)
    and exists (select from runs where state = 'held' and lane = l.name)"""
 
 # SKIP LOCKED: every worker does this on its poll, and none waits for another. The index is runs_scheduled.
@@ -32,10 +32,10 @@ late as materialized (
      and (select count(*) from lane) >= 0 for update skip locked),
 expired as (
   update runs set state = 'expired', finished_at = now(), error = $1::json
-   where id = any(array(select id from late)) returning lane, admitted),
+   where id = any(array(select id from late)) returning lane, promoted),
 released as (
-  update lanes set admitted = lanes.admitted - n
-    from (select lane, count(*) as n from expired where admitted group by lane) e where lanes.name = e.lane)
+  update lanes set promoted = lanes.promoted - n
+    from (select lane, count(*) as n from expired where promoted group by lane) e where lanes.name = e.lane)
 select count(*) as expired from expired"""
 
 EXPIRED = Problem(
@@ -45,7 +45,7 @@ EXPIRED = Problem(
 )
 
 
-async def move_on(ledger: Ledger) -> int:
+async def dispatch_due(ledger: Ledger) -> int:
     """What time alone changes: scheduled runs whose time has come are ready, late ones expire, lanes have room again.
 
     Every worker and the steward do it on their polls, so that none of it waits for one of them. Returns how many runs
@@ -59,5 +59,5 @@ async def move_on(ledger: Ledger) -> int:
     due = await ledger.fetch(_DUE)
     for pool in {row["pool"] for row in due if row["state"] == "queued"}:
         ledger.wake(pool)
-    await lanes.admit(ledger, {row["name"] for row in await ledger.fetch(_OPEN)})
+    await lanes.promote(ledger, {row["name"] for row in await ledger.fetch(_OPEN)})
     return expired

@@ -56,7 +56,7 @@ _BEAT = """
 with beat as (
   update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1 returning id)
 select r.id, r.fence, r.cancel_requested_at is not null as cancel, r.retries_used,
-       case when r.admitted then r.lane end as lane, (select count(*) from beat) as known
+       case when r.promoted then r.lane end as lane, (select count(*) from beat) as known
   from (select 1) one left join runs r on r.worker_id = $1 and r.state = 'running'"""
 
 

@@ -52,4 +52,4 @@ async def land(ledger: Ledger, flights: Sequence[tuple[str, UUID, int]]) -> None
     rows = await ledger.fetch(_GO_ON, keys)
     for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
         ledger.wake(pool)
-    await lanes.nudge(ledger, {row["lane"] for row in rows if row["state"] == "held"})
+    await lanes.try_promote(ledger, {row["lane"] for row in rows if row["state"] == "held"})

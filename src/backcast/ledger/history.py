@@ -15,7 +15,7 @@ from backcast.models import Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Entry:
     """What a mirror of the ledger shows of a run that no engine has spoken for."""
 
     id: UUID
@@ -28,17 +28,17 @@ class Told:
     due: datetime
     started_at: datetime | None
     attempts: int
-    said_at: datetime | None = None
+    reported_at: datetime | None = None
     """When the ledger says so, if that must outdo what was said after `at`, as by a worker that did not know."""
 
 
-def _told(row: asyncpg.Record) -> Told:
+def _entry(row: asyncpg.Record) -> Entry:
     waits = row["finished_at"] is None
     names: list[str] = []
     with contextlib.suppress(ValueError, AttributeError):  # a large input is elsewhere, a damaged one has no names
         names = list(json.loads(row["input"] or "{}").keys())
     problem = Problem.model_validate_json(row["error"]) if row["error"] and row["state"] == "failed" else None
-    return Told(
+    return Entry(
         id=row["id"],
         task=row["task"],
         state="scheduled" if waits else row["state"],
@@ -48,23 +48,23 @@ def _told(row: asyncpg.Record) -> Told:
         due=row["run_at"],
         started_at=None if waits else row["started_at"],
         attempts=row["attempts_used"],
-        said_at=row["said_at"],
+        reported_at=row["reported_at"],
     )
 
 
-_TOLD = "id, task, state, input, error, created_at, run_at, started_at, finished_at, attempts_used"
+_COLUMNS = "id, task, state, input, error, created_at, run_at, started_at, finished_at, attempts_used"
 _SHOWN = "not exists (select from task_types t where t.name = runs.task and not t.history)"
 """Tasks may do without a history."""
 
 # By the primary key: ids are time-ordered, so "accepted since" is a range of it, and each row is looked at once.
 _WAITING = f"""
-select {_TOLD}, null as said_at from runs
+select {_COLUMNS}, null as reported_at from runs
  where id > $1 and id <= $2 and fence = 0 and state in ('held', 'scheduled', 'queued') and {_SHOWN}
  order by id limit $3"""  # noqa: S608  # constants
 
 # By runs_ended_badly. A second's distance lets the transactions commit that took their time before they did.
 _ENDED_BADLY = f"""
-select {_TOLD}, null as said_at from runs
+select {_COLUMNS}, null as reported_at from runs
  where state in ('failed', 'cancelled', 'expired') and finished_at > $1
    and finished_at <= now() - interval '1 second' and {_SHOWN} order by finished_at limit $2"""  # noqa: S608  # constants
 
@@ -74,7 +74,7 @@ select id, state, {_SHOWN} and finished_at is not null
        and ($3::interval is null or finished_at > now() - $3) as asked
   from runs where id > $1 and id <= $2 order by id limit $4"""  # noqa: S608  # constants
 
-_BY_ID = f"select {_TOLD}, now() as said_at from runs where id = any($1) and finished_at is not null"  # noqa: S608
+_BY_ID = f"select {_COLUMNS}, now() as reported_at from runs where id = any($1) and finished_at is not null"  # noqa: S608
 
 
 async def reach(ledger: Ledger, after: UUID, until: UUID, *, rows: int) -> UUID:
@@ -84,14 +84,14 @@ async def reach(ledger: Ledger, after: UUID, until: UUID, *, rows: int) -> UUID:
     return end["id"] if end else until
 
 
-async def waiting(ledger: Ledger, after: UUID, until: UUID, *, limit: int) -> list[Told]:
+async def waiting(ledger: Ledger, after: UUID, until: UUID, *, limit: int) -> list[Entry]:
     """Runs with ids in (after, until] that no worker has had yet, the oldest first."""
-    return [_told(row) for row in await ledger.fetch(_WAITING, after, until, limit)]
+    return [_entry(row) for row in await ledger.fetch(_WAITING, after, until, limit)]
 
 
-async def ended_badly(ledger: Ledger, after: datetime, *, limit: int) -> list[Told]:
+async def ended_badly(ledger: Ledger, after: datetime, *, limit: int) -> list[Entry]:
     """Runs that did not complete and ended after this time (by the database's clock), the earliest first."""
-    return [_told(row) for row in await ledger.fetch(_ENDED_BADLY, after, limit)]
+    return [_entry(row) for row in await ledger.fetch(_ENDED_BADLY, after, limit)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,6 @@ async def ended(ledger: Ledger, after: UUID, until: UUID, *, within: timedelta |
     return Page({row["id"]: row["state"] for row in rows if row["asked"]}, rows[-1]["id"], len(rows) == limit)
 
 
-async def told(ledger: Ledger, ids: Sequence[UUID]) -> list[Told]:
+async def entries(ledger: Ledger, ids: Sequence[UUID]) -> list[Entry]:
     """How these runs ended, as the last word on them."""
-    return [_told(row) for row in await ledger.fetch(_BY_ID, ids)]
+    return [_entry(row) for row in await ledger.fetch(_BY_ID, ids)]

@@ -1,7 +1,7 @@
 """Lanes: what limits how many runs of a kind run at once, or start in a minute, such as a provider's quota.
 
-A run whose lane is limited waits as `held`, outside of the index that workers claim from, until it is admitted; so
-limits cost nothing to those who have none. `lanes.admitted` counts, in the same transaction that changes a run's state,
+A run whose lane is limited waits as `held`, outside of the index that workers claim from, until it is promoted; so
+limits cost nothing to those who have none. `lanes.promoted` counts, in the same transaction that changes a run's state,
 the lane's runs that are queued or running; only limited lanes have a row that anyone waits for.
 """
 
@@ -15,19 +15,19 @@ from backcast.ledger.connection import Ledger
 from backcast.models import Lane, Limits
 
 AT_ONCE = 1000
-"""Runs admitted by one statement."""
+"""Runs promoted by one statement."""
 BURST = 2.0
 """Seconds' worth of a rate that may start at once; more than the time between two polls, or the rate is not reached."""
 
 # The lane's row lock makes one admission at a time and its numbers the newest; SKIP LOCKED because whoever holds it
 # changes the count and admits right after. Held runs are taken round by owner like ready ones, from the owner served
 # last, by hops over runs_held. Runs are skipped when locked: they are being cancelled or have expired.
-_ADMIT = f"""
+_PROMOTE = f"""
 with recursive
 lane as materialized (
   select name, served, tokens_now,
-         greatest(0, least({AT_ONCE}, max_running - admitted, floor(tokens_now)::int)) as room
-    from (select name, served, max_running, admitted,  -- now(), when we began, may be before refilled_at
+         greatest(0, least({AT_ONCE}, max_running - promoted, floor(tokens_now)::int)) as room
+    from (select name, served, max_running, promoted,  -- now(), when we began, may be before refilled_at
                  case when max_per_minute > 0 then least(greatest(1, max_per_minute / 60 * {BURST}), tokens
                    + max_per_minute / 60 * greatest(0, extract(epoch from now() - refilled_at))) end as tokens_now
             from lanes where name = $1 for update skip locked) l),
@@ -52,22 +52,22 @@ pick as materialized (
     select id from runs where lane = $1 and state = 'held' and owner_key = hop.owner_key
      order by priority desc, run_at, id limit share.rows for update skip locked) r
    order by hop.n limit (select room from lane)),
-admitted as (
-  update runs set state = 'queued', admitted = true where id = any(array(select id from pick)) returning pool),
+promoted as (
+  update runs set state = 'queued', promoted = true where id = any(array(select id from pick)) returning pool),
 counted as (
-  update lanes set admitted = lanes.admitted + (select count(*) from admitted),
+  update lanes set promoted = lanes.promoted + (select count(*) from promoted),
          refilled_at = greatest(lanes.refilled_at, now()),
-         tokens = coalesce(lane.tokens_now - (select count(*) from admitted), lanes.tokens),
+         tokens = coalesce(lane.tokens_now - (select count(*) from promoted), lanes.tokens),
          served = coalesce((select owner_key from pick order by n desc limit 1), lanes.served)
-    from lane where lanes.name = $1 and exists (select from admitted))
-select pool, count(*) over () as admitted from admitted"""  # noqa: S608  # constants
+    from lane where lanes.name = $1 and exists (select from promoted))
+select pool, count(*) over () as promoted from promoted"""  # noqa: S608  # constants
 
 
-async def admit(ledger: Ledger, names: Iterable[str]) -> None:
+async def promote(ledger: Ledger, names: Iterable[str]) -> None:
     """Let as many held runs of these lanes into the queue as their limits allow."""
     for name in sorted(names):
         pools = set[str]()
-        while rows := await ledger.fetch(_ADMIT, name):
+        while rows := await ledger.fetch(_PROMOTE, name):
             pools |= {row["pool"] for row in rows}
             if len(rows) < AT_ONCE:
                 break
@@ -75,17 +75,17 @@ async def admit(ledger: Ledger, names: Iterable[str]) -> None:
             ledger.wake(pool)
 
 
-async def nudge(ledger: Ledger, names: Iterable[str]) -> None:
+async def try_promote(ledger: Ledger, names: Iterable[str]) -> None:
     """`admit` after a change that has been committed: everyone's poll makes up for it when it fails."""
     with contextlib.suppress(LedgerUnavailable):
-        await admit(ledger, names)
+        await promote(ledger, names)
 
 
 _HELD = "(select count(*) from (select from runs where state = 'held' and lane = l.name limit 10000) h) as held"
 
 
 def _lane(row: asyncpg.Record) -> Lane:
-    return Lane(**{key: row[key] for key in ("name", "max_running", "max_per_minute", "admitted", "held")})
+    return Lane(**{key: row[key] for key in ("name", "max_running", "max_per_minute", "promoted", "held")})
 
 
 async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:
@@ -98,7 +98,7 @@ async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:
            returning *, {_HELD}"""  # noqa: S608  # a constant
     row = await ledger.fetchrow(sql, name, limits.max_running, limits.max_per_minute)
     assert row is not None
-    await nudge(ledger, [name])
+    await try_promote(ledger, [name])
     return _lane(row)
 
 
@@ -106,7 +106,7 @@ async def lift(ledger: Ledger, name: str) -> None:
     """Take the limits of a lane away; its held runs go on. Raises `UnknownLane`."""
     await get(ledger, name)
     await ledger.execute("update lanes set max_running = null, max_per_minute = null where name = $1", name)
-    await nudge(ledger, [name])
+    await try_promote(ledger, [name])
 
 
 async def get(ledger: Ledger, name: str) -> Lane:

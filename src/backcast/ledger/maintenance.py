@@ -83,7 +83,7 @@ async def orphans(ledger: Ledger, objects: Mapping[str, UUID]) -> list[str]:
     return [row["key"] for row in rows]
 
 
-async def forget_dead(ledger: Ledger, after: timedelta) -> None:
+async def remove_silent_workers(ledger: Ledger, after: timedelta) -> None:
     """Forget workers that have been silent for `after` and hold no run."""
     await ledger.execute(
         """delete from workers w where heartbeat_at < now() - $1::interval

@@ -38,11 +38,15 @@ def provision(admin_url: str, url: str) -> str:
     role, password, database = _named(url)
     with _locked(admin_url) as connection:
         _make_role(connection, role, password)
-        made = not connection.execute("select from pg_database where datname = %s", [database]).rowcount
-        if made:
-            connection.execute(SQL("create database {} owner {}").format(Identifier(database), Identifier(role)))
+        made = _make_database(connection, database, role)
         connection.execute(SQL("revoke all on database {} from public").format(Identifier(database)))
     return f"The database {database} of {role} {'is made' if made else 'was there'}."
+
+
+def create_database(admin_url: str, database: str) -> None:
+    """Make a database of the administrator's own, unless it is there."""
+    with _locked(admin_url) as connection:
+        _make_database(connection, database)
 
 
 def provision_reader(admin_url: str, url: str) -> str:
@@ -51,10 +55,19 @@ def provision_reader(admin_url: str, url: str) -> str:
     with _locked(admin_url) as connection:
         _make_role(connection, role, password)
         connection.execute(SQL("grant connect on database {} to {}").format(Identifier(database), Identifier(role)))
-    with _connect(_in_database(admin_url, database)) as connection:
-        connection.execute(SQL("grant usage on schema backcast to {}").format(Identifier(role)))
-        connection.execute(SQL("grant select on backcast.backlog to {}").format(Identifier(role)))
+        with _connect(_in_database(admin_url, database)) as inside:  # under the same lock: two grants at once collide
+            inside.execute(SQL("grant usage on schema backcast to {}").format(Identifier(role)))
+            inside.execute(SQL("grant select on backcast.backlog to {}").format(Identifier(role)))
     return f"The role {role} may read the backlog."
+
+
+def _make_database(connection: "psycopg.Connection[object]", database: str, owner: str | None = None) -> bool:
+    """Whether it had to be made."""
+    if connection.execute("select from pg_database where datname = %s", [database]).rowcount:
+        return False
+    owned = SQL(" owner {}").format(Identifier(owner)) if owner else SQL("")
+    connection.execute(SQL("create database {}").format(Identifier(database)) + owned)
+    return True
 
 
 def _make_role(connection: "psycopg.Connection[object]", role: str, password: str) -> None:

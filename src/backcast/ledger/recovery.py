@@ -11,11 +11,11 @@ from backcast.models import Problem
 # Dead workers are those that hold a running run and have not been heard of for a lease, by the database's clock, or are
 # not there at all: one may have been forgotten while a claim of its was under way. All runs of a worker at once, lanes
 # locked first. SKIP LOCKED: a row locked now is being settled or cancelled, and is looked at again on the next round.
-# The fence stays: only a claim raises it, and the dead worker's endings are refused because the row is no longer
+# The fence stays: only a claim raises it, and the dead worker's settlements are refused because the row is no longer
 # running, or runs under a higher fence.
 # Who is charged: what killed the worker can't be seen, so every run it had started is suspected alike, the first time.
 # Among them those that were charged most often before are charged again, the others go free; one with two losses runs
-# alone (`Claim.is_suspect`), so its third is its own. Claimed-ahead runs go free, but are not claimed ahead again: so
+# alone (`Claim.is_quarantined`), so its third is its own. Claimed-ahead runs go free, but are not claimed ahead again: so
 # one that did start, unseen, is charged the next time.
 _REQUEUE = """
 with dead as materialized (
@@ -29,30 +29,30 @@ lane as materialized (
    order by name for update),
 lost as materialized (
   select r.id, r.worker_id, r.attempts_used - r.retries_used as losses,
-         not r.ahead and r.cancel_requested_at is null as suspected from runs r
+         not r.prefetched and r.cancel_requested_at is null as suspected from runs r
    where r.state = 'running' and r.worker_id = any(array(select id from dead)) and (select count(*) from lane) >= 0
      for update skip locked),
 most as materialized (select worker_id, max(losses) as losses from lost where suspected group by worker_id),
-charged as materialized (
+counting as materialized (
   select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.suspected),
 requeued as (
   update runs r set
       state = case when r.cancel_requested_at is not null then 'cancelled'
-                   when c.charge and r.attempts_used - r.retries_used + 1 >= r.max_attempts then 'failed'
+                   when c.counts and r.attempts_used - r.retries_used + 1 >= r.max_attempts then 'failed'
                    else 'queued' end,
       finished_at = case when r.cancel_requested_at is not null
-                           or c.charge and r.attempts_used - r.retries_used + 1 >= r.max_attempts then now() end,
-      error = case when c.charge then $2::json else r.error end,
-      attempts_used = r.attempts_used + c.charge::int,
+                           or c.counts and r.attempts_used - r.retries_used + 1 >= r.max_attempts then now() end,
+      error = case when c.counts then $2::json else r.error end,
+      attempts_used = r.attempts_used + c.counts::int,
       lost_fence = r.fence
-    from (select id, id = any(array(select id from charged)) as charge from lost) c
+    from (select id, id = any(array(select id from counting)) as counts from lost) c
    where r.id = c.id and r.id = any(array(select id from lost))
-  returning r.id, r.state, r.pool, r.lane, r.admitted),
+  returning r.id, r.state, r.pool, r.lane, r.promoted),
 released as (
-  update lanes set admitted = lanes.admitted - n
-    from (select lane, count(*) as n from requeued where admitted and state <> 'queued' group by lane) s
+  update lanes set promoted = lanes.promoted - n
+    from (select lane, count(*) as n from requeued where promoted and state <> 'queued' group by lane) s
    where lanes.name = s.lane)
-select id, state, pool, case when admitted then lane end as lane from requeued"""
+select id, state, pool, case when promoted then lane end as lane from requeued"""
 
 WORKER_LOST = Problem(
     code="worker_lost",
@@ -72,5 +72,7 @@ async def requeue(ledger: Ledger, lease: timedelta, judged: Collection[UUID] | N
         states |= {row["id"]: row["state"] for row in rows}
         for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
             ledger.wake(pool)
-        await lanes.nudge(ledger, {row["lane"] for row in rows if row["lane"] is not None and row["state"] != "queued"})
+        await lanes.try_promote(
+            ledger, {row["lane"] for row in rows if row["lane"] is not None and row["state"] != "queued"}
+        )
     return states

@@ -130,10 +130,10 @@ cancelled as (
          state = case when state = 'running' then state else 'cancelled' end,
          finished_at = case when state = 'running' then null else now() end
    where id = $1 and state in ('held', 'scheduled', 'queued', 'running') and (select count(*) from lane) >= 0
-  returning {COLUMNS}, admitted),
+  returning {COLUMNS}, promoted),
 released as (
-  update lanes set admitted = lanes.admitted - 1 from cancelled c
-   where lanes.name = c.lane and c.admitted and c.state = 'cancelled' returning name)
+  update lanes set promoted = lanes.promoted - 1 from cancelled c
+   where lanes.name = c.lane and c.promoted and c.state = 'cancelled' returning name)
 select c.*, (select count(*) from released) as released from cancelled c"""  # noqa: S608  # a constant
 
 
@@ -143,5 +143,5 @@ async def cancel(ledger: Ledger, run_id: UUID) -> Run:
     if row is None:
         return await get(ledger, run_id)
     if row["released"]:
-        await lanes.nudge(ledger, {row["lane"]})
+        await lanes.try_promote(ledger, {row["lane"]})
     return shown(row)

@@ -15,7 +15,7 @@ INLINE_RESULT = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class Settlement:
     """How an attempt ended. `scheduled` and `queued` mean that the run goes on later."""
 
     id: UUID
@@ -31,7 +31,7 @@ class Ending:
     """Seconds until a scheduled run is ready again; counted by the database's clock."""
     flight: str | None = None
     """The flight that a scheduled run waits for; its landing makes it ready earlier."""
-    charged: bool = True
+    counts: bool = True
     """False when the attempt does not count: it was handed back, or never really started."""
     retries_used: int = 0
 
@@ -39,7 +39,7 @@ class Ending:
 @dataclass(frozen=True, slots=True)
 class Settled:
     accepted: set[tuple[UUID, int]]
-    """The endings, by run and fence, that are now (or were already) recorded."""
+    """The settlements, by run and fence, that are now (or were already) recorded."""
     cancelled: set[tuple[UUID, int]]
     """Those of them whose run had been cancelled meanwhile, so that the run ended as cancelled."""
 
@@ -52,21 +52,21 @@ class Settled:
 _SETTLE = """
 update runs r set
     state = case when r.cancel_requested_at is not null then 'cancelled'
-                 when d.state = 'queued' and d.charge > 0 and r.admitted then 'held' else d.state end,
+                 when d.state = 'queued' and d.counts > 0 and r.promoted then 'held' else d.state end,
     finished_at = case when r.cancel_requested_at is not null or d.state in ('completed', 'failed') then now() end,
     result = case when r.cancel_requested_at is null then d.result end,
     result_key = case when r.cancel_requested_at is null then d.result_key end,
     error = coalesce(d.error, r.error),
     usage = coalesce(d.usage, r.usage),
     run_at = case when d.state = 'scheduled' then now() + make_interval(secs => d.delay) else r.run_at end,
-    attempts_used = r.attempts_used + d.charge,
+    attempts_used = r.attempts_used + d.counts,
     retries_used = d.retries,
     flight = d.flight,
-    admitted = r.admitted and (r.cancel_requested_at is not null or d.state <> 'scheduled')
-                          and (d.state <> 'queued' or d.charge = 0)
+    promoted = r.promoted and (r.cancel_requested_at is not null or d.state <> 'scheduled')
+                          and (d.state <> 'queued' or d.counts = 0)
   from unnest($2::uuid[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::json[], $8::json[], $9::float8[],
               $10::int[], $11::int[], $12::text[])
-       as d(id, fence, state, result, result_key, error, usage, delay, charge, retries, flight)
+       as d(id, fence, state, result, result_key, error, usage, delay, counts, retries, flight)
  where r.id = any(array(select id from runs where id = any($2::uuid[]) and worker_id = $1 and state = 'running'
                                                 {locked_first} order by id for update))
    and r.id = d.id and r.fence = d.fence and r.worker_id = $1 and r.state = 'running'"""
@@ -78,7 +78,7 @@ _SETTLE_COUNTED = f"""
 with lane as materialized (select name from lanes where name = any($13::text[]) order by name for update),
 settled as ({_SETTLE.format(locked_first=_LANES_FIRST)} returning r.id, r.fence, r.state, r.pool, r.lane),
 released as (
-  update lanes set admitted = lanes.admitted - n
+  update lanes set promoted = lanes.promoted - n
     from (select lane, count(*) as n from settled where state <> 'queued' group by lane) s where lanes.name = s.lane)
 select id, fence, state, pool from settled"""  # noqa: S608  # constants
 
@@ -91,11 +91,11 @@ select r.id, r.fence, r.state
    and r.state in ('completed', 'failed', 'cancelled')"""
 
 
-async def settle(ledger: Ledger, worker_id: UUID, endings: Sequence[Ending]) -> Settled:
+async def settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlement]) -> Settled:
     """Record how attempts ended, in one statement (two when some are counted in lanes). Safe to send again when its
     fate is unknown."""
     accepted, cancelled = set[tuple[UUID, int]](), set[tuple[UUID, int]]()
-    for some in ([e for e in endings if e.lane is None], [e for e in endings if e.lane is not None]):
+    for some in ([e for e in settlements if e.lane is None], [e for e in settlements if e.lane is not None]):
         if some:
             settled = await _settle(ledger, worker_id, some, {e.lane for e in some if e.lane is not None})
             accepted |= settled.accepted
@@ -103,31 +103,33 @@ async def settle(ledger: Ledger, worker_id: UUID, endings: Sequence[Ending]) -> 
     return Settled(accepted, cancelled)
 
 
-async def _settle(ledger: Ledger, worker_id: UUID, endings: Sequence[Ending], counted: set[str]) -> Settled:
-    endings = sorted(endings, key=lambda e: e.id)  # one that is sent again must not deadlock with its first sending
+async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlement], counted: set[str]) -> Settled:
+    settlements = sorted(
+        settlements, key=lambda e: e.id
+    )  # one that is sent again must not deadlock with its first sending
     values: list[object] = [
         worker_id,
-        [e.id for e in endings],
-        [e.fence for e in endings],
-        [e.state for e in endings],
-        [e.result for e in endings],
-        [e.result_key for e in endings],
-        [e.error and e.error.model_dump_json() for e in endings],
-        [None if e.usage is None else json.dumps(e.usage) for e in endings],
-        [e.delay for e in endings],
-        [int(e.charged) for e in endings],
-        [e.retries_used for e in endings],
-        [e.flight for e in endings],
+        [e.id for e in settlements],
+        [e.fence for e in settlements],
+        [e.state for e in settlements],
+        [e.result for e in settlements],
+        [e.result_key for e in settlements],
+        [e.error and e.error.model_dump_json() for e in settlements],
+        [None if e.usage is None else json.dumps(e.usage) for e in settlements],
+        [e.delay for e in settlements],
+        [int(e.counts) for e in settlements],
+        [e.retries_used for e in settlements],
+        [e.flight for e in settlements],
     ]
     if counted:
         rows = await ledger.fetch(_SETTLE_COUNTED, *values, sorted(counted))
-        await lanes.nudge(ledger, counted)
+        await lanes.try_promote(ledger, counted)
     else:
         rows = await ledger.fetch(_SETTLE_FREE, *values)
     for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
         ledger.wake(pool)
     outcome = {(row["id"], row["fence"]): row["state"] for row in rows}
-    if missing := [e for e in endings if (e.id, e.fence) not in outcome]:
+    if missing := [e for e in settlements if (e.id, e.fence) not in outcome]:
         before = await ledger.fetch(_SETTLED_BEFORE, worker_id, [e.id for e in missing], [e.fence for e in missing])
         sent = {(e.id, e.fence): e.state for e in missing}
         for row in before:

@@ -47,7 +47,7 @@ class New(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
+class SubmittedRun:
     run: Run
     fresh: bool
     """False when an earlier request with the same Idempotency-Key made this run."""
@@ -121,14 +121,14 @@ async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
     return await ledger.fetchrow(sql, owner, key) is not None
 
 
-Outcome = Submitted | IdempotencyConflict | LedgerUnavailable | InvalidInput
+Answer = SubmittedRun | IdempotencyConflict | LedgerUnavailable | InvalidInput
 
 
-async def submit(ledger: Ledger, task: TaskType, submission: Submission, **how: Any) -> Submitted:
+async def submit(ledger: Ledger, task: TaskType, submission: Submission, **how: Any) -> SubmittedRun:
     """Record one run by itself; `how` as in `new`. Raises `IdempotencyConflict`: its key belongs to another request."""
-    [outcome], held = await _record(ledger, [new(task, submission, **how)])
-    await lanes.nudge(ledger, held)
-    return _result(outcome)
+    [answer], held = await _record(ledger, [new(task, submission, **how)])
+    await lanes.try_promote(ledger, held)
+    return _result(answer)
 
 
 class Submissions:
@@ -138,18 +138,18 @@ class Submissions:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._waiting: deque[tuple[New, asyncio.Future[Outcome]]] = deque()
+        self._waiting: deque[tuple[New, asyncio.Future[Answer]]] = deque()
         self._recording: asyncio.Task[None] | None = None
         self._held: set[str] = set()
-        self._admitting: asyncio.Task[None] | None = None
+        self._promoting: asyncio.Task[None] | None = None
 
-    async def submit(self, row: New) -> Submitted:
+    async def submit(self, row: New) -> SubmittedRun:
         """When this returns, the run is durable; a caller that goes away meanwhile does not touch the others.
 
         Raises:
             IdempotencyConflict: the key belongs to another request of this owner.
         """
-        mine: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        mine: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((row, mine))
         if self._recording is None:
             self._recording = asyncio.create_task(self._record_all())
@@ -162,16 +162,16 @@ class Submissions:
     async def _record_all(self) -> None:
         try:
             while group := self._next():
-                outcomes = await self._outcomes([row for row, _ in group])
-                for (_, waiting), outcome in zip(group, outcomes, strict=True):
+                answers = await self._answers([row for row, _ in group])
+                for (_, waiting), answer in zip(group, answers, strict=True):
                     if not waiting.done():
-                        waiting.set_result(outcome)
+                        waiting.set_result(answer)
         finally:
             self._recording = None
 
-    def _next(self) -> list[tuple[New, asyncio.Future[Outcome]]]:
+    def _next(self) -> list[tuple[New, asyncio.Future[Answer]]]:
         """As many as one statement takes; the second one with the same key waits for the next."""
-        group, names, later = list[tuple[New, asyncio.Future[Outcome]]](), set[object](), []
+        group, names, later = list[tuple[New, asyncio.Future[Answer]]](), set[object](), []
         while self._waiting and len(group) < GROUP:
             row, waiting = self._waiting.popleft()
             if waiting.done():  # gave up
@@ -184,32 +184,32 @@ class Submissions:
         self._waiting.extendleft(reversed(later))
         return group
 
-    async def _outcomes(self, rows: list[New]) -> Sequence[Outcome]:
+    async def _answers(self, rows: list[New]) -> Sequence[Answer]:
         try:
-            outcomes, held = await _record(self._ledger, rows)
+            answers, held = await _record(self._ledger, rows)
         except LedgerUnavailable as error:
             return [LedgerUnavailable(error.detail) for _ in rows]
         except asyncpg.PostgresError as error:  # a value that the server refuses; alone, it is known whose
             if len(rows) == 1:
                 return [InvalidInput(f"The run can't be stored: {error}.")]
-            return [outcome for row in rows for outcome in await self._outcomes([row])]
+            return [answer for row in rows for answer in await self._answers([row])]
         if held:
             self._held |= held
-            self._admitting = self._admitting or asyncio.create_task(self._admit())
-        return outcomes
+            self._promoting = self._promoting or asyncio.create_task(self._promote())
+        return answers
 
-    async def _admit(self) -> None:
+    async def _promote(self) -> None:
         while self._held:
             held, self._held = self._held, set()
-            await lanes.nudge(self._ledger, held)
-        self._admitting = None
+            await lanes.try_promote(self._ledger, held)
+        self._promoting = None
 
 
-async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitted | IdempotencyConflict], set[str]]:
+async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[SubmittedRun | IdempotencyConflict], set[str]]:
     """All of them in one statement, or none; no two may have the same owner and key. Returns also the lanes to admit
     from."""
     hashes = {_name(row): row.request_hash for row in rows}
-    found = dict[object, Submitted | IdempotencyConflict]()
+    found = dict[object, SubmittedRun | IdempotencyConflict]()
     ready, held = set[str](), set[str]()
     # In the order of their keys, see INSERT; the others may be anywhere.
     ordered = sorted(rows, key=lambda row: (row.owner, row.idem_key or "")) if len(rows) > 1 else rows
@@ -220,7 +220,7 @@ async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitt
         elif record["fresh"] and record["state"] == "held":
             held.add(record["lane"])
         found[name] = (
-            Submitted(shown(record), record["fresh"])
+            SubmittedRun(shown(record), record["fresh"])
             if record["fresh"] or record["request_hash"] == hashes[name]
             else IdempotencyConflict(
                 "An earlier request of this owner used the same Idempotency-Key for something else: use a new key for"
@@ -237,7 +237,7 @@ def _name(row: New) -> object:
     return row.id if row.idem_key is None else (row.owner, row.idem_key)
 
 
-def _result(outcome: Outcome) -> Submitted:
-    if isinstance(outcome, Submitted):
-        return outcome
-    raise outcome
+def _result(answer: Answer) -> SubmittedRun:
+    if isinstance(answer, SubmittedRun):
+        return answer
+    raise answer

@@ -1,42 +1,16 @@
-"""The only place that knows Marvin: casts data to a target with the process's model, leaving nothing on disk.
-
-Every failure is one of the four kinds of `errors.RunError`; nothing is retried here but one re-ask after an answer that
-does not fit. The data is untrusted and goes into the prompt: it may mislead the model, never change the answer's shape.
+"""The model of this process: casts data to a target. Knows which model, and how its usage is collected; `casting` knows
+Marvin.
 """
 
 import asyncio
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Annotated, Any, Optional
-from weakref import WeakKeyDictionary
-
-# Marvin reads these when it is imported, and a `.env` of the working directory for those that are not set.
-os.environ |= {
-    "MARVIN_HOME_PATH": os.sep,  # must exist; nothing is written there
-    "MARVIN_DATABASE_URL": "sqlite+aiosqlite://",  # in memory, and empty: conversations are MemoryThreads
-    "MARVIN_ENABLE_DEFAULT_PRINT_HANDLER": "false",  # it prints data on stdout
-    "MARVIN_LOG_LEVEL": "CRITICAL",  # so do its logs
-    "MARVIN_LOG_EVENTS": "false",
-    "MARVIN_AGENT_MODEL": "openai:gpt-4o",  # never used; a wrong one fails the import
-}
-
-import marvin
-import openai
-from pydantic import AfterValidator, WithJsonSchema
-from pydantic_ai.messages import ModelResponse
-from pydantic_ai.models.openai import OpenAIChatModel
-from pydantic_ai.providers.openai import OpenAIProvider
-from pydantic_ai.settings import ModelSettings
+from importlib import import_module
+from typing import Any
 
 from backcast.errors import FatalError, UsageError
-from backcast.llm import compact
-from backcast.llm.answers import Grammar, Whole
-from backcast.llm.failures import explain
-from backcast.llm.memory import MemoryThread
 from backcast.models import JSON
 from backcast.settings import Model
 from backcast.targets import Target
@@ -44,7 +18,7 @@ from backcast.targets import Target
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one answer took, as the provider counts."""
+    """The tokens of one answer, as the provider counts them."""
 
     model: str
     input_tokens: int
@@ -52,8 +26,7 @@ class Usage:
 
 
 _model: Model | None = None
-_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Model, openai.AsyncOpenAI]] = WeakKeyDictionary()
-"""By event loop, as connections die with the loop that made them."""
+_casting: Any = None
 _meter: ContextVar[list[Usage] | None] = ContextVar("backcast_llm_meter", default=None)
 
 
@@ -71,8 +44,8 @@ def connected() -> Model | None:
 
 async def aclose() -> None:
     """Close the running loop's connections."""
-    for client in _clients.pop(asyncio.get_running_loop(), {}).values():
-        await client.close()
+    if _casting is not None:
+        await _casting.aclose()
 
 
 @contextmanager
@@ -92,65 +65,18 @@ async def cast(data: JSON, target: Target, instructions: str | None = None) -> J
     Raises:
         RunError: always a subclass that says whether a retry can help, with a precise code.
     """
+    global _casting
     if _model is None:
         raise FatalError("No model is set up: call backcast.llm.connect first.", code="model_not_connected")
     if target.schema == {"type": "string"} and not instructions:
         raise UsageError(
             "A cast to str needs instructions: say what the text should become.", code="instructions_missing"
         )
-    provided = _provided(_model)
-    whole = (
-        Grammar(provided, _record, compact.cast(data, target.schema, instructions))
-        if _model.embedded
-        else Whole(provided, _record)
-    )
-    agent = marvin.Agent(name="backcast", model=whole, model_settings=_answer_settings(_model))
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-    try:
-        return await marvin.cast_async(text, _type(target), instructions, agent, MemoryThread())
-    except Exception as error:  # noqa: BLE001  # whatever it is, the run must learn whether to retry
-        failure = explain(error)
-    raise failure  # not inside `except`: the chain would hold the provider's words, which may repeat the key
+    if _casting is None:  # in a thread: the runs beside this one go on while Marvin is imported
+        _casting = await asyncio.to_thread(import_module, "backcast.llm.casting")
+    return await _casting.cast(_model, data, target, instructions, _record)
 
 
-def _provided(model: Model) -> OpenAIChatModel:
-    clients = _clients.setdefault(asyncio.get_running_loop(), {})
-    if model not in clients:
-        clients[model] = openai.AsyncOpenAI(
-            base_url=model.embedded_url if model.embedded else model.base_url or "https://api.openai.com/v1",
-            api_key=_key(model),
-            timeout=model.timeout.total_seconds(),
-            max_retries=0,  # the run's own retries are the only ones
-        )
-    name = "embedded" if model.embedded else model.name
-    return OpenAIChatModel(name, provider=OpenAIProvider(openai_client=clients[model]))
-
-
-def _key(model: Model) -> str:
-    if model.api_key is not None:
-        return model.api_key.get_secret_value()
-    if model.embedded or model.base_url:
-        return "none"  # servers of one's own often want none, the client always wants one
-    raise FatalError("The provider needs a key: set BACKCAST_MODEL__API_KEY.", code="model_refused_key")
-
-
-def _answer_settings(model: Model) -> ModelSettings:
-    chosen = ModelSettings(max_tokens=model.max_tokens, timeout=model.timeout.total_seconds())
-    if model.embedded:
-        chosen["temperature"] = 0
-    return chosen
-
-
-def _type(target: Target) -> Any:
-    """The target as Marvin takes it: it shows the schema to the model, and asks again when the answer does not fit."""
-    shaped = Annotated[Any, WithJsonSchema(target.schema), AfterValidator(target.validate)]
-    try:
-        target.validate(None)
-    except ValueError:
-        return shaped
-    return Optional[shaped]  # noqa: UP045  # Marvin takes None as an answer only if it sees it in the type
-
-
-def _record(response: ModelResponse) -> None:
+def _record(usage: Usage) -> None:
     if (used := _meter.get()) is not None:
-        used.append(Usage(response.model_name or "", response.usage.input_tokens, response.usage.output_tokens))
+        used.append(usage)

@@ -34,7 +34,7 @@ class Prompt:
 
 def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
     """The prompt for casting `data` to a (self-contained) JSON Schema."""
-    text, told = _quote(data), _quote(instructions or "")
+    text, hints = _quote(data), _quote(instructions or "")
     if labels := _labels(schema):
         listed = ", ".join(labels)
         return Prompt(
@@ -43,15 +43,15 @@ def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
                 ("Text: The soup was cold and bland.\nLabels: travel, food, money\n", "food"),
                 ("Text: The report has twelve pages.\nLabels: good, bad, neutral\n", "neutral"),
             ),
-            f"Text: {text}\nLabels: {listed}\n" + (f"{told}\n" if told else ""),
+            f"Text: {text}\nLabels: {listed}\n" + (f"{hints}\n" if hints else ""),
         )
     shape = wanted(schema)
-    if not told:
+    if not hints:
         asked = shape
     elif schema.get("type") in ("string", "array", "boolean") and not _is_special(schema):
-        asked = told  # "the cities" says all there is to say; the grammar knows that it is a list
+        asked = hints  # "the cities" says all there is to say; the grammar knows that it is a list
     else:
-        asked = f"{told}; {shape}"
+        asked = f"{hints}; {shape}"
     return Prompt(
         "Convert the text to the wanted value. Copy facts exactly from the text; never invent.",
         tuple((_question(about, ask or shape), answer) for about, ask, answer in _examples(schema)),

@@ -37,14 +37,14 @@ os.getppid() == int(sys.argv[2]) and os.execvp(sys.argv[3], sys.argv[3:])
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class Child:
     """A process that is started again whenever it ends, until it is stopped."""
 
     name: str
     command: Callable[[], list[str]]
     environ: Mapping[str, str]
     log: Path
-    say: Callable[[str, str, str], None]
+    show: Callable[[str, str, str], None]
     """Print a line: the part's name, the words, how they look."""
     stop_by: signal.Signals = signal.SIGTERM
     _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -66,7 +66,7 @@ class Part:
             return
         self.send(self.stop_by)
         if not (await asyncio.wait([self._running], timeout=patience))[0]:
-            self.say(self.name, f"has not stopped within {patience:g} s: killed", "yellow")
+            self.show(self.name, f"has not stopped within {patience:g} s: killed", "yellow")
             self.send(signal.SIGKILL)
         await self._running
 
@@ -78,7 +78,7 @@ class Part:
                 code = await self._run_once(last)
             except (OSError, BackcastError) as error:  # it could not be started at all
                 code = 1
-                self.say(self.name, str(error), "red")
+                self.show(self.name, str(error), "red")
             if self._stopping.is_set():
                 return
             deaths.append(time.monotonic())
@@ -87,8 +87,8 @@ class Part:
             if recent == len(DELAYS):
                 how += f" for the {recent}th time within a minute; the reason may be above or in {self.log}"
                 for line in last:
-                    self.say(self.name, line, "dim")
-            self.say(self.name, f"{how}; starting it again in {DELAYS[recent - 1]:g} s", "red")
+                    self.show(self.name, line, "dim")
+            self.show(self.name, f"{how}; starting it again in {DELAYS[recent - 1]:g} s", "red")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), DELAYS[recent - 1])
 
@@ -126,4 +126,4 @@ class Part:
             if line := raw.decode(errors="replace").rstrip():
                 last.append(line)
                 if worth.match(line):
-                    self.say(self.name, line.removeprefix("INFO").lstrip(), "")
+                    self.show(self.name, line.removeprefix("INFO").lstrip(), "")

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from backcast.errors import ConfigurationError, LedgerUnavailable
+from backcast.ledger import provisioning
 
 SETTINGS: Mapping[str, str] = {
     "shared_buffers": "128MB",
@@ -80,7 +81,7 @@ def command(data: Path, *, settings: Mapping[str, str] = {}) -> list[str]:
     It ends by itself (exit code 1) while processes of a killed predecessor are still there: run it again.
     """
     data = data.resolve()
-    _forget_stranger(data)
+    _remove_stale_lock(data)
     socket = _socket_folder(data, make=True)
     options = [f"{name}={value}" for name, value in {**SETTINGS, **settings}.items()]
     options += [f"unix_socket_directories={socket}", "listen_addresses=", f"port={_PORT}"]
@@ -91,31 +92,6 @@ def command(data: Path, *, settings: Mapping[str, str] = {}) -> list[str]:
 def url(data: Path, database: str) -> str:
     """Accepted by asyncpg, psycopg and, with its driver in the scheme, SQLAlchemy."""
     return f"postgresql://postgres@/{database}?host={_socket_folder(data.resolve())}"
-
-
-def why_not_ready(address: str) -> str | None:
-    """One look: what keeps the server at `address` from answering, or None when it does."""
-    import psycopg
-
-    try:
-        psycopg.connect(address, connect_timeout=2).close()
-    except psycopg.OperationalError as error:
-        return _last_line(str(error))
-    return None
-
-
-def create_database(address: str, name: str) -> None:
-    """Create the database, unless it is there; `address` names another one on the same server."""
-    import psycopg
-    from psycopg.sql import SQL, Identifier
-
-    with psycopg.connect(address, autocommit=True) as connection:
-        if connection.execute("select from pg_database where datname = %s", [name]).rowcount:
-            return
-        try:
-            connection.execute(SQL("create database {}").format(Identifier(name)))
-        except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):  # the latter: two at the same time
-            return
 
 
 @contextmanager
@@ -131,7 +107,7 @@ def running(data: Path, *, settings: Mapping[str, str] = {}, timeout: float = 30
     server = _start(data, settings, log)
     try:
         deadline = time.monotonic() + timeout
-        while why := why_not_ready(url(data, "postgres")):
+        while why := provisioning.why_not_ready(url(data, "postgres")):
             if time.monotonic() > deadline:
                 raise LedgerUnavailable(
                     f"PostgreSQL was not ready in {timeout:g} s: {why} {_last_line(log.read_text())}"
@@ -217,7 +193,7 @@ def _socket_folder(data: Path, *, make: bool = False) -> Path:
     return folder
 
 
-def _forget_stranger(data: Path) -> None:
+def _remove_stale_lock(data: Path) -> None:
     """PostgreSQL waits for ever for the pid in postmaster.pid when, after a crash, another program has it by now, or
     when its parent (a container's first process, say) never buried it. Nothing of a live PostgreSQL is removed."""
     import psutil

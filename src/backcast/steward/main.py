@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 
-from backcast.history.sink import Mirror
+from backcast.history.sink import Sink
 from backcast.ledger.connection import Ledger
-from backcast.process import Stop, configure_logging, probes
+from backcast.process.logs import configure_logging
+from backcast.process.probes import probes
+from backcast.process.stop import Stop
 from backcast.settings import Settings
 from backcast.steward.loop import Steward
 from backcast.store import open_store
@@ -17,17 +19,17 @@ async def _serve(settings: Settings) -> None:
     url, timeout = settings.database.url.get_secret_value(), settings.database.timeout
     ledger = Ledger(url, pool=5, name="backcast-steward", timeout=timeout)
     store = open_store(settings.store)
-    mirror = Mirror(settings.prefect)
-    steward = Steward(settings, ledger, store, mirror)
+    sink = Sink(settings.prefect)
+    steward = Steward(settings, ledger, store, sink)
     async with probes(settings.steward.host, settings.steward.port, ready=steward.check, registry=steward.registry):
-        running, mirroring = asyncio.create_task(steward.run()), asyncio.create_task(mirror.run())
+        running, publishing = asyncio.create_task(steward.run()), asyncio.create_task(sink.run())
         asked = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (asked, mirroring, running):
+        for task in (asked, publishing, running):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
-    await mirror.aclose(timeout=2)
+    await sink.aclose(timeout=2)
     await ledger.aclose()
     await store.aclose()
 

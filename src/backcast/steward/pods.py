@@ -22,7 +22,7 @@ class Pods:
 
     account: Path = _ACCOUNT
     server: str = "https://kubernetes.default.svc"
-    _told: dict[str, int] = field(default_factory=dict[str, int], init=False)
+    _marked: dict[str, int] = field(default_factory=dict[str, int], init=False)
 
     def __post_init__(self) -> None:
         if not (self.account / "token").exists():
@@ -37,8 +37,8 @@ class Pods:
             httpx.HTTPError: the API server is away, or the account may not patch pods.
         """
         busy = await fleet.busy(ledger)
-        self._told = {host: cost for host, cost in self._told.items() if host in busy}
-        changed = {host: cost for host, cost in busy.items() if self._told.get(host) != cost}
+        self._marked = {host: cost for host, cost in self._marked.items() if host in busy}
+        changed = {host: cost for host, cost in busy.items() if self._marked.get(host) != cost}
         if not changed:
             return
         token, namespace = ((self.account / name).read_text().strip() for name in ("token", "namespace"))
@@ -57,4 +57,4 @@ class Pods:
                 answer = await http.patch(f"/{host}", json={"metadata": {"annotations": {_COST: str(cost)}}})
                 if answer.status_code != 404:  # not a pod of this namespace, or gone
                     answer.raise_for_status()
-                self._told[host] = cost
+                self._marked[host] = cost

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from backcast.history.sink import Mirror
+from backcast.history.sink import Sink
 from backcast.ledger import cursors, maintenance
 from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
@@ -25,12 +25,12 @@ SUBMITTED_WITHIN = 3600.0
 """Seconds after which an input whose run is not there has no run: its submit is over, whichever way."""
 SIGNATURE = "ledger/id"
 """The object that says whose store this is."""
-FORGOTTEN_AT_ONCE = 200
+DELETED_AT_ONCE = 200
 """Prefect's runs removed before it gets a rest, twice as long as that took: a third of a core of its server at most."""
 
 
 @dataclass
-class Sweep:
+class Retention:
     ledger: Ledger
     store: Store
     keep: timedelta | None
@@ -98,8 +98,8 @@ class Sweep:
         removed = 0
         async for objects in self.store.pages(kind):
             youngest = uuid7(SUBMITTED_WITHIN)
-            suspects = {key: run for key, run in _runs(objects) if kind == "results" or run < youngest}
-            if suspects and (orphans := await maintenance.orphans(self.ledger, suspects)):
+            candidates = {key: run for key, run in _runs(objects) if kind == "results" or run < youngest}
+            if candidates and (orphans := await maintenance.orphans(self.ledger, candidates)):
                 await self.store.delete(orphans)
                 removed += len(orphans)
         if removed:
@@ -115,11 +115,11 @@ def _runs(objects: list[Object]) -> Iterator[tuple[str, UUID]]:
             continue
 
 
-async def forget_history(mirror: Mirror, keep: timedelta) -> None:
+async def expire_history(sink: Sink, keep: timedelta) -> None:
     """Remove Prefect's old runs, at a pace that leaves its server to those who need it."""
     before = datetime.now(UTC) - keep
     while True:
         began = time.monotonic()
-        if await mirror.forget(before, FORGOTTEN_AT_ONCE) < FORGOTTEN_AT_ONCE:
+        if await sink.delete_ended(before, DELETED_AT_ONCE) < DELETED_AT_ONCE:
             return
         await asyncio.sleep(2 * (time.monotonic() - began))

@@ -1,5 +1,5 @@
-"""How a claimed run becomes an attempt: its input is fetched, what another attempt has computed is not computed again,
-and the engine does the rest. Decides nothing about slots, and nothing about what an attempt's end means.
+"""Makes one attempt of a claimed run: fetches its input, takes what another attempt has computed already, and has the
+executor do the rest. Decides nothing about slots, and nothing about what the result of an attempt means.
 """
 
 import json
@@ -15,14 +15,14 @@ from backcast.errors import LedgerUnavailable, Unavailable, UsageError
 from backcast.ledger import claims, fleet, flights
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.models import JSON, Attempt, Failed, Problem, Retry, Succeeded, TaskType
+from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, TaskType
 from backcast.store import Missing, Store
 from backcast.worker import results
 
 log = logging.getLogger("backcast.worker")
 
 FOLLOW = 5.0
-"""Seconds after which a run that waits for another's value looks by itself; the landing is the usual way."""
+"""Seconds after which a run that waits for the value of another one tries for itself; usually it lands earlier."""
 SAME = Problem(
     code="same_value",
     title="Another run computes the same",
@@ -30,8 +30,8 @@ SAME = Problem(
 )
 
 
-class Engine(Protocol):
-    """What executes: see `engine.Engine`."""
+class Executor(Protocol):
+    """See `executor.Executor`."""
 
     @property
     def types(self) -> list[TaskType]: ...
@@ -39,13 +39,13 @@ class Engine(Protocol):
     @property
     def threads_abandoned(self) -> int: ...
 
-    async def execute(self, name: str, run_id: UUID, given: dict[str, JSON], *, retries: int) -> Attempt: ...
+    async def execute(self, name: str, run_id: UUID, given: dict[str, JSON], *, retries: int) -> AttemptResult: ...
 
     def cache_key(self, name: str, run_id: UUID, given: dict[str, JSON]) -> str | None: ...
 
 
 class Usage(Protocol):
-    """What one answer of the model took: see `llm.Usage`."""
+    """The tokens of one answer of the model: see `llm.Usage`."""
 
     @property
     def model(self) -> str: ...
@@ -62,19 +62,19 @@ Meter = Callable[[], AbstractContextManager[Sequence[Usage]]]
 
 class Execution:
     def __init__(
-        self, ledger: Ledger, store: Store, engine: Engine, meter: Meter, *, pool: str, worker_id: UUID
+        self, ledger: Ledger, store: Store, executor: Executor, meter: Meter, *, pool: str, worker_id: UUID
     ) -> None:
-        self._ledger, self._store, self._engine, self._meter = ledger, store, engine, meter
+        self._ledger, self._store, self._executor, self._meter = ledger, store, executor, meter
         self._pool, self._worker_id = pool, worker_id
-        self._names = {task.name for task in engine.types}
+        self._names = {task.name for task in executor.types}
         self._flights: dict[UUID, tuple[str, int]] = {}
 
-    async def attempt(self, claim: Claim) -> Attempt:
+    async def attempt(self, claim: Claim) -> AttemptResult:
         """Make one attempt. Raises nothing but `CancelledError`, whose message is a `models.Reason`."""
         try:
             if claim.task not in self._names:
                 return await self._unknown(claim)
-            if claim.is_suspect:
+            if claim.is_quarantined:
                 await claims.begin(self._ledger, self._worker_id, claim)
             if claim.lost_fence == claim.fence - 1 and (left := await self._left_behind(claim)) is not None:
                 return left
@@ -83,32 +83,28 @@ class Execution:
                 assert claim.input_key is not None
                 text = await self._store.get(claim.input_key)
             given = json.loads(text)
-            key = self._engine.cache_key(claim.task, claim.id, given)
+            key = self._executor.cache_key(claim.task, claim.id, given)
             if key is not None:
                 self._flights[claim.id] = key, claim.fence
                 if not await flights.take(self._ledger, key, claim):
                     return Retry(SAME, delay=FOLLOW, retries=claim.retries_used, behind=key)
             with self._meter() as used:
-                attempt = await self._engine.execute(claim.task, claim.id, given, retries=claim.retries_used)
-            if not used or not isinstance(attempt, Succeeded):
-                return attempt
+                result = await self._executor.execute(claim.task, claim.id, given, retries=claim.retries_used)
+            if not used or not isinstance(result, Succeeded):
+                return result
             tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
-            return replace(attempt, usage={"model": used[-1].model, **tokens})
+            return replace(result, usage={"model": used[-1].model, **tokens})
         except Unavailable as error:
-            # Spread, or all that met the same outage come back at the same moment.
-            return Retry(results.problem(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
+            # Spread, or all runs that met the same outage come back at the same moment.
+            return Retry(Problem.from_error(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
         except Missing:
-            return Failed(
-                results.problem(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
-            )
+            return _failed(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
         except (ValueError, RecursionError) as error:
-            return Failed(
-                results.problem(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
-            )
+            return _failed(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
 
-    async def _left_behind(self, claim: Claim) -> Attempt | None:
-        """What the attempt before stored, before its worker was lost. It becomes an object of this attempt: the lost
-        worker may still be there, and removes its own when it is refused."""
+    async def _left_behind(self, claim: Claim) -> AttemptResult | None:
+        """The value that the attempt before had stored when its worker was lost. It becomes an object of this attempt:
+        the lost worker may still be there, and removes its own when it is refused."""
         try:
             body = await self._store.get(results.result_key(claim.id, claim.fence - 1))
             json.loads(body)
@@ -117,9 +113,9 @@ class Execution:
         log.info("run %s was computed before its worker was lost", claim.id)
         return Succeeded(body)
 
-    async def _unknown(self, claim: Claim) -> Attempt:
-        """A run of our pool whose task we don't have, as in the middle of a deployment: leave it to a worker that has
-        it, wait a little for one to come, then fail it with a sentence."""
+    async def _unknown(self, claim: Claim) -> AttemptResult:
+        """A run of this pool whose task this worker lacks, as in the middle of a deployment: leave it to a worker that
+        has it, wait a little for one to come, then fail it with a sentence."""
         if await fleet.serves(self._ledger, self._pool, claim.task):
             return Retry(results.ELSEWHERE, delay=1.0, retries=claim.retries_used)
         if claim.losses + 1 < claim.max_attempts:
@@ -127,10 +123,14 @@ class Execution:
         return Failed(results.UNKNOWN)
 
     async def settled(self, runs: Collection[UUID]) -> None:
-        """To be told once the ends of these runs' attempts are recorded: those who wait for their values go on."""
+        """End the flights of these runs, whose results are recorded: the runs that wait for their values go on."""
         landed = [(flight[0], run, flight[1]) for run in runs if (flight := self._flights.pop(run, None)) is not None]
         if landed:
             try:
                 await flights.land(self._ledger, landed)
             except LedgerUnavailable:
-                log.info("%d runs ended without telling those that wait for their values", len(landed))
+                log.info("%d flights are not landed; the runs behind them go on by their own time", len(landed))
+
+
+def _failed(error: UsageError) -> Failed:
+    return Failed(Problem.from_error(error))

@@ -1,5 +1,6 @@
-"""A worker's place in the fleet: registered, heard of every second, and told what it holds. Decides whether the lease
-is good; what to do with runs that are lost or cancelled it leaves to the worker.
+"""A worker's place in the fleet: it registers, sends a heartbeat every second, and learns which runs it holds.
+
+Decides whether the lease is good. What to do with lost or cancelled runs is left to the worker's loop.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from uuid import UUID
 
 from backcast import __version__
@@ -18,22 +20,23 @@ from backcast.ledger import fleet
 from backcast.ledger.connection import Ledger
 from backcast.ledger.fleet import Held
 from backcast.models import TaskType, uuid7
+from backcast.process.outages import Outage
 from backcast.settings import Settings
 
 log = logging.getLogger("backcast.worker")
 
 BEAT = 1.0
-"""Seconds between heartbeats: also how soon a running run hears that it was cancelled."""
+"""Seconds between heartbeats, and the delay with which a running run learns that it was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """What a worker says of itself in a heartbeat."""
+class Heartbeat:
+    """The report of a worker on itself."""
 
     fences: dict[UUID, int]
-    """The runs it believes to hold."""
+    """The runs that it holds, as far as it knows."""
     claims: int | None
-    """How many claims it had made; none while it waited for the answer to one."""
+    """How many claims it had made; None while it waited for the answer to one."""
     busy: int
     draining: bool
     settled: int
@@ -43,8 +46,8 @@ class Beat:
 class Lease:
     """Registration and heartbeats of one worker.
 
-    `report` is asked for each heartbeat, in another thread; `heard` is called on the loop with what was said and with
-    what the ledger says is held.
+    `report` makes each heartbeat, in another thread; `acknowledged` is called on the loop with the heartbeat and with
+    the runs that the ledger has this worker hold.
     """
 
     def __init__(
@@ -53,12 +56,12 @@ class Lease:
         ledger: Ledger,
         types: list[TaskType],
         *,
-        report: Callable[[], Beat],
-        heard: Callable[[Beat, dict[UUID, Held]], None],
+        report: Callable[[], Heartbeat],
+        acknowledged: Callable[[Heartbeat, dict[UUID, Held]], None],
     ) -> None:
         self.id = uuid7()
         self._settings, self._ledger, self._types = settings, ledger, types
-        self._report, self._heard = report, heard
+        self._report, self._acknowledged = report, acknowledged
         self._length = settings.lease.total_seconds()
         self._last = -self._length
         self._stopped = threading.Event()
@@ -76,7 +79,7 @@ class Lease:
 
     async def register(self) -> None:
         """Announce this worker and its tasks; waits for the database for as long as it takes."""
-        quiet = False
+        outage = Outage(partial(log.warning, "waiting for the database: %s"))
         while True:
             try:
                 await fleet.register(
@@ -89,16 +92,14 @@ class Lease:
                     tasks=self._types,
                 )
             except LedgerUnavailable as error:
-                if not quiet:
-                    log.warning("waiting for the database: %s", error)
-                quiet = True
+                outage.failed(error)
                 await asyncio.sleep(1)
             else:
                 return
 
     def start(self) -> None:
-        """Begin to beat, in a thread and on a connection of its own: a task that blocks the event loop must not cost
-        the lease of all the other runs."""
+        """Begin to send heartbeats, in a thread and on a connection of its own: a task that blocks the event loop must
+        not cost the lease of all the other runs."""
         self._last = time.monotonic()
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._beat, args=(loop,), name="heartbeat", daemon=True).start()
@@ -112,14 +113,14 @@ class Lease:
                 try:
                     async with self._ledger.session() as connection:
                         while not self._stopped.is_set():
-                            sent, said = time.monotonic(), self._report()
+                            at, sent = time.monotonic(), self._report()
                             held = await fleet.beat(
-                                connection, self.id, busy=said.busy, draining=said.draining, settled=said.settled
+                                connection, self.id, busy=sent.busy, draining=sent.draining, settled=sent.settled
                             )
-                            loop.call_soon_threadsafe(self._answered, sent, said, held)
+                            loop.call_soon_threadsafe(self._answered, at, sent, held)
                             await asyncio.sleep(BEAT)
                 except LedgerUnavailable:
-                    pass  # said by whoever needs the database; the lease decides what follows
+                    pass  # logged by whoever needs the database; the lease decides what follows
                 except RuntimeError:
                     return  # the loop is closed: the process is ending
                 except Exception:
@@ -128,13 +129,13 @@ class Lease:
 
         asyncio.run(beat())
 
-    def _answered(self, sent: float, said: Beat, held: dict[UUID, Held] | None) -> None:
+    def _answered(self, at: float, sent: Heartbeat, held: dict[UUID, Held] | None) -> None:
         if held is not None:
-            self._last = sent
+            self._last = at
         elif self._registering is None or self._registering.done():
-            # Forgotten after a long silence: nobody holds anything for us any more.
+            # Removed from the fleet after a long silence: nobody holds a run for this worker any more.
             self._registering = asyncio.create_task(self.register())
-        self._heard(said, held or {})
+        self._acknowledged(sent, held or {})
 
     async def give_up(self) -> None:
         """Leave the fleet, unless a run is still held."""

@@ -1,8 +1,7 @@
-"""The worker's loop: claims runs into slots, has them executed, stores their results and settles outcomes in batches.
-Decides when to stop a run and what to hand back; how a task is executed it leaves to the engine that it is given.
+"""The worker's loop: claims runs into slots, and decides when a run is stopped or released.
 
-A slot is held by the user's code only. Storing and settling happen after it is free, and what is finished but not yet
-settled is bounded, so a store or database that is away stops the claiming, not the worker.
+A slot is held by the user's code only. Storing and settling happen after it is free, and the number of finished runs
+that are not settled yet is bounded, so an absent store or database stops the claiming, not the worker.
 """
 
 import asyncio
@@ -13,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 from prometheus_client import CollectorRegistry, Gauge
@@ -21,15 +21,16 @@ from backcast.errors import FatalError, LedgerUnavailable
 from backcast.ledger import claims, dispatch, fleet
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.ledger.settlement import Ending
-from backcast.models import Failed, Reason
-from backcast.process import Stop
+from backcast.ledger.settlement import Settlement
+from backcast.models import Failed, Problem, Reason
+from backcast.process.outages import Outage
+from backcast.process.stop import Stop
 from backcast.settings import Settings
 from backcast.store import Store
 from backcast.worker import results
-from backcast.worker.execution import Engine, Execution, Meter
-from backcast.worker.lease import BEAT, Beat, Lease
-from backcast.worker.results import Keeper
+from backcast.worker.execution import Execution, Executor, Meter
+from backcast.worker.lease import BEAT, Heartbeat, Lease
+from backcast.worker.results import Results
 from backcast.worker.settler import Settler
 
 log = logging.getLogger("backcast.worker")
@@ -38,16 +39,16 @@ UNSETTLED = 200
 """Finished runs that may wait for the store or the database before the worker stops claiming."""
 _KEY_SPACE, _HALF = 1 << 64, 1 << 63
 
-AHEAD = 0.1
+PREFETCH = 0.1
 """Seconds' worth of runs that are claimed before their slots are free."""
-MOST_AHEAD = 50
-LONGEST_AHEAD = 1.0
-"""Seconds after which a run that was claimed ahead goes back, because a slot has not fallen free as expected."""
+MOST_PREFETCHED = 50
+LONGEST_PREFETCHED = 1.0
+"""Seconds after which a prefetched run is released, because no slot has fallen free as expected."""
 
 
 @dataclass(slots=True)
-class _Held:
-    """A run that this worker has claimed and not yet settled."""
+class _Claimed:
+    """A run that this worker has claimed and not settled yet."""
 
     claim: Claim
     since: float = field(default_factory=time.monotonic)
@@ -69,18 +70,18 @@ def _farthest(cursor: int, owners: list[int]) -> int:
 
 
 class Worker:
-    def __init__(self, settings: Settings, ledger: Ledger, store: Store, engine: Engine, meter: Meter) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, store: Store, executor: Executor, meter: Meter) -> None:
         self._settings = settings
         self._ledger = ledger
         self._store = store
-        self._lease = Lease(settings, ledger, engine.types, report=self._report, heard=self._heard)
-        self._keeper = Keeper(store, settings)
-        self._engine = engine
-        self._execution = Execution(ledger, store, engine, meter, pool=settings.worker.pool, worker_id=self._lease.id)
-        self._names = sorted(task.name for task in engine.types)
-        self._held: dict[UUID, _Held] = {}
-        self._ahead: deque[_Held] = deque()
-        self._suspects: deque[_Held] = deque()
+        self._lease = Lease(settings, ledger, executor.types, report=self._report, acknowledged=self._acknowledged)
+        self._results = Results(store, settings)
+        self._executor = executor
+        self._execution = Execution(ledger, store, executor, meter, pool=settings.worker.pool, worker_id=self._lease.id)
+        self._names = sorted(task.name for task in executor.types)
+        self._held: dict[UUID, _Claimed] = {}
+        self._prefetched: deque[_Claimed] = deque()
+        self._quarantine: deque[_Claimed] = deque()
         self._alone = False
         self._busy = 0
         self._ends: deque[float] = deque()
@@ -109,79 +110,80 @@ class Worker:
             raise LedgerUnavailable("This worker has no lease: its heartbeats do not reach the database.")
         await self._store.check()
 
-    def _report(self) -> Beat:
+    def _report(self) -> Heartbeat:
         claims = None if self._claiming else self._claims  # first: a claim from here on is one more
         fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
-        return Beat(fences, claims, self._busy, self._draining, self._settler.count)
+        return Heartbeat(fences, claims, self._busy, self._draining, self._settler.count)
 
-    def _heard(self, said: Beat, holds: dict[UUID, fleet.Held]) -> None:
-        for run_id, fence in said.fences.items():
+    def _acknowledged(self, sent: Heartbeat, holds: dict[UUID, fleet.Held]) -> None:
+        """Stop the runs that the ledger has given to others, and release those that this worker does not know of."""
+        for run_id, fence in sent.fences.items():
             ours, theirs = self._held.get(run_id), holds.get(run_id)
             if ours is None or ours.claim.fence != fence:
-                continue  # settled, or claimed anew, since it was said
+                continue  # settled, or claimed anew, since the heartbeat was sent
             if theirs is None or theirs.fence != fence:
                 ours.stop("lost")
-                if self._forget_waiting(ours):
+                if self._drop_waiting(ours):
                     del self._held[run_id]
             elif theirs.cancel:
                 ours.stop("cancelled")
-                self._hand_back(ours)
-        if said.claims is None or said.claims != self._claims or self._claiming:
-            return  # what we do not know of may just have been claimed
+                self._release(ours)
+        if sent.claims is None or sent.claims != self._claims or self._claiming:
+            return  # an unknown run may just have been claimed
         for run_id, theirs in holds.items():
-            if run_id not in said.fences and run_id not in self._held:
-                log.warning("handing back %s: the answer to its claim was lost", run_id)
-                self._settler.put(results.handed_back(run_id, theirs))
+            if run_id not in sent.fences and run_id not in self._held:
+                log.warning("releasing %s: the answer to its claim was lost", run_id)
+                self._settler.put(results.released(run_id, theirs))
 
     async def _watch_lease(self) -> None:
         while True:
             await asyncio.sleep(BEAT / 2)
-            for held in [held for held in self._ahead if held.since < time.monotonic() - LONGEST_AHEAD]:
-                self._hand_back(held)
+            for held in [held for held in self._prefetched if held.since < time.monotonic() - LONGEST_PREFETCHED]:
+                self._release(held)
             if not self._lease.is_good:
-                self._hand_back_waiting()
+                self._release_waiting()
             if not self._lease.is_good and self._busy:
                 log.warning(
-                    "no heartbeat for two thirds of the lease: stopping %d runs, others may do them", self._busy
+                    "no heartbeat for two thirds of the lease: stopping %d runs, other workers may do them", self._busy
                 )
                 for held in self._held.values():
-                    held.stop("handed back")
+                    held.stop("released")
 
     # -- claiming ---------------------------------------------------------------------------------------------------
 
     def _room(self) -> tuple[int, int]:
-        """How many runs to claim for free slots, and how many ahead of them.
+        """How many runs to claim for free slots, and how many to prefetch.
 
-        Ahead: what will start within the next moment at the pace of the last second, so that a slot that falls free
-        need not wait for the database, and no run is kept from a worker that is idle.
+        Prefetched are as many as will start within the next moment at the pace of the last second: a slot that falls
+        free does not wait for the database, and no run is kept from an idle worker.
         """
-        if self._alone or self._suspects or not self._lease.is_good:
+        if self._alone or self._quarantine or not self._lease.is_good:
             return 0, 0
         bound = UNSETTLED + self._settings.worker.slots - len(self._held)
         free = max(0, min(self._settings.worker.slots - self._taken, bound))
-        ahead = min(self._pace - len(self._ahead), bound - free)
-        return free, ahead if free or ahead > self._pace // 2 else 0
+        prefetch = min(self._pace - len(self._prefetched), bound - free)
+        return free, prefetch if free or prefetch > self._pace // 2 else 0
 
     @property
     def _taken(self) -> int:
-        return self._busy + self._engine.threads_abandoned
+        return self._busy + self._executor.threads_abandoned
 
     @property
     def _pace(self) -> int:
-        """Runs that end within `AHEAD` seconds, judging by the last second."""
+        """Runs that end within `PREFETCH` seconds, judging by the last second."""
         now = time.monotonic()
         while self._ends and self._ends[0] < now - 1.0:
             self._ends.popleft()
-        return min(int(len(self._ends) * AHEAD), MOST_AHEAD)
+        return min(int(len(self._ends) * PREFETCH), MOST_PREFETCHED)
 
     async def _claim(self) -> None:
         cursor = random.randrange(-_HALF, _HALF)  # noqa: S311  # where to start among the owners
-        quiet = False
+        outage = Outage(partial(log.warning, "can't claim: %s"))
         while not self._draining:
             self._wake.clear()
-            free, ahead = self._room()
+            free, prefetch = self._room()
             taken: list[Claim] = []
-            if free > 0 or ahead > 0:
+            if free > 0 or prefetch > 0:
                 self._claiming = True
                 try:
                     taken = await claims.claim(
@@ -189,21 +191,19 @@ class Worker:
                         pool=self._settings.worker.pool,
                         cursor=cursor,
                         limit=free,
-                        ahead=ahead,
+                        prefetch=prefetch,
                         worker_id=self._lease.id,
                         lease=self._settings.lease,
                     )
-                    quiet = False
+                    outage.is_over()
                 except LedgerUnavailable as error:
-                    if not quiet:
-                        log.warning("can't claim: %s", error)
-                    quiet = True
+                    outage.failed(error)
             for claim in taken:
-                held = self._held[claim.id] = _Held(claim)
-                if claim.is_suspect:
-                    self._suspects.append(held)
-                elif claim.ahead:
-                    self._ahead.append(held)
+                held = self._held[claim.id] = _Claimed(claim)
+                if claim.is_quarantined:
+                    self._quarantine.append(held)
+                elif claim.prefetched:
+                    self._prefetched.append(held)
                 else:  # at once, even when an abandoned thread has taken its slot meanwhile: see `recovery.requeue`
                     self._start(held)
             self._fill()
@@ -211,82 +211,84 @@ class Worker:
             if taken:
                 cursor = _farthest(cursor, [claim.owner_key for claim in taken])
             # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
-            if not 1 < len(taken) < free + ahead:
+            if not 1 < len(taken) < free + prefetch:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 
-    async def _promote(self) -> None:
+    async def _dispatch_due(self) -> None:
         while True:
             await asyncio.sleep(self._settings.worker.poll.total_seconds())
             with contextlib.suppress(LedgerUnavailable):
-                await dispatch.move_on(self._ledger)
+                await dispatch.dispatch_due(self._ledger)
 
     # -- working ----------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Give free slots to runs that wait here. A suspect runs alone: after the others, and before any new one."""
+        """Give free slots to waiting runs. A quarantined run runs alone: after the others, and before any new one."""
         if self._draining or self._alone:
             return
-        if self._suspects:
+        if self._quarantine:
             if self._busy == 0:
                 self._alone = True
-                self._start(self._suspects.popleft())
+                self._start(self._quarantine.popleft())
             return
-        while self._ahead and self._taken < self._settings.worker.slots:
-            self._start(self._ahead.popleft())
+        while self._prefetched and self._taken < self._settings.worker.slots:
+            self._start(self._prefetched.popleft())
 
-    def _start(self, held: _Held) -> None:
+    def _start(self, held: _Claimed) -> None:
         self._busy += 1
         held.work = asyncio.create_task(self._work(held))
         self._works.add(held.work)
         held.work.add_done_callback(self._works.discard)
 
-    async def _work(self, held: _Held) -> None:
-        claim, attempt = held.claim, None
+    async def _work(self, held: _Claimed) -> None:
+        claim, result = held.claim, None
         try:
-            attempt = await self._execution.attempt(claim)
+            result = await self._execution.attempt(claim)
         except asyncio.CancelledError:
             if held.work is not None:
                 held.work.uncancel()
         except Exception:
             log.exception("run %s could not be executed", claim.id)
             bug = FatalError("The worker failed on this run; its log has the details.", code="internal_error")
-            attempt = Failed(results.problem(bug))
+            result = Failed(Problem.from_error(bug))
         finally:
             held.is_executing = False
             self._busy -= 1
-            self._alone = self._alone and not claim.is_suspect
+            self._alone = self._alone and not claim.is_quarantined
             self._ends.append(time.monotonic())
             self._fill()
             self._wake.set()
-        ending = results.stopped(claim, held.reason) if attempt is None else await self._keeper.ending(claim, attempt)
-        if ending is None:
-            self._forget(claim.id, claim.fence)
+        settlement = (
+            results.stopped(claim, held.reason) if result is None else await self._results.settlement(claim, result)
+        )
+        if settlement is None:
+            self._drop(claim.id, claim.fence)
         else:
-            self._settler.put(ending)
+            self._settler.put(settlement)
 
-    async def _recorded(self, batch: Collection[Ending]) -> None:
-        await self._execution.settled([ending.id for ending in batch])
-        for ending in batch:
-            self._forget(ending.id, ending.fence)
+    async def _recorded(self, batch: Collection[Settlement]) -> None:
+        await self._execution.settled([settlement.id for settlement in batch])
+        for settlement in batch:
+            self._drop(settlement.id, settlement.fence)
         self._wake.set()
 
-    def _forget(self, run_id: UUID, fence: int) -> None:
-        """What we hold of this attempt; the run may be here again under a higher fence."""
+    def _drop(self, run_id: UUID, fence: int) -> None:
+        """Drop the claim of this attempt; the run may be here again under a higher fence."""
         held = self._held.get(run_id)
         if held is not None and held.claim.fence == fence:
             del self._held[run_id]
 
-    def _hand_back_waiting(self) -> None:
-        for held in [*self._ahead, *self._suspects]:
-            self._hand_back(held)
+    def _release_waiting(self) -> None:
+        for held in [*self._prefetched, *self._quarantine]:
+            self._release(held)
 
-    def _hand_back(self, held: _Held) -> None:
-        if self._forget_waiting(held):
-            self._settler.put(results.handed_back(held.claim.id, held.claim))
+    def _release(self, held: _Claimed) -> None:
+        if self._drop_waiting(held):
+            self._settler.put(results.released(held.claim.id, held.claim))
 
-    def _forget_waiting(self, held: _Held) -> bool:
-        for waiting in (self._ahead, self._suspects):
+    def _drop_waiting(self, held: _Claimed) -> bool:
+        for waiting in (self._prefetched, self._quarantine):
             if held in waiting:
                 waiting.remove(held)
                 return True
@@ -295,13 +297,13 @@ class Worker:
     # -- the whole --------------------------------------------------------------------------------------------------
 
     async def run(self, stop: Stop) -> None:
-        """Work until `stop` is asked for, then drain: finish within the grace period, hand back the rest."""
+        """Work until `stop` is asked for, then drain: finish within the grace period, release the rest."""
         await self._until(stop, self._lease.register())
         self._lease.start()
         settling = asyncio.create_task(self._settler.run())
         pool = self._settings.worker.pool
         claiming = asyncio.create_task(self._claim())
-        others = (self._promote(), self._watch_lease(), self._ledger.listen(pool, self._wake.set))
+        others = (self._dispatch_due(), self._watch_lease(), self._ledger.listen(pool, self._wake.set))
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
         log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(self._names))
         asked = asyncio.create_task(stop.asked.wait())
@@ -317,10 +319,10 @@ class Worker:
                 task.result()
 
     async def _drain(self, stop: Stop, claiming: asyncio.Task[None], settling: asyncio.Task[None]) -> None:
-        self._draining = self._keeper.is_hurried = True
+        self._draining = self._results.is_hurried = True
         self._wake.set()
         await asyncio.wait({claiming}, timeout=5)  # a claim that is under way still brings runs
-        self._hand_back_waiting()
+        self._release_waiting()
         if self._works:
             log.info("draining: %d runs may finish within %s", len(self._works), self._settings.worker.grace)
             now = asyncio.create_task(stop.at_once.wait())
@@ -332,11 +334,11 @@ class Worker:
             )
             for task in (now, finished):
                 task.cancel()
-        self._hand_back_waiting()
+        self._release_waiting()
         for held in self._held.values():
-            held.stop("handed back")
+            held.stop("released")
         if self._works:
-            log.info("handing back %d runs", len(self._works))
+            log.info("releasing %d runs", len(self._works))
             await asyncio.wait(set(self._works), timeout=2)
         with contextlib.suppress(TimeoutError, LedgerUnavailable):
             async with asyncio.timeout(5):

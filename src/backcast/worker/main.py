@@ -9,7 +9,9 @@ import uvloop
 from prometheus_client import Gauge
 
 from backcast.ledger.connection import Ledger
-from backcast.process import Stop, configure_logging, probes
+from backcast.process.logs import configure_logging
+from backcast.process.probes import probes
+from backcast.process.stop import Stop
 from backcast.settings import Settings
 from backcast.store import open_store
 from backcast.worker.loop import Worker
@@ -19,8 +21,8 @@ async def _serve(settings: Settings) -> None:
     # The one late import: Prefect reads its settings when it is imported, and ours must be there first.
     from backcast import llm
     from backcast.executor import capture, registry
-    from backcast.executor.executor import Engine
-    from backcast.history.sink import Mirror
+    from backcast.executor.executor import Executor
+    from backcast.history.sink import Sink
 
     stop = Stop()
     store = open_store(settings.store)
@@ -28,32 +30,32 @@ async def _serve(settings: Settings) -> None:
     ledger = Ledger(
         database.url.get_secret_value(), pool=database.pool, name="backcast-worker", timeout=database.timeout
     )
-    mirror = Mirror(settings.prefect)
-    capture.install(mirror)
+    sink = Sink(settings.prefect)
+    capture.install(sink)
     llm.connect(settings.model)
     tasks = registry.discover([*(["backcast.llm.tasks"] if settings.builtin_tasks else []), *settings.tasks])
-    engine = Engine(
+    executor = Executor(
         tasks,
         pool=settings.worker.pool,
         max_attempts=settings.max_attempts,
         store=store,
         threads=settings.worker.slots,
-        tell=mirror.show if mirror.is_enabled else None,
+        publish=sink.publish if sink.is_enabled else None,
     )
-    mirroring = asyncio.create_task(mirror.run())
+    publishing = asyncio.create_task(sink.run())
     try:
-        async with engine:
-            worker = Worker(settings, ledger, store, engine, llm.metered)
+        async with executor:
+            worker = Worker(settings, ledger, store, executor, llm.metered)
             Gauge(
                 "backcast_worker_history_waiting", "Events not yet shown to Prefect", registry=worker.registry
-            ).set_function(lambda: mirror.waiting)
+            ).set_function(lambda: sink.waiting)
             async with probes(settings.worker.host, settings.worker.port, ready=worker.check, registry=worker.registry):
                 await worker.run(stop)
     finally:
-        mirroring.cancel()
-        await asyncio.gather(mirroring, return_exceptions=True)
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
         await llm.aclose()
-        await mirror.aclose(timeout=2)
+        await sink.aclose(timeout=2)
         await ledger.aclose()
         await store.aclose()
 
@@ -63,7 +65,7 @@ def main(settings: Settings) -> None:
     configure_logging(settings.log_level)
     os.environ.update(settings.prefect.environment())
     uvloop.run(_serve(settings))
-    # Everything is settled. A sync task that ignores being handed back must not keep the process.
+    # Everything is settled. A sync task that ignores its release must not keep the process.
     if any(thread.name.startswith("task") for thread in threading.enumerate()):
         logging.shutdown()
         os._exit(0)

@@ -1,19 +1,22 @@
-"""How the end of an attempt becomes the ending that the ledger records; a result is stored before it is one.
+"""Turns the result of an attempt into the settlement that the ledger records; a value is stored first.
 
-Decides what is charged, what waits and for how long a store that is away is tried; knows nothing of slots or batches.
+Decides what counts against `max_attempts`, what is tried again, and for how long an absent store is retried. Knows
+nothing of slots or batches.
 """
 
 import asyncio
 import logging
 import random
 import time
+from functools import partial
 from uuid import UUID
 
-from backcast.errors import BackcastError, FatalError, StoreUnavailable
+from backcast.errors import FatalError, StoreUnavailable
 from backcast.ledger.claims import Claim
 from backcast.ledger.fleet import Held
-from backcast.ledger.settlement import INLINE_RESULT, Ending
-from backcast.models import Attempt, Failed, Problem, Reason, Retry, Succeeded
+from backcast.ledger.settlement import INLINE_RESULT, Settlement
+from backcast.models import AttemptResult, Failed, Problem, Reason, Retry, Succeeded
+from backcast.process.outages import Outage, backoff
 from backcast.settings import Settings
 from backcast.store import Store
 
@@ -22,7 +25,7 @@ log = logging.getLogger("backcast.worker")
 ELSEWHERE = Problem(
     code="task_elsewhere",
     title="This worker does not have the task",
-    detail="The worker that claimed this run does not have its task, another one of the pool does: it goes back.",
+    detail="The worker that claimed this run does not have its task, another one of the pool does: it is released.",
 )
 UNKNOWN = Problem(
     code="unknown_task",
@@ -32,34 +35,30 @@ UNKNOWN = Problem(
 
 
 def result_key(run_id: UUID, fence: int) -> str:
-    """Where an attempt stores its result: attempts never share an object."""
+    """The key of the object for an attempt's value: attempts never share one."""
     return f"results/{run_id}/{fence}.json"
 
 
-def problem(error: BackcastError) -> Problem:
-    return Problem(code=error.code, title=error.title, detail=error.detail)
-
-
-def stopped(claim: Claim, reason: Reason | None) -> Ending | None:
-    """The ending of an attempt that was stopped; none when the run is no longer ours to speak for."""
+def stopped(claim: Claim, reason: Reason | None) -> Settlement | None:
+    """The settlement of an attempt that was stopped; none when another worker has the run."""
     match reason:
         case "lost":
             return None
-        case "cancelled":  # settle sees the request and makes the outcome cancelled
+        case "cancelled":  # the ledger sees the request and makes the run cancelled
             return _failed(claim, None)
-        case "handed back" | None:
-            return handed_back(claim.id, claim)
+        case "released" | None:
+            return released(claim.id, claim)
 
 
-def handed_back(run_id: UUID, held: Claim | Held) -> Ending:
-    """The run is ready again at once, as if this worker had never had it."""
-    return Ending(
-        id=run_id, fence=held.fence, lane=held.lane, state="queued", charged=False, retries_used=held.retries_used
+def released(run_id: UUID, held: Claim | Held) -> Settlement:
+    """The run is ready again at once, as if this worker had never claimed it."""
+    return Settlement(
+        id=run_id, fence=held.fence, lane=held.lane, state="queued", counts=False, retries_used=held.retries_used
     )
 
 
-def _failed(claim: Claim, error: Problem | None) -> Ending:
-    return Ending(
+def _failed(claim: Claim, error: Problem | None) -> Settlement:
+    return Settlement(
         id=claim.id,
         fence=claim.fence,
         lane=claim.lane,
@@ -69,23 +68,23 @@ def _failed(claim: Claim, error: Problem | None) -> Ending:
     )
 
 
-class Keeper:
-    """Makes endings, and stores the results among them."""
+class Results:
+    """Makes settlements, and stores the values among them."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._patience = settings.store.patience.total_seconds()
         self._largest = settings.max_result
-        self._is_away = False
+        self._outage = Outage(partial(log.warning, "can't store results, trying on: %s"))
         self.is_hurried = False
-        """Set while the worker drains: a store that is away is not waited for."""
+        """Set while the worker drains: an absent store is not waited for."""
 
-    async def ending(self, claim: Claim, attempt: Attempt) -> Ending:
-        match attempt:
+    async def settlement(self, claim: Claim, result: AttemptResult) -> Settlement:
+        match result:
             case Failed(reason):
                 return _failed(claim, reason)
             case Retry(reason, delay, retries, behind):
-                return Ending(
+                return Settlement(
                     id=claim.id,
                     fence=claim.fence,
                     lane=claim.lane,
@@ -94,7 +93,7 @@ class Keeper:
                     flight=behind,
                     error=reason,
                     retries_used=retries,
-                    charged=retries > claim.retries_used or reason is UNKNOWN,
+                    counts=retries > claim.retries_used or reason is UNKNOWN,
                 )
             case Succeeded(body) if len(body) > self._largest:
                 error = FatalError(
@@ -102,35 +101,33 @@ class Keeper:
                     " store it yourself and return its address.",
                     code="result_too_large",
                 )
-                return _failed(claim, problem(error))
+                return _failed(claim, Problem.from_error(error))
             case Succeeded():
-                return await self._stored(claim, attempt)
+                return await self._stored(claim, result)
 
-    async def _stored(self, claim: Claim, attempt: Succeeded) -> Ending:
-        """Store a result, for as long as it takes within reason: computing it again may be dear."""
+    async def _stored(self, claim: Claim, result: Succeeded) -> Settlement:
+        """Store a value, and keep trying for `store.patience`: computing it again may be expensive."""
         key = result_key(claim.id, claim.fence)
-        give_up, delay = time.monotonic() + self._patience, 0.5
+        give_up, delays = time.monotonic() + self._patience, backoff(0.5, 10.0)
         while True:
             try:
-                await self._store.put(key, attempt.body, is_copied=len(attempt.body) <= INLINE_RESULT)
+                await self._store.put(key, result.body, is_copied=len(result.body) <= INLINE_RESULT)
             except StoreUnavailable as error:
-                if not self._is_away:
-                    log.warning("can't store results, trying on: %s", error)
-                self._is_away = True
+                self._outage.failed(error)
                 if time.monotonic() > give_up or self.is_hurried:
-                    again = Retry(problem(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
-                    return await self.ending(claim, again)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 10.0)
+                    delay = random.uniform(2.5, 7.5)  # noqa: S311
+                    again = Retry(Problem.from_error(error), delay, claim.retries_used)
+                    return await self.settlement(claim, again)
+                await asyncio.sleep(next(delays))
             else:
-                self._is_away = False
-                return Ending(
+                self._outage.is_over()
+                return Settlement(
                     id=claim.id,
                     fence=claim.fence,
                     lane=claim.lane,
                     state="completed",
-                    result=attempt.body.decode() if len(attempt.body) <= INLINE_RESULT else None,
+                    result=result.body.decode() if len(result.body) <= INLINE_RESULT else None,
                     result_key=key,
-                    usage=attempt.usage,
+                    usage=result.usage,
                     retries_used=claim.retries_used,
                 )

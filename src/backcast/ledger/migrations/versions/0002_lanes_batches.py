@@ -16,9 +16,9 @@ def upgrade() -> None:
         max_running    integer check (max_running >= 0),             -- none: as many as there are slots
         max_per_minute double precision check (max_per_minute > 0),  -- none: as often as they come
         limited        boolean not null generated always as (num_nonnulls(max_running, max_per_minute) > 0) stored,
-        -- Its `admitted` runs that are queued or running. No check that it is not negative: an update that is about to
+        -- Its `promoted` runs that are queued or running. No check that it is not negative: an update that is about to
         -- wait for another one computes with the old number first, and would fail.
-        admitted       integer not null default 0,
+        promoted       integer not null default 0,
         tokens         double precision not null default 1,
         refilled_at    timestamptz not null default now(),
         served         bigint not null default 0                     -- the owner key that was served last
@@ -44,8 +44,8 @@ def upgrade() -> None:
 
     alter table runs
         add column batch_id uuid,
-        add column admitted boolean not null default false,  -- counted in its lane; only when queued, running or ended
-        add column ahead boolean not null default false,     -- claimed before a slot was free for it
+        add column promoted boolean not null default false,  -- counted in its lane; only when queued, running or ended
+        add column prefetched boolean not null default false,     -- claimed before a slot was free for it
         add column lost_fence bigint,                        -- the latest attempt that was lost with its worker
         add column flight text;                              -- the flight it waits for, while scheduled
     create index runs_following on runs (flight) where flight is not null and state = 'scheduled';

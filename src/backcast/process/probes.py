@@ -1,11 +1,7 @@
-"""What worker and steward have in common as processes: logging, signals, and a port for probes and metrics.
-Knows nothing about what they do."""
+"""The port of a process for probes and metrics."""
 
 import asyncio
 import contextlib
-import logging
-import signal
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import uvicorn
@@ -16,30 +12,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from backcast.errors import ConfigurationError, Unavailable
-
-log = logging.getLogger("backcast")
-
-
-def configure_logging(level: str) -> None:
-    """One line per event on stderr; colours and prefixes are the business of who reads it."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)-7s %(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("backcast").setLevel(level.upper())
-
-
-class Stop:
-    """SIGTERM or SIGINT asks to stop; the second one asks to stop at once."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.at_once = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
-
-    def _signalled(self) -> None:
-        if self.asked.is_set():
-            self.at_once.set()
-        self.asked.set()
 
 
 class _Server(uvicorn.Server):

@@ -1,4 +1,4 @@
-"""How the mirror says who it is to a Prefect server: by basic auth, or to Prefect Cloud by a key."""
+"""Which credentials the sink shows to a Prefect server: basic auth, or the key of Prefect Cloud."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from backcast.history.sink import Mirror
+from backcast.history.sink import Sink
 from backcast.settings import Prefect
 
 
@@ -32,9 +32,9 @@ async def test_who_it_is(given: dict[str, str], shown: str | None) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
         serving = threading.Thread(target=server.serve_forever, args=(0.02,))
         serving.start()
-        mirror = Mirror(Prefect.model_validate({"api_url": f"http://127.0.0.1:{server.server_port}/api", **given}))
-        mirror.keep_log({"message": "hello"})
-        await mirror.aclose(timeout=5)
+        sink = Sink(Prefect.model_validate({"api_url": f"http://127.0.0.1:{server.server_port}/api", **given}))
+        sink.keep_log({"message": "hello"})
+        await sink.aclose(timeout=5)
         server.shutdown()
         serving.join()
     assert _Server.shown == [shown]

@@ -1,0 +1,109 @@
+"""Casts by Marvin, with nothing left on disk. Imported by the first cast: Marvin takes two seconds of CPU to import.
+
+Every failure is one of the four kinds of `errors.RunError`; nothing is retried here but one re-ask after an answer that
+does not fit. The data is untrusted and goes into the prompt: it may mislead the model, never change the answer's shape.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
+from weakref import WeakKeyDictionary
+
+# Marvin reads these when it is imported, and a `.env` of the working directory for those that are not set.
+os.environ |= {
+    "MARVIN_HOME_PATH": os.sep,  # must exist; nothing is written there
+    "MARVIN_DATABASE_URL": "sqlite+aiosqlite://",  # in memory, and empty: conversations are MemoryThreads
+    "MARVIN_ENABLE_DEFAULT_PRINT_HANDLER": "false",  # it prints data on stdout
+    "MARVIN_LOG_LEVEL": "CRITICAL",  # so do its logs
+    "MARVIN_LOG_EVENTS": "false",
+    "MARVIN_AGENT_MODEL": "openai:gpt-4o",  # never used; a wrong one fails the import
+}
+
+import marvin
+import openai
+from pydantic import AfterValidator, WithJsonSchema
+from pydantic_ai.messages import ModelResponse
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+from pydantic_ai.settings import ModelSettings
+
+from backcast.errors import FatalError
+from backcast.llm import Usage, compact
+from backcast.llm.answers import Grammar, Whole
+from backcast.llm.failures import explain
+from backcast.llm.memory import MemoryThread
+from backcast.models import JSON
+from backcast.settings import Model
+from backcast.targets import Target
+
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Model, openai.AsyncOpenAI]] = WeakKeyDictionary()
+"""By event loop, as connections die with the loop that made them."""
+
+
+async def aclose() -> None:
+    """Close the running loop's connections."""
+    for client in _clients.pop(asyncio.get_running_loop(), {}).values():
+        await client.close()
+
+
+async def cast(
+    model: Model, data: JSON, target: Target, instructions: str | None, record: Callable[[Usage], None]
+) -> JSON:
+    """See `llm.cast`; `record` is called with the usage of every answer."""
+
+    def meter(response: ModelResponse) -> None:
+        record(Usage(response.model_name or "", response.usage.input_tokens, response.usage.output_tokens))
+
+    provided = _provided(model)
+    whole = (
+        Grammar(provided, meter, compact.cast(data, target.schema, instructions))
+        if model.embedded
+        else Whole(provided, meter)
+    )
+    agent = marvin.Agent(name="backcast", model=whole, model_settings=_answer_settings(model))
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    try:
+        return await marvin.cast_async(text, _type(target), instructions, agent, MemoryThread())
+    except Exception as error:  # noqa: BLE001  # whatever it is, the run must learn whether to retry
+        failure = explain(error)
+    raise failure  # not inside `except`: the chain would hold the provider's words, which may repeat the key
+
+
+def _provided(model: Model) -> OpenAIChatModel:
+    clients = _clients.setdefault(asyncio.get_running_loop(), {})
+    if model not in clients:
+        clients[model] = openai.AsyncOpenAI(
+            base_url=model.embedded_url if model.embedded else model.base_url or "https://api.openai.com/v1",
+            api_key=_key(model),
+            timeout=model.timeout.total_seconds(),
+            max_retries=0,  # the run's own retries are the only ones
+        )
+    name = "embedded" if model.embedded else model.name
+    return OpenAIChatModel(name, provider=OpenAIProvider(openai_client=clients[model]))
+
+
+def _key(model: Model) -> str:
+    if model.api_key is not None:
+        return model.api_key.get_secret_value()
+    if model.embedded or model.base_url:
+        return "none"  # servers of one's own often want none, the client always wants one
+    raise FatalError("The provider needs a key: set BACKCAST_MODEL__API_KEY.", code="model_refused_key")
+
+
+def _answer_settings(model: Model) -> ModelSettings:
+    chosen = ModelSettings(max_tokens=model.max_tokens, timeout=model.timeout.total_seconds())
+    if model.embedded:
+        chosen["temperature"] = 0
+    return chosen
+
+
+def _type(target: Target) -> Any:
+    """The target as Marvin takes it: it shows the schema to the model, and asks again when the answer does not fit."""
+    shaped = Annotated[Any, WithJsonSchema(target.schema), AfterValidator(target.validate)]
+    try:
+        target.validate(None)
+    except ValueError:
+        return shaped
+    return Optional[shaped]  # noqa: UP045  # Marvin takes None as an answer only if it sees it in the type

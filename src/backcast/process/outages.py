@@ -1,0 +1,32 @@
+"""How a process outlasts what it needs: it tries again, ever more slowly, and reports each reason once."""
+
+from collections.abc import Callable, Iterator
+
+
+def backoff(first: float, longest: float, *, factor: float = 2) -> Iterator[float]:
+    """Seconds before each further try: `first`, then `factor` times as long each time, up to `longest`."""
+    delay = first
+    while True:
+        yield delay
+        delay = min(factor * delay, longest)
+
+
+class Outage:
+    """Something that may be away. While it is, each reason is reported once, however often it is tried."""
+
+    def __init__(self, report: Callable[[str], object]) -> None:
+        self._report = report
+        self._reasons = set[str]()
+
+    def __bool__(self) -> bool:
+        """Whether it is away."""
+        return bool(self._reasons)
+
+    def failed(self, reason: object) -> None:
+        text = str(reason) or type(reason).__name__
+        if text not in self._reasons:
+            self._report(text)
+        self._reasons.add(text)
+
+    def is_over(self) -> None:
+        self._reasons.clear()

@@ -24,7 +24,7 @@ from backcast.store import open_store
 from tests.chaos.process import Process
 from tests.chaos.proxy import Link
 from tests.support.s3 import S3Server, free_ports
-from tests.support.stack import Stack
+from tests.support.stack import Stack, takes_writes
 from tests.support.waiting import until
 
 LEASE = 3.0
@@ -152,7 +152,7 @@ class World:
         self._add(
             "prefect",
             lambda: [sys.executable, "-m", "prefect", "server", "start", f"--port={port}", "--no-ui"],
-            _answers(f"{self.prefect}/health"),
+            lambda: takes_writes(self.prefect),
             PREFECT_API_URL=self.prefect,
             PREFECT_API_DATABASE_CONNECTION_URL=postgres.url(data, "prefect").replace("://", "+asyncpg://"),
             PREFECT_SERVER_ANALYTICS_ENABLED="false",

@@ -48,15 +48,13 @@ async def test_prefect_shows_every_run(database: str, tmp_path: Path) -> None:
         await product.up("api", "worker")
         before = await product.submit("echo", value=1)
         await product.result(before)
-        with prefect_server(tmp_path, port=port) as server:
-            await server.ready("/health", timeout=60)
+        async with prefect_server(tmp_path, port=port) as server:
             await check(product, url, before)
             server.kill()
             during = [await product.submit("echo", value=n) for n in range(30)]
             for run_id in during:
                 await product.result(run_id)
-        with prefect_server(tmp_path, port=port) as server:
-            await server.ready("/health", timeout=60)
+        async with prefect_server(tmp_path, port=port) as server:
             for run_id in during:
                 await seen(url, run_id, "COMPLETED")
 
@@ -90,8 +88,7 @@ def _seconds(time: str) -> float:
 
 async def test_prefect_also_shows_what_no_engine_has_said(database: str, tmp_path: Path, ledger: Ledger) -> None:
     """Runs that wait, that are cancelled while they wait, and that fail before there is an attempt."""
-    with prefect_server(tmp_path) as server:
-        await server.ready("/health", timeout=60)
+    async with prefect_server(tmp_path) as server:
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
         async with stack(database, tmp_path, **env) as product:
             await product.up("api", "worker", "steward")
@@ -125,8 +122,7 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
     def told(run: UUID, state: Any, at: datetime) -> Told:
         return Told(run, "t", state, ["x"], "why", at, at, None if state == "scheduled" else at, 1)
 
-    with prefect_server(tmp_path) as server:
-        await server.ready("/health", timeout=60)
+    async with prefect_server(tmp_path) as server:
         mirror = Mirror(Prefect(api_url=server.url))
         mirror.tell(told(old, "failed", now - timedelta(days=2)))
         mirror.tell(told(young, "completed", now))

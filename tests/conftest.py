@@ -8,6 +8,7 @@ import pytest
 
 from backcast.settings import Prefect
 from tests.support.stack import free_port
+from tests.support.waiting import PATIENCE
 
 # Prefect reads its settings when it is imported, whichever test does it first. As in a worker, it is to start no server
 # of its own; and there is none at all, as nobody listens there.
@@ -18,6 +19,14 @@ def pytest_configure() -> None:
     # A shell starts what it runs in the background with SIGINT ignored, and so would be what tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The waits of a test end first, and print what they saw; this is for what hangs without one.
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(5 * PATIENCE))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,7 +9,6 @@ from backcast.testing import Reply, ScriptedModel
 from tests.support.stack import Stack, free_port, stack
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(120)
 KEY = "sk-very-secret-key"
 CHAIRS = {"payload": "We put 31 chairs in the hall", "instructions": "how many chairs", "target_type": "int"}
 

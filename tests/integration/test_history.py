@@ -16,8 +16,6 @@ from backcast.settings import Prefect
 from tests.support.stack import Stack, free_port, prefect_server, stack
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(150)
-
 
 async def seen(url: str, run_id: str, state: str) -> dict[str, Any]:
     """The run as Prefect has it, once it is in this state."""

@@ -20,7 +20,6 @@ from tests.support.s3 import S3Server, s3_server
 from tests.support.stack import Part, Stack, prefect_server, stack
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(150)
 DAY = 24 * 3600.0
 KEEP = timedelta(days=30)
 FINAL = ("completed", "failed", "cancelled", "expired")

@@ -22,8 +22,6 @@ from backcast.testing import ScriptedModel
 from tests.support.stack import FINAL, ROOT, free_port
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Up:
     """One `backcast up`; on a port that was free, with a folder of its own and no ambient settings."""

@@ -18,8 +18,6 @@ from tests.support.s3 import s3_server
 from tests.support.stack import FINAL, Stack, stack
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:

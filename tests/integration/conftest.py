@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
@@ -10,6 +11,7 @@ import pytest
 
 from backcast import postgres
 from backcast.ledger import Ledger, migrate
+from tests.support.waiting import PATIENCE
 
 _numbers = itertools.count()
 
@@ -48,7 +50,7 @@ async def database(server: postgres.Postgres, _template: str) -> str:
 
 @pytest.fixture
 async def ledger(database: str) -> AsyncIterator[Ledger]:
-    ledger = Ledger(database, pool=30)
+    ledger = Ledger(database, pool=30, timeout=timedelta(seconds=PATIENCE))
     yield ledger
     await ledger.aclose()
 

@@ -8,6 +8,7 @@ import pytest
 
 from backcast.mirror import Mirror
 from backcast.settings import Prefect
+from tests.support.waiting import PATIENCE
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -34,7 +35,7 @@ async def test_who_it_is(given: dict[str, str], shown: str | None) -> None:
         serving.start()
         mirror = Mirror(Prefect.model_validate({"api_url": f"http://127.0.0.1:{server.server_port}/api", **given}))
         mirror.keep_log({"message": "hello"})
-        await mirror.aclose(timeout=5)
+        await mirror.aclose(timeout=PATIENCE)
         server.shutdown()
         serving.join()
     assert _Server.shown == [shown]

@@ -14,10 +14,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import httpx
 import pytest
-from botocore.config import Config
 
 from backcast import settings
 from backcast.errors import ConfigurationError, StoreUnavailable
@@ -66,15 +64,7 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server, op
         made = Place(opened(f"file://{folder}"), lambda: folder.rename(tmp_path / "gone"), str(folder))
     else:
         name = f"test-{os.urandom(4).hex()}"
-        client = botocore.session.get_session().create_client(
-            "s3",
-            endpoint_url=s3.url,
-            region_name="us-east-1",
-            aws_access_key_id=s3.access_key,
-            aws_secret_access_key=s3.secret_key,
-            config=Config(s3={"addressing_style": "path"}),
-        )
-        made = Place(opened(f"s3://{name}/some/prefix"), lambda: client.delete_bucket(Bucket=name), name)
+        made = Place(opened(f"s3://{name}/some/prefix"), lambda: s3.client().delete_bucket(Bucket=name), name)
     await made.store.ensure()
     return made
 

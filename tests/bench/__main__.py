@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,11 @@ def cpu(processes: dict[str, psutil.Process]) -> dict[str, float]:
 
 @asynccontextmanager
 async def product(folder: Path) -> AsyncIterator[tuple[Stack, dict[str, psutil.Process]]]:
-    with postgres.running(folder / "postgres") as database, prefect_server(folder) as prefect:
+    async with AsyncExitStack() as servers:
+        database = servers.enter_context(postgres.running(folder / "postgres"))
+        prefect = await servers.enter_async_context(prefect_server(folder))
         provisioning.create_database(database.url(), "backcast")
         migrate(database.url("backcast"))
-        await prefect.ready("/health", timeout=60)
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": prefect.url, "BACKCAST_LEASE": "PT15S"}
         async with stack(database.url("backcast"), folder, **env) as running:
             await running.up("api", "worker", "steward")

@@ -42,7 +42,7 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
         "limits of lanes hold": await checks.lanes(it),
         "values are right": await checks.values(it, load.cases, ledger),
         "objects are right": await checks.stored(bucket, load.cases, ledger),
-        "no object without a run": await checks.swept(bucket, ledger, timeout=60),
+        "no object without a run": await checks.swept(bucket, ledger, timeout=settle),
         "Prefect agrees": await checks.shown(it, ledger, timeout=settle),
         "nobody ends unasked": it.died,
     }

@@ -16,8 +16,9 @@ from tests.chaos.process import Process
 from tests.chaos.proxy import CLEAR, Weather
 from tests.chaos.world import LEASE, World
 
-_DRAIN = 35.0
-"""Seconds after SIGTERM in which a process must have ended: its grace, and its last words to servers that are away."""
+_DRAIN = 120.0
+"""Seconds after SIGTERM in which a process must have ended: far more than its grace, and its last words to servers that
+are away."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from backcast.store import open_store
 from tests.chaos.process import Process
 from tests.chaos.proxy import Link
 from tests.support.s3 import S3Server, free_ports
-from tests.support.stack import Stack
-from tests.support.waiting import until
+from tests.support.stack import Stack, takes_writes
+from tests.support.waiting import PATIENCE, until
 
 LEASE = 3.0
 """Seconds: short, so that a worker that is stopped for a moment is a dead one."""
@@ -59,11 +59,11 @@ create trigger audit_updates after update on backcast.runs for each row
           (new.state, new.fence, new.worker_id, new.result_key)) execute function audit.note()"""
 
 
-def _answers(url: str, status: int = 200) -> Callable[[], Awaitable[bool]]:
+def _answers(url: str) -> Callable[[], Awaitable[bool]]:
     async def look() -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
-                return (await client.get(url)).status_code == status
+            async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+                return (await client.get(url)).status_code == 200
         return False
 
     return look
@@ -112,7 +112,9 @@ class World:
 
     async def sql(self, statement: str, *values: Any, database: str = "backcast") -> list[asyncpg.Record]:
         """On a connection of its own, past all links."""
-        connection = await asyncpg.connect(postgres.url(self.folder / "pg", database), timeout=5, command_timeout=30)
+        connection = await asyncpg.connect(
+            postgres.url(self.folder / "pg", database), timeout=60, command_timeout=PATIENCE
+        )
         try:
             return await connection.fetch(statement, *values)
         finally:
@@ -128,7 +130,7 @@ class World:
                 raise OSError(repr(error)) from error
             return True
 
-        await until(look, timeout=60)
+        await until(look)
 
     def _add(
         self, name: str, command: Callable[[], list[str]], look: Callable[[], Awaitable[bool]], **env: str
@@ -145,15 +147,18 @@ class World:
         async def is_up() -> bool:
             return await asyncio.to_thread(provisioning.why_not_ready, postgres.url(data, "postgres")) is None
 
+        async def s3_is_up() -> bool:
+            return not await asyncio.to_thread(self.s3.why_not_ready)
+
         self._add("postgres", lambda: postgres.command(data, settings=settings), is_up)
-        self._add("s3", self.s3.command, _answers(self.s3.url, 403))
+        self._add("s3", self.s3.command, s3_is_up)
         self.database = postgres.url(data, "backcast")
         port = next(self._ports)
         self.prefect = f"http://127.0.0.1:{port}/api"
         self._add(
             "prefect",
             lambda: [sys.executable, "-m", "prefect", "server", "start", f"--port={port}", "--no-ui"],
-            _answers(f"{self.prefect}/health"),
+            lambda: takes_writes(self.prefect),
             PREFECT_API_URL=self.prefect,
             PREFECT_API_DATABASE_CONNECTION_URL=postgres.url(data, "prefect").replace("://", "+asyncpg://"),
             PREFECT_SERVER_ANALYTICS_ENABLED="false",
@@ -206,7 +211,7 @@ class World:
             **{f"BACKCAST_{variable}": value for variable, value in variables.items()},
         )
 
-    async def up(self, *names: str, timeout: float = 60) -> None:
+    async def up(self, *names: str, timeout: float = 2 * PATIENCE) -> None:
         """Start these processes, all if none are named, and wait until they are ready."""
         chosen = [self.processes[name] for name in names or self.processes]
         for process in chosen:

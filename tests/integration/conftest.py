@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
@@ -12,6 +13,7 @@ from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
+from tests.support.waiting import PATIENCE
 
 _numbers = itertools.count()
 
@@ -50,7 +52,7 @@ async def database(server: postgres.Postgres, _template: str) -> str:
 
 @pytest.fixture
 async def ledger(database: str) -> AsyncIterator[Ledger]:
-    ledger = Ledger(database, pool=30)
+    ledger = Ledger(database, pool=30, timeout=timedelta(seconds=PATIENCE))
     yield ledger
     await ledger.aclose()
 

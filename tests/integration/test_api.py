@@ -337,7 +337,8 @@ async def test_waiting_for_the_end(api: httpx.AsyncClient, ledger: Ledger, store
     short = await api.get(f"/v1/runs/{run['id']}", headers={"Prefer": "wait=0"})
     assert (short.json()["state"], short.headers["preference-applied"]) == ("queued", "wait=0")
     waiting = asyncio.create_task(api.get(f"/v1/runs/{run['id']}", headers={"Prefer": "respond-async, wait=20"}))
-    await asyncio.sleep(0.1)
+    looked = await api.get(f"/v1/runs/{run['id']}")  # and so has the one before
+    assert looked.json()["state"] == "queued"
     await end(ledger, store, worker, "1")
     assert (await waiting).json()["state"] == "completed"
 

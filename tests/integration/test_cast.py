@@ -9,7 +9,6 @@ from backcast.testing import Reply, ScriptedModel
 from tests.support.stack import Stack, free_port, stack
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(120)
 KEY = "sk-very-secret-key"
 CHAIRS = {"payload": "We put 31 chairs in the hall", "instructions": "how many chairs", "target_type": "int"}
 
@@ -87,10 +86,12 @@ async def test_a_model_that_is_away_is_waited_for(database: str, tmp_path: Path)
         answer = await product.client.post("/tasks", json=CHAIRS)
         run_id = answer.json()["task_run_id"]
 
-        run = await until(lambda: product.run(run_id), lambda run: run["error"] is not None)
-        assert (run["state"], run["error"]["code"]) == ("queued", "model_unavailable")
+        run = await until(
+            lambda: product.run(run_id), lambda run: run["error"] is not None and run["state"] == "queued"
+        )
+        assert run["error"]["code"] == "model_unavailable"
         with ScriptedModel([Reply(status=429, retry_after=1), Reply(31)], port=port):
-            assert await product.result(run_id, timeout=60) == 31
+            assert await product.result(run_id) == 31
 
 
 async def test_a_refused_key_fails_at_once_and_is_not_repeated_anywhere(database: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from backcast.errors import InvalidInput, InvalidTarget, NoResult, NotFinished, 
 from backcast.models import Limits, State, uuid7
 from backcast.testing import ScriptedModel
 from tests.support.stack import Stack, stack
+from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ async def test_a_session_at_the_command_line(product: Stack) -> None:
     assert cast == Ended(0, "2\n", "")
 
     run_id = (await backcast(product, "submit", "echo", 'value=["é", 1]', "--owner", "ana")).out.strip()
-    waited = await backcast(product, "wait", run_id, "--timeout", "20", "--json")
+    waited = await backcast(product, "wait", run_id, "--timeout", str(PATIENCE), "--json")
     assert json.loads(waited.out)["state"] == "completed"
     assert json.loads((await backcast(product, "get", run_id, "--result", "--json")).out) == ["é", 1]
     listed = json.loads((await backcast(product, "list", "--owner", "ana", "--json")).out)
@@ -86,20 +87,21 @@ class Boxes(BaseModel):
 async def test_the_client_speaks_the_real_interface(product: Stack) -> None:
     async with AsyncClient(str(product.client.base_url)) as client:
         assert await client.cast("12 boxes, 2 broken", Boxes) == Boxes(whole=12, broken=2)
-        assert await client.cast("a b", list[str], timeout=30)
+        assert await client.cast("a b", list[str], timeout=PATIENCE)
 
-        run = await client.submit("nap", {"seconds": 0.5, "name": "a"})
+        run = await client.submit("linger", {"name": "a"})
         with pytest.raises(NotFinished):
             await client.result(run.id)
+        product.release("a")
         looks = [run.state]
-        run = await client.wait(run.id, timeout=30, progress=lambda run: looks.append(run.state))
+        run = await client.wait(run.id, timeout=PATIENCE, progress=lambda run: looks.append(run.state))
         assert (run.state, looks[0], looks[-1]) == (State.COMPLETED, State.QUEUED, State.COMPLETED)
-        assert await client.result(run.id) == 0.5
+        assert await client.result(run.id) == "a"
         assert (await client.submit("echo", {"value": 1}, key="k")).id == (
             await client.submit("echo", {"value": 1}, key="k")
         ).id
 
-        failed = await client.wait((await client.submit("fail", {"kind": "fatal"})).id, timeout=30)
+        failed = await client.wait((await client.submit("fail", {"kind": "fatal"})).id, timeout=PATIENCE)
         with pytest.raises(RunError, match="as asked"):
             raise_for_state(failed)
         with pytest.raises(NoResult):
@@ -110,7 +112,7 @@ async def test_the_client_speaks_the_real_interface(product: Stack) -> None:
         runs = [run.id async for run in client.list(batch=batch.id)]
         assert (batch.size, len(runs)) == (3, 3)
         for run_id in runs:
-            assert (await client.wait(run_id, timeout=30)).lane == "naps"
+            assert (await client.wait(run_id, timeout=PATIENCE)).lane == "naps"
         assert (await client.batch(batch.id)).states == {State.COMPLETED: 3}
         await client.lift_lane("naps")
         assert await client.lanes() == []
@@ -130,10 +132,11 @@ async def test_the_client_speaks_the_real_interface(product: Stack) -> None:
 async def test_a_wait_survives_a_restart_of_the_api(product: Stack) -> None:
     (api,) = [part for part in product.parts if part.name == "api"]
     async with AsyncClient(api.url) as client:
-        run = await client.submit("nap", {"seconds": 3})
+        run = await client.submit("linger", {"name": "restart"})
         seen = asyncio.Event()
-        waiting = asyncio.create_task(client.wait(run.id, timeout=50, progress=lambda _: seen.set()))
-        await asyncio.wait_for(seen.wait(), 20)
+        waiting = asyncio.create_task(client.wait(run.id, timeout=PATIENCE, progress=lambda _: seen.set()))
+        await asyncio.wait_for(seen.wait(), PATIENCE)
         api.kill()
         await product.start("api", port=int(api.url.rpartition(":")[2])).ready()
+        product.release("restart")
         assert (await waiting).state is State.COMPLETED

@@ -165,7 +165,7 @@ def s_state(name: str) -> Any:
 
 @task(timeout_seconds=0.2, retries=1, retry_delay_seconds=9)
 async def a_slow() -> None:
-    await asyncio.sleep(60)
+    await asyncio.sleep(3600)
 
 
 @task(timeout_seconds=0.2, retries=1, retry_delay_seconds=9)
@@ -174,12 +174,12 @@ def s_slow() -> None:
         threading.Event().wait(0.01)
 
 
-@task(timeout_seconds=0.2, retries=1)
+@task(timeout_seconds=5, retries=1)
 def s_stuck(name: str) -> str:
     """A single call that blocks: nothing can be raised in its thread."""
     calls[name] += 1
     if calls[name] == 1:
-        gates[name].wait(60)
+        gates[name].wait(3600)
         seen[name] = cancel_requested()
     return f"call {calls[name]}"
 
@@ -215,13 +215,13 @@ def s_child(x: int) -> int:
 @task
 async def a_waits(name: str) -> None:
     gates[name].set()
-    await asyncio.sleep(60)
+    await asyncio.sleep(3600)
 
 
 @task
 def s_waits(name: str) -> str:
     calls[name] += 1
-    gates[name].wait(60)
+    gates[name].wait(3600)
     seen[name] = cancel_requested()
     return "too late"
 

@@ -246,7 +246,7 @@ async def test_a_stopped_execution_ends_at_once_and_prefect_hears_why(
     engine: subject.Executor, sink: Recorded, reason: str, state: str
 ) -> None:
     run_id = uuid4()
-    execution = asyncio.create_task(run(engine, "nap", run_id=run_id, seconds=60))
+    execution = asyncio.create_task(run(engine, "linger", run_id=run_id, name="for ever"))
 
     async def states() -> list[str]:
         return sink.states(run_id)

@@ -16,8 +16,6 @@ from backcast.settings import Prefect
 from tests.support.stack import Stack, free_port, prefect_server, stack
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.timeout(150)
-
 
 async def seen(url: str, run_id: str, state: str) -> dict[str, Any]:
     """The run as Prefect has it, once it is in this state."""
@@ -27,7 +25,7 @@ async def seen(url: str, run_id: str, state: str) -> dict[str, Any]:
             answer = await client.get(f"{url}/task_runs/{run_id}")
             return dict(answer.json()) if answer.status_code == 200 else {}
 
-        return await until(look, lambda run: run.get("state_type") == state, timeout=20)
+        return await until(look, lambda run: run.get("state_type") == state)
 
 
 async def logs(url: str, run_id: str) -> list[str]:
@@ -37,7 +35,7 @@ async def logs(url: str, run_id: str) -> list[str]:
             wanted = {"logs": {"task_run_id": {"any_": [run_id]}}, "sort": "TIMESTAMP_ASC"}
             return [log["message"] for log in (await client.post(f"{url}/logs/filter", json=wanted)).json()]
 
-        return await until(look, lambda found: len(found) >= 2, timeout=20)
+        return await until(look, lambda found: len(found) >= 2)
 
 
 async def test_prefect_shows_every_run(database: str, tmp_path: Path) -> None:
@@ -48,15 +46,13 @@ async def test_prefect_shows_every_run(database: str, tmp_path: Path) -> None:
         await product.up("api", "worker")
         before = await product.submit("echo", value=1)
         await product.result(before)
-        with prefect_server(tmp_path, port=port) as server:
-            await server.ready("/health", timeout=60)
+        async with prefect_server(tmp_path, port=port) as server:
             await check(product, url, before)
             server.kill()
             during = [await product.submit("echo", value=n) for n in range(30)]
             for run_id in during:
                 await product.result(run_id)
-        with prefect_server(tmp_path, port=port) as server:
-            await server.ready("/health", timeout=60)
+        async with prefect_server(tmp_path, port=port) as server:
             for run_id in during:
                 await seen(url, run_id, "COMPLETED")
 
@@ -66,8 +62,8 @@ async def check(product: Stack, url: str, before: str) -> None:
     ours = await product.run(before)
     assert echoed["name"] == "echo"
     assert list(echoed["task_inputs"]) == ["value"]
-    assert abs(_seconds(echoed["start_time"]) - _seconds(ours["started_at"])) < 2
-    assert abs(_seconds(echoed["end_time"]) - _seconds(ours["finished_at"])) < 2
+    times = [ours["started_at"], echoed["start_time"], echoed["end_time"], ours["finished_at"]]
+    assert times == sorted(times, key=_seconds), "claimed, begun, ended, recorded"
     talked = await product.submit("talk", words="hello")
     await product.result(talked)
     await seen(url, talked, "COMPLETED")
@@ -78,7 +74,7 @@ async def check(product: Stack, url: str, before: str) -> None:
     retried = await product.submit("flaky", name="h", fails=2)
     await product.result(retried)
     assert (await seen(url, retried, "COMPLETED"))["run_count"] == 3
-    running = await product.submit("nap", seconds=60)
+    running = await product.submit("linger", name="for ever")
     await seen(url, running, "RUNNING")
     await product.client.post(f"/v1/runs/{running}/cancel")
     await seen(url, running, "CANCELLED")
@@ -90,8 +86,7 @@ def _seconds(time: str) -> float:
 
 async def test_prefect_also_shows_what_no_engine_has_said(database: str, tmp_path: Path, ledger: Ledger) -> None:
     """Runs that wait, that are cancelled while they wait, and that fail before there is an attempt."""
-    with prefect_server(tmp_path) as server:
-        await server.ready("/health", timeout=60)
+    async with prefect_server(tmp_path) as server:
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
         async with stack(database, tmp_path, **env) as product:
             await product.up("api", "worker", "steward")
@@ -125,8 +120,7 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
     def told(run: UUID, state: Any, at: datetime) -> Entry:
         return Entry(run, "t", state, ["x"], "why", at, at, None if state == "scheduled" else at, 1)
 
-    with prefect_server(tmp_path) as server:
-        await server.ready("/health", timeout=60)
+    async with prefect_server(tmp_path) as server:
         sink = Sink(Prefect(api_url=server.url))
         sink.record(told(old, "failed", now - timedelta(days=2)))
         sink.record(told(young, "completed", now))
@@ -143,15 +137,26 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
                     "task_run_id": str(old),
                 }
             )
-        await sink._flush()
+
+        async def flushed() -> bool:  # Prefect may refuse any write with 503: what it refuses is kept, and sent again
+            await sink._flush()
+            return True
+
+        await until(flushed)
         ids = [old, young, waiting, late, unknown]
         wanted = dict(zip(ids, ["FAILED", "COMPLETED", "SCHEDULED", "CANCELLED", None], strict=True))
         await until(lambda: sink.states(ids), lambda states: states == wanted)
         expired = await seen(server.url, str(late), "CANCELLED")
         assert expired["state"]["message"] == "Expired: why"
         assert await logs(server.url, str(old)) == ["first", "second"]
-        assert await sink.delete_ended(now - timedelta(days=1), 1) == 1, "no more than asked"
-        assert await sink.delete_ended(now - timedelta(days=1), 100) == 1
+
+        async def forgotten(limit: int) -> int:
+            return await until(
+                lambda: sink.delete_ended(now - timedelta(days=1), limit), lambda count: count is not None
+            )
+
+        assert await forgotten(1) == 1, "no more than asked"
+        assert await forgotten(100) == 1
         wanted |= {old: None, late: None}
         assert await sink.states(ids) == wanted, "what waits has not ended"
 

@@ -17,9 +17,9 @@ from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
-from tests.support.waiting import until
+from tests.integration.test_ledger import LEASE
+from tests.support.waiting import PATIENCE, until
 
-LEASE = timedelta(seconds=15)
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 
 # After each change of a run, in its transaction: a claim that makes one too many fails. It counts what is committed and
@@ -120,7 +120,7 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
             )
             most = max(most, row["max"] or 0)  # type: ignore[index]
 
-    async with asyncio.timeout(50):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*[work() for _ in range(8)], look())
     assert 0 < most <= 5
     assert await ledger.fetch("select from runs where state <> 'completed'") == []

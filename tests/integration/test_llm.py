@@ -17,6 +17,7 @@ from backcast import llm, targets
 from backcast.errors import FatalError, RunError, TransientError, UsageError
 from backcast.settings import Model
 from backcast.testing import Reply, ScriptedModel
+from tests.support.waiting import PATIENCE
 
 KEY = "sk-secret-0123456789"
 BACKENDS = ["openai", "embedded"]
@@ -169,8 +170,8 @@ async def test_a_model_that_is_not_there(connect: Connect) -> None:
 
 
 async def test_a_model_that_takes_too_long(connect: Connect) -> None:
-    with ScriptedModel([Reply(1, delay=30)]) as model:
-        connect(model, timeout=timedelta(seconds=0.2))
+    with ScriptedModel([Reply(1, delay=3600)]) as model:
+        connect(model, timeout=timedelta(seconds=2))
         with pytest.raises(TransientError) as caught:
             await cast("31", "int")
     assert caught.value.code == "model_timeout"
@@ -217,15 +218,15 @@ async def test_cancelling_a_cast_is_let_through(connect: Connect) -> None:
 
     def think(_: Any) -> Reply:
         loop.call_soon_threadsafe(asked.set)
-        return Reply(1, delay=30)
+        return Reply(1, delay=3600)
 
     with ScriptedModel(think) as model:
         connect(model)
         running = asyncio.create_task(cast("31", "int"))
-        await asyncio.wait_for(asked.wait(), 10)
+        await asyncio.wait_for(asked.wait(), PATIENCE)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(running, 5)
+            await asyncio.wait_for(running, PATIENCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -284,7 +285,7 @@ asyncio.run(main())
             env=environ | {"HOME": str(home), "TMPDIR": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=PATIENCE,
             check=False,
         )
     assert (ran.stdout, ran.returncode) == ("31\n", 0), ran.stderr

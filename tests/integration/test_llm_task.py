@@ -14,13 +14,14 @@ from backcast.errors import FatalError, UsageError
 from backcast.llm.tasks import create_structured_output
 from backcast.settings import Model
 from backcast.testing import Reply, ScriptedModel
+from tests.support.waiting import PATIENCE
 
 now = create_structured_output.with_options(retry_delay_seconds=0, retry_jitter_factor=0)
 
 
 @pytest.fixture(scope="module")
 def _prefect() -> Iterator[None]:
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=int(PATIENCE)):
         yield
 
 

@@ -14,6 +14,7 @@ from backcast.errors import ConfigurationError, Unavailable
 from backcast.local import postgres
 from backcast.settings import Settings
 from tests.support.s3 import s3_server
+from tests.support.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def settings(guarded: str, folder: Path, *, password: str = "ours", **setup: Any
         "admin_url": url("postgres", "admin-secret", "postgres"),
         "prefect_url": url("prefect", "theirs", "prefect"),
         "scaler_url": url("scaler", "sees", "backcast"),
-        "patience": 5,
+        "patience": PATIENCE,
     }
     return Settings.model_validate(
         {
@@ -126,7 +127,7 @@ def test_a_bucket_is_made_and_every_call_is_tried(guarded: str, tmp_path: Path) 
     (tmp_path / "s3").mkdir()
     with s3_server(tmp_path / "s3") as s3:
         it = settings(guarded, tmp_path)
-        given = {"url": "s3://made/for/us", "endpoint": s3.url, "access_key": s3.access_key, "timeout": 3}
+        given = {"url": "s3://made/for/us", "endpoint": s3.url, "access_key": s3.access_key}
         good = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": s3.secret_key})})
         bad = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": "wrong"})})
         said: list[str] = []

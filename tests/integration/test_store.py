@@ -14,10 +14,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import httpx
 import pytest
-from botocore.config import Config
 
 from backcast import settings
 from backcast.errors import ConfigurationError, StoreUnavailable
@@ -66,15 +64,7 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, s3: S3Server, op
         made = Place(opened(f"file://{folder}"), lambda: folder.rename(tmp_path / "gone"), str(folder))
     else:
         name = f"test-{os.urandom(4).hex()}"
-        client = botocore.session.get_session().create_client(
-            "s3",
-            endpoint_url=s3.url,
-            region_name="us-east-1",
-            aws_access_key_id=s3.access_key,
-            aws_secret_access_key=s3.secret_key,
-            config=Config(s3={"addressing_style": "path"}),
-        )
-        made = Place(opened(f"s3://{name}/some/prefix"), lambda: client.delete_bucket(Bucket=name), name)
+        made = Place(opened(f"s3://{name}/some/prefix"), lambda: s3.client().delete_bucket(Bucket=name), name)
     await made.store.ensure()
     return made
 
@@ -279,7 +269,7 @@ async def test_the_loop_goes_on_during_a_large_put(store: Store) -> None:
     turns = 0
     put = asyncio.create_task(store.put("results/a/1.json", LARGE * 3))
     while not put.done():
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
         turns += 1
     await put
     assert turns > 5
@@ -319,9 +309,9 @@ async def test_nobody_listens(opened: Opening) -> None:
 async def test_a_server_that_never_answers(opened: Opening) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        store = opened(endpoint=endpoint, timeout=timedelta(seconds=0.5))
+        store = opened(endpoint=endpoint, timeout=timedelta(seconds=2))
         for work in (store.check, store.ensure, lambda: store.get("a"), lambda: store.put("a", LARGE)):
-            assert "did not answer within 0.5 s" in await unavailable(work())
+            assert "did not answer within 2 s" in await unavailable(work())
 
 
 async def test_a_password_in_the_endpoint_is_not_told(opened: Opening) -> None:
@@ -482,11 +472,11 @@ async def test_no_space_left(tmp_path: Path, folder: Store) -> None:
 
 
 async def test_a_disk_that_hangs(tmp_path: Path, opened: Opening) -> None:
-    store = opened(f"file://{tmp_path}/store", timeout=timedelta(seconds=0.3))
+    store = opened(f"file://{tmp_path}/store", timeout=timedelta(seconds=5))
     await store.ensure()
     await store.put("a", b"x")
     os.mkfifo(tmp_path / "store" / "b")  # opening it waits for a writer
-    assert "did not answer within 0.3 s" in await unavailable(store.get("b"))
+    assert "did not answer within 5 s" in await unavailable(store.get("b"))
     assert await store.get("a") == b"x"
     os.close(os.open(tmp_path / "store" / "b", os.O_WRONLY | os.O_NONBLOCK))
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,6 +13,13 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.support.waiting import PATIENCE
 
 
 @dataclass
@@ -54,17 +62,42 @@ class S3Server:
             *ports,
         ]
 
-    def start(self, *, timeout: float = 30) -> None:
-        """Returns once it can tell our key from others."""
+    def start(self, *, timeout: float = PATIENCE) -> None:
+        """Returns once it has taken a write."""
         command, log = self.command(), self.folder / "weed.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output)
         deadline = time.monotonic() + timeout
-        while (seen := self._answer()) != 403:
+        while seen := self.why_not_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 raise AssertionError(f"weed does not answer; last seen: {seen}\n{log.read_text()[-3000:]}")
             time.sleep(0.05)
+
+    def client(self) -> Any:
+        """Past the product's own code."""
+        return botocore.session.get_session().create_client(
+            "s3",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(s3={"addressing_style": "path"}, connect_timeout=10, read_timeout=10),
+        )
+
+    def why_not_ready(self) -> str:
+        """Why it takes no write yet; nothing once it does."""
+        if (seen := self._answer()) != 403:
+            return f"not yet a refusal of who has no key: {seen}"
+        client, name = self.client(), f"ready-{secrets.token_hex(8)}"
+        try:
+            client.create_bucket(Bucket=name)
+            client.put_object(Bucket=name, Key="it", Body=b"is")
+            client.delete_object(Bucket=name, Key="it")
+            client.delete_bucket(Bucket=name)
+        except (ClientError, BotoCoreError) as error:
+            return str(error)
+        return ""
 
     def stop(self) -> None:
         if self._process is not None:
@@ -75,7 +108,7 @@ class S3Server:
     def _answer(self) -> int | str:
         """The status of a request without a key."""
         try:
-            with urllib.request.urlopen(self.url, timeout=2) as response:
+            with urllib.request.urlopen(self.url, timeout=10) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             with error:

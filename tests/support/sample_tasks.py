@@ -14,6 +14,7 @@ from prefect.cache_policies import INPUTS, TASK_SOURCE
 from pydantic import BaseModel
 
 from backcast.errors import FatalError, TransientError, UsageError
+from tests.support.waiting import until
 
 
 class Order(BaseModel):
@@ -39,6 +40,27 @@ async def nap(seconds: float, name: str = "nap") -> float:
     _note(name)
     await asyncio.sleep(seconds)
     return seconds
+
+
+async def _there(name: str) -> None:
+    async def look() -> bool:
+        return Path(name).exists()
+
+    await until(look, timeout=3600)
+
+
+@task
+async def linger(name: str) -> str:
+    """Runs until the test releases this name."""
+    _note(name)
+    await _there(f"release-{name}")
+    return name
+
+
+@task
+def linger_in_a_thread(name: str) -> str:
+    asyncio.run(_there(f"release-{name}"))
+    return name
 
 
 @task
@@ -121,9 +143,10 @@ async def kill_worker(name: str, times: int) -> int:
 
 
 @task(cache_policy=INPUTS + TASK_SOURCE)
-async def counted_slowly(name: str, seconds: float) -> int:
+async def counted_slowly(name: str) -> int:
+    """Runs until the test releases this name."""
     calls = _note(name)
-    await asyncio.sleep(seconds)
+    await _there(f"release-{name}")
     return calls
 
 
@@ -137,13 +160,16 @@ async def stuck_once(name: str) -> int:
 
 @task
 async def crowded(name: str, seconds: float) -> int:
-    """How many of this name ran when this one began, itself included."""
-    now = Path(f"now-{name}")
+    """How many of this name ran when this one began, itself included. The first ones run until two have met."""
+    now, met = Path(f"now-{name}"), Path(f"met-{name}")
     now.mkdir(exist_ok=True)
     mine = now / secrets.token_hex(8)
     mine.touch()
     try:
         present = len(list(now.iterdir()))
+        if present > 1:
+            met.touch()
+        await _there(met.name)
         await asyncio.sleep(seconds)
     finally:
         mine.unlink()

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import httpx
 
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
 FINAL = {"completed", "failed", "cancelled", "expired"}
@@ -39,19 +40,25 @@ class Part:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    async def ready(self, path: str = "/readyz", *, timeout: float = 30) -> "Part":
+    async def ready(self, path: str = "/readyz") -> "Part":
         async with httpx.AsyncClient() as client:
 
-            async def look() -> int:
-                assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}:\n{self.text}"
-                with contextlib.suppress(httpx.HTTPError):
-                    return (await client.get(self.url + path, timeout=2)).status_code
-                return 0
+            async def look() -> bool:
+                return (await client.get(self.url + path, timeout=10)).status_code == 200
 
-            try:
-                await until(look, lambda status: status == 200, timeout=timeout)
-            except AssertionError as error:
-                raise AssertionError(f"{self.name} is not ready: {error}\n{self.text}") from None
+            return await self.does(look)
+
+    async def does(self, look: Callable[[], Awaitable[bool]]) -> "Part":
+        """Wait until it does this; what it has logged is in the message when it does not."""
+
+        async def alive() -> bool:
+            assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}"
+            return await look()
+
+        try:
+            await until(alive)
+        except AssertionError as error:
+            raise AssertionError(f"{self.name} is not ready: {error}\n{self.text}") from None
         return self
 
     def kill(self) -> None:
@@ -63,7 +70,7 @@ class Part:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    async def ended(self, *, timeout: float = 30) -> int:
+    async def ended(self, *, timeout: float = PATIENCE) -> int:
         async def look() -> int | None:
             return self.process.poll()
 
@@ -80,7 +87,7 @@ class Stack:
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
-    client: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=30))
+    client: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=PATIENCE))
 
     def environment(self, **more: str) -> dict[str, str]:
         return {
@@ -92,7 +99,6 @@ class Stack:
             "BACKCAST_STORE__URL": f"file://{self.folder}/store",
             "BACKCAST_PREFECT__HISTORY": "false",
             "BACKCAST_TASKS": "tests.support.sample_tasks",
-            "BACKCAST_LEASE": "PT3S",
             "PREFECT_HOME": str(self.folder / "prefect"),
             **self.env,
             **more,
@@ -137,17 +143,21 @@ class Stack:
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
-    async def ended(self, run_id: str, *, timeout: float = 30) -> dict[str, Any]:
+    def release(self, name: str) -> None:
+        """Let the sample tasks end that linger under this name."""
+        (self.folder / f"release-{name}").touch()
+
+    async def ended(self, run_id: str, *, timeout: float = PATIENCE) -> dict[str, Any]:
         return await until(lambda: self.run(run_id), lambda run: run["state"] in FINAL, timeout=timeout)
 
-    async def result(self, run_id: str, *, timeout: float = 30) -> Any:
+    async def result(self, run_id: str, *, timeout: float = PATIENCE) -> Any:
         run = await self.ended(run_id, timeout=timeout)
         assert run["state"] == "completed", run
         answer = await self.client.get(f"/v1/runs/{run_id}/result")
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    async def state(self, run_id: str, state: str, *, timeout: float = 20) -> dict[str, Any]:
+    async def state(self, run_id: str, state: str, *, timeout: float = PATIENCE) -> dict[str, Any]:
         return await until(lambda: self.run(run_id), lambda run: run["state"] == state, timeout=timeout)
 
     def stop(self) -> None:
@@ -168,9 +178,20 @@ async def stack(database: str, folder: Path, **env: str) -> AsyncIterator[Stack]
         running.stop()
 
 
-@contextlib.contextmanager
-def prefect_server(folder: Path, database: str | None = None, port: int | None = None) -> Iterator[Part]:
-    """A stock Prefect server, on SQLite unless a database is given."""
+async def takes_writes(prefect: str) -> bool:
+    """Whether the Prefect server with this API takes a write. Its health page answers while its own services still keep
+    each other from the database; writes are then refused with 503."""
+    name = f"ready_{secrets.token_hex(8)}"
+    with contextlib.suppress(httpx.HTTPError):
+        async with httpx.AsyncClient(base_url=prefect, trust_env=False, timeout=10) as client:
+            made = await client.post("/variables/", json={"name": name, "value": 1})
+            return made.is_success and (await client.delete(f"/variables/name/{name}")).is_success
+    return False
+
+
+@contextlib.asynccontextmanager
+async def prefect_server(folder: Path, database: str | None = None, port: int | None = None) -> AsyncIterator[Part]:
+    """A stock Prefect server that has taken a write, on SQLite unless a database is given."""
     port = port or free_port()
     stage = Stack("", folder)
     url = f"http://127.0.0.1:{port}/api"
@@ -187,6 +208,6 @@ def prefect_server(folder: Path, database: str | None = None, port: int | None =
     command = [prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     part = stage.spawn("prefect", command, url, **env)
     try:
-        yield part
+        yield await part.does(lambda: takes_writes(url))
     finally:
         part.kill()

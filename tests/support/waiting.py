@@ -9,12 +9,15 @@ import httpx
 
 Seen = TypeVar("Seen")
 
+PATIENCE = 120.0
+"""Seconds: far away, as no machine is to be so slow that a wait ends in vain where something was only late."""
+
 
 async def until(
     look: Callable[[], Awaitable[Seen]],
     holds: Callable[[Seen], bool] = bool,
     *,
-    timeout: float = 20,
+    timeout: float = PATIENCE,
     every: float = 0.05,
 ) -> Seen:
     """Look again and again; returns what was seen once it holds."""
@@ -24,7 +27,7 @@ async def until(
             seen: object = await look()
             if holds(seen):  # type: ignore[arg-type]
                 return seen  # type: ignore[return-value]
-        except (AssertionError, OSError, httpx.TransportError) as error:
+        except (AssertionError, OSError, httpx.HTTPError) as error:
             seen = error
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout} s in vain; last seen: {seen!r}")

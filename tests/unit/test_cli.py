@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from backcast.cli.main import app
+from tests.support.waiting import PATIENCE
 from tests.unit.test_client import Service
 
 Cli = Callable[..., Result]
@@ -251,7 +252,7 @@ class Terminal:
         )
         os.close(theirs)
 
-    def read(self, until: str | None = None, *, timeout: float = 20) -> str:
+    def read(self, until: str | None = None, *, timeout: float = PATIENCE) -> str:
         """All that is on the screen once it shows `until`, or at the end of the process."""
         deadline = time.monotonic() + timeout
         while until is None or until not in self.screen:
@@ -270,7 +271,7 @@ class Terminal:
 
     def ended(self) -> int:
         os.close(self._ours)
-        return self.process.wait(10)
+        return self.process.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])

@@ -8,6 +8,7 @@ import pytest
 
 from backcast.history.sink import Sink
 from backcast.settings import Prefect
+from tests.support.waiting import PATIENCE
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -34,7 +35,7 @@ async def test_who_it_is(given: dict[str, str], shown: str | None) -> None:
         serving.start()
         sink = Sink(Prefect.model_validate({"api_url": f"http://127.0.0.1:{server.server_port}/api", **given}))
         sink.keep_log({"message": "hello"})
-        await sink.aclose(timeout=5)
+        await sink.aclose(timeout=PATIENCE)
         server.shutdown()
         serving.join()
     assert _Server.shown == [shown]

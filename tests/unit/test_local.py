@@ -14,16 +14,16 @@ from backcast.errors import ConfigurationError
 from backcast.local import postgres
 from backcast.local.child import Child
 from backcast.local.up import free_port, up
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 Lines = list[tuple[str, str, str]]
 
 
 def part(folder: Path, lines: Lines, program: str, *, name: str = "api", **given: object) -> Child:
-    def say(*line: str) -> None:
+    def show(*line: str) -> None:
         lines.append(line)  # type: ignore[arg-type]
 
-    return Child(name, lambda: [sys.executable, "-uISc", program], os.environ, folder / "part.log", say, **given)  # type: ignore[arg-type]
+    return Child(name, lambda: [sys.executable, "-uISc", program], os.environ, folder / "part.log", show, **given)  # type: ignore[arg-type]
 
 
 async def words(lines: Lines, wanted: str, *, times: int = 1) -> Lines:
@@ -37,7 +37,7 @@ async def test_a_part_that_dies_is_started_again_and_people_are_told(tmp_path: P
     lines: Lines = []
     it = part(tmp_path, lines, "print('INFO    hello'); raise SystemExit(3)").start()
     await words(lines, "hello", times=2)
-    await it.stop(5)
+    await it.stop(PATIENCE)
     assert lines[:3] == [
         ("api", "hello", ""),
         ("api", "ended with exit code 3; starting it again in 0.5 s", "red"),
@@ -49,14 +49,14 @@ async def test_a_killed_part_is_named_with_its_signal(tmp_path: Path) -> None:
     lines: Lines = []
     it = part(tmp_path, lines, "import os; os.kill(os.getpid(), 9)").start()
     await words(lines, "was killed by SIGKILL; starting it again in 0.5 s")
-    await it.stop(5)
+    await it.stop(PATIENCE)
 
 
 async def test_a_part_that_can_not_even_be_started_is_tried_again(tmp_path: Path) -> None:
     lines: Lines = []
     it = part(tmp_path / "missing", lines, "").start()
     await words(lines, "No such file or directory", times=2)
-    await it.stop(5)
+    await it.stop(PATIENCE)
 
 
 async def test_of_a_traceback_people_see_the_last_line_and_the_log_has_it_all(tmp_path: Path) -> None:
@@ -66,26 +66,26 @@ async def test_of_a_traceback_people_see_the_last_line_and_the_log_has_it_all(tm
     )
     it.start()
     await words(lines, "ended with exit code 1")
-    await it.stop(5)
+    await it.stop(PATIENCE)
     assert [words for _, words, _ in lines][:2] == ["ValueError: no", "KeyError"]
     assert "Traceback (most recent call last)" in (tmp_path / "part.log").read_text()
 
 
 async def test_very_long_and_broken_lines_do_no_harm(tmp_path: Path) -> None:
     lines: Lines = []
-    program = "import sys, time; sys.stdout.buffer.write(b'x' * 200_000 + b'\\xff\\n\\nend\\n'); time.sleep(60)"
+    program = "import sys, time; sys.stdout.buffer.write(b'x' * 200_000 + b'\\xff\\n\\nend\\n'); time.sleep(3600)"
     it = part(tmp_path, lines, program).start()
     await words(lines, "end")
-    await it.stop(5)
+    await it.stop(PATIENCE)
     assert [len(words) for _, words, _ in lines] == [200_001, 3]
 
 
 async def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     lines: Lines = []
-    it = part(tmp_path, lines, "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(60)")
+    it = part(tmp_path, lines, "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(3600)")
     it.start()
     await words(lines, "on")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await it.stop(0.1)
     assert lines[-1] == ("api", "has not stopped within 0.1 s: killed", "yellow")
 
@@ -93,10 +93,17 @@ async def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 async def test_a_part_may_be_stopped_before_it_was_started_and_while_it_waits(tmp_path: Path) -> None:
     lines: Lines = []
     await part(tmp_path, lines, "").stop(5)
-    it = part(tmp_path, lines, "").start()
+    it, stops = part(tmp_path, lines, ""), list[asyncio.Task[None]]()
+
+    def show(*line: str) -> None:  # it is about to wait for half a second
+        lines.append(line)  # type: ignore[arg-type]
+        stops.append(asyncio.create_task(it.stop(3600)))
+
+    it.show = show
+    it.start()
     await words(lines, "starting it again")
-    async with asyncio.timeout(5):
-        await it.stop(60)
+    async with asyncio.timeout(PATIENCE):
+        await stops[0]
     assert len(lines) == 1
 
 
@@ -104,11 +111,11 @@ async def test_a_part_may_be_stopped_before_it_was_started_and_while_it_waits(tm
 async def test_the_stop_signal_is_the_one_that_was_chosen(tmp_path: Path) -> None:
     lines: Lines = []
     program = (
-        "import signal, sys, time\nsignal.signal(2, lambda *_: sys.exit(print('fast')))\nprint('on')\ntime.sleep(60)"
+        "import signal, sys, time\nsignal.signal(2, lambda *_: sys.exit(print('fast')))\nprint('on')\ntime.sleep(3600)"
     )
     it = part(tmp_path, lines, program, stop_by=signal.SIGINT).start()
     await words(lines, "on")
-    await it.stop(10)
+    await it.stop(PATIENCE)
     assert lines[-1][1] == "fast"
 
 

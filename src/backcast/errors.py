@@ -17,6 +17,7 @@
     │   ├── LedgerUnavailable
     │   ├── StoreUnavailable
     │   └── NoWorkerYet
+    ├── WaitTimeout                     a client has waited for as long as it wanted to; the run goes on
     ├── ConfigurationError              an operator must change a setting; the sentence says which
     └── RunError                        how an attempt of a run ended badly; its kind decides about a retry
         ├── UsageError                  the input can't be worked on: never retried
@@ -191,6 +192,13 @@ class NoWorkerYet(Unavailable):
 
     code = "no_worker_yet"
     title = "No worker has registered its tasks yet"
+
+
+class WaitTimeout(BackcastError, TimeoutError):
+    """The run was still going when the caller's `timeout` had passed. Nothing happened to the run."""
+
+    code = "wait_timeout"
+    title = "The run has not ended in time"
 
 
 class ConfigurationError(BackcastError):

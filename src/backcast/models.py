@@ -16,6 +16,10 @@ JSON = Any
 """A plain JSON value: None, bool, int, float, str, list, dict with string keys."""
 
 
+CAST = "create_structured_output"
+"""The name of the built-in task, as in Prefect's example."""
+
+
 class State(StrEnum):
     """Where a run is, as callers see it. `held` and `scheduled` are internal and shown as `queued`."""
 

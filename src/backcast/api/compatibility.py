@@ -19,11 +19,10 @@ from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS, json_request, st
 from backcast.api.submit import idempotency_key, submit
 from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun
 from backcast.ledger import runs
-from backcast.models import JSON, State, Submission
+from backcast.models import CAST, JSON, State, Submission
 
 router = APIRouter(tags=["as in Prefect's example"], route_class=FastRoute)
 
-CAST = "create_structured_output"
 _PLACES = {"data": "/payload", "target": "/target_type", "instructions": "/instructions"}
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from backcast import __version__, client
+from backcast import __version__
 from backcast.cli import output
-from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable
+from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable, WaitTimeout
 
 OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = (
@@ -40,7 +40,7 @@ def _exit_code(error: BackcastError) -> int:
     match error:
         case RunError() | NoResult():
             return RUN_FAILED
-        case Unavailable() | client.WaitTimeout():
+        case Unavailable() | WaitTimeout():
             return AWAY
         case _:
             return REFUSED

@@ -1,14 +1,22 @@
-"""The commands that run the service."""
+"""The commands that run the service. Each imports its process when it is called, so that none loads another's."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from backcast.cli import output
 from backcast.cli.app import RUN_FAILED, run
-from backcast.settings import load
+
+if TYPE_CHECKING:
+    from backcast.settings import Settings
+
+
+def _settings() -> "Settings":
+    from backcast.settings import load
+
+    return load()
 
 
 @run()
@@ -31,7 +39,7 @@ def api() -> None:
     """Run the HTTP API."""
     from backcast.api.main import main
 
-    main(load())
+    main(_settings())
 
 
 @run()
@@ -39,7 +47,7 @@ def worker() -> None:
     """Run a worker, which claims runs and executes them."""
     from backcast.worker.main import main
 
-    main(load())
+    main(_settings())
 
 
 @run()
@@ -47,7 +55,7 @@ def steward() -> None:
     """Run the steward, which requeues the runs of dead workers and cleans up."""
     from backcast.steward.main import main
 
-    main(load())
+    main(_settings())
 
 
 @run()
@@ -55,7 +63,7 @@ def model() -> None:
     """Run the embedded model's server; its file is downloaded first if need be."""
     from backcast.local import model_server, weights
 
-    settings = load().model
+    settings = _settings().model
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=output.err, transient=True, disable=not output.err.is_terminal) as bars:
         bar = bars.add_task("model", total=None)
@@ -72,7 +80,7 @@ def setup() -> None:
     """Make what the processes need: roles and databases if told to, the schema, the store's folder or bucket."""
     from backcast import provision
 
-    provision.prepare(load(), typer.echo)
+    provision.prepare(_settings(), typer.echo)
 
 
 @run()
@@ -80,7 +88,7 @@ def check() -> None:
     """Try every call that the processes make to the database and the store, and say what to change."""
     from backcast import provision
 
-    if not provision.check(load(), typer.echo):
+    if not provision.check(_settings(), typer.echo):
         raise typer.Exit(RUN_FAILED)
 
 
@@ -89,4 +97,4 @@ def await_database() -> None:
     """Wait until the Prefect server's database can be used: that server ends when it can't."""
     from backcast import provision
 
-    provision.await_prefect_database(load(), typer.echo)
+    provision.await_prefect_database(_settings(), typer.echo)

@@ -1,17 +1,19 @@
 """The commands about runs: cast, submit, get, wait, list, cancel."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 from pydantic import ValidationError
 
-from backcast import client
 from backcast.cli import arguments, output
 from backcast.cli.app import INTERRUPTED, use
 from backcast.cli.service import AsJson, RunId, Timeout, Url, connect
-from backcast.models import Run, State, Submission
+from backcast.models import CAST, Run, State, Submission
+
+if TYPE_CHECKING:
+    from backcast.client import Client
 
 
 @use()
@@ -37,7 +39,7 @@ def cast(
     if instructions is not None:
         wanted["instructions"] = instructions
     with connect(url) as service:
-        _finish(service, service.submit(client.CAST, wanted), timeout, as_json)
+        _finish(service, service.submit(CAST, wanted), timeout, as_json)
 
 
 @use()
@@ -115,10 +117,12 @@ def get(
 @use()
 def wait(run_id: RunId, timeout: Timeout = None, url: Url = None, as_json: AsJson = False) -> None:
     """Wait until a run has ended, and show it."""
+    from backcast.client import raise_for_state
+
     with connect(url) as service:
         run = _ended(service, run_id, timeout)
     output.print_run(run, as_json)
-    client.raise_for_state(run)
+    raise_for_state(run)
 
 
 @use("list")
@@ -159,13 +163,15 @@ def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
         typer.echo(f"Run {run.id} is {run.state} and was asked to stop.")
 
 
-def _finish(service: client.Client, run: Run, timeout: float | None, as_json: bool) -> None:
+def _finish(service: "Client", run: Run, timeout: float | None, as_json: bool) -> None:
+    from backcast.client import raise_for_state
+
     run = _ended(service, run.id, timeout)
-    client.raise_for_state(run)
+    raise_for_state(run)
     output.print_value(service.result(run.id), as_json)
 
 
-def _ended(service: client.Client, run_id: UUID, timeout: float | None) -> Run:
+def _ended(service: "Client", run_id: UUID, timeout: float | None) -> Run:
     try:
         with output.watching(run_id) as progress:
             return service.wait(run_id, timeout=timeout, progress=progress)

@@ -13,9 +13,10 @@ from uuid import UUID
 import httpx
 
 from backcast.client import exchanges
-from backcast.client.exchanges import CAST, Filters, Progress, Waiting, WaitTimeout, raise_for_state
+from backcast.client.exchanges import Filters, Progress, Waiting, raise_for_state
 from backcast.client.wire import Ask, Flow, SubmitOptions, connection, to_httpx
-from backcast.models import JSON, Batch, Lane, Limits, Run, Submission, TaskType
+from backcast.errors import WaitTimeout
+from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, Submission, TaskType
 
 __all__ = [
     "CAST",

@@ -24,10 +24,8 @@ from backcast.client.wire import (
     read_json,
     run_path,
 )
-from backcast.errors import BackcastError, RunError
-from backcast.models import JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
-
-CAST = "create_structured_output"
+from backcast.errors import RunError, WaitTimeout
+from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
 
 _HOLD = 20.0  # seconds the service may hold a poll: under the idle timeout of every common proxy (30 s and more)
 _WATCHED_HOLD = 2.0  # when someone looks on: an answer comes at the end only, and "queued" should not look stuck
@@ -69,13 +67,6 @@ class _TaskTypes(BaseModel):
 
 class _Lanes(BaseModel):
     items: list[Lane]
-
-
-class WaitTimeout(BackcastError, TimeoutError):
-    """The run was still going when the caller's `timeout` had passed. Nothing happened to the run."""
-
-    code = "wait_timeout"
-    title = "The run has not ended in time"
 
 
 def raise_for_state(run: Run) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from backcast import llm, settings, targets
 from backcast.errors import InvalidTarget, RunError, UsageError
+from backcast.models import CAST
 
 Target = Annotated[str | dict[str, Any], Field(json_schema_extra={"format": "target"})]
 """The API checks parameters of this format before it accepts a run."""
@@ -30,7 +31,7 @@ async def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
 
 
 @task(
-    name="create_structured_output",
+    name=CAST,
     retries=5,
     retry_delay_seconds=[1, 4, 15, 60, 120],
     retry_jitter_factor=0.5,

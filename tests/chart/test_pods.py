@@ -120,10 +120,10 @@ def test_images_of_the_defaults() -> None:
 
 @pytest.mark.parametrize("store", ["minio", "seaweedfs"])
 def test_one_registry_takes_the_place_of_all(store: str) -> None:
-    values = {"global": {"imageRegistry": "sink.example.org/x/"}, "store": {"bundled": {"kind": store}}}
+    values = {"global": {"imageRegistry": "mirror.example.org/x/"}, "store": {"bundled": {"kind": store}}}
     found = images(values).values()
     assert all(re.match(r"mirror\.example\.org/x/[a-z]", image) for image in found)
-    assert {image.removeprefix("sink.example.org/x/").split("/")[0] for image in found} == {
+    assert {image.removeprefix("mirror.example.org/x/").split("/")[0] for image in found} == {
         "backcast",
         "library",
         {"minio": "minio", "seaweedfs": "chrislusf"}[store],

@@ -54,7 +54,7 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     "a host": ({"config": {"model": {"host": "::"}}}, "config.model.host is set by the chart: leave it out."),
     "TLS without a name": (
         {"ingress": {"tls": {"enabled": True}}},
-        "ingress.tls.enabled needs ingress.host: a certificate is for a name.",
+        "ingress.tls.enabled needs ingress.host: a certificate belongs to a host name.",
     ),
     "the API's scaler": (
         {"api": {"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}},
@@ -62,10 +62,13 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     ),
     "no pools": (
         pools(default=None),
-        "workers.pools is empty, and nobody would work: leave the pool default in it, or name another one.",
+        "workers.pools is empty, so no worker would run: keep the pool default, or name another one.",
     ),
-    "a long name": (pools(**{"p" * 21: {}}), "has at most 20 of a-z, 0-9 and -, and no - at an end: rename it."),
-    "a capital": (pools(GPU={}), "workers.pools.GPU: a pool's name has at most 20 of a-z"),
+    "a long name": (
+        pools(**{"p" * 21: {}}),
+        "has at most 20 characters of a-z, 0-9 and -, and no - at either end: rename it.",
+    ),
+    "a capital": (pools(GPU={}), "workers.pools.GPU: a pool's name has at most 20 characters of a-z"),
     "a pool without tasks": (
         pools(idle={}),
         "workers.pools.idle serves no task: name modules in workers.pools.idle.tasks, set builtinTasks, or remove the",
@@ -113,7 +116,7 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     ),
     "two databases": (
         external(**EXTERNAL, existingSecret="s"),
-        "postgres.external.existingSecret takes the place of url, prefectUrl, adminUrl and scalerUrl: keep the one or",
+        "postgres.external.existingSecret replaces url, prefectUrl, adminUrl and scalerUrl: keep the one or the others.",
     ),
     "no database for Prefect": (
         external(url=EXTERNAL["url"]),
@@ -124,12 +127,12 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     ),
     "no role for KEDA": (
         {**external(**EXTERNAL), **pools(default={"autoscaling": KEDA})},
-        "KEDA reads the backlog by a role of its own: set postgres.external.scalerUrl, or autoscaling.mode to",
+        "KEDA reads the backlog with a role of its own: set postgres.external.scalerUrl, or autoscaling.mode to",
     ),
     "no bucket": (bucket(), "store.mode is external: set store.external.bucket."),
     "two keys of the store": (
         bucket(bucket="b", accessKey="a", secretKey="s", existingSecret="s"),
-        "store.external.existingSecret takes the place of accessKey and secretKey: keep the one or the others.",
+        "store.external.existingSecret replaces accessKey and secretKey: keep the one or the others.",
     ),
     "half a key": (
         bucket(bucket="b", accessKey="a"),
@@ -149,11 +152,11 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     ),
     "pages on the API's host": (
         {"ingress": {"host": "h"}, "prefectServer": {"ingress": {"enabled": True, "host": "h"}}},
-        "prefectServer.ingress.host is the API's: its pages need a host of their own.",
+        "prefectServer.ingress.host is also the API's host: Prefect's pages need a host of their own.",
     ),
     "pages for all": (
         {"prefectServer": {"auth": {"enabled": False}, "ingress": {"enabled": True, "host": "h"}}},
-        "prefectServer.ingress would show everybody every run: set prefectServer.auth.enabled.",
+        "prefectServer.ingress would show every run to everyone: set prefectServer.auth.enabled.",
     ),
     "a Secret of the same name": (
         {"auth": {"existingSecret": "demo-backcast"}},
@@ -195,5 +198,5 @@ def secrets(model: type[BaseModel] = Settings, above: str = "") -> Iterator[str]
 def test_a_secret_in_the_config_is_refused(path: str) -> None:
     section, _, name = path.partition(".")
     said = refusal({"config": {section: {name: ["hunter2"] if name == "keys" else "hunter2"}}})
-    assert f"config.{path} is a secret, and config ends up in a ConfigMap: use " in said
+    assert f"config.{path} is a secret, and the chart writes config into a ConfigMap: use " in said
     assert "hunter2" not in said

@@ -1,4 +1,4 @@
-{{/* What follows from the values: decided here once, asked everywhere. A yes is "true", a no is empty. */}}
+{{/* Values that are derived from others: decided here once, used everywhere. A yes is "true", a no is empty. */}}
 
 {{- define "backcast.image" -}}
 {{- $values := .root.Values }}
@@ -7,7 +7,7 @@
 {{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default $values.image.tag | default .root.Chart.AppVersion }}{{ end }}
 {{- end }}
 
-{{/* The pools by name, each with what it leaves out, as YAML. */}}
+{{/* The pools by name, each with its defaults filled in, as YAML. */}}
 {{- define "backcast.pools" -}}
 {{- $pools := dict }}
 {{- range $name, $pool := .Values.workers.pools }}
@@ -53,7 +53,7 @@
 {{- $port | default (eq $url.scheme "http" | ternary "80" "443") }}
 {{- end }}
 
-{{/* backcast.yaml: what follows from the values, and over it the user's `config`. */}}
+{{/* backcast.yaml: the settings that are derived from the values, overridden by the user's `config`. */}}
 {{- define "backcast.config" -}}
 {{- $values := .Values }}
 {{- $store := dict "url" (printf "s3://%s" $values.store.bundled.bucket) "endpoint" (include "backcast.store.endpoint" .) }}

@@ -1,9 +1,9 @@
 {{/*
-Environments, one helper for each concern; each gets (dict "root" . "part" … "pool" …). Secrets come from Secrets, by
-`backcast.env.from`; a URL is put together by the kubelet, of variables above it.
+Environment variables, one helper for each concern; each gets (dict "root" . "part" … "pool" …). `backcast.env.from`
+takes secret values from Secrets; the kubelet builds a URL from the variables above it.
 */}}
 
-{{/* The environment of a container: the concerns named by "env", then the user's variables, which replace ours. */}}
+{{/* The environment of a container: the concerns in "env", then the user's variables, which replace ours. */}}
 {{- define "backcast.env" -}}
 {{- $given := mergeOverwrite (deepCopy .root.Values.extraEnv) (.part.extraEnv | default dict) (.part.env | default dict) }}
 {{- range $concern := .env }}
@@ -60,7 +60,7 @@ Environments, one helper for each concern; each gets (dict "root" . "part" … "
 {{- end }}
 {{- end }}
 
-{{/* Whether the store has keys; else the ambient identity is used. */}}
+{{/* Whether the store has keys; without them the pods' own identity is used. */}}
 {{- define "backcast.store.keys" -}}
 {{- with .Values.store }}{{ if or (eq .mode "bundled") .external.accessKey .external.existingSecret }}true{{ end }}{{ end }}
 {{- end }}
@@ -81,7 +81,7 @@ Environments, one helper for each concern; each gets (dict "root" . "part" … "
 {{- end }}
 {{- end }}
 
-{{/* For those who send to a Prefect server. */}}
+{{/* For the processes that publish to a Prefect server. */}}
 {{- define "backcast.env.prefect" -}}
 {{- with .root.Values.prefectServer }}
 {{- if and (eq .mode "bundled") .auth.enabled }}
@@ -106,7 +106,7 @@ Environments, one helper for each concern; each gets (dict "root" . "part" … "
   value: {{ .part.builtinTasks | quote }}
 {{- end }}
 
-{{/* For `backcast setup`: what it makes besides the schema. */}}
+{{/* For `backcast setup`: the roles and databases that it makes besides the schema. */}}
 {{- define "backcast.env.setup" -}}
 {{- with .root.Values.postgres }}
 {{- if eq .mode "external" }}
@@ -124,7 +124,7 @@ Environments, one helper for each concern; each gets (dict "root" . "part" … "
 {{- end }}
 {{- end }}
 
-{{/* The Prefect server's database, for those of ours who make it or wait for it. */}}
+{{/* The Prefect server's database, for our processes that make it or wait for it. */}}
 {{- define "backcast.env.prefectDatabase" -}}
 {{- if eq .root.Values.prefectServer.mode "bundled" }}
 {{- include "backcast.prefect.database" (list .root "BACKCAST_SETUP__PREFECT_URL" "postgresql") }}
@@ -154,15 +154,15 @@ Environments, one helper for each concern; each gets (dict "root" . "part" … "
 {{- end }}
 - name: PREFECT_HOME
   value: /tmp/prefect
-- name: PREFECT_UI_STATIC_DIRECTORY  # else the pages are unpacked to where Prefect is installed, which is read-only
+- name: PREFECT_UI_STATIC_DIRECTORY  # the default is Prefect's own folder, which is read-only
   value: /tmp/prefect/ui
-- name: PREFECT_UI_API_URL  # the host that the pages came from
+- name: PREFECT_UI_API_URL  # on the host that serves the pages
   value: /api
 - name: PREFECT_SERVER_ANALYTICS_ENABLED
   value: "false"
 - name: PREFECT_SERVER_LOGGING_LEVEL
   value: WARNING
-# Less of its CPU per run: what is off serves flows, automations and the feed of raw events only.
+# Less CPU per run: the disabled services serve only flows, automations and the feed of raw events.
 - name: PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE
   value: "50"
 - name: PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL
@@ -195,7 +195,7 @@ Environments, one helper for each concern; each gets (dict "root" . "part" … "
   value: /tmp
 {{- end }}
 
-{{/* For the command line, as a caller from outside has it. */}}
+{{/* For the command line, as a caller from outside uses it. */}}
 {{- define "backcast.env.client" -}}
 - name: BACKCAST_URL
   value: http://{{ include "backcast.name.api" .root }}:8000

@@ -1,12 +1,12 @@
-{{/* Names and labels. One helper for each resource's name; nothing else puts a name together. */}}
+{{/* Names and labels. One helper for each resource's name; no other place builds a name. */}}
 
 {{- define "backcast.chartname" -}}
 {{ .Values.nameOverride | default .Chart.Name | trunc 35 | trimSuffix "-" }}
 {{- end }}
 
 {{/*
-At most 35 characters: the longest suffix, `-worker-` and a pool's 20, then fits in the 63 of a label. A name that is cut
-ends in a hash of all of it, so that two long releases stay apart.
+At most 35 characters: the longest suffix, `-worker-` and a pool's 20, then fits in the 63 of a label. A name that is
+cut ends in a hash of the whole name, so that two long releases stay apart.
 */}}
 {{- define "backcast.fullname" -}}
 {{- $name := .Values.fullnameOverride }}
@@ -35,7 +35,7 @@ ends in a hash of all of it, so that two long releases stay apart.
 {{- define "backcast.name.secret" -}}{{ include "backcast.fullname" . }}{{- end }}
 {{- define "backcast.name.test" -}}{{ include "backcast.fullname" .root }}-test-{{ .test }}{{- end }}
 
-{{/* A Job can't be changed: what may change it is in its name. A rollback makes the old one again. */}}
+{{/* A Job can't be changed, so its name holds everything that may change it. A rollback makes the old one again. */}}
 {{- define "backcast.name.setup" -}}
 {{ include "backcast.name.setups" . }}-{{ .Release.Revision }}-{{ list .Chart.Version .Chart.AppVersion .Values | toJson | sha256sum | trunc 8 }}
 {{- end }}
@@ -44,13 +44,13 @@ ends in a hash of all of it, so that two long releases stay apart.
 {{ .Values.serviceAccount.name | default (.Values.serviceAccount.create | ternary (include "backcast.fullname" .) "default") }}
 {{- end }}
 
-{{/* The folder of the template that is being rendered, under templates/; none for those beside the folders. */}}
+{{/* The folder of the current template, under templates/; empty for a template outside of the folders. */}}
 {{- define "backcast.component" -}}
 {{- $path := .Template.Name | trimPrefix .Template.BasePath | trimPrefix "/" | splitList "/" }}
 {{- if gt (len $path) 1 }}{{ first $path }}{{ end }}
 {{- end }}
 
-{{/* Labels by which pods are found: of this template's component, or of the one given as (dict "root" . "component" …). */}}
+{{/* Labels that select pods: of this template's component, or of the one in (dict "root" . "component" …). */}}
 {{- define "backcast.selector" -}}
 {{- $root := .root | default . -}}
 app.kubernetes.io/name: {{ include "backcast.chartname" $root }}

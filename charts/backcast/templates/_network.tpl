@@ -1,4 +1,4 @@
-{{/* Edges of the NetworkPolicies. Ports are numbers: a name that the container does not declare would let nothing through. */}}
+{{/* Edges of the NetworkPolicies. Ports are numbers: a name that the container does not declare lets nothing through. */}}
 
 {{/* Pods of this release, by component: (dict "root" . "components" (list …)). */}}
 {{- define "backcast.peer" -}}
@@ -30,7 +30,7 @@ spec:
   policyTypes: [Ingress, Egress]
 {{- end }}
 
-{{/* Those who read /metrics: (list ROOT PORT). */}}
+{{/* From Prometheus, which reads /metrics: (list ROOT PORT). */}}
 {{- define "backcast.from.monitoring" -}}
 {{- with (first .).Values.networkPolicy.monitoringNamespace }}
 - ports: [{port: {{ index $ 1 }}}]
@@ -39,14 +39,14 @@ spec:
 {{- end }}
 {{- end }}
 
-{{/* Components of this release: (list ROOT PORT COMPONENT …). */}}
+{{/* From components of this release: (list ROOT PORT COMPONENT …). */}}
 {{- define "backcast.from" -}}
 - ports: [{port: {{ index . 1 }}}]
   from:
     {{- include "backcast.peer" (dict "root" (first .) "components" (slice . 2)) | nindent 4 }}
 {{- end }}
 
-{{/* A component of this release: (list ROOT PORT COMPONENT). */}}
+{{/* To a component of this release: (list ROOT PORT COMPONENT). */}}
 {{- define "backcast.to" -}}
 - ports: [{port: {{ index . 1 }}}]
   to:

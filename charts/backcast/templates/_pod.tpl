@@ -1,6 +1,6 @@
-{{/* What pods share. Each helper gets (dict "root" . "part" VALUES …); the rest of a pod stands in its own template. */}}
+{{/* The common parts of pods. Each helper gets (dict "root" . "part" VALUES …); the rest is in a pod's own template. */}}
 
-{{/* Labels and annotations. A pod rolls when what it reads changes: "config" BOOL says whether that is the ConfigMap. */}}
+{{/* Labels and annotations. A pod rolls when its Secrets' values change, and with "config" true its ConfigMap. */}}
 {{- define "backcast.pod.metadata" -}}
 labels:
   {{- include "backcast.selector" . | nindent 2 }}
@@ -31,7 +31,7 @@ annotations:
 {{- $values := .root.Values -}}
 serviceAccountName: {{ .account | default (include "backcast.name.serviceaccount" .root) }}
 automountServiceAccountToken: {{ not (empty .account) }}
-enableServiceLinks: false  # its variables can look like settings, and grow with the namespace
+enableServiceLinks: false  # their variables can look like settings, and grow with the namespace
 securityContext:
   runAsNonRoot: true
   {{- if $values.podSecurity.setUser }}
@@ -54,7 +54,7 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
-{{/* Over zones and nodes as far as that goes: with DoNotSchedule, a drain and a PodDisruptionBudget wait for each other. */}}
+{{/* Over zones and nodes, where possible: with DoNotSchedule, a drain and a PodDisruptionBudget wait for each other. */}}
 {{- define "backcast.pod.spread" -}}
 topologySpreadConstraints:
   {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}

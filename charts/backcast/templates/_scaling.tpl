@@ -1,8 +1,9 @@
-{{/* How many there are, who decides it, and how few there may be. */}}
+{{/* Replicas, their scalers, and disruption budgets. */}}
 
 {{/*
-The line `replicas`: (dict "root" . "name" … "part" … "scaled" BOOL). Under a scaler it is what runs: to omit it would be
-to ask for 1 at the upgrade that turns the scaler on. No HPA starts from 0, so it is never below minReplicas.
+The line `replicas`: (dict "root" . "name" … "part" … "scaled" BOOL). Under a scaler it is the number that runs now:
+without the line, the upgrade that turns the scaler on would ask for 1. It is at least minReplicas, since no HPA starts
+from 0.
 */}}
 {{- define "backcast.replicas" -}}
 {{- if not .scaled -}}
@@ -38,8 +39,8 @@ spec:
 {{- end }}
 
 {{/*
-A disruption budget: (dict "root" . "name" … "part" … ["pool" …] ["scaled" BOOL]). None for a single pod: maxUnavailable
-would say nothing, and minAvailable would keep its node from being drained.
+A disruption budget: (dict "root" . "name" … "part" … ["pool" …] ["scaled" BOOL]). None for a single pod:
+maxUnavailable would have no effect, and minAvailable would keep its node from being drained.
 */}}
 {{- define "backcast.pdb" -}}
 {{- $most := .part.replicas }}

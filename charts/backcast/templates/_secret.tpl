@@ -1,6 +1,6 @@
-{{/* What the generated Secret holds, and the checks of existing ones. */}}
+{{/* The contents of the generated Secret, and the required keys of existing ones. */}}
 
-{{/* Secrets that stand in the values, by key, as YAML: pods roll when they change. */}}
+{{/* Secrets in the values, by key, as YAML: pods roll when they change. */}}
 {{- define "backcast.secret.given" -}}
 {{- $given := dict "model-api-key" .Values.model.apiKey }}
 {{- if eq .Values.postgres.mode "external" }}
@@ -75,7 +75,7 @@ s3-secret-key: {{ randAlphaNum 40 }}
 {{- toYaml $found }}
 {{- end }}
 
-{{/* Settings that are secrets, and the values that take their place. */}}
+{{/* Settings that are secrets, and the values that replace them. */}}
 {{- define "backcast.config.secrets" -}}
 api.keys: auth.existingSecret
 database.url: postgres.external.existingSecret
@@ -89,11 +89,11 @@ store.access_key: store.external.existingSecret
 store.secret_key: store.external.existingSecret
 {{- end }}
 
-{{/* Settings that the chart sets for each part, and what to do instead. */}}
+{{/* Settings that the chart sets for each part, and the change to make instead. */}}
 {{- define "backcast.config.taken" -}}
 {{- range $part := list "api" "worker" "steward" "model" }}
 {{ $part }}.host: leave it out
-{{ $part }}.port: leave it out; what is seen outside is a Service's or an Ingress's
+{{ $part }}.port: leave it out; the port for callers is that of a Service or an Ingress
 {{- end }}
 builtin_tasks: use workers.pools.<name>.builtinTasks
 tasks: use workers.pools.<name>.tasks

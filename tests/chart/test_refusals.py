@@ -116,7 +116,7 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     ),
     "two databases": (
         external(**EXTERNAL, existingSecret="s"),
-        "postgres.external.existingSecret replaces url, prefectUrl, adminUrl and scalerUrl: keep the one or the others.",
+        "postgres.external.existingSecret replaces url, prefectUrl, adminUrl and scalerUrl: keep the one or",
     ),
     "no database for Prefect": (
         external(url=EXTERNAL["url"]),

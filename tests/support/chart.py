@@ -193,7 +193,7 @@ def readme(keys: list[Key], template: str) -> str:
     every = [
         "### Every pod",
         "",
-        "What is given here is for all pods. Each part, and each pool, takes these keys too: its",
+        "These keys apply to all pods. Each part, and each pool, takes them too: its",
     ]
     every += ["variables, volumes, mounts, annotations and labels add to those here, the rest replaces them.", ""]
     every += _table(key for key in keys if "shared" in key.marks)

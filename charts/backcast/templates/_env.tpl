@@ -23,7 +23,7 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
 {{- end }}
 {{- end }}
 
-{{/* A variable from a key of the generated Secret, or of the existing one: (list ROOT NAME KEY EXISTING [OPTIONAL]). */}}
+{{/* A variable from a key of the generated or the existing Secret: (list ROOT NAME KEY EXISTING [OPTIONAL]). */}}
 {{- define "backcast.env.from" -}}
 - name: {{ index . 1 }}
   valueFrom:

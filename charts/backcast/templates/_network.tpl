@@ -1,4 +1,4 @@
-{{/* Edges of the NetworkPolicies. Ports are numbers: a name that the container does not declare lets nothing through. */}}
+{{/* Edges of the NetworkPolicies. Ports are numbers: a name that no container declares lets nothing through. */}}
 
 {{/* Pods of this release, by component: (dict "root" . "components" (list …)). */}}
 {{- define "backcast.peer" -}}

@@ -1,4 +1,4 @@
-{{/* The common parts of pods. Each helper gets (dict "root" . "part" VALUES …); the rest is in a pod's own template. */}}
+{{/* The common parts of pods. Each helper gets (dict "root" . "part" VALUES …). */}}
 
 {{/* Labels and annotations. A pod rolls when its Secrets' values change, and with "config" true its ConfigMap. */}}
 {{- define "backcast.pod.metadata" -}}
@@ -26,7 +26,7 @@ annotations:
 {{- end }}
 {{- end }}
 
-{{/* A pod's spec without containers and volumes: "uid" NUMBER, and for the one pod that has a token, "account" NAME. */}}
+{{/* A pod's spec without containers and volumes: "uid" NUMBER, and "account" NAME for the one pod with a token. */}}
 {{- define "backcast.pod.spec" -}}
 {{- $values := .root.Values -}}
 serviceAccountName: {{ .account | default (include "backcast.name.serviceaccount" .root) }}
@@ -54,7 +54,7 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
-{{/* Over zones and nodes, where possible: with DoNotSchedule, a drain and a PodDisruptionBudget wait for each other. */}}
+{{/* Over zones and nodes, where possible: with DoNotSchedule, a drain and a disruption budget wait for each other. */}}
 {{- define "backcast.pod.spread" -}}
 topologySpreadConstraints:
   {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}

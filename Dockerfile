@@ -1,12 +1,12 @@
-# The images of backcast: `make image` builds the targets api, worker, prefect-server and llm. For compose.yaml and
-# skaffold.yaml, `dev` is one of them (--build-arg PART=api) that runs from files which can be changed.
+# The images of backcast: `make image` builds the targets api, worker, prefect-server and llm. compose.yaml and
+# skaffold.yaml use `dev`: one of them (--build-arg PART=api) that runs from files which can be changed.
 #
-# Each environment is a layer below the source, so a change of the source rebuilds in seconds; worker and llm have the layer
-# of api below theirs, so a node keeps it once. MB over the base, and compressed as a registry sends it:
+# Each environment is a layer below the source, so a change of the source rebuilds in seconds. worker and llm have the
+# layer of api below theirs, so a node keeps it once. MB over the base (compressed, as a registry sends them):
 #   api 72 (23)   worker 171 (49)   prefect-server 141 (42)   llm 591 (512), of which the model is 491
 #
-# It keeps to what any BuildKit can do, that of Docker 20.10 too: no `syntax` line (it is an image of its own, to be
-# pulled), no `COPY --link`, no here-documents.
+# It works with any BuildKit, that of Docker 20.10 too: no `syntax` line (it names an image that must be pulled), no
+# `COPY --link`, no here-documents.
 
 # --build-arg PYTHON=python@sha256:… pins the base.
 ARG PYTHON=python:3.13-slim-trixie
@@ -15,7 +15,7 @@ ARG PART=api
 # --- Build ------------------------------------------------------------------------------------------------------------
 
 FROM ${PYTHON} AS uv
-# uv from the package index and not out of its own image: where packages can be had, a registry often can't.
+# uv from the package index and not from its own image: where a package index is reachable, a registry often is not.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --disable-pip-version-check --root-user-action=ignore uv==0.13.9
 RUN apt-get update && apt-get install -y --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
@@ -23,8 +23,8 @@ ENV UV_LINK_MODE=copy UV_NO_DEV=1 UV_PYTHON=/usr/local/bin/python3 UV_PYTHON_DOW
 WORKDIR /build
 COPY pyproject.toml uv.lock ./
 
-# What is taken out below: debugging symbols of wheels (`strip`, 35 to 60 MB), botocore's descriptions of services other
-# than S3 and those that give an identity (26 MB), pages that a worker never serves (16 MB).
+# The steps below remove debugging symbols of wheels (`strip`, 35 to 60 MB), botocore's descriptions of services other
+# than S3 and the ones that give an identity (26 MB), and pages that a worker never serves (16 MB).
 FROM uv AS api-env
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv sync --frozen --no-install-project \
@@ -32,8 +32,8 @@ RUN --mount=type=cache,target=/root/.cache/uv \
  && cd /app/.venv/lib/python3*/site-packages/botocore/data \
  && find . -mindepth 1 -maxdepth 1 -type d ! -name s3 ! -name sts ! -name 'sso*' ! -name signin -exec rm -r {} +
 
-# /above is what an environment has more than that of api. The extra names anthropic to hold its version for pip's users;
-# nothing here imports it.
+# /above holds the files that an environment has beyond that of api. The extra names anthropic to hold its version for
+# pip's users; nothing here imports it.
 FROM api-env AS worker-env
 RUN --mount=type=cache,target=/root/.cache/uv \
     find /app/.venv ! -type d | sort >/below \
@@ -51,7 +51,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
  && grep '\.so' /files | xargs strip --strip-unneeded \
  && mkdir /above && tar -c -T /files -f - | tar -x -C /above -f -
 
-# The product's own way to the file: by its hash, from whichever source can be reached. These two modules need no other.
+# The product's own way to the file: by its hash, from any source that can be reached. These two modules need no other.
 FROM api-env AS weights
 COPY src/backcast/errors.py /fetch/backcast/
 COPY src/backcast/local/weights.py /fetch/backcast/local/
@@ -77,24 +77,24 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 # --- Run --------------------------------------------------------------------------------------------------------------
 
 FROM ${PYTHON} AS runtime
-# A name for the id, because some libraries ask who they are.
+# A name for the id, because some libraries look up the user's name.
 RUN useradd --uid 10001 --user-group --no-log-init --no-create-home --home-dir /tmp --shell /usr/sbin/nologin backcast
-# Only /tmp is written to: mount something there, and the root can be read-only.
+# The processes write only to /tmp: mount something there, and the root can be read-only.
 ENV HOME=/tmp PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /app
 LABEL org.opencontainers.image.source="https://github.com/backcast/backcast" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# A read-only root can't keep bytecode, so it is made here: by importing what the processes import, with the standard
-# library, of which the official image has none. Of all modules it would be three times as much. It also proves that what
-# was taken out is not missed.
+# A read-only root can't keep bytecode, so it is made here, by importing the modules that the processes import. That
+# includes the standard library, whose bytecode the official image lacks. Bytecode of all modules would be three times
+# as much. The imports also prove that no removed file is needed.
 FROM runtime AS common
 COPY --from=api-env /app/.venv /app/.venv
 RUN --mount=type=tmpfs,target=/tmp python -c 'import anyio._backends._asyncio, asyncpg, fastapi, httpcore, httpx, \
     jsonschema, prometheus_client, psycopg, pydantic.v1, pydantic_settings.main, rich.progress, rich.table, s3fs, typer, \
     uvicorn.lifespan.on, uvicorn.loops.uvloop, uvicorn.protocols.http.auto, uvicorn.protocols.websockets.auto, yaml'
 
-# The API, and with other arguments the steward, setup, check and the command line.
+# The API; with other arguments the steward, setup, check and the command line.
 FROM common AS api
 COPY --from=package /package /app/.venv
 USER 10001:10001
@@ -106,8 +106,8 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.title="backcast api" org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 
-# Tasks of yours: modules in /app, and what they need by `USER root` and `pip --python /app/.venv install …`; for other
-# services of AWS than S3, reinstall botocore.
+# For tasks of your own, put modules into /app, and install their packages with `USER root` and
+# `pip --python /app/.venv install …`. For other services of AWS than S3, reinstall botocore.
 FROM common AS worker
 COPY --from=worker-env /above/app/.venv /app/.venv
 RUN --mount=type=tmpfs,target=/tmp python -c 'import genai_prices.data, httpcore2, jiter, marvin, \
@@ -140,7 +140,7 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.title="backcast llm" org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 
-# Stock Prefect, of the version that backcast is tested with.
+# Stock Prefect, in the version that backcast is tested with.
 FROM runtime AS prefect-server
 COPY --from=prefect-server-env /app/.venv /app/.venv
 RUN --mount=type=tmpfs,target=/tmp python -c 'import alembic.command, anyio._backends._asyncio, asyncpg, burner_redis, \
@@ -148,7 +148,7 @@ RUN --mount=type=tmpfs,target=/tmp python -c 'import alembic.command, anyio._bac
     uvicorn.lifespan.on, uvicorn.protocols.http.auto, uvicorn.protocols.websockets.auto' \
  && python -m compileall -q /app/.venv/lib/python3*/site-packages/prefect/server/database/_migrations
 USER 10001:10001
-# Else it writes its pages to where it is installed, and reports its use.
+# By default it writes its pages into its own package's folder, and reports its use.
 ENV PREFECT_HOME=/tmp/prefect PREFECT_SERVER_UI_STATIC_DIRECTORY=/tmp/prefect/ui PREFECT_SERVER_ANALYTICS_ENABLED=false
 ENTRYPOINT ["prefect"]
 CMD ["server", "start", "--host", "0.0.0.0", "--port", "4200"]
@@ -160,7 +160,7 @@ LABEL org.opencontainers.image.title="backcast prefect-server" org.opencontainer
 
 # --- Develop ----------------------------------------------------------------------------------------------------------
 
-# Put changed files below /tmp/live: sources in src, tasks of yours in tasks.
+# Put changed files below /tmp/live: sources in src, your tasks in tasks.
 FROM ${PART} AS dev
 COPY --from=reload-env /app/.venv /app/.venv
 COPY docker/live /usr/local/bin/live

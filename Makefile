@@ -1,5 +1,5 @@
-# The verbs of this repository. `make up` and `make test` set up everything they need under .tools and .venv:
-# a Python >= 3.11 and make are enough. A `uv` on the PATH is used when there is one.
+# The verbs of this repository. `make up` and `make test` install everything that they need under .tools and .venv:
+# a Python >= 3.11 and make are enough. They use a `uv` on the PATH when there is one.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 PYTHON ?= python3
@@ -22,7 +22,7 @@ help: ## show the verbs
 up: .venv/.synced ## the whole product on this machine: no key, no Docker (UP="--no-model" passes options)
 	@.venv/bin/backcast up $(UP)
 
-# By files, three at a time: most tests wait, and those of a file share servers.
+# Three files at a time: most tests wait, and the tests of a file share servers.
 test: .venv/.synced ## unit, chart and integration tests, on real servers (TEST="-k name" passes options)
 	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST)
 	@docker info >/dev/null 2>&1 || printf '\n%s\n' \
@@ -31,7 +31,7 @@ test: .venv/.synced ## unit, chart and integration tests, on real servers (TEST=
 chart: .venv/.synced ## tests of the Helm chart alone; they need no cluster
 	@.venv/bin/python -m pytest tests/chart $(TEST)
 
-e2e: .venv/.synced ## install the chart on a kind cluster, and break it (E2E="-k upgrade" passes options; needs Docker)
+e2e: .venv/.synced ## install the chart on a kind cluster, and inject faults (needs Docker; E2E="-k upgrade")
 	@.venv/bin/python -m pytest tests/e2e -o log_cli=true -o log_cli_level=INFO \
 	  -o log_cli_format='%(asctime)s %(message)s' -o log_cli_date_format='%H:%M:%S' --durations=15 $(E2E)
 
@@ -51,10 +51,11 @@ eval: .venv/.synced ## accuracy of the embedded model, through the HTTP API
 bench: .venv/.synced ## a first look at speed: submit, end to end, CPU per run
 	.venv/bin/python -m tests.bench
 
-chaos: .venv/.synced ## kill, stop and cut off everything under load, then check every run (CHAOS="--minutes 15 --seed 1")
+chaos: .venv/.synced ## kill, stop and cut off processes under load, then check the runs (CHAOS="--minutes 15 --seed 1")
 	.venv/bin/python -m tests.chaos $(CHAOS)
 
-# Of REGISTRY/<part>:IMAGE_TAG, with DOCKER (podman will do); BUILD_ARGS="--build-arg PYTHON=python@sha256:…" and the like.
+# Builds REGISTRY/<part>:IMAGE_TAG with DOCKER (podman works too); BUILD_ARGS adds options, such as
+# "--build-arg PYTHON=python@sha256:…".
 DOCKER ?= docker
 REGISTRY ?= ghcr.io/backcast
 IMAGE_TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -66,9 +67,9 @@ image-%:
 	DOCKER_BUILDKIT=1 $(DOCKER) build --target $* --tag $(REGISTRY)/$*:$(IMAGE_TAG) --build-arg VERSION=$(IMAGE_TAG) \
 	  --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null) $(BUILD_ARGS) .
 
-.env: # for compose.yaml: made once, and yours from then on
+.env: # for compose.yaml: made once, never overwritten
 	@umask 077 && { for name in DATABASE POSTGRES PREFECT STORE; do \
 	  echo "$${name}_PASSWORD=$$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"; done; printf '%s\n' '' \
-	  '# The embedded model. For a provider, take the next line away and fill in the others.' COMPOSE_PROFILES=llm \
+	  '# The embedded model. For a provider, remove the next line and fill in the others.' COMPOSE_PROFILES=llm \
 	  '#BACKCAST_MODEL__BACKEND=openai' '#BACKCAST_MODEL__BASE_URL=https://api.openai.com/v1' \
 	  '#BACKCAST_MODEL__NAME=gpt-4o-mini' '#BACKCAST_MODEL__API_KEY='; } >$@

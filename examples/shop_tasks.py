@@ -1,4 +1,4 @@
-"""Three tasks as people really write them. Serve them with
+"""Three plain Prefect tasks, as users write them. Serve them with
 
     BACKCAST_TASKS=shop_tasks PYTHONPATH=examples make up
 
@@ -6,7 +6,7 @@ and run one with
 
     .venv/bin/backcast submit word_frequencies text="a rose is a rose" --wait
 
-They are plain Prefect tasks: nothing here knows about backcast but the two error classes, and those are optional.
+Only the two error classes come from backcast; they are optional.
 """
 
 import collections
@@ -61,7 +61,7 @@ async def reserve_stock(order: Order, warehouse_url: HttpUrl) -> str:
     """Reserve stock in a warehouse that is sometimes busy. A retry waits in the database, not in the worker.
 
     Args:
-        order: What to reserve.
+        order: The item and its quantity.
         warehouse_url: The warehouse's endpoint for reservations.
 
     Returns:

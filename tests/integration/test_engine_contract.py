@@ -169,7 +169,7 @@ async def test_logs_come_to_the_mirror_with_their_run(engine: subject.Executor, 
     assert [line["message"] for line in sink.lines] == ["logged: hello", "printed: hello"]
     assert {line["task_run_id"] for line in sink.lines} == {str(run_id)}
     await run(engine, "fail", 3, run_id=failed, kind="plain")
-    assert "Retries are exhausted" in sink.lines[-1]["message"], "the engine's own lines, which `speak` is for"
+    assert "Retries are exhausted" in sink.lines[-1]["message"], "the engine's own lines, which `use_run_logger` is for"
     assert sink.lines[-1]["task_run_id"] == str(failed)
 
 

@@ -1,1 +1,1 @@
-"""Executes tasks: on Prefect's engine, or plainly where a task needs nothing of it."""
+"""Executes tasks: on Prefect's engine, or by a direct call for a task that does not need the engine."""

@@ -1,4 +1,4 @@
-"""Where Prefect's cache policies keep their records: in our store, as plain JSON."""
+"""Keeps the records of Prefect's cache policies in our store, as plain JSON."""
 
 import asyncio
 import hashlib
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class PlainJSON(Serializer):
-    """Prefect's cache records as plain JSON. The stock serializer imports classes that are named in the text."""
+    """Writes Prefect's cache records as plain JSON. The stock serializer imports the classes that a record names."""
 
     type: Literal["plainjson"] = "plainjson"  # pyright: ignore[reportIncompatibleVariableOverride]  # Prefect's own way
 
@@ -30,7 +30,7 @@ class PlainJSON(Serializer):
 
 
 class CacheStorage(WritableFileSystem):
-    """Our store as Prefect sees it, for the records of cache policies. Usable from any thread: calls go to our loop."""
+    """Gives Prefect our store for the records of cache policies. Usable from any thread: each call runs on our loop."""
 
     _block_type_slug = "backcast-cache"
     _store: Store = PrivateAttr()
@@ -43,12 +43,12 @@ class CacheStorage(WritableFileSystem):
         return storage
 
     async def aread_path(self, path: str) -> bytes:
-        return await asyncio.wrap_future(self._there(self._store.get(self._key(path))))
+        return await asyncio.wrap_future(self._on_loop(self._store.get(self._key(path))))
 
     async def awrite_path(self, path: str, content: bytes) -> None:
-        await asyncio.wrap_future(self._there(self._store.put(self._key(path), content)))
+        await asyncio.wrap_future(self._on_loop(self._store.put(self._key(path), content)))
 
-    # In the names of Prefect's base class, which it calls with `_sync=True` in the threads of sync tasks.
+    # Prefect's base class has these names. Prefect calls them with `_sync=True` in the threads of sync tasks.
     def read_path(self, path: str, _sync: bool = True) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._from_thread(self._store.get(self._key(path)))
 
@@ -63,11 +63,11 @@ class CacheStorage(WritableFileSystem):
     def _key(self, path: str) -> str:
         return f"cache/{hashlib.sha256(path.encode()).hexdigest()}"  # a user's cache key may be any text
 
-    def _there(self, work: typing.Coroutine[Any, Any, T]) -> "Future[T]":
+    def _on_loop(self, work: typing.Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _from_thread(self, work: typing.Coroutine[Any, Any, T]) -> T:
-        if asyncio._get_running_loop() is self._loop:  # pyright: ignore[reportPrivateUsage]  # the one that does not raise
+        if asyncio._get_running_loop() is self._loop:  # pyright: ignore[reportPrivateUsage]  # it does not raise
             work.close()
-            raise RuntimeError("A sync task that an async one calls has no cache: it would wait for itself.")
-        return self._there(work).result()
+            raise RuntimeError("A sync task that an async task calls can't use the cache: it would wait for itself.")
+        return self._on_loop(work).result()

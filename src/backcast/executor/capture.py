@@ -1,4 +1,6 @@
-"""Takes what Prefect itself reports in this process, events of tasks that tasks call and log lines, to the sink."""
+"""Sends to the history sink the events and log lines that Prefect itself makes in this process. The events are those of
+tasks that tasks call.
+"""
 
 from typing import Any
 
@@ -11,7 +13,7 @@ from backcast.history.sink import Sink
 
 
 class Queue:
-    """What Prefect's forwarding client takes for a queue to another process."""
+    """Takes the place of the queue to another process that Prefect's forwarding client expects."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -24,8 +26,8 @@ class Queue:
 def install(sink: Sink) -> None:
     """Make the sink the destination of this process's Prefect events and logs. Prefect ignores any other client class.
 
-    Our engine shows its runs itself; what comes this way are the tasks that tasks call. Their changes of state are
-    taken before Prefect's own thread looks for related flows, of which there are none.
+    Our engine publishes its own runs; only the tasks that tasks call come this way. Their changes of state are taken
+    before Prefect's own thread searches for related flows, of which there are none.
     """
     queue = Queue(sink)
     EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=queue)

@@ -1,5 +1,5 @@
-"""What the end of a task's function means, whoever called it: its value as JSON, its failure as a problem, and whether
-it may be tried again. Knows neither Prefect nor runs.
+"""Classifies the failures of tasks: the problem that callers see, whether a retry may follow, and after which delay.
+The rules are the same for both ways of executing a task. Knows neither Prefect nor runs.
 """
 
 from backcast.errors import RunError
@@ -10,7 +10,7 @@ _DETAIL = 2000
 
 
 def problem(cause: BaseException | None, message: str | None = None) -> Problem:
-    """Why an attempt failed: by its exception, or by what a task that returned a failed state says there."""
+    """The problem of a failed attempt: from its exception, or from the message of the failed state that it returned."""
     if isinstance(cause, RunError):
         return Problem(code=cause.code, title=cause.title, detail=clean(cause.detail)[:_DETAIL])
     detail = message or "" if cause is None else f"{type(cause).__name__}: {cause}"
@@ -18,16 +18,16 @@ def problem(cause: BaseException | None, message: str | None = None) -> Problem:
 
 
 def may_retry(cause: object) -> bool:
-    """Whether our error kinds allow another attempt; the task's own rules come on top."""
+    """Whether our error kinds allow another attempt; the task's own rules apply as well."""
     return not isinstance(cause, RunError) or cause.retryable
 
 
 def retry_after(cause: object) -> float | None:
-    """Seconds that whoever refused has asked us to wait."""
+    """Seconds that the refusing service has asked us to wait."""
     after = cause.retry_after if isinstance(cause, RunError) else None
     return None if after is None else after.total_seconds()
 
 
 def clean(text: str) -> str:
-    """What can't be UTF-8 (lone surrogates) or text in PostgreSQL (NUL) is spelled out."""
+    """Escape characters that neither UTF-8 (lone surrogates) nor PostgreSQL's text (NUL) can hold."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")

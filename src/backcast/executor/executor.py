@@ -1,7 +1,7 @@
-"""Makes one attempt of a run: on Prefect's own task engine, or by calling the function where nothing of the engine is
-asked for. Knows nothing of queues, leases or workers.
+"""Makes one attempt of a run: on Prefect's task engine, or by a direct call if the task needs nothing of the engine.
+Knows nothing of queues, leases or workers.
 
-The facts of Prefect 3.8.8 that this rests on are held by tests/integration/test_engine_contract.py.
+tests/integration/test_engine_contract.py checks the facts of Prefect 3.8.8 that this rests on.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from backcast.store import Store
 
 
 class Executor:
-    """The tasks of this process and the means to run them. Enter it once, for the life of the worker: one client
-    context for all runs is what keeps HTTP calls off the hot path.
+    """The tasks of this process, and the means to execute them. Enter it once, for the life of the worker: one client
+    context for all runs keeps HTTP calls off the hot path.
 
-    Where nobody is told of a run (no `publish`, or its task has `history="none"`) and its task asks for nothing that only
-    Prefect's engine does (a cache policy, hooks, assets, names for runs), the function is called directly.
+    The function is called directly if two things hold: the run is not published (no `publish`, or its task has
+    `history="none"`), and its task uses no feature of Prefect's engine (a cache policy, hooks, assets, names for runs).
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Executor:
         self.registered = {
             name: register(task, pool=pool, max_attempts=max_attempts, storage=storage)
             for name, task in tasks.items()
-            if not task.isgenerator  # a stream of values has no place to go yet
+            if not task.isgenerator  # there is no place for a stream of values yet
         }
         self._publish = publish
         self._threads = Threads(threads)
@@ -68,18 +68,18 @@ class Executor:
 
     @property
     def threads_busy(self) -> int:
-        """Threads that run user code, those included that nobody waits for any more."""
+        """Threads that run user code, abandoned ones included."""
         return self._threads.busy
 
     @property
     def threads_abandoned(self) -> int:
-        """Threads that still run the code of attempts that are over: cancelled, handed back, or too slow."""
+        """Threads that still run the code of attempts that are over: cancelled, released, or too slow."""
         return self._threads.abandoned
 
     async def __aenter__(self) -> Self:
         client = await self._contexts.enter_async_context(AsyncClientContext.get_or_create())
         self._contexts.enter_context(SyncClientContext.get_or_create())
-        # Once and for all: Prefect does it around each run, and runs side by side then undo each other's.
+        # Once for all runs: Prefect patches around each run, and concurrent runs then undo each other's patch.
         self._contexts.enter_context(patch_print())
         for name, registered in self.registered.items():
             self._templates[name] = await Template.of(registered, client.client)
@@ -92,10 +92,13 @@ class Executor:
         await self._contexts.aclose()
 
     async def execute(self, name: str, run_id: UUID, given: dict[str, JSON], *, retries: int) -> AttemptResult:
-        """Make one attempt, and those after it that are due at once; `retries` is how many were made before.
+        """Make one attempt, and the retries after it that are due at once; `retries` counts those made before.
 
-        Raises nothing but the `CancelledError` of whoever stops it, with a `models.Reason`: at once, also where a
-        thread goes on; and `Unavailable` when the store of cached values is away.
+        Any other exception than these two becomes a `Failed`.
+
+        Raises:
+            CancelledError: the attempt was stopped, for the `models.Reason` in it; at once, even if a thread goes on.
+            Unavailable: the store of cached values is away.
         """
         try:
             with stoppable() as asked:
@@ -106,27 +109,27 @@ class Executor:
                         return await plain.call(job, self._threads, asked)
                     return await prefect_engine.call(job, self._threads, asked, publish)
                 finally:
-                    asked.set()  # what the task has left running belongs to a run that is over
+                    asked.set()  # code that the task has left running belongs to a run that is over
         except asyncio.CancelledError as stop:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            return Failed(problem(stop))  # nobody asked: something that the task awaited was cancelled
+            return Failed(problem(stop))  # no request to stop: something that the task awaited was cancelled
         except Unavailable:
             raise
         except BaseException as error:  # noqa: BLE001  # sys.exit() in a task must not end the worker
             return Failed(problem(error))
 
     def cache_key(self, name: str, run_id: UUID, given: dict[str, JSON]) -> str | None:
-        """The key of the value that this run would take or leave in the cache, as Prefect's engine reckons it. None:
-        the task is not cached, wants no cached value, or its policy has no key for this input."""
+        """The cache key of this run, as Prefect's engine computes it. None: the task is not cached, it refreshes its
+        cache, or its policy has no key for this input."""
         registered = self.registered[name]
         refresh = registered.task.refresh_cache
         if not registered.is_cached or (PREFECT_TASKS_REFRESH_CACHE.value() if refresh is None else refresh):
             return None
         try:
             return prefect_engine.cache_key(self._job(name, run_id, given, 0))
-        except Exception:  # noqa: BLE001  # the attempt will say what is wrong
+        except Exception:  # noqa: BLE001  # the attempt will report the error
             return None
 
     def _job(self, name: str, run_id: UUID, given: dict[str, JSON], retries: int) -> Job:

@@ -1,6 +1,6 @@
-"""Makes an attempt by calling the function of a task itself, for a twentieth of what Prefect's engine costs. Retries,
-time-outs, error kinds and results are as on the engine's way (one test suite holds both to it); what a task finds when
-it asks Prefect for its run is the same, but nobody is told of states, and there are no hooks, caching or transactions.
+"""Makes an attempt by a direct call of the task's function, for a twentieth of the cost of Prefect's engine. Retries,
+time-outs, error kinds, results, and the run that a task finds through Prefect are the same as on the engine (one test
+suite checks both). No states are published; there are no hooks, caching or transactions.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from prefect.context import TaskRunContext
 from prefect.results import ResultStore  # pyright: ignore[reportPrivateImportUsage]
 from prefect.states import Completed, Running
 from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine, TaskRunTimeoutError
-from prefect.types._datetime import now  # pyright: ignore[reportPrivateUsage]  # a task may use what its DateTime offers
+from prefect.types._datetime import now  # pyright: ignore[reportPrivateUsage]  # tasks may use methods of this DateTime
 from prefect.utilities.callables import call_with_parameters
 from prefect.utilities.math import clamped_poisson_interval
 from prefect.utilities.timeout import timeout, timeout_async
@@ -31,7 +31,7 @@ from backcast.executor.values import to_json
 from backcast.models import AttemptResult, Failed, Retry, Succeeded, uuid7
 
 MARGIN = 0.5
-"""Seconds after its time-out in which a thread may end by itself, before it is left behind."""
+"""Seconds after its time-out that a thread has to end by itself, before it is abandoned."""
 
 
 RUNNING, COMPLETED = Running(), Completed()
@@ -39,8 +39,8 @@ RUNNING, COMPLETED = Running(), Completed()
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A served task with the models that Prefect's contexts want for its runs. Making and validating one takes longer
-    than a run; a run takes copies."""
+    """A served task, with the models that Prefect's contexts need for its runs. Making and validating a model takes
+    longer than a run, so each run takes copies."""
 
     registered: RegisteredTask
     context: TaskRunContext
@@ -69,7 +69,7 @@ class Template:
 
 @dataclass(slots=True)
 class Job:
-    """Attempts to be made."""
+    """A run of which attempts are made; `retries` counts the retries so far."""
 
     template: Template
     run_id: UUID
@@ -82,8 +82,8 @@ class Job:
 
     @property
     def within(self) -> float | None:
-        """When the thread of a sync task is left behind. Before that Prefect raises in it, which ends all but a single
-        call that blocks (`time.sleep(60)`, a long query)."""
+        """Seconds after which the thread of a sync task is abandoned. Before that Prefect raises in the thread, which
+        ends everything except one blocking call (`time.sleep(60)`, a long query)."""
         return None if self.task.timeout_seconds is None else self.task.timeout_seconds + MARGIN
 
     def overdue(self) -> RunTimeout:
@@ -96,15 +96,15 @@ class Job:
 
 
 def fresh(state: "State[Any]") -> "State[Any]":
-    """This state, entered now."""
+    """A copy of this state, entered now."""
     at = now("UTC")
     details = BaseModel.model_copy(state.state_details)
     changed = {"id": uuid7(), "timestamp": at, "created": at, "updated": at, "state_details": details}
-    return cast("State[Any]", BaseModel.model_copy(state, update=changed))  # Prefect's own takes ten times as long
+    return cast("State[Any]", BaseModel.model_copy(state, update=changed))  # Prefect's own copy takes ten times as long
 
 
 def task_run(job: Job) -> TaskRun:
-    """Prefect's record of the run, as its engine would begin it."""
+    """Prefect's record of the run, as its engine would create it."""
     at = now("UTC")
     changed = {
         "id": job.run_id,
@@ -121,13 +121,13 @@ def task_run(job: Job) -> TaskRun:
 
 
 def context(job: Job, run: TaskRun) -> TaskRunContext:
-    """Where `get_run_logger`, `prefect.runtime` and the tasks that a task calls find their run."""
+    """The context in which `get_run_logger`, `prefect.runtime` and the tasks that a task calls find their run."""
     changed = {"task_run": run, "parameters": job.parameters, "start_time": now("UTC")}
     return job.template.context.model_copy(update=changed)
 
 
 def body(value: Any) -> bytes:
-    """The JSON of what a task returned, which may be a completed state with the value inside."""
+    """The JSON of a task's return value, which may be a completed state that holds the value."""
     if isinstance(value, State):
         given = cast("State[Any]", value)
         if not given.is_final():
@@ -137,7 +137,7 @@ def body(value: Any) -> bytes:
 
 
 async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptResult:
-    """Make the attempt, and at once those that are due without a delay. Raises nothing but `BaseException`s."""
+    """Make the attempt, then each retry that is due at once. Raises no `Exception`, only other `BaseException`s."""
     task, run = job.task, task_run(job)
     while True:
         run.state = fresh(RUNNING)
@@ -160,6 +160,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptRes
 
 
 Ended = bytes | BaseException | State[Any]
+"""The JSON of the function's value, its exception, or the state that it returned in place of a value."""
 
 
 def _ended(value: Any) -> Ended:
@@ -177,7 +178,7 @@ async def _in_loop(job: Job, run: TaskRun) -> Ended:
                 return _ended(await job.function()())
         except TaskRunTimeoutError:
             return job.overdue()
-        except Exception as error:  # noqa: BLE001  # whatever a task raises becomes the run's problem
+        except Exception as error:  # noqa: BLE001  # any exception of a task becomes the run's problem
             return error
 
 
@@ -210,7 +211,7 @@ async def _goes_on(job: Job, run: TaskRun, ended: "Exception | State[Any]") -> b
 
 
 def _backoff(task: "Task[..., Any]", retry: int) -> float:
-    """Seconds before the n-th retry, as Prefect reckons them."""
+    """Seconds before the n-th retry, as Prefect computes them."""
     given = task.retry_delay_seconds or 0.0
     delay = given[min(retry, len(given)) - 1] if isinstance(given, list) else float(given)
     if task.retry_jitter_factor and delay > 0:

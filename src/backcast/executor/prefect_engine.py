@@ -1,5 +1,5 @@
-"""Makes an attempt on Prefect's own task engine, with its hooks, caching, logs and transactions. Decides what Prefect
-hears of the run, and leaves out what a run without a flow does not need, which is most of what the engine costs.
+"""Makes an attempt on Prefect's task engine, with its hooks, caching, logs and transactions. Decides which states are
+published, and leaves out the steps that a run without a flow does not need; they are most of the engine's cost.
 """
 
 import asyncio
@@ -37,20 +37,20 @@ _TELEMETRY = RunTelemetry()  # asks OpenTelemetry for a tracer, once and not for
 
 @dataclass(kw_only=True)
 class _Ours:
-    """What we change in Prefect's engines: the run's contexts are entered once for an attempt and are not validated;
-    states are told to `publish` and not emitted; our error kinds decide about retries; the cause of a failure is kept."""
+    """Our changes to Prefect's engines: the run's contexts are entered once for an attempt and are not validated;
+    states go to `publish` and are not emitted; our error kinds decide about retries; the cause of a failure is kept."""
 
     job: Job
     publish: Publish | None
     cause: BaseException | None = None
     body: bytes = b""
-    """The value as JSON, made before Prefect is told that the run is completed."""
-    _voice: threading.Lock = field(default_factory=threading.Lock)
+    """The value as JSON, made before the completed state is published."""
+    _state_lock: threading.Lock = field(default_factory=threading.Lock)
     _is_silent: bool = False
 
     @property
     def _engine(self) -> "SyncTaskRunEngine[Any, Any]":
-        """What this is mixed into, for the type checker."""
+        """The engine that this is mixed into, for the type checker."""
         return typing.cast("SyncTaskRunEngine[Any, Any]", self)
 
     @property
@@ -70,22 +70,22 @@ class _Ours:
         assert engine.task_run is not None
         with plain.context(self.job, engine.task_run), ConcurrencyContext():
             if self.job.task.task_run_name:
-                self.speak()
+                self.use_run_logger()
                 engine._set_custom_task_run_name()  # pyright: ignore[reportPrivateUsage]
             yield
 
     def enter(self, state: "State[Any]") -> "State[Any]":
-        """The run is in this state now; in the place of Prefect's `set_state`."""
-        with self._voice:
+        """Enter this state now; takes the place of Prefect's `set_state`."""
+        with self._state_lock:
             if not self._is_silent:
                 self._enter(state)
         return state
 
-    def silence(self, last_word: "State[Any] | None") -> None:
-        """From now on nothing counts that the engine says of the run, in a thread that is left behind."""
-        with self._voice:
-            if last_word is not None:
-                self._enter(last_word)
+    def silence(self, last_state: "State[Any] | None") -> None:
+        """Enter `last_state`, if any; then ignore the engine's states, as its thread may have been abandoned."""
+        with self._state_lock:
+            if last_state is not None:
+                self._enter(last_state)
             self._is_silent = True
 
     def _enter(self, state: "State[Any]") -> None:
@@ -129,17 +129,17 @@ class _Ours:
         )
 
     def keep(self, value: Any) -> bool:
-        """Keep what the function returned. True: it is a mere value, and the run is completed; else Prefect decides
-        what it means, and does what the task has asked for when it is completed."""
+        """Keep the function's return value. True: it is a plain value, and the run is completed. False: Prefect
+        decides what it means, and does what the task has registered for its completion."""
         self.body = plain.body(value.result if isinstance(value, ResultRecord) else value)
         return not (self.job.template.registered.needs_engine or isinstance(value, State) or is_state_iterable(value))
 
     def note(self, cause: BaseException) -> None:
         self.cause = self.job.overdue() if isinstance(cause, TaskRunTimeoutError) else cause
-        self.speak()
+        self.use_run_logger()
 
-    def speak(self) -> None:
-        """The engine has something to log: only now make the logger of the run."""
+    def use_run_logger(self) -> None:
+        """Give the engine the run's logger, which is made only when there is something to log."""
         run = self._engine.task_run
         assert run is not None
         self._engine.logger = typing.cast("Any", task_run_logger(task_run=run, task=self.job.task))
@@ -165,7 +165,7 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
 
     async def call_hooks(self, state: Any = None) -> None:
         if self.job.template.registered.needs_engine:
-            self.speak()
+            self.use_run_logger()
             await super().call_hooks(state)
 
     async def call_task_fn(self, transaction: Any) -> Any:
@@ -188,7 +188,7 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
         await super().handle_timeout(exc)
 
     async def drive(self) -> None:
-        """Make an attempt, which is the next one if it is not the first."""
+        """Make the first attempt, or the next one."""
         with self.inside():
             try:
                 if self.task_run is not None and self.task_run.state is None:
@@ -200,9 +200,9 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
             except Exception:
                 raise
             except BaseException as stop:
-                word, is_ours = _last_word(stop)
+                last_state, is_ours = _last_state(stop)
                 if is_ours:
-                    self.silence(word)
+                    self.silence(last_state)
                 else:
                     self.note(stop)
                     await self.handle_crash(stop)
@@ -220,11 +220,11 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
             with timeout_async(self.task.timeout_seconds, TaskRunTimeoutError):
                 async with transaction as entered:
                     await self.call_task_fn(entered)
-        except Unavailable:  # the store of cached values: neither the task's doing nor the run's
+        except Unavailable:  # the store of cached values is away: no fault of the task or the run
             raise
         except TimeoutError as late:
             await self.handle_timeout(late)
-        except Exception as error:  # noqa: BLE001  # whatever the task raises
+        except Exception as error:  # noqa: BLE001  # any exception of the task
             await self.handle_exception(error)
 
 
@@ -238,7 +238,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
 
     def call_hooks(self, state: Any = None) -> None:
         if self.job.template.registered.needs_engine:
-            self.speak()
+            self.use_run_logger()
             super().call_hooks(state)
 
     def call_task_fn(self, transaction: Any) -> Any:
@@ -261,7 +261,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
         super().handle_timeout(exc)
 
     def drive(self) -> None:
-        """Make an attempt, which is the next one if it is not the first."""
+        """Make the first attempt, or the next one."""
         with self.inside():
             try:
                 if self.task_run is not None and self.task_run.state is None:
@@ -277,7 +277,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
                 raise
 
     def overrun(self) -> None:
-        """In the place of an engine whose thread has been left behind: say that it took too long."""
+        """Record the time-out, in the place of an engine whose thread has been abandoned."""
         with self.inside():
             self.handle_timeout(TaskRunTimeoutError())
             self._finish()
@@ -301,12 +301,12 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
             raise
         except TimeoutError as late:
             self.handle_timeout(late)
-        except Exception as error:  # noqa: BLE001  # whatever the task raises
+        except Exception as error:  # noqa: BLE001  # any exception of the task
             self.handle_exception(error)
 
 
-def _last_word(stop: BaseException) -> "tuple[State[Any] | None, bool]":
-    """What Prefect should show of an attempt that was stopped, and whether it is we who stopped it."""
+def _last_state(stop: BaseException) -> "tuple[State[Any] | None, bool]":
+    """The state that Prefect should show for a stopped attempt, and whether our worker stopped it."""
     match stop.args[:1]:  # see `models.Reason`
         case ("cancelled",):
             return Cancelled(message="Cancelled by request."), True
@@ -314,13 +314,13 @@ def _last_word(stop: BaseException) -> "tuple[State[Any] | None, bool]":
             message = "Its worker stopped before it had finished; another one runs it."
             return Pending(name="Released", message=message), True
         case ("lost",):
-            return None, True  # another worker has the run and speaks for it
+            return None, True  # another worker has the run and publishes its states
         case _:
             return None, False
 
 
 async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publish | None) -> AttemptResult:
-    """Make the attempt, and at once those that are due without a delay."""
+    """Make the attempt, then each retry that is due at once."""
     if job.task.isasync:
         engine = _AsyncEngine(**_parts(job, publish))
         while True:
@@ -336,20 +336,20 @@ async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publ
             engine = _SyncEngine(**_parts(job, publish, task_run=engine.task_run, retries=engine.retries))
             await asyncio.to_thread(engine.overrun)
         except asyncio.CancelledError as stop:
-            engine.silence(_last_word(stop)[0])
+            engine.silence(_last_state(stop)[0])
             raise
         if engine.is_done:
             return engine.attempt_result()
 
 
 def cache_key(job: Job) -> str | None:
-    """As the engine reckons it when the run begins."""
+    """The cache key, as the engine computes it when the run begins."""
     with plain.context(job, plain.task_run(job)):
         return _SyncEngine(**_parts(job, None)).compute_transaction_key()
 
 
 def _parts(job: Job, publish: Publish | None, **other: Any) -> dict[str, Any]:
-    """What both engines are made of; their own defaults cost more than a run."""
+    """The arguments of both engines; their own defaults cost more than a run."""
     return {
         "job": job,
         "publish": publish,

@@ -1,4 +1,4 @@
-"""Decides how a Prefect `Task` of a user becomes a task type that callers see, and the copy of it that is run. Knows
+"""Registers a user's Prefect `Task`: decides on the task type that callers see, and on the copy that is executed. Knows
 nothing of runs.
 """
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def discover(modules: Iterable[str]) -> dict[str, "Task[..., Any]"]:
-    """The tasks of these modules by their names, which is what routes runs: files may move and lines change.
+    """The tasks of these modules, by name. Runs are routed by the name alone: files may move, and lines may change.
 
     Raises:
         ConfigurationError: a module can't be imported, or two tasks have the same name.
@@ -54,28 +54,28 @@ def discover(modules: Iterable[str]) -> dict[str, "Task[..., Any]"]:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredTask:
-    """A task that this process serves: what callers see, and what is run."""
+    """A task that this process serves: its type, as callers see it, and the copy that is executed."""
 
     type: TaskType
     task: "Task[..., Any]"
     parameters: Mapping[str, TypeAdapter[Any]]
-    """How parameters with types beyond plain JSON (dates, models) are made from JSON."""
+    """Makes parameters of types beyond plain JSON (dates, models) from JSON."""
     options: Options
     is_cached: bool
-    """Whether a run may take the value of another one."""
+    """Whether a run may take the value of another run."""
     needs_engine: bool
-    """Whether the task uses what only Prefect's engine does: its cache, hooks, assets, names for runs."""
+    """Whether the task uses a feature of Prefect's engine: its cache, hooks, assets, names for runs."""
     is_plain: bool
-    """Whether the function takes its parameters by name, each."""
+    """Whether the function takes every parameter by name."""
     log_prints: bool
     policy: Mapping[str, JSON]
-    """How it is retried, in Prefect's words, for its pages."""
+    """The retry policy in Prefect's terms, for its pages."""
 
     def bind(self, given: dict[str, JSON]) -> dict[str, Any]:
-        """The parameters in the order of the function's, whatever theirs: a cache key depends on it.
+        """The parameters in the function's order, in whichever order they come: a cache key depends on it.
 
         Raises:
-            UsageError: with the parameter's name.
+            UsageError: a parameter is missing, unknown or invalid; the message names it.
         """
         bound = dict(given)
         for name, adapter in self.parameters.items():
@@ -94,11 +94,11 @@ class RegisteredTask:
 
 
 def register(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: WritableFileSystem) -> RegisteredTask:
-    """How this task is offered and run. The user's object stays as it is; the engine gets a copy that carries storage
-    (or each run would ask the server for it), no tags (each costs a call and fails without the server) and, unless a
-    cache policy asks for it, no persistence: we write results ourselves."""
+    """Describe this task for callers, and copy it for execution. The user's object stays as it is. The copy has our
+    storage (otherwise each run asks the server for one), no tags (each costs a call, and fails without the server) and,
+    unless a cache policy needs it, no persistence: we write results ourselves."""
     hints: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # annotations may name what exists for type checkers only
+    with contextlib.suppress(Exception):  # annotations may name types that exist for type checkers only
         hints = typing.get_type_hints(task.fn, include_extras=True)
     schema = _input_schema(task)
     output: dict[str, JSON] = {}
@@ -157,7 +157,7 @@ def _copy(task: "Task[..., Any]", cached: bool, storage: WritableFileSystem) -> 
     ours.persist_result = cached
     ours.result_storage = storage
     ours.result_serializer = PlainJSON()
-    ours.result_storage_key = None  # a key of the user's would silently disable the cache
+    ours.result_storage_key = None  # a user's key would silently disable the cache
     ours.cache_result_in_memory = False  # one result store serves all runs, and would keep a thousand values
     return ours
 

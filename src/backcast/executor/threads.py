@@ -1,5 +1,5 @@
-"""Runs functions in threads that can be left behind: Python can't stop a thread, so one that is not waited for any more
-goes on, and is counted until it ends. Knows nothing of tasks.
+"""Runs functions in threads that can be abandoned. Python can't stop a thread: an abandoned one goes on, and is counted
+until it ends. Knows nothing of tasks.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Overdue(Exception):
-    """The function took longer than it may, and its thread has been left behind."""
+    """The function exceeded its time limit, and its thread has been abandoned."""
 
 
 class Threads:
@@ -25,23 +25,23 @@ class Threads:
 
     @property
     def busy(self) -> int:
-        """Threads that run a function now, those that were left behind included."""
+        """Threads that run a function now, abandoned ones included."""
         return len(self._busy)
 
     @property
     def abandoned(self) -> int:
-        """Threads that run a function that nobody waits for any more."""
+        """Threads that still run a function after its caller has stopped waiting."""
         return len(self._abandoned)
 
     async def run(self, work: Callable[[], T], *, asked: threading.Event, within: float | None = None) -> T:
-        """Call `work` in a thread, in a copy of this context. When nobody waits any more, `asked` is set.
+        """Call `work` in a thread, in a copy of this context. Sets `asked` when the caller stops waiting.
 
         Args:
-            within: seconds, from when the function has begun.
+            within: seconds, from the start of the function.
 
         Raises:
             Overdue: after `within` seconds.
-            CancelledError: at once, whatever the thread does.
+            CancelledError: at once, even if the thread goes on.
         """
         loop, call, context = asyncio.get_running_loop(), object(), contextvars.copy_context()
         clock, waits = asyncio.timeout(None), True
@@ -77,5 +77,5 @@ class Threads:
             raise
 
     def close(self) -> None:
-        """Start nothing more; who is at it goes on."""
+        """Start no more functions; running ones go on."""
         self._pool.shutdown(wait=False, cancel_futures=True)

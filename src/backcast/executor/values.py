@@ -1,4 +1,4 @@
-"""The value of a task as plain JSON."""
+"""Writes a task's return value as plain JSON."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ def to_json(value: Any) -> bytes:
     """The plain JSON of a task's return value: models, dataclasses, dates and the like by pydantic's rules.
 
     Raises:
-        FatalError: `unserialisable_result`; the sentence names the type or value.
+        FatalError: `unserialisable_result`; the message names the type or value.
     """
     try:
         text = json.dumps(to_jsonable_python(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))

@@ -299,11 +299,11 @@ async def test_a_sweep_that_fails_is_made_again(database: str, tmp_path: Path, l
     async with stack(database, tmp_path, **env) as product:
         (tmp_path / "store").rename(tmp_path / "unmounted")
         steward = await product.start("steward").ready()
-        await until(lambda: _text(steward), lambda text: "can't sweep" in text)
+        await until(lambda: _text(steward), lambda text: "can't apply retention" in text)
         assert await runs(ledger) == {old}
         (tmp_path / "unmounted").rename(tmp_path / "store")
         await until(lambda: runs(ledger), lambda left: not left)
-        assert steward.text.count("can't sweep") == 1
+        assert steward.text.count("can't apply retention") == 1
 
 
 async def _text(part: Part) -> str:

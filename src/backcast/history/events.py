@@ -1,5 +1,6 @@
-"""A change of a run's state as Prefect's server takes it: an event with only what the server reads and its pages show.
-Knows who may have said it (an engine, or the ledger where no engine has spoken), not how it gets there.
+"""Writes a change of a run's state as an event for Prefect's server, with only the fields that the server reads or its
+pages show. Knows the two sources of a change (an engine, or the ledger if no engine has published it), not how events
+are sent.
 """
 
 import json
@@ -18,7 +19,7 @@ MESSAGE = 10_000
 
 
 def state_type(state: str) -> str:
-    """Prefect's word for a state of the ledger. It has none for a run that was not begun in time."""
+    """Prefect's type for a state of the ledger. It has none for a run that was not started in time."""
     return "CANCELLED" if state == "expired" else state.upper()
 
 
@@ -29,7 +30,7 @@ class Change:
     run: UUID
     task: str
     label: str
-    """What the page calls the run: the task's name, or what its `task_run_name` makes of it."""
+    """The run's name on the page: the task's name, or the one that its `task_run_name` makes."""
     type: str
     """Prefect's state type: RUNNING, COMPLETED, …"""
     name: str
@@ -41,7 +42,7 @@ class Change:
     parameters: Iterable[str] = ()
     """Names only."""
     policy: Mapping[str, JSON] = field(default_factory=dict[str, JSON])
-    """How the task is retried, in Prefect's words."""
+    """The task's retry policy, in Prefect's terms."""
     version: str | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
@@ -95,15 +96,15 @@ def event(change: Change) -> bytes:
         shown["end_time"] = change.ended_at.isoformat()
     details = {"scheduled_time": change.scheduled_for.isoformat()} if change.scheduled_for else {}
     body: dict[str, JSON] = {
-        # Becomes the state's id. The same word is the same id: the server's recorder swallows it when it is told again,
-        # and would otherwise stumble over the run's second state of one time, and stop.
+        # Becomes the state's id. A change that is published again has the same id: the server's recorder ignores it.
+        # With another id it would be the run's second state of one time: the recorder fails on that, and stops.
         "id": str(uuid5(change.run, f"{change.name} {at}")),
         "occurred": at,
         "event": f"{RESOURCE}{change.name}",
         "resource": {
             "prefect.resource.id": f"{RESOURCE}{change.run}",
             "prefect.resource.name": change.label,
-            "prefect.orchestration": "client",  # or the server's recorder passes over it
+            "prefect.orchestration": "client",  # otherwise the server's recorder skips it
             "prefect.state-type": change.type,
             "prefect.state-name": change.name,
             "prefect.state-message": message or "",

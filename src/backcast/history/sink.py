@@ -1,5 +1,6 @@
-"""Shows every run in Prefect's UI without making anyone wait for it. Keeps the last word on each run, and what tasks
-log, and posts them in bulk for as long as it takes; asks the server what it knows, and has it forget.
+"""The history sink: our client of Prefect's API. Keeps the latest event of each run, and the log lines of tasks, and
+posts them in bulk; no run waits for it, and it retries for as long as the server is away. Which runs to ask about or to
+delete is decided elsewhere.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from backcast.settings import Prefect
 
 
 class Event(Protocol):
-    """One of Prefect's own events, without knowing Prefect."""
+    """One of Prefect's own events; this module does not import Prefect."""
 
     def model_dump_json(self) -> str: ...
 
@@ -30,22 +31,22 @@ class Event(Protocol):
 log = logging.getLogger("backcast.history")
 
 INTERVAL = 0.5
-"""Seconds between two posts: a run that starts and ends within it costs the server one event, not two."""
+"""Seconds between two posts: a run that starts and ends within them costs the server one event, not two."""
 BATCH = 200
-"""Events or log lines in one post (events: 200 KB), and runs in one question, which is the server's limit."""
+"""Events or log lines in one post (events: 200 KB), and runs in one query, which is the server's limit."""
 IN_MEMORY = 20_000
 """Events kept in memory while the server is away, about 14 MB; more go to a temporary file."""
 LOGS = 16 * 1024 * 1024
 """Bytes of log lines kept while the server is away; the oldest are dropped first."""
 AT_ONCE = 8
-"""Deletions that the server works on at the same time; it has no route that takes several."""
+"""Concurrent deletions; the server has no route that deletes several runs."""
 
 
 class Sink:
-    """`show`, `put` and `keep_log` may come from any thread; `run` is a loop of ours."""
+    """Any thread may call `publish`, `record`, `keep_event` and `keep_log`; `run` belongs to one event loop."""
 
     def __init__(self, server: Prefect) -> None:
-        # Events are written as late as they are posted: most are overtaken by the next one of their run.
+        # A change becomes JSON only when it is posted: most are replaced by the next change of their run.
         self._waiting: OrderedDict[str, bytes | Change | Event] = OrderedDict()
         self._logs: deque[bytes] = deque()
         self._log_bytes = 0
@@ -61,18 +62,18 @@ class Sink:
         )
         self.is_enabled = server.api_url is not None and server.history
 
-    # -- what is to be shown ----------------------------------------------------------------------------------------
+    # -- publishing ---------------------------------------------------------------------------------------------------
 
     def publish(self, change: Change) -> None:
         if self.is_enabled:
             self._keep(f"{RESOURCE}{change.run}", change)
 
     def record(self, entry: Entry) -> None:
-        """Show what the ledger knows of a run and no engine has said: that it waits, or how it ended."""
+        """Publish the ledger's state of a run, if no engine has published it: that it waits, or how it ended."""
         self.publish(Change.from_ledger(entry))
 
     def keep_event(self, key: str, event: Event) -> None:
-        """Show an event that Prefect itself has made; of two with one key the later one."""
+        """Publish an event that Prefect itself has made; of two with one key, the later one."""
         if self.is_enabled:
             self._keep(key, event)
 
@@ -109,14 +110,14 @@ class Sink:
             self._waiting.update((f"spooled-{n}", line.rstrip(b"\n")) for n, line in enumerate(spool))
             spool.close()
 
-    # -- showing it -------------------------------------------------------------------------------------------------
+    # -- posting ------------------------------------------------------------------------------------------------------
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
 
     async def run(self) -> None:
-        """Post for ever; while the server is away events wait, the newest of each run."""
+        """Post for ever; while the server is away, the newest event of each run waits."""
         outage = Outage(partial(log.warning, "Prefect can't be reached (%s): runs go on, their history follows"))
         delay, delays = INTERVAL, backoff(1.0, 15.0)
         while True:
@@ -138,7 +139,7 @@ class Sink:
             async with asyncio.timeout(timeout):
                 await self._flush()
         except (TimeoutError, httpx.HTTPError):
-            log.warning("%d events were not shown to Prefect before the end", self.waiting)
+            log.warning("%d events were not published to Prefect before the process ended", self.waiting)
         await self._client.aclose()
 
     async def _flush(self) -> None:
@@ -153,7 +154,7 @@ class Sink:
             except BaseException:
                 with self._lock:
                     for key, item in reversed(batch):
-                        if key not in self._waiting:  # else a newer word on the same run has come
+                        if key not in self._waiting:  # otherwise a newer event of the same run has come
                             self._waiting[key] = item
                             self._waiting.move_to_end(key, last=False)
                 raise
@@ -182,10 +183,10 @@ class Sink:
         else:
             response.raise_for_status()
 
-    # -- asking it --------------------------------------------------------------------------------------------------
+    # -- queries, deletions -------------------------------------------------------------------------------------------
 
     async def count(self, ids: list[UUID], state_type: str) -> int:
-        """How many of up to 1,000 runs the server has in this state: a thirtieth of the cost of asking for `states`.
+        """The number of these runs (up to 1,000) that the server has in this state; costs a thirtieth of `states`.
 
         Raises:
             httpx.HTTPError: the server is away.
@@ -209,34 +210,35 @@ class Sink:
         return known
 
     async def delete_ended(self, before: datetime, limit: int) -> int:
-        """Have the server delete up to `limit` task runs without a flow that ended before this time, with their logs,
-        which it removes a moment later. How many it was; the server's route takes one at a time.
+        """Delete up to `limit` of the server's task runs without a flow that ended before this time; return how many.
+
+        The server removes their logs a moment later. Its route deletes one run at a time.
 
         Raises:
             httpx.HTTPError: the server is away.
         """
-        forgotten = 0
+        deleted = 0
         old = {"end_time": {"before_": before.isoformat()}, "flow_run_id": {"is_null_": True}}
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def delete(run_id: str) -> None:
             async with gate:
                 response = await self._client.delete(f"/task_runs/{run_id}")
-                if response.status_code != 404:  # someone else was faster
+                if response.status_code != 404:  # 404: it is already gone
                     response.raise_for_status()
 
-        while forgotten < limit:
-            runs = await self._filter(old, limit=min(BATCH, limit - forgotten))
+        while deleted < limit:
+            runs = await self._filter(old, limit=min(BATCH, limit - deleted))
             await asyncio.gather(*[delete(run["id"]) for run in runs])
-            forgotten += len(runs)
+            deleted += len(runs)
             if not runs:
                 break
-        return forgotten
+        return deleted
 
     async def _filter(self, wanted: dict[str, Any], *, limit: int) -> list[dict[str, Any]]:
-        # In an order that has an index which the filter by end uses too.
-        question = {"task_runs": wanted, "limit": limit, "sort": "END_TIME_DESC"}
-        response = await self._client.post("/task_runs/filter", json=question)
+        # This order has an index, and the filter by end uses it too.
+        query = {"task_runs": wanted, "limit": limit, "sort": "END_TIME_DESC"}
+        response = await self._client.post("/task_runs/filter", json=query)
         response.raise_for_status()
         return list(response.json())
 

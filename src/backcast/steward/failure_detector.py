@@ -6,13 +6,13 @@ from uuid import UUID
 from backcast.ledger.fleet import Fleet
 
 ROUND = 1.0
-"""Seconds between two looks at the leases."""
+"""Seconds between two checks of the leases."""
 
 
 @dataclass
 class FailureDetector:
-    """Decides when silence means death. After any pause of our own, or of the database, every heartbeat is old: so
-    the steward must have been watching without a gap for a whole lease, and a mass death needs a second look."""
+    """After any pause of our own, or of the database, every heartbeat is old. So the steward must have watched without
+    a gap for a whole lease, and a mass death must be seen twice."""
 
     lease: float
     watching_since: float = 0.0
@@ -22,8 +22,8 @@ class FailureDetector:
     _presumed_dead: frozenset[UUID] = field(default_factory=frozenset[UUID], init=False)
 
     def may_requeue(self, fleet: Fleet, now: float) -> bool:
-        """`now` is a monotonic clock, in seconds, read after the answer: what was asked before a pause is old. The
-        database's clock sees what ours may not: that the machine slept, or that somebody has set the clock."""
+        """`now` is a monotonic clock, in seconds, read after the query: a result from before a pause is old. The
+        database's clock shows two things that ours may not: that the machine slept, or that a clock was set."""
         limit = max(3 * ROUND, self.lease / 3)
         gap = now - self._last > limit or fleet.at - self._last_at > limit
         if gap or fleet.database_started != self._database_started:
@@ -32,6 +32,6 @@ class FailureDetector:
         if now - self.watching_since < self.lease or not fleet.dead:
             return False
         if len(fleet.dead) > max(1, (fleet.alive + len(fleet.dead)) // 4) and fleet.dead != self._presumed_dead:
-            self._presumed_dead = fleet.dead  # more than a quarter at once: look again in a moment before believing it
+            self._presumed_dead = fleet.dead  # more than a quarter at once: believed if the next check shows the same
             return False
         return True

@@ -1,8 +1,8 @@
-"""The steward's loop: gives the runs of dead workers to others, and sees to it that tables, store and history stay fit.
-One leader by advisory lock; without it work goes on, only losses wait.
+"""Decides which steward leads, and how often each duty of the leader is done; the duties themselves are elsewhere.
+The leader holds an advisory lock. Without a leader runs go on, and only those of dead workers wait.
 
-Two that lead at once do no harm: every statement is right by itself, by the database's clock and the rows' locks, so
-what a steward believed before it was stopped decides nothing but when a statement is sent.
+Two leaders at once do no harm: every statement is correct by itself, by the database's clock and the rows' locks. The
+belief of a steward that was stopped decides only when a statement is sent.
 """
 
 import asyncio
@@ -37,13 +37,13 @@ RECONCILE_EVERY = 5.0
 VACUUM_EVERY = 2.0
 DEAD_ROWS = 5000
 MEASURE_EVERY = 5.0
-"""Seconds; a backlog of a million runs takes a fraction of one to count."""
+"""Seconds; to count a backlog of a million runs takes a fraction of one."""
 MARK_EVERY = 5.0
 REMOVE_WORKERS_EVERY = 60.0
 REMOVE_WORKERS_AFTER = timedelta(hours=1)
 
 Duty = tuple[str, Callable[[], Awaitable[object]], float]
-"""What is done, and how often, in seconds."""
+"""The duty's name ("can't <name>" in the log), its function, and the seconds between two calls."""
 
 
 class Steward:
@@ -62,32 +62,32 @@ class Steward:
 
         gauge("steward_leading", "1 for the leader").set_function(lambda: float(self._leading))
         self._ready = gauge("backlog_ready", "Runs that a worker could start now", "pool")
-        self._running = gauge("backlog_running", "Runs that are being worked on", "pool")
-        self._oldest = gauge("backlog_oldest_age_seconds", "How long the first of the ready runs has waited", "pool")
+        self._running = gauge("backlog_running", "Runs that are running", "pool")
+        self._oldest = gauge("backlog_oldest_age_seconds", "Age of the oldest ready run", "pool")
         self._oldest_xmin = gauge(
             "database_oldest_xmin_age_transactions",
             "Transactions since the oldest snapshot still held; vacuum removes nothing newer",
         )
         self._requeued = Counter(
             "backcast_runs_lost",
-            "Runs taken from dead workers, by what became of them",
+            "Runs recovered from dead workers, by their new state",
             ["state"],
             registry=self.registry,
         )
 
     async def check(self) -> None:
-        """Readiness: leading, or waiting to; either way the database answered lately."""
+        """Ready: this steward leads or stands by, and the database has answered lately."""
         if time.monotonic() - self._last_round > 10 * ROUND:
             raise LedgerUnavailable("The steward's rounds do not reach the database.")
 
     # -- leading ----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Lead when nobody else does, for ever."""
+        """Lead whenever no other steward leads, for ever."""
         outage = Outage(partial(log.warning, "waiting for the database: %s"))
         while True:
             try:
-                async with self._ledger.session() as connection:  # which holds the lead, and loses it when it ends
+                async with self._ledger.session() as connection:  # it holds the lead, and its end gives it up
                     outage.is_over()
                     while not await leadership.take_lead(connection):
                         await self._round_ends()
@@ -97,7 +97,7 @@ class Steward:
             await asyncio.sleep(ROUND)
 
     async def _lead(self, connection: asyncpg.Connection) -> None:
-        """The leases each second; everything else beside them, so that nothing keeps them waiting."""
+        """Check the leases each second. All other duties run beside this, so that none of them delays it."""
         detector = FailureDetector(self._lease.total_seconds())
         async with self._at_work():
             while True:
@@ -108,7 +108,7 @@ class Steward:
                 await self._round_ends()
 
     async def _round_ends(self) -> None:
-        """Also without the lead: what time alone changes waits for nobody."""
+        """Dispatch due runs, then wait for the next round. This needs no lead, so every steward does it."""
         await dispatch.dispatch_due(self._ledger)
         self._last_round = time.monotonic()
         await asyncio.sleep(ROUND)
@@ -120,29 +120,29 @@ class Steward:
             self._requeued.labels(state).inc(count)
             log.warning("%d runs of lost workers are now %s", count, state)
 
-    # -- the leader's other duties ----------------------------------------------------------------------------------
+    # -- the leader's other duties ------------------------------------------------------------------------------------
 
     def _duties(self) -> list[Duty]:
         keep, keep_history = self._settings.keep_runs, self._settings.keep_history
         every = self._settings.sweep.total_seconds()
         duties: list[Duty] = [
-            ("vacuum", self._vacuum, VACUUM_EVERY),
-            ("measure", self._measure, MEASURE_EVERY),
+            ("vacuum the tables", self._vacuum, VACUUM_EVERY),
+            ("measure the backlog", self._measure, MEASURE_EVERY),
             (
-                "forget workers",
+                "remove silent workers",
                 partial(maintenance.remove_silent_workers, self._ledger, REMOVE_WORKERS_AFTER),
                 REMOVE_WORKERS_EVERY,
             ),
-            ("sweep", Retention(self._ledger, self._store, keep), every),
+            ("apply retention", Retention(self._ledger, self._store, keep), every),
         ]
-        if self._settings.deletion_cost:  # anew: who led meanwhile may have marked pods otherwise
-            duties.append(("tell Kubernetes who is busy", partial(Pods().mark, self._ledger), MARK_EVERY))
+        if self._settings.deletion_cost:  # made anew: another leader may have marked the pods meanwhile
+            duties.append(("mark busy pods", partial(Pods().mark, self._ledger), MARK_EVERY))
         if self._sink.is_enabled:
             reconciliation = Reconciliation(self._ledger, self._sink, keep_history)
-            duties.append(("tell Prefect what is new", reconciliation.publish_new, ROUND))
-            duties.append(("look again at Prefect's history", reconciliation.reconcile, RECONCILE_EVERY))
+            duties.append(("publish new history", reconciliation.publish_new, ROUND))
+            duties.append(("reconcile history", reconciliation.reconcile, RECONCILE_EVERY))
             if keep_history is not None:
-                duties.append(("shorten Prefect's history", partial(expire_history, self._sink, keep_history), every))
+                duties.append(("remove old history", partial(expire_history, self._sink, keep_history), every))
         return duties
 
     @contextlib.asynccontextmanager
@@ -173,15 +173,15 @@ class Steward:
             self._oldest.labels(pool.pool).set(pool.oldest_age_seconds)
 
     def _reset_figures(self) -> None:
-        """One steward measures: two would be added up."""
+        """Only the leader measures: the figures of two stewards would be added up."""
         self._oldest_xmin.set(0)
         for gauge in (self._ready, self._running, self._oldest):
             gauge.clear()
 
 
-async def _repeat(what: str, step: Callable[[], Awaitable[object]], every: float) -> None:
-    """Do it for ever, whatever happens; the same failure is logged once."""
-    outage = Outage(partial(log.warning, "can't %s, trying on: %s", what))
+async def _repeat(name: str, step: Callable[[], Awaitable[object]], every: float) -> None:
+    """Do the duty for ever, even if it fails; the same failure is logged once."""
+    outage = Outage(partial(log.warning, "can't %s, trying again: %s", name))
     while True:
         try:
             await step()
@@ -189,5 +189,5 @@ async def _repeat(what: str, step: Callable[[], Awaitable[object]], every: float
         except (Unavailable, httpx.HTTPError) as error:
             outage.failed(error)
         except Exception:
-            log.exception("can't %s, trying on", what)
+            log.exception("can't %s, trying again", name)
         await asyncio.sleep(every)

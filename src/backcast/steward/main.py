@@ -1,4 +1,4 @@
-"""The steward process: builds the steward's collaborators from the settings, and works until a signal."""
+"""The steward process: builds the steward's collaborators from the settings, and runs it until a signal."""
 
 import asyncio
 import contextlib

@@ -1,5 +1,5 @@
-"""Tells Kubernetes which worker pods are busy, so that scaling down takes idle ones first. Knows the API server's one
-call that it takes; nothing depends on it: a pod that is removed while it works drains like any other.
+"""Sets the deletion cost of worker pods, so that scaling down removes idle pods first. Knows the one call to the API
+server that this takes. Nothing depends on it: a busy pod that is removed drains like any other.
 """
 
 import ssl
@@ -31,7 +31,7 @@ class Pods:
             )
 
     async def mark(self, ledger: Ledger) -> None:
-        """Give each worker's pod the number of its busy slots as the cost of deleting it; only what has changed.
+        """Set the deletion cost of each worker's pod to the number of its busy slots; only changed costs are sent.
 
         Raises:
             httpx.HTTPError: the API server is away, or the account may not patch pods.
@@ -42,7 +42,7 @@ class Pods:
         if not changed:
             return
         token, namespace = ((self.account / name).read_text().strip() for name in ("token", "namespace"))
-        # Opened anew each time: the token is renewed by the kubelet, and the pods of a quiet fleet do not change.
+        # A new client each time: the kubelet renews the token, and the pods of a quiet fleet do not change.
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/merge-patch+json"}
         async with httpx.AsyncClient(
             base_url=f"{self.server}/api/v1/namespaces/{namespace}/pods",
@@ -55,6 +55,6 @@ class Pods:
         ) as http:
             for host, cost in changed.items():
                 answer = await http.patch(f"/{host}", json={"metadata": {"annotations": {_COST: str(cost)}}})
-                if answer.status_code != 404:  # not a pod of this namespace, or gone
+                if answer.status_code != 404:  # 404: not a pod of this namespace, or gone
                     answer.raise_for_status()
                 self._marked[host] = cost

@@ -1,8 +1,8 @@
-"""Removes what is too old, and stored objects that nobody will ask for. Decides why each removal is safe while all
-others go on; what is never decided here is whether a run has ended.
+"""Removes runs, results and history that are older than they are kept, and sweeps orphans from the store. Decides why
+each removal is safe while everything else goes on; never decides whether a run has ended.
 
-Nothing is locked and nothing is in a hurry: a run that has ended stays ended, so what was true of it when a page was
-read is true when its objects are removed, even by a steward that was stopped in between and leads no more.
+Nothing is locked, and nothing is urgent. A run that has ended stays ended: a fact that was true when a page was read is
+true when its objects are removed, even by a steward that was stopped in between and no longer leads.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from backcast.store import Missing, Object, Store
 log = logging.getLogger("backcast.steward")
 
 SUBMITTED_WITHIN = 3600.0
-"""Seconds after which an input whose run is not there has no run: its submit is over, whichever way."""
+"""Seconds after which an input without a run never gets one: its submission is over, with or without success."""
 SIGNATURE = "ledger/id"
-"""The object that says whose store this is."""
+"""The object that names the ledger that owns this store."""
 DELETED_AT_ONCE = 200
-"""Prefect's runs removed before it gets a rest, twice as long as that took: a third of a core of its server at most."""
+"""Prefect's runs deleted before a pause of twice the time that this took: a third of a core of its server at most."""
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Retention:
             await self._orphans(kind)
 
     async def _is_ours(self) -> bool:
-        """Whether the store is this ledger's alone: the runs of another one are unknown here, their objects would look
-        like orphans. The first ledger to sweep a store signs it; of two that do so at once, one will not sweep."""
+        """Whether the store belongs to this ledger alone. The runs of another ledger are unknown here, so their objects
+        would look like orphans. The first ledger that sweeps a store signs it; of two at once, one does not sweep."""
         ours = str(await cursors.identity(self.ledger)).encode()
         try:
             owner = await self.store.get(SIGNATURE)
@@ -61,14 +61,14 @@ class Retention:
         if owner != ours:
             log.error(
                 "the store belongs to another ledger, so nothing is swept: give each its own bucket or prefix, or"
-                " remove the object %s to hand the store over to this one",
+                " remove the object %s to give the store to this one",
                 SIGNATURE,
             )
         return owner == ours
 
     async def _old_runs(self, keep: timedelta) -> None:
-        """Objects first: while the store is away, the rows that name them stay. A caller who comes in between is told
-        that the result is gone. Results of lost attempts, which no row names, are orphans."""
+        """Objects first: while the store is away, the rows that name them stay. A request in between is answered that
+        the result is gone. Results of lost attempts, which no row names, are orphans."""
         removed = 0
         async for runs in maintenance.old_runs(self.ledger, keep):
             if not runs:
@@ -80,20 +80,20 @@ class Retention:
             log.info("removed %d runs that ended more than %s ago", removed, keep)
 
     async def _old_cache(self, keep: timedelta) -> None:
-        """By age only: if a value is used or renewed at this moment, it is computed once more."""
+        """By age only: a value that is used or renewed at this moment is computed once more."""
         before = datetime.now(UTC) - keep
         async for objects in self.store.pages("cache"):
             await self.store.delete(each.key for each in objects if each.changed < before)
 
     async def _orphans(self, kind: str) -> None:
-        """Objects that no run needs.
+        """Remove the objects that no run names.
 
-        A result is stored while its run is running, and read by the next attempt only while it has not ended; the
-        ledger is asked after the object was seen. So if the run has ended and names another, or is gone, nobody can
-        come to name this one: a worker that still holds it will be refused.
+        A result is stored while its run is running, and the next attempt reads it only before the run has ended; the
+        ledger is asked after the object was seen. So if the run has ended and names another object, or is gone, no
+        worker can come to name this one: a settlement that does so is refused.
 
-        An input is stored before its run is recorded: one without a run may belong to a submit that is under way, but
-        not for an hour.
+        An input is stored before its run is recorded. One without a run may belong to a submission that is under way,
+        but for less than an hour.
         """
         removed = 0
         async for objects in self.store.pages(kind):
@@ -103,11 +103,11 @@ class Retention:
                 await self.store.delete(orphans)
                 removed += len(orphans)
         if removed:
-            log.info("removed %d objects from %s that no run needs", removed, kind)
+            log.info("removed %d objects from %s that no run names", removed, kind)
 
 
 def _runs(objects: list[Object]) -> Iterator[tuple[str, UUID]]:
-    """The keys that are ours, `results/<run>/<fence>.json` and `inputs/<run>.json`, with their runs' ids."""
+    """The keys that are ours, `results/<run>/<fence>.json` and `inputs/<run>.json`, each with its run's id."""
     for each in objects:
         try:
             yield each.key, UUID(each.key.split("/")[1].removesuffix(".json"))
@@ -116,7 +116,7 @@ def _runs(objects: list[Object]) -> Iterator[tuple[str, UUID]]:
 
 
 async def expire_history(sink: Sink, keep: timedelta) -> None:
-    """Remove Prefect's old runs, at a pace that leaves its server to those who need it."""
+    """Remove old runs from Prefect, at a pace that leaves its server free for other work."""
     before = datetime.now(UTC) - keep
     while True:
         began = time.monotonic()

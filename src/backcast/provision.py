@@ -1,6 +1,7 @@
-"""What must be there before the processes can work: roles and databases, the schema, the bucket. Makes it, or tries it.
+"""Provisions roles, databases, the schema and the store; `check` only tries them.
 
-Decides in which order, how long to wait, and what a person is told; run once per release, by a Job or by hand.
+Decides the order, the waiting time, and the sentences that an operator reads. Runs once per release, by a Job or by
+hand.
 """
 
 import asyncio
@@ -23,14 +24,14 @@ Report = Callable[[str], object]
 T = TypeVar("T")
 
 AGAIN_EVERY = 1.0
-"""Seconds between two attempts at something that is not there yet."""
+"""Seconds between two tries while something is not there yet."""
 
 
 def prepare(settings: Settings, report: Report) -> None:
-    """Make all that is needed, and try it. Safe to repeat, and to run from several places at once.
+    """Provision everything, then try it. Safe to repeat, and to run from several places at once.
 
     Raises:
-        ConfigurationError: a person must change something; the sentence says what.
+        ConfigurationError: a person must change something; the sentence names it.
         Unavailable: the database or the store was not there for `setup.patience`.
     """
     url, setup = settings.database.url.get_secret_value(), settings.setup
@@ -49,7 +50,7 @@ def prepare(settings: Settings, report: Report) -> None:
 
 
 def await_prefect_database(settings: Settings, report: Report) -> None:
-    """Return when `setup.prefect_url` can be connected to; waits for as long as it takes, also for its role to be made.
+    """Return when `setup.prefect_url` can be connected to. Waits without a limit, also for its role to be made.
 
     Raises:
         ConfigurationError: there is no such setting.
@@ -63,7 +64,7 @@ def await_prefect_database(settings: Settings, report: Report) -> None:
 def _why_not(url: str) -> str | None:
     try:
         return provisioning.why_not_ready(url)
-    except ConfigurationError as error:  # refused, as long as nobody has made the role
+    except ConfigurationError as error:  # refused as long as the role does not exist
         return error.detail
 
 
@@ -76,7 +77,7 @@ def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
     with asyncio.Runner() as runner:
         store = open_store(settings.store)
 
-        def look() -> str | None:
+        def why_not() -> str | None:
             try:
                 runner.run(store.ensure())
             except StoreUnavailable as error:
@@ -84,7 +85,7 @@ def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
             return None
 
         try:
-            if why := _until_there(look, deadline, report):
+            if why := _until_there(why_not, deadline, report):
                 raise StoreUnavailable(why)
             runner.run(_try(store, report))
         finally:
@@ -92,17 +93,17 @@ def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
     report(f"The store {settings.store.url} is there, and every call works.")
 
 
-def _until_there(look: Callable[[], str | None], deadline: float, report: Report) -> str | None:
-    """Look until nothing is missing any more, and return None; or after the deadline, what still is."""
+def _until_there(why_not: Callable[[], str | None], deadline: float, report: Report) -> str | None:
+    """Wait until nothing is missing, and return None; after the deadline, return the reason that is left."""
     outage = Outage(report)
-    while (why := look()) is not None and time.monotonic() <= deadline:
+    while (why := why_not()) is not None and time.monotonic() <= deadline:
         outage.failed(why)
         time.sleep(AGAIN_EVERY)
     return why
 
 
 def check(settings: Settings, report: Report) -> bool:
-    """Try the database and each call to the store; whether all is well. Changes nothing but one object of its own."""
+    """Try the database and each call to the store; return whether all is well. Writes only one object of its own."""
     return asyncio.run(_check(settings, report))
 
 
@@ -125,23 +126,23 @@ async def _check(settings: Settings, report: Report) -> bool:
 
 
 async def _try(store: Store, report: Report) -> None:
-    """Every call that the processes make, on an object of our own, which is removed at the end."""
+    """Make every call that the processes make, on an object of our own, which is removed at the end."""
     key, body = f"checks/{uuid7()}", b"backcast"
 
     async def read() -> None:
         if await store.get(key) != body:
-            raise StoreUnavailable("The store gave back something else than was put into it.")
+            raise StoreUnavailable("The store returned other bytes than were put into it.")
 
     async def listed() -> None:
         if key not in [found.key async for page in store.pages("checks") for found in page]:
-            raise StoreUnavailable("The store does not list what was put into it: may the key list the bucket?")
+            raise StoreUnavailable("The store does not list an object that it holds: may the key list the bucket?")
 
     async def gone() -> None:
         try:
             await store.get(key)
         except Missing:
             return
-        raise StoreUnavailable("The store still has what was deleted: has the bucket got a retention lock?")
+        raise StoreUnavailable("The store still has an object that was deleted: has the bucket got a retention lock?")
 
     try:
         await _step("store: put", store.put(key, body), report)
@@ -149,15 +150,15 @@ async def _try(store: Store, report: Report) -> None:
         await _step("store: list", listed(), report)
     finally:
         await _step("store: delete", store.delete([key]), report)
-    await _step("store: a missing object is told from a missing bucket", gone(), report)
+    await _step("store: a missing object is not taken for a missing bucket", gone(), report)
 
 
-async def _step(what: str, step: Awaitable[T], report: Report) -> T:
+async def _step(name: str, step: Awaitable[T], report: Report) -> T:
     try:
         value = await step
     except (BackcastError, Missing) as error:
-        why = error.detail if isinstance(error, BackcastError) else "what was just stored is not there"
-        report(f"FAILED {what}: {why}")
+        why = error.detail if isinstance(error, BackcastError) else "the object that was just stored is not there"
+        report(f"FAILED {name}: {why}")
         raise error if isinstance(error, BackcastError) else StoreUnavailable(why) from None
-    report(f"ok     {what}")
+    report(f"ok     {name}")
     return value

@@ -1,4 +1,4 @@
-"""Fakes that are shipped: a model's server that answers by script over real HTTP, for tests and load tests.
+"""A fake model, shipped for tests and load tests: a server that answers by script, over real HTTP.
 
     with ScriptedModel([Reply(status=429, retry_after=2), Reply(31)]) as model:
         settings.Model(backend="openai", base_url=model.url, api_key="any")
@@ -29,29 +29,29 @@ class Reply:
     """One answer, or one way to fail."""
 
     value: JSON = None
-    """The answer, as a JSON value of the wanted shape (or not, to see what happens)."""
+    """The answer, as a JSON value of the wanted shape (or of another, to see the effect)."""
     raw: str | None = None
     """Sent in place of the encoded answer: broken JSON, for example."""
     as_text: bool = False
-    """Say it in prose, although a tool call was asked for."""
+    """Answer in prose, although a tool call was asked for."""
     finish: str | None = None
     """The `finish_reason`; `length` also cuts the answer in half."""
     refusal: str | None = None
-    """Refuse in these words."""
+    """Refuse with this message."""
     status: int = 200
     code: str | None = None
     """`error.code` of a status that is not 200."""
     message: str = "scripted failure"
     retry_after: str | float | None = None
     delay: float = 0
-    """Seconds to think first."""
+    """Seconds before the answer."""
     drop: bool = False
     """Close the connection instead of answering."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked."""
+    """A request that the server received."""
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -98,9 +98,9 @@ def extract(request: Request) -> Reply:
 
 
 class ScriptedModel:
-    """A server, on loopback unless told otherwise, from `with` to its end. `requests` is what it was asked so far.
+    """A server, on loopback by default, from `with` to its end. `requests` has every request so far.
 
-    Replies of a list are given in order; the last one again and again.
+    Replies of a list are given in order, then the last one again and again.
     """
 
     def __init__(self, replies: Iterable[Reply] | Script = extract, *, host: str = "127.0.0.1", port: int = 0) -> None:

@@ -1,5 +1,5 @@
-"""The model of this process: casts data to a target. Knows which model, and how its usage is collected; `casting` knows
-Marvin.
+"""Casts data to a target with the model of this process. Knows the model and the collection of its usage; `casting`
+knows Marvin.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ async def aclose() -> None:
 
 @contextmanager
 def metered() -> Iterator[list[Usage]]:
-    """Collect the usage of every answer given inside, of failed casts and of tasks started there too."""
+    """Collect the usage of every answer inside, also of failed casts and of tasks that are started there."""
     used: list[Usage] = []
     token = _meter.set(used)
     try:
@@ -63,16 +63,16 @@ async def cast(data: JSON, target: Target, instructions: str | None = None) -> J
     """`data` as a JSON value of the target's shape.
 
     Raises:
-        RunError: always a subclass that says whether a retry can help, with a precise code.
+        RunError: always a subclass, which decides whether a retry can help, with a precise code.
     """
     global _casting
     if _model is None:
         raise FatalError("No model is set up: call backcast.llm.connect first.", code="model_not_connected")
     if target.schema == {"type": "string"} and not instructions:
         raise UsageError(
-            "A cast to str needs instructions: say what the text should become.", code="instructions_missing"
+            "A cast to str needs instructions: describe the text that you want.", code="instructions_missing"
         )
-    if _casting is None:  # in a thread: the runs beside this one go on while Marvin is imported
+    if _casting is None:  # in a thread: other runs go on while Marvin is imported
         _casting = await asyncio.to_thread(import_module, "backcast.llm.casting")
     return await _casting.cast(_model, data, target, instructions, _record)
 

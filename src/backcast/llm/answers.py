@@ -1,7 +1,7 @@
-"""How a model is asked. Marvin forces a call of one "output tool" and streams; here an answer comes whole.
+"""Adapts models to Marvin, which forces a call of one "output tool" and streams; here an answer comes in one piece.
 
 `Whole` is for any provider. `Grammar` is for the embedded model, which can't call tools: the tool's schema becomes a
-grammar (`response_format`) for its text, and the text is handed to Marvin as that call. Neither knows Marvin's prompts.
+grammar (`response_format`) for its text, and Marvin gets the text as that call. Neither knows Marvin's prompts.
 """
 
 import json
@@ -32,9 +32,9 @@ from backcast.llm.compact import Prompt, Schema
 
 
 class Whole(WrapperModel):
-    """A model that answers in one piece, so that its time-out means the answer and not the gap between two words.
+    """A model that answers in one piece, so that its time-out bounds the answer and not the gap between two words.
 
-    `meter` gets every answer, the ones that turn out to be useless too: they are paid for.
+    `meter` gets every answer, useless ones included: they are paid for.
     """
 
     def __init__(self, wrapped: Model, meter: Callable[[ModelResponse], None]) -> None:
@@ -102,7 +102,7 @@ def bounded(schema: Schema, *, length: int) -> Schema:
     """The schema as a grammar that ends: greedy decoding may repeat itself for ever in an open string or list.
 
     `length` is in characters; a list may have a tenth of it in items. Booleans in place of schemas, which llama.cpp
-    refuses, become "anything". What it ignores (patterns, ranges, conditions) is checked later, in the answer.
+    refuses, become "anything". Rules that it ignores (patterns, ranges, conditions) are checked later, in the answer.
     """
 
     def walk(node: Any) -> Schema:

@@ -1,4 +1,5 @@
-"""Casts by Marvin, with nothing left on disk. Imported by the first cast: Marvin takes two seconds of CPU to import.
+"""Casts with Marvin, and leaves nothing on disk. The first cast imports this module: Marvin takes two seconds of CPU to
+import.
 
 Every failure is one of the four kinds of `errors.RunError`; nothing is retried here but one re-ask after an answer that
 does not fit. The data is untrusted and goes into the prompt: it may mislead the model, never change the answer's shape.
@@ -66,9 +67,9 @@ async def cast(
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
     try:
         return await marvin.cast_async(text, _type(target), instructions, agent, MemoryThread())
-    except Exception as error:  # noqa: BLE001  # whatever it is, the run must learn whether to retry
+    except Exception as error:  # noqa: BLE001  # after any error the run must learn whether to retry
         failure = explain(error)
-    raise failure  # not inside `except`: the chain would hold the provider's words, which may repeat the key
+    raise failure  # not inside `except`: the chain would hold the provider's message, which may repeat the key
 
 
 def _provided(model: Model) -> OpenAIChatModel:
@@ -88,7 +89,7 @@ def _key(model: Model) -> str:
     if model.api_key is not None:
         return model.api_key.get_secret_value()
     if model.embedded or model.base_url:
-        return "none"  # servers of one's own often want none, the client always wants one
+        return "none"  # self-hosted servers often need none, the client always needs one
     raise FatalError("The provider needs a key: set BACKCAST_MODEL__API_KEY.", code="model_refused_key")
 
 
@@ -100,7 +101,7 @@ def _answer_settings(model: Model) -> ModelSettings:
 
 
 def _type(target: Target) -> Any:
-    """The target as Marvin takes it: it shows the schema to the model, and asks again when the answer does not fit."""
+    """The target for Marvin, which shows the schema to the model, and asks again if an answer does not fit."""
     shaped = Annotated[Any, WithJsonSchema(target.schema), AfterValidator(target.validate)]
     try:
         target.validate(None)

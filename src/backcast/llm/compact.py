@@ -1,7 +1,7 @@
-"""What the embedded model is asked, instead of Marvin's prompt: some 60 tokens and worked examples, not 400 and rules.
+"""Writes the embedded model's prompt, in place of Marvin's: some 60 tokens and worked examples, not 400 and rules.
 
-Decides words only. Text that comes from callers can't end its paragraph or forge another (its lines are indented, the
-model's control tokens are broken up); it can still talk the model into a wrong answer, which then has the right shape.
+Decides wording only. Text that comes from callers can't end its paragraph or forge another (its lines are indented, the
+model's control tokens are broken up); it can still lead the model to a wrong answer, which then has the right shape.
 """
 
 import json
@@ -49,7 +49,7 @@ def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
     if not hints:
         asked = shape
     elif schema.get("type") in ("string", "array", "boolean") and not _is_special(schema):
-        asked = hints  # "the cities" says all there is to say; the grammar knows that it is a list
+        asked = hints  # "the cities" is enough; the grammar knows that it is a list
     else:
         asked = f"{hints}; {shape}"
     return Prompt(
@@ -60,7 +60,7 @@ def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
 
 
 def wanted(schema: Schema, plural: bool = False) -> str:
-    """A schema in words, as short as a small model likes it."""
+    """A schema in words, short enough for a small model."""
     shape = _shape(schema, plural)
     return f"{_quote(schema['description'])}; {shape}" if schema.get("description") else shape
 
@@ -108,7 +108,7 @@ def _fields(properties: dict[str, Any]) -> Iterator[str]:
 
 
 def _field_shape(schema: Schema) -> str:
-    """Only what neither the field's name nor the grammar says."""
+    """The rest of the shape, which neither the field's name nor the grammar expresses."""
     if _labels(schema) or _is_special(schema):
         return _shape(schema, plural=False)
     for union in ("anyOf", "oneOf"):
@@ -137,7 +137,7 @@ def _question(text: str, ask: str) -> str:
 
 
 def _examples(schema: Schema) -> list[tuple[str, str | None, JSON]]:
-    """Text, what is wanted (none: the schema in words), answer. They steady a tiny model more than any rule does."""
+    """Text, wanted value (None: the schema in words), answer. Examples steady a tiny model more than any rule does."""
     match schema:
         case {"type": "boolean"}:
             return [

@@ -1,6 +1,6 @@
-"""What a model's failure means for the run: passing, final, or the input's fault.
+"""Classifies a model's failure for the run: passing, final, or the input's fault.
 
-The sentences are ours: a provider's own may repeat the key or the data, so they are read for the code and not shown.
+The sentences are ours. A provider's own may repeat the key or the data, so it is read for its code and not shown.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -23,7 +23,7 @@ _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "string_abo
 
 
 def explain(error: Exception) -> RunError:
-    """The run's error for an exception out of Marvin; unknown ones may pass."""
+    """The run's error for an exception out of Marvin; an unknown one counts as passing."""
     match error:
         case ModelHTTPError():
             return _refusal(error)
@@ -48,9 +48,9 @@ def explain(error: Exception) -> RunError:
 
 
 def _refusal(error: ModelHTTPError) -> RunError:
-    status, words = error.status_code, _codes(error.body)
+    status, codes = error.status_code, _codes(error.body)
     after = _retry_after(error.__cause__)
-    if status == 429 and words & set(_QUOTA):
+    if status == 429 and codes & set(_QUOTA):
         return FatalError("The provider's quota is used up: check its plan and billing.", code="model_quota")
     if status == 429:
         return TransientError(
@@ -64,9 +64,9 @@ def _refusal(error: ModelHTTPError) -> RunError:
             "BACKCAST_MODEL__BASE_URL.",
             code="model_unknown",
         )
-    if words & set(_TOO_LONG) or status == 413:
-        return UsageError("The data is too long for the model: shorten or split it.", code="input_too_long")
-    if "content_filter" in words:
+    if codes & set(_TOO_LONG) or status == 413:
+        return UsageError("The data is too long for the model: cut or split it.", code="input_too_long")
+    if "content_filter" in codes:
         return UsageError("The model refused to work on this input: change the data.", code="model_refused_input")
     if status in (408, 409, 425) or status >= 500:
         return TransientError(

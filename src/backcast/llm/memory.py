@@ -1,4 +1,4 @@
-"""Marvin's conversation store, held in memory: stock Marvin writes every prompt and answer in clear to SQLite."""
+"""Keeps Marvin's conversations in memory: stock Marvin writes every prompt and answer in clear to SQLite."""
 
 from datetime import datetime
 from typing import Any
@@ -39,7 +39,7 @@ class _NoRecord:
         pass
 
 
-orchestrator.DBLLMCall = _NoRecord  # type: ignore[attr-defined]  # it writes a row per call, whatever the thread is
+orchestrator.DBLLMCall = _NoRecord  # type: ignore[attr-defined]  # it writes a row per call, for any kind of thread
 
 
 def _is_system(message: Message) -> bool:

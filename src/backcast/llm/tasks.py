@@ -1,6 +1,6 @@
 """The built-in tasks: plain Prefect tasks, run by a backcast worker as well as by stock `.delay()` and `serve()`.
 
-Their parameters are plain JSON, because Prefect hashes and shows them; what they mean is decided elsewhere.
+Their parameters are plain JSON, because Prefect hashes and shows them; other modules interpret them.
 """
 
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ Target = Annotated[str | dict[str, Any], Field(json_schema_extra={"format": "tar
 
 
 def _model(_context: TaskRunContext, _inputs: dict[str, Any]) -> str:
-    """Part of the cache key: what another model answered is another answer."""
+    """Part of the cache key: another model gives another answer."""
     model = _connected()
     return "embedded" if model.embedded else f"{model.name} at {model.base_url}"
 
@@ -55,5 +55,5 @@ async def create_structured_output(data: Any, target: Target, instructions: str 
 
 
 def _connected() -> settings.Model:
-    """The process's model; under Prefect's own worker nobody has chosen one yet."""
+    """The process's model; Prefect's own worker has not chosen one yet, so the first run does."""
     return llm.connected() or llm.connect(settings.load().model)

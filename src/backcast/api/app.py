@@ -1,4 +1,4 @@
-"""The API process: puts the routes over the collaborators it is given. Never imports prefect, marvin or users' code."""
+"""Builds the API from its routes and the given collaborators. Never imports prefect, marvin or users' code."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -14,11 +14,11 @@ from backcast.settings import Api
 from backcast.store import Store
 
 _ABOUT = """Background tasks you can rely on. Submit a run, get its id at once, fetch the result when it is there.
-Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` says what to do."""
+Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` explains what to do."""
 
 
 def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
-    """The API over these collaborators, which it closes when it ends; where it listens is not its business."""
+    """The API over these collaborators, which it closes at its end. It does not know its address."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -30,7 +30,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     app.state.backend = Backend(ledger, store, limits)
     app.add_middleware(LimitBody, limit=limits.max_body, longer={batches.PATH: limits.max_batch_body})
     if limits.keys:
-        app.add_middleware(auth.RequireKey, keys=limits.keys)  # the outermost: nothing of a stranger is read
+        app.add_middleware(auth.RequireKey, keys=limits.keys)  # the outermost: without a key no body is read
     auth.describe(app)
     problems.install(app)
     nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router)

@@ -1,4 +1,4 @@
-"""Who is let in: whoever shows one of the keys, when there are any. What a key may do is not decided: everything."""
+"""Lets a request in if it carries one of the keys, or if no keys are set. Every key allows everything."""
 
 import hashlib
 import hmac
@@ -13,7 +13,7 @@ from backcast.api import problems
 from backcast.errors import Unauthorized
 
 OPEN = ("/livez", "/readyz", "/docs", "/openapi.json", "/problems")
-"""What a prober, or a person who has no key yet, may see."""
+"""Paths that need no key: for probes, and for people who have none yet."""
 
 
 class RequireKey:
@@ -35,7 +35,7 @@ class RequireKey:
     def _is_known(self, scope: Scope) -> bool:
         kind, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         digest = _digest(shown.strip())
-        # Every key is compared, in a time that tells nothing about any.
+        # Every key is compared, in a time that reveals nothing about any of them.
         return (kind.lower() == b"bearer") & (sum(hmac.compare_digest(digest, key) for key in self._keys) > 0)
 
 
@@ -44,7 +44,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def describe(app: FastAPI) -> None:
-    """Say in the OpenAPI document that a key may be needed, which gives /docs its `Authorize` button."""
+    """State in the OpenAPI document that a key may be needed, which gives /docs its `Authorize` button."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Batches: many runs in one request, as JSON Lines. All of them are accepted, or none; what is wrong is said by line.
+"""Batches: many runs in one request, as JSON Lines. All of them are accepted, or none; errors name their lines.
 
 Lines are read, checked and dropped as they come, a few at a time, so that other requests go on meanwhile.
 """
@@ -46,7 +46,7 @@ _KINDS = (JSON_LINES, "application/x-ndjson", "application/ndjson", "application
 _SLICE = 100
 """Lines after which other requests have a turn: some milliseconds."""
 _WRONG = 20
-"""Wrong lines that are told; then the rest is not looked at."""
+"""Wrong lines that are reported; after them the rest is not read."""
 _PUTS = 8
 """Large inputs that are stored at the same time."""
 
@@ -68,7 +68,7 @@ class _Line(Submission):
 
 
 class _Reader:
-    """Makes rows of lines. Ids rise with the lines, strictly, so that their order is the order of the batch."""
+    """Makes rows from lines. Ids rise strictly with the lines, so that their order is the order of the batch."""
 
     def __init__(self, backend: Backend, batch_id: UUID, given: dict[str, JSON]) -> None:
         self._backend = backend
@@ -117,7 +117,7 @@ class _Reader:
         )
 
     async def _task(self, name: str) -> Known:
-        """Looked up once per batch, unknown ones too."""
+        """The task, looked up once per batch; an unknown one too."""
         known = self._known.get(name)
         if known is None:
             try:
@@ -137,11 +137,11 @@ class _Reader:
         self._puts.add(asyncio.create_task(self._backend.store.put(key, body)))
 
     async def stored(self) -> None:
-        """Every large input is in the store. Raises `StoreUnavailable`."""
+        """Wait until every large input is in the store. Raises `StoreUnavailable`."""
         await asyncio.gather(*self._puts)
 
     async def drop(self) -> None:
-        """The batch is not recorded, so nobody will read its large inputs; what stays behind is swept up later."""
+        """Delete the large inputs of a batch that is not recorded. The orphan sweep removes any that stay behind."""
         await asyncio.gather(*self._puts, return_exceptions=True)  # a cancelled one may still be written
         try:
             await self._backend.store.delete([row.input_key for row in self.rows if row.input_key is not None])
@@ -164,7 +164,7 @@ class _Reader:
 
 
 async def _lines(request: Request, digest: Any, longest: int) -> AsyncIterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 0; the others have a turn every `_SLICE` lines, and with
+    """The lines that are not blank, with their numbers from 0. Other requests have a turn every `_SLICE` lines, and at
     every piece of the body."""
     number, line = 0, bytearray()
     async for piece in request.stream():
@@ -218,7 +218,7 @@ async def submit_batch(request: Request, deps: Deps, task: Label | None = None, 
         assert reader.owner is not None
         await _admit(deps, reader.owner, len(reader.rows), key)
         await reader.stored()
-        kept = True  # from here on it may be recorded, whatever we hear of it
+        kept = True  # from here on it may be recorded, even if no answer reaches us
         submitted = await batches.submit(
             deps.ledger, batch_id, reader.owner, reader.rows, key=key, request_hash=digest.digest()
         )
@@ -247,8 +247,8 @@ async def get_batch(batch_id: UUID, deps: Deps) -> Batch:
 
 @router.post(
     "/{batch_id}/cancel",
-    summary="Cancel what has not ended",
-    description="Queued runs never start, running ones are asked to stop. Runs that have ended stay as they are.",
+    summary="Cancel the runs that have not ended",
+    description="Queued runs never start; running ones are asked to stop. Runs that have ended stay as they are.",
     responses=problems.responses(UnknownBatch, LedgerUnavailable),
 )
 async def cancel_batch(batch_id: UUID, deps: Deps) -> Batch:
@@ -256,7 +256,7 @@ async def cancel_batch(batch_id: UUID, deps: Deps) -> Batch:
 
 
 class BatchResult(BaseModel):
-    """A line of the results; `result` is there when the run completed, `error` when there will be none."""
+    """A line of the results: with `result` if the run completed, with `error` if there will be no result."""
 
     id: UUID
     state: str
@@ -283,7 +283,7 @@ async def get_results(batch_id: UUID, deps: Deps) -> Response:
 
 
 async def _written(deps: Backend, batch_id: UUID) -> AsyncIterator[bytes]:
-    """What goes wrong from here on can't be a problem document: the answer is cut, which its reader notices."""
+    """An error from here on can't become a problem document: it cuts off the answer, which its reader notices."""
     page = bytearray()
     async for item in batches.results(deps.ledger, batch_id):
         head = f'{{"id":"{item.id}","state":"{item.state.value}"'.encode()

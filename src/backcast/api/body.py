@@ -1,4 +1,4 @@
-"""Reading request bodies: a limit that holds before anything is buffered, and errors that name the wrong field."""
+"""Reads request bodies, under a limit that holds before anything is buffered; errors name the wrong field."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 class LimitBody:
     """Middleware that refuses a body of more than `limit` bytes: by its announced length, or once it is exceeded.
-    `longer` has the paths that take more."""
+    `longer` gives the limits of paths that take more."""
 
     def __init__(self, app: ASGIApp, limit: int, longer: Mapping[str, int]) -> None:
         self._app, self._limit, self._longer = app, limit, longer

@@ -1,5 +1,6 @@
-"""The two routes of Prefect's background-task example, unchanged in meaning: post a payload and a wanted type, ask for
-the status. They are a thin face of the same runs."""
+"""The compatibility routes: the two of Prefect's background-task example, unchanged in meaning. They submit and read
+the same runs as all other routes.
+"""
 
 import json
 from collections.abc import AsyncIterator
@@ -30,11 +31,11 @@ class CastRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     payload: JSON
-    """What to cast: text, or any JSON value."""
+    """The data to cast: text, or any JSON value."""
     target_type: str | dict[str, JSON]
     """The wanted shape: a name such as `int` or `list[str]`, or a JSON Schema."""
     instructions: str | None = None
-    """What to look for, in words."""
+    """Instructions for the model, in words."""
 
 
 class Accepted(BaseModel):
@@ -45,9 +46,9 @@ class Status(BaseModel):
     task_run_id: UUID
     status: Literal["completed", "pending", "error"]
     result: JSON = None
-    """Only when completed."""
+    """Only if completed."""
     message: str | None = None
-    """Only when not."""
+    """Only if not completed."""
 
 
 async def _form_or_json(request: Request) -> dict[str, Any]:
@@ -56,7 +57,7 @@ async def _form_or_json(request: Request) -> dict[str, Any]:
         return await json_body(request)
     async with request.form(max_files=0, max_fields=10) as form:
         fields: dict[str, Any] = {name: value for name, value in form.items() if value != "" or name == "payload"}
-    for name in ("payload", "target_type"):  # a form has only text; what reads as JSON is JSON
+    for name in ("payload", "target_type"):  # a form has only text; text that parses as JSON is JSON
         try:
             value = from_json(fields[name], allow_inf_nan=False)
         except (ValueError, KeyError):
@@ -84,7 +85,7 @@ async def create_task(request: Request) -> Response:
 
 @router.get(
     "/tasks/{run_id}/status",
-    summary="Ask how a task is doing",
+    summary="Get the status of a task",
     response_model=Status,
     responses=problems.responses(UnknownRun, LedgerUnavailable, StoreUnavailable),
     openapi_extra={"parameters": [RUN_ID]},

@@ -1,4 +1,4 @@
-"""What routes are given: the ledger, the store, and the task types as the workers have registered them."""
+"""The collaborators that routes get: the ledger, the store, and the task types that workers have registered."""
 
 import time
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _FRESH = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A task type and what is made of it once."""
+    """A task type, with the validator that is made of it once."""
 
     task: TaskType
     validator: Any

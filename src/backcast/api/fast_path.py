@@ -1,5 +1,6 @@
-"""Routes for which FastAPI is only the documentation. Their endpoints take the request and answer it; no dependencies
-are solved and no response is looked at, which costs more than all the rest of a small request."""
+"""Routes for which FastAPI is only the documentation. Their endpoints take the request and answer it: FastAPI solves no
+dependencies and checks no response, which costs more than all the rest of a small request.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -24,12 +25,12 @@ class FastRoute(APIRoute):
 
 
 def in_path(name: str, **schema: Any) -> dict[str, Any]:
-    """For the declaration of a direct route: a part of its path."""
+    """For the declaration of a fast route: a parameter in its path."""
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string", **schema}}
 
 
 def in_header(name: str, description: str) -> dict[str, Any]:
-    """For the declaration of a direct route: a header that it reads."""
+    """For the declaration of a fast route: a header that it reads."""
     return {"name": name, "in": "header", "required": False, "description": description, "schema": {"type": "string"}}
 
 
@@ -41,4 +42,4 @@ def run_id(request: Request) -> UUID:
     try:
         return UUID(request.path_params["run_id"])
     except ValueError:
-        raise UnknownRun("A run id is a UUID, as it was answered when the run was submitted.") from None
+        raise UnknownRun("A run id is a UUID: use the one that the submission returned.") from None

@@ -1,4 +1,4 @@
-"""Probes: alive, and ready to take and answer for runs."""
+"""Probes: the process is alive; the database and the store are reachable."""
 
 import asyncio
 

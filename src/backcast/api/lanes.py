@@ -1,4 +1,4 @@
-"""Lanes: how many runs of a kind may run at once, or start in a minute."""
+"""Lanes: limits on the runs that run at once, or start in a minute."""
 
 from typing import Annotated
 
@@ -53,7 +53,7 @@ async def limit_lane(name: Name, body: JSONBody, deps: Deps) -> Lane:
     "/{name}",
     status_code=204,
     summary="Lift the limits of a lane",
-    description="Its runs that wait for it go on.",
+    description="Runs that wait for the lane go on.",
     responses=problems.responses(UnknownLane, LedgerUnavailable),
 )
 async def lift_lane(name: Name, deps: Deps) -> Response:

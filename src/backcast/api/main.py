@@ -21,7 +21,7 @@ def main(settings: Settings) -> None:
         port=settings.api.port,
         log_level="warning",
         access_log=False,
-        proxy_headers=False,  # nothing here depends on who asks or by which scheme
+        proxy_headers=False,  # nothing here depends on the client's address or the scheme
         timeout_graceful_shutdown=10,
         timeout_keep_alive=75,  # longer than a proxy's usual 60 s: it must be the one to close an idle connection
         server_header=False,

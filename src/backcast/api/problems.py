@@ -1,5 +1,6 @@
-"""Every error as a problem document (RFC 9457): `type` is a link that explains it, `code` is stable, `detail` says what
-to do, `errors` names each wrong field by JSON pointer."""
+"""Turns every error into a problem document (RFC 9457): `type` is a link that explains it, `code` is stable, `detail`
+explains what to do, `errors` names each wrong field by JSON pointer.
+"""
 
 import inspect
 import json
@@ -67,7 +68,7 @@ def respond(error: BackcastError) -> Response:
     elif isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     body = document(error.status, error.code, error.title, error.detail, errors)
-    # Escaped: what a caller sent may come back in a sentence, lone surrogates included.
+    # Escaped: a sentence may quote the caller's input, lone surrogates included.
     return Response(json.dumps(body), error.status, headers, MEDIA_TYPE)
 
 
@@ -82,9 +83,9 @@ def install(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:  # pyright: ignore[reportUnusedFunction]
         fields = error.errors()
         if fields[0]["loc"][:2] == ("path", "run_id"):
-            return respond(UnknownRun("A run id is a UUID, as it was answered when the run was submitted."))
+            return respond(UnknownRun("A run id is a UUID: use the one that the submission returned."))
         if fields[0]["loc"][:2] == ("path", "batch_id"):
-            return respond(UnknownBatch("A batch id is a UUID, as it was answered when the batch was submitted."))
+            return respond(UnknownBatch("A batch id is a UUID: use the one that the submission returned."))
         where = tuple(FieldError("/".join(map(str, field["loc"])), field["msg"]) for field in fields)
         return respond(InvalidInput(f"{where[0].pointer}: {where[0].detail}.", errors=where))
 
@@ -111,7 +112,7 @@ def _all(kind: type[BackcastError]) -> Iterator[type[BackcastError]]:
 router = APIRouter(tags=["problems"])
 
 
-@router.get("/problems/{code}", summary="What a problem means")
+@router.get("/problems/{code}", summary="Explain a problem")
 async def explain(code: str) -> dict[str, str]:
     for kind in _all(BackcastError):
         if kind.code == code:

@@ -1,4 +1,4 @@
-"""Runs: submit, look, wait, fetch the result, cancel."""
+"""Runs: submit, get, wait, fetch the result, cancel."""
 
 import asyncio
 import re
@@ -43,10 +43,10 @@ T = TypeVar("T")
 
 router = APIRouter(prefix="/v1", tags=["runs"])
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
-"""What every run is asked for: submit, look."""
+"""The routes that every run uses: submit, get."""
 
 LONGEST_WAIT = 50.0
-"""Seconds that `Prefer: wait` may ask for: proxies cut at 60."""
+"""The most seconds that `Prefer: wait` may ask for: proxies cut a request off after 60."""
 _WAIT = re.compile(r"\bwait\s*=\s*\"?(\d{1,6})\"?")
 
 _PREFER = in_header(
@@ -95,8 +95,8 @@ async def submit_run(request: Request) -> Response:
 class RunList(BaseModel):
     items: list[Run]
     next_cursor: UUID | None
-    """Pass it as `cursor` for the next page; none on the last one. Where a filter matches few of very many runs, a page
-    may be short, or empty, and not the last."""
+    """Pass it as `cursor` for the next page; None on the last one. If a filter matches few of very many runs, a page
+    before the last one may be short or empty."""
 
 
 @router.get(
@@ -137,7 +137,7 @@ async def get_run(request: Request) -> Response:
 
 
 async def _ended(deps: Backend, run_id: UUID, wait: float) -> Run:
-    """The run, once it has ended or `wait` seconds have passed; looked at seldom enough for many to wait at once."""
+    """The run, once it has ended or `wait` seconds have passed; it is read seldom enough for many to wait at once."""
     deadline, delays = time.monotonic() + wait, backoff(0.02, 1.0, factor=1.5)
     while True:
         run = await runs.get(deps.ledger, run_id)
@@ -153,7 +153,7 @@ async def _ended(deps: Backend, run_id: UUID, wait: float) -> Run:
     response_model=None,
     responses={
         200: {"description": "The result, any JSON value", "content": {"application/json": {"schema": {}}}},
-        307: {"description": "A large result is to be fetched from the store itself, within five minutes"},
+        307: {"description": "A large result: fetch it from the store itself, within five minutes"},
         **problems.responses(UnknownRun, NotFinished, NoResult, ResultGone, LedgerUnavailable, StoreUnavailable),
     },
 )
@@ -172,7 +172,7 @@ async def get_result(run_id: UUID, deps: Deps) -> Response:
 
 
 async def stored(deps: Backend, found: Result) -> AsyncIterator[bytes]:
-    """The stored result in chunks; what goes wrong before the first one is still a problem document."""
+    """The stored result in chunks; an error before the first one still becomes a problem document."""
     return await _stored(found, deps.store.stream)
 
 

@@ -1,4 +1,4 @@
-"""Accepting a run: check the input against what the task takes, then record it. The 202 is sent after the commit."""
+"""Accepts a run: checks the input against the task's schema, then records it. The 202 is sent after the commit."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ TARGET_FORMAT = "target"
 """A task parameter of this JSON Schema format holds a wanted shape, which is checked here before a run is accepted."""
 _NOWHERE_ELSE: Mapping[str, str] = {}
 _MESSAGE = 300
-"""Characters of a validator's message that are sent back; it quotes the input."""
+"""Characters of a validator's message that are returned; it quotes the input."""
 
 
 class _Key(BaseModel):
@@ -27,7 +27,7 @@ class _Key(BaseModel):
 
 
 def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] = _NOWHERE_ELSE) -> None:
-    """Raises `InvalidInput` or `InvalidTarget`; `places` says where in the body a parameter is, if not in /input."""
+    """Raises `InvalidInput` or `InvalidTarget`; `places` gives a parameter's place in the body, if not in /input."""
 
     def place(path: Iterable[str | int]) -> str:
         parts = [str(part) for part in path]

@@ -1,4 +1,4 @@
-"""Task types: what can be run, and with which input."""
+"""Task types: the tasks that can be run, and their input."""
 
 from fastapi import APIRouter
 from pydantic import BaseModel

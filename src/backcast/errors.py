@@ -195,7 +195,7 @@ class NoWorkerYet(Unavailable):
 
 
 class WaitTimeout(BackcastError, TimeoutError):
-    """The run was still going when the caller's `timeout` had passed. Nothing happened to the run."""
+    """The run had not ended when the caller's `timeout` had passed. The run itself goes on."""
 
     code = "wait_timeout"
     title = "The run has not ended in time"

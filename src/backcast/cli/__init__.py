@@ -1,1 +1,1 @@
-"""The command line: starts the processes, and talks to a running service over HTTP."""
+"""The command line: commands that run the service, commands that use it over HTTP."""

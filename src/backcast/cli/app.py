@@ -1,4 +1,4 @@
-"""The application that commands are declared on, and which exit code each error becomes."""
+"""The application that commands are declared on. Decides which exit code each error becomes."""
 
 from functools import partial
 from typing import Annotated, Any
@@ -65,4 +65,4 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Background tasks you can rely on: what was accepted is finished, and its result waits for you."""
+    """Background tasks you can rely on: an accepted run is finished, and its result is kept for you."""

@@ -1,4 +1,4 @@
-"""How words on the command line become values: JSON, files, times, targets, parameters."""
+"""Makes values from arguments of the command line: JSON, files, times, targets, parameters."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ def stdin() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError:
-        raise typer.BadParameter("what comes from stdin is not text.") from None
+        raise typer.BadParameter("the input from stdin is not text.") from None
 
 
 def _refuse_constant(name: str) -> None:

@@ -29,14 +29,14 @@ def lane(
     max_per_minute: Annotated[
         float | None, typer.Option(help="Runs that may start in a minute.", show_default=False)
     ] = None,
-    lift: Annotated[bool, typer.Option("--lift", help="Take its limits away.")] = False,
+    lift: Annotated[bool, typer.Option("--lift", help="Lift its limits.")] = False,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the limits of a lane, or set or lift them. Limits that are not given are removed."""
     is_set = max_running is not None or max_per_minute is not None
     if lift and is_set:
-        raise typer.BadParameter("--lift takes no limits with it.")
+        raise typer.BadParameter("--lift can't be combined with limits.")
     try:
         limits = Limits(max_running=max_running, max_per_minute=max_per_minute)
     except ValidationError as error:

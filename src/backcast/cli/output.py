@@ -1,6 +1,6 @@
-"""How the command line looks: values, runs, tables and progress, for people on a terminal and for scripts that are not.
+"""Prints values, runs, tables and progress, for people on a terminal and for scripts without one.
 
-Decides widths, colours and what must not reach a terminal; knows nothing of HTTP or of commands.
+Decides widths, colours, and the characters that must not reach a terminal; knows nothing of HTTP or of commands.
 """
 
 import json
@@ -25,7 +25,7 @@ _COLOURS = {
     State.CANCELLED: "magenta",
     State.EXPIRED: "yellow",
 }
-_WORDS = ("TASK", "OWNER", "PARAMETERS", "DESCRIPTION")  # what gives way on a narrow terminal; an id is for pasting
+_WORDS = ("TASK", "OWNER", "PARAMETERS", "DESCRIPTION")  # they give way on a narrow terminal; an id is for pasting
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -33,7 +33,7 @@ err = Console(stderr=True, highlight=False)
 
 @contextmanager
 def watching(run_id: UUID) -> Iterator[Callable[[Run], object] | None]:
-    """On a terminal, a line that moves while entered: the state of the run and how long it has been."""
+    """On a terminal, show a moving line while entered: the state of the run and the time that has passed."""
     if not err.is_terminal:
         yield None
         return
@@ -53,7 +53,7 @@ def complain(sentence: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """What others wrote must not steer the terminal."""
+    """Replace control characters: text of others must not control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

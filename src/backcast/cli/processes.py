@@ -25,7 +25,7 @@ def up(
     model: Annotated[bool, typer.Option(help="Serve the embedded model, when no provider is set.")] = True,
     port: Annotated[int, typer.Option(help="Port of the API; the next free one if it is taken.")] = 8000,
     slots: Annotated[
-        int | None, typer.Option(help="Runs that are worked on at the same time.", show_default=False)
+        int | None, typer.Option(help="Runs that are executed at the same time.", show_default=False)
     ] = None,
 ) -> None:
     """Run the whole product on this machine."""
@@ -60,7 +60,7 @@ def steward() -> None:
 
 @run()
 def model() -> None:
-    """Run the embedded model's server; its file is downloaded first if need be."""
+    """Run the embedded model's server; its file is downloaded first if it is missing."""
     from backcast.local import model_server, weights
 
     settings = _settings().model
@@ -77,7 +77,7 @@ def model() -> None:
 
 @run()
 def setup() -> None:
-    """Make what the processes need: roles and databases if told to, the schema, the store's folder or bucket."""
+    """Provision roles and databases (with an admin URL), the schema, the store's folder or bucket."""
     from backcast import provision
 
     provision.prepare(_settings(), typer.echo)
@@ -85,7 +85,7 @@ def setup() -> None:
 
 @run()
 def check() -> None:
-    """Try every call that the processes make to the database and the store, and say what to change."""
+    """Try every call that the processes make to the database and the store, and print what to change."""
     from backcast import provision
 
     if not provision.check(_settings(), typer.echo):
@@ -94,7 +94,7 @@ def check() -> None:
 
 @run(hidden=True)
 def await_database() -> None:
-    """Wait until the Prefect server's database can be used: that server ends when it can't."""
+    """Wait until the Prefect server's database can be used: without it that server ends."""
     from backcast import provision
 
     provision.await_prefect_database(_settings(), typer.echo)

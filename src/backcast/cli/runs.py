@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @use()
 def cast(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="What to cast; - reads it from stdin.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="The data to cast; - reads it from stdin.")],
     to: Annotated[
         Any,
         typer.Option(
@@ -29,7 +29,9 @@ def cast(
             show_default=False,
         ),
     ],
-    instructions: Annotated[str | None, typer.Option(help="What to look for, in words.", show_default=False)] = None,
+    instructions: Annotated[
+        str | None, typer.Option(help="Instructions for the model, in words.", show_default=False)
+    ] = None,
     timeout: Timeout = None,
     url: Url = None,
     as_json: AsJson = False,
@@ -47,7 +49,9 @@ def submit(
     task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name; see `backcast tasks`.")],
     pairs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Parameters; a value that reads as JSON is JSON.", show_default=False),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Parameters; a value that parses as JSON is JSON.", show_default=False
+        ),
     ] = None,
     given: Annotated[
         Any,
@@ -59,20 +63,19 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    owner: Annotated[str, typer.Option(help="Whose run it is; owners get equal shares of the queue.")] = "default",
+    owner: Annotated[str, typer.Option(help="Owner of the run; owners get equal shares of the queue.")] = "default",
     priority: Annotated[int, typer.Option(help="Among the owner's runs, higher ones start first.")] = 0,
     run_at: Annotated[
-        Any, typer.Option(parser=arguments.moment, metavar="TIME", help="Not before this time.", show_default=False)
+        Any,
+        typer.Option(parser=arguments.moment, metavar="TIME", help="Start no earlier than this.", show_default=False),
     ] = None,
     deadline: Annotated[
         Any,
         typer.Option(
-            parser=arguments.moment, metavar="TIME", help="Not if it has not started by then.", show_default=False
+            parser=arguments.moment, metavar="TIME", help="Expire if not started by this time.", show_default=False
         ),
     ] = None,
-    lane: Annotated[
-        str | None, typer.Option(help="What it draws on; see `backcast lanes`.", show_default=False)
-    ] = None,
+    lane: Annotated[str | None, typer.Option(help="Lane of the run; see `backcast lanes`.", show_default=False)] = None,
     key: Annotated[
         str | None, typer.Option(help="Idempotency-Key: the same key gives the same run.", show_default=False)
     ] = None,

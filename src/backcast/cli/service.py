@@ -1,4 +1,4 @@
-"""How a command reaches the service: its address, its key, and the options that every command has for them."""
+"""Connects a command to the service: its address, its key, and the options that every command has for them."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from backcast.client import Client
 
 _URL_FILE = Path(".backcast/url")  # written by `up`
-_PATIENCE = 3.0  # seconds: a person looks at the screen
+_PATIENCE = 3.0  # seconds: a person watches the screen
 
 Url = Annotated[
     str | None,

@@ -11,7 +11,7 @@ from backcast.cli.service import AsJson, Url, connect
 
 @use()
 def tasks(
-    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Show this task.", show_default=False)] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:

@@ -74,7 +74,7 @@ class Client:
         key: str | None = None,
         **options: Unpack[SubmitOptions],
     ) -> Batch:
-        """Queue a run of `task` for each of them, all or none, with one request; `options` hold for every one."""
+        """Queue a run of `task` for each submission, all or none, with one request; `options` hold for every one."""
         return self._perform(exchanges.submit_many(task, submissions, options, key, self._patience))
 
     @overload
@@ -87,7 +87,7 @@ class Client:
         """Turn `data` into `target`: a name (`"list[str]"`), a JSON Schema, or a Python type, whose value is returned.
 
         Raises:
-            RunError: the run failed, expired or was cancelled; `code` says why.
+            RunError: the run failed, expired or was cancelled; `code` names the reason.
             WaitTimeout: it takes longer than `timeout` seconds.
             pydantic.ValidationError: the Python type has a validator of its own that refuses the result.
         """
@@ -141,7 +141,7 @@ class Client:
         return self._perform(exchanges.lane("PUT", name, limits, self._patience))
 
     def lift_lane(self, name: str) -> None:
-        """Take the limits of a lane away; its runs that wait for it go on."""
+        """Lift the limits of a lane; runs that wait for the lane go on."""
         self._perform(exchanges.lift_lane(name, self._patience))
 
     def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Run]:

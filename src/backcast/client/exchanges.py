@@ -28,16 +28,16 @@ from backcast.errors import RunError, WaitTimeout
 from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
 
 _HOLD = 20.0  # seconds the service may hold a poll: under the idle timeout of every common proxy (30 s and more)
-_WATCHED_HOLD = 2.0  # when someone looks on: an answer comes at the end only, and "queued" should not look stuck
+_WATCHED_HOLD = 2.0  # when a person watches: an answer comes at the end only, and "queued" should not look stuck
 _OUTAGE = 120.0  # seconds of silence that a wait survives once it has had an answer: longer than a restart or failover
 _PAGE = 100
 
 Progress: TypeAlias = Callable[[Run], object]
-"""Called with the run after every look at it."""
+"""Called with the run each time it has been read."""
 
 
 class Waiting(TypedDict, total=False):
-    """How to wait: `timeout` in seconds (none: for ever), and who is told of every look."""
+    """How to wait: `timeout` in seconds (None: for ever); `progress` gets the run each time it has been read."""
 
     timeout: float | None
     progress: Progress | None
@@ -75,14 +75,14 @@ def raise_for_state(run: Run) -> None:
         case State.QUEUED | State.RUNNING | State.COMPLETED:
             return
         case State.FAILED:
-            ending = "failed"
+            how = "failed"
         case State.CANCELLED:
-            ending = "was cancelled"
+            how = "was cancelled"
         case State.EXPIRED:
-            ending = "expired before a worker could take it"
+            how = "expired before a worker could take it"
     if run.error is None:
-        raise RunError(f"Run {run.id} {ending}.", code=run.state.value)
-    raise RunError(f"Run {run.id} {ending}: {run.error.detail}", code=run.error.code)
+        raise RunError(f"Run {run.id} {how}.", code=run.state.value)
+    raise RunError(f"Run {run.id} {how}: {run.error.detail}", code=run.error.code)
 
 
 def submit(
@@ -158,7 +158,7 @@ def wait(run_id: UUID | str, waiting: Waiting, patience: float) -> Flow[Run]:
         now = time.monotonic()
         if now >= end:
             raise WaitTimeout(f"Run {run_id} is still {run.state} after {timeout:g} s; it goes on.")
-        yield min(max(0.0, asked + 0.25 - now), end - now)  # four looks per second where polls are not held
+        yield min(max(0.0, asked + 0.25 - now), end - now)  # four reads per second where polls are not held
 
 
 def get(run_id: UUID | str, patience: float) -> Flow[Run]:

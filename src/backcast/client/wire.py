@@ -1,4 +1,6 @@
-"""What goes over the wire: how a request is written, what an answer means, and when to ask again."""
+"""The wire format of the HTTP interface: decides how a request is written, how an answer is read, and when to send
+again.
+"""
 
 import json
 import random
@@ -52,7 +54,7 @@ Flow: TypeAlias = Generator[Ask | float, httpx.Response | httpx.TransportError |
 
 
 def answered(ask: Ask, patience: float) -> Flow[httpx.Response]:
-    """Ask until there is an answer, or nothing but "come back later" for `patience` seconds."""
+    """Send `ask` until it is answered; give up after `patience` seconds of outage or "come back later"."""
     give_up = time.monotonic() + patience
     delays = backoff(0.1, 5.0)
     while True:
@@ -73,7 +75,7 @@ def answered(ask: Ask, patience: float) -> Flow[httpx.Response]:
         yield seconds
 
 
-# What is sent
+# Requests
 
 
 def connection(url: str, headers: Mapping[str, str] | None) -> dict[str, Any]:
@@ -132,12 +134,12 @@ def body_of(submission: Submission | Mapping[str, JSON], given: SubmitOptions) -
         raise InvalidInput(f"The input is not plain JSON: {error}.") from None
 
 
-# What an answer means
+# Answers
 
 
 def read(noun: type[Noun], answer: httpx.Response) -> Noun:
     try:
-        return noun.model_validate_json(answer.content, extra="ignore")  # a newer service may say more
+        return noun.model_validate_json(answer.content, extra="ignore")  # a newer service may send more
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise _foreign(answer, ": ".join([*map(str, first["loc"]), first["msg"]])) from None
@@ -170,7 +172,7 @@ _KINDS = _kinds(ClientError) | _kinds(Unavailable)
 
 
 def _refusal(answer: httpx.Response) -> BackcastError:
-    """The error of our tree that a problem document stands for; the nearest one when its code is not known here."""
+    """The error of our tree for a problem document; the nearest one if its code is not known here."""
     is_away = answer.status_code == 429 or answer.status_code >= 500
     try:
         problem = answer.json()

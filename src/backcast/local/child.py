@@ -1,6 +1,6 @@
-"""One child process of `backcast up`: kept running, its output shown line by line, ended in time.
+"""Keeps one child process of `backcast up` running, until it is stopped.
 
-Decides when a process is started again and which of its lines a person gets to see; knows nothing of the product.
+Decides when the process is started again and which of its lines a person sees; knows nothing of the product.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from typing import Self
 from backcast.errors import BackcastError
 
 DELAYS = (0.5, 1, 2, 5, 30)
-"""Seconds before a part is started again that has died once, twice, … within a minute; the last means: little hope."""
-_OURS = r"(?!Traceback|During handling|The above exception|\s)"  # of a traceback, the last line will do
-_WORTH = {  # which lines of a part people get to see; its log file has them all
+"""Seconds before a restart, after one, two, … deaths within a minute; the last is for a process with little hope."""
+_OURS = r"(?!Traceback|During handling|The above exception|\s)"  # of a traceback, only the last line
+_WORTH = {  # the lines of a process that a person sees; its log file has them all
     "postgres": r".*(WARNING|ERROR|PANIC|FATAL): (?!.*(starting up|shutting down|not yet acc|administrator command))",
     "prefect": r".*\b(ERROR|CRITICAL)\b",
     "model": r"ERROR|WARNING",
     "worker": _OURS + r"(?!.*(Prefect (can't be reached|is back)|Error logging to API))",  # normal before Prefect is up
 }
-# The kernel ends a part when `up` is gone, even by SIGKILL (Linux only). It takes a program of its own, because code
+# The kernel ends a child when `up` is gone, even by SIGKILL (Linux only). This takes a program of its own: code
 # between fork and exec (`preexec_fn`) may deadlock when there are threads.
 _TOGETHER = """
 import ctypes, os, sys
@@ -45,7 +45,7 @@ class Child:
     environ: Mapping[str, str]
     log: Path
     show: Callable[[str, str, str], None]
-    """Print a line: the part's name, the words, how they look."""
+    """Print a line: the process's name, the text, its style."""
     stop_by: signal.Signals = signal.SIGTERM
     _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _child: asyncio.subprocess.Process | None = field(default=None, init=False)
@@ -104,7 +104,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,  # the terminal's Ctrl-C is for us: we stop the parts in order
+                start_new_session=True,  # the terminal's Ctrl-C is for us: we stop the children in order
                 limit=1 << 24,  # bytes in a line
             )
             if self._stopping.is_set():
@@ -121,7 +121,7 @@ class Child:
         assert output is not None
         worth = re.compile(_WORTH.get(self.name, _OURS))
         async for raw in output:
-            with contextlib.suppress(OSError):  # a full disk must not stop the reading: the part would hang in print
+            with contextlib.suppress(OSError):  # a full disk must not stop the reading: the child would hang in print
                 keep(raw)
             if line := raw.decode(errors="replace").rstrip():
                 last.append(line)

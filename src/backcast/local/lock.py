@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_LOOK = 0.25
-"""Seconds between two looks at a lock that is held."""
+_POLL = 0.25
+"""Seconds between two tries to take a lock that is held."""
 
 
 @contextmanager
@@ -26,5 +26,5 @@ def held(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[N
                 if waiting is None:
                     raise
                 waiting()
-                time.sleep(_LOOK)
+                time.sleep(_POLL)
         yield

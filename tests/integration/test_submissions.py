@@ -327,7 +327,7 @@ async def test_an_owner_at_its_limit_is_told_when_to_come_again(ledger: Ledger, 
         await until(is_refused)
         found = problem(refusals[-1], 429, "too_many_waiting")
         assert "runs of this owner wait, of at most 3" in str(found["detail"])
-        assert "none has been seen to end" in str(found["detail"])
+        assert "none has ended lately" in str(found["detail"])
         assert refusals[-1].headers["retry-after"] == "30"
         assert (await post("bob")).status_code == 202, "others go on"
         assert (await post(**{"Idempotency-Key": "k"})).json()["id"] == first.json()["id"], "a replay is never refused"

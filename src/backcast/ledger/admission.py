@@ -1,8 +1,8 @@
-"""How many runs may wait, in all and of one owner. Decides when a submission is refused, and when to ask again.
+"""Decides when a submission is refused because too many runs wait, in all or of one owner, and when to ask again.
 
-The limits are soft: what waits is counted at most once a second, and what this process accepts is added until the next
-count, so each process may let in about a second's submissions too many. Nothing is written for it, and nobody pays for
-a count but those who are near a limit: a row that every submission touches would cost two thirds of the throughput.
+The limits are soft: each process counts waiting runs at most once a second and adds the runs that it accepts meanwhile,
+so it may accept about a second's submissions too many. It writes nothing, and only submissions near a limit pay for a
+count: a row that every submission touches would cost two thirds of the throughput.
 """
 
 import asyncio
@@ -21,18 +21,18 @@ from backcast.ledger.connection import Ledger
 INTERVAL = 1.0
 """Seconds between two counts, or more when they take long: see `BURDEN`."""
 BURDEN = 20.0
-"""A count may keep the database busy for one twentieth of the time."""
+"""Counting may keep the database busy for one twentieth of the time."""
 NEAR = 64
-"""It is counted again when this process has accepted one part in so many of what there was room for."""
+"""A new count is due when this process has accepted one part in so many of the room that the last count found."""
 OWNERS = 10_000
-"""Owners that are remembered; whoever has not submitted for longest is forgotten, and counted anew when needed."""
+"""Owners with a kept count; the one without a submission for longest is dropped, and counted anew when needed."""
 WINDOW = 60.0
-"""Seconds of the past from which the fleet's speed is taken."""
+"""The fleet's speed is taken from so many past seconds."""
 UNKNOWN = timedelta(seconds=30)
-"""When to ask again while nothing is being settled."""
+"""The `retry_after` of a refusal while no run is being settled."""
 
-# Bounded, by index only (runs_ready, runs_waiting), and never exact for long: nothing is locked. An owner's runs in the
-# queue of a pool lie side by side; pools are few.
+# Each count is bounded, reads indexes only (runs_ready, runs_waiting) and locks nothing: it would not be exact for long
+# anyway. In runs_ready an owner's runs of one pool lie side by side; pools are few.
 _OWNERS = """
 select asked.owner, (
          select count(*) from (
@@ -53,14 +53,14 @@ _SETTLED = "select coalesce(sum(settled), 0)::float8 as settled from workers"
 
 @dataclass(slots=True)
 class _Waiting:
-    """What is known of the runs of an owner, or of all, that wait."""
+    """The number of waiting runs, of an owner or in all, as far as this process knows it."""
 
     limit: int
     counted: int = 0
     since: int = 0
     """Runs that this process has accepted since they were counted."""
     at: float = -math.inf
-    """When they were counted; until they are, there are none."""
+    """When they were counted; before the first count they are taken as none."""
 
     @property
     def room(self) -> int:
@@ -86,36 +86,36 @@ class Admission:
         self._settled: deque[tuple[float, float]] = deque(maxlen=100)
 
     async def admit(self, owner: str, runs: int = 1) -> None:
-        """Let these runs in, or raise `TooManyWaiting`. One run costs no statement unless a limit has been reached."""
-        for whose in (None, owner):
-            waiting = self._waiting(whose)
+        """Admit these runs, or raise `TooManyWaiting`. One run costs no statement unless a limit has been reached."""
+        for scope in (None, owner):
+            waiting = self._waiting(scope)
             if runs > waiting.limit:
                 raise InvalidInput(f"{runs} runs are more than may wait at once ({waiting.limit}): submit fewer.")
             if runs > 1 or runs > waiting.room:
-                await self._count_now(whose)
+                await self._count_now(scope)
             if runs > waiting.room:
-                raise self._refusal(whose, waiting, runs)
-        for whose in (None, owner):
-            waiting = self._waiting(whose)
+                raise self._refusal(scope, waiting, runs)
+        for scope in (None, owner):
+            waiting = self._waiting(scope)
             waiting.since += runs
             if waiting.is_near:
-                self._due.add(whose)
+                self._due.add(scope)
                 self._counter = self._counter or asyncio.create_task(self._keep_counting())
 
-    def _waiting(self, whose: str | None) -> _Waiting:
-        if whose is None:
+    def _waiting(self, scope: str | None) -> _Waiting:
+        if scope is None:
             return self._all
-        waiting = self._owners.setdefault(whose, _Waiting(self._most_per_owner))
-        self._owners.move_to_end(whose)
+        waiting = self._owners.setdefault(scope, _Waiting(self._most_per_owner))
+        self._owners.move_to_end(scope)
         if len(self._owners) > OWNERS:
             self._owners.popitem(last=False)
         return waiting
 
-    async def _count_now(self, whose: str | None) -> None:
-        """Before anyone is refused; unless it was done a moment ago, which all of a crowd then go by."""
+    async def _count_now(self, scope: str | None) -> None:
+        """Count before a refusal, unless a count was made a moment ago: concurrent submissions share one."""
         async with self._counting:
-            if time.monotonic() - self._waiting(whose).at > self._pause:
-                await self._count([whose])
+            if time.monotonic() - self._waiting(scope).at > self._pause:
+                await self._count([scope])
 
     async def _keep_counting(self) -> None:
         try:
@@ -128,11 +128,11 @@ class Admission:
         finally:
             self._counter = None
 
-    async def _count(self, whose: Collection[str | None]) -> None:
+    async def _count(self, scopes: Collection[str | None]) -> None:
         start = time.monotonic()
-        known = {one: self._waiting(one) for one in whose}
+        known = {one: self._waiting(one) for one in scopes}
         before = {one: waiting.since for one, waiting in known.items()}
-        owners = [one for one in whose if one is not None]
+        owners = [one for one in scopes if one is not None]
         rows = await self._ledger.fetch(_OWNERS, owners, 2 * self._most_per_owner) if owners else []
         if None in known:
             rows += await self._ledger.fetch(_ALL, 2 * self._all.limit)
@@ -144,12 +144,12 @@ class Admission:
         assert row is not None
         self._settled.append((start, row["settled"]))
 
-    def _refusal(self, whose: str | None, waiting: _Waiting, runs: int) -> TooManyWaiting:
+    def _refusal(self, scope: str | None, waiting: _Waiting, runs: int) -> TooManyWaiting:
         excess, speed = runs - waiting.room, self._speed()
-        of = "" if whose is None else " of this owner"
+        of = "" if scope is None else " of this owner"
         full = f"{waiting.limit - waiting.room} runs{of} wait, of at most {waiting.limit}"
         if not speed:
-            nothing = f"{full}, and none has been seen to end lately: see whether workers are there, and ask again."
+            nothing = f"{full}, and none has ended lately: check that workers are running, and ask again."
             return TooManyWaiting(nothing, retry_after=UNKNOWN)
         seconds = min(max(math.ceil(excess / speed), 1), 3600)
         sentence = f"{full}; about {speed:.3g} runs end in a second, so ask again in {seconds} s."
@@ -157,7 +157,7 @@ class Admission:
 
     def _speed(self) -> float:
         """Runs that the whole fleet settles in a second; 0 when it is not known. A worker that leaves takes its count
-        with it: a sum that falls says nothing."""
+        with it, so a falling sum counts as 0."""
         seen = [(at, settled) for at, settled in self._settled if at > time.monotonic() - WINDOW]
         if len(seen) < 2 or seen[-1][0] - seen[0][0] < INTERVAL / 2:
             return 0.0

@@ -1,4 +1,4 @@
-"""Runs that were submitted together: recorded in one transaction, all or none; counted, read and cancelled as one."""
+"""Batches: runs that are recorded in one transaction, all or none, and are counted, read and cancelled as one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -15,7 +15,7 @@ from backcast.models import Batch, Problem, State
 from backcast.process.outages import backoff
 
 SLICE = 500
-"""Runs per statement: between two of them the process does other things."""
+"""Runs per statement: between two statements the process does other work."""
 PAGE = 100
 """Results read at a time; each may bring 32 KiB."""
 AT_ONCE = 1000
@@ -29,8 +29,8 @@ class SubmittedBatch:
     """False when an earlier request with the same Idempotency-Key made this batch."""
 
 
-# As for runs: the unique index on (owner, idem_key) lets one of any number of racers insert, and the others wait for
-# the commit of the whole batch.
+# As for runs: the unique index on (owner, idem_key) lets one of any number of racing requests insert; the others wait
+# until it has committed the whole batch.
 _RECORD = """
 insert into batches (id, owner, idem_key, request_hash, size) values ($1, $2, $3, $4, $5)
 on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
@@ -96,7 +96,7 @@ async def get(ledger: Ledger, batch_id: UUID) -> Batch:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A run of a batch and what came of it: `text` holds small results, `key` names the object in the store."""
+    """A run of a batch with its result: `text` holds a small one, `key` names the object in the store."""
 
     id: UUID
     state: State
@@ -106,8 +106,8 @@ class Item:
 
 
 async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
-    """The runs in the order in which they were submitted, whether they have ended or not; read in pages, each of which
-    is as things are then."""
+    """The runs in the order in which they were submitted, whether they have ended or not. They are read in pages, and
+    each page shows the states of its own moment."""
     after = UUID(int=0)
     while True:
         rows = await ledger.fetch(
@@ -126,9 +126,9 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
         after = rows[-1]["id"]
 
 
-# The bulk form of the statement that cancels one run, with the same order of locks: lanes by name, then runs. Runs that
-# are locked are being claimed or settled by statements that hold many: they are skipped, lest the two wait for each
-# other, and looked at again.
+# The bulk form of the statement that cancels one run, with the same order of locks: lanes by name, then runs. Other
+# statements, which lock many runs, are claiming or settling the locked ones: those are skipped, so that the two
+# statements never wait for each other, and tried again.
 _CANCEL = """
 with due as materialized (
   select id, lane from runs where batch_id = $1 and id > $2 and cancel_requested_at is null
@@ -152,7 +152,7 @@ select (select count(*) from due) as due, (select max(id::text)::uuid from due) 
 
 
 async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
-    """Cancel what has not ended, and ask running ones to stop. Raises `UnknownBatch`."""
+    """Cancel the waiting runs, and ask the running ones to stop. Raises `UnknownBatch`."""
     await get(ledger, batch_id)
     for delay in backoff(0.01, 1.0):
         after, skipped = UUID(int=0), 0
@@ -164,5 +164,5 @@ async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
             after = row["last"]
         if not skipped:
             break
-        await asyncio.sleep(delay)  # whoever has them is done in milliseconds
+        await asyncio.sleep(delay)  # the statements that lock them end within milliseconds
     return await get(ledger, batch_id)

@@ -1,4 +1,4 @@
-"""How workers claim runs: fairly by owner, at a cost that depends neither on the backlog nor on history."""
+"""Claims runs for workers: fairly by owner, at a cost that depends neither on the backlog nor on history."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,7 +9,7 @@ from backcast.ledger.connection import Ledger
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A run that this worker now holds, until its lease ends. `fence` proves it."""
+    """A run that this worker holds until its lease ends; `fence` proves it."""
 
     id: UUID
     task: str
@@ -21,31 +21,31 @@ class Claim:
     max_attempts: int
     owner_key: int
     lane: str | None = None
-    """Set when the run is counted in this lane, which must then be told that it has ended."""
+    """Set when the run is counted in this lane; its settlement names the lane, to take the run out of the count."""
     prefetched: bool = False
-    """Claimed while no slot was free: it may wait here for a moment, and its loss is not charged."""
+    """Claimed while no slot was free: it may wait here for a moment, and its loss does not count."""
     lost_fence: int | None = None
     """The latest attempt that was lost with its worker. It may have stored a result."""
 
     @property
     def losses(self) -> int:
-        """Workers lost that this run is held to account for."""
+        """Losses of a worker that count against this run's `max_attempts`."""
         return self.attempts_used - self.retries_used
 
     @property
     def is_quarantined(self) -> bool:
-        """Whether the run must run alone: the next loss will be its own doing, and no other run's."""
+        """Whether the run must run alone, so that no other run can have caused its next loss."""
         return self.losses >= max(1, min(2, self.max_attempts - 1))
 
 
-# Fair share: a loose index scan over runs_ready hops from owner to owner, one index probe each, starting after the
-# owner served last ($2) and wrapping around; then each owner gives its best rows. So a claim costs the same with 1 or
-# 1,000,000 rows queued. SKIP LOCKED keeps claimers from waiting for each other: a row locked by someone else is being
-# claimed or cancelled. `= any(array(...))` and not a join: a generic plan might hash-join, which scans the table.
+# Fair share: a loose index scan over runs_ready hops from owner to owner, one index probe each. It starts after the
+# owner served last ($2) and wraps around; then each owner gives its best rows. So a claim costs the same with 1 or
+# 1,000,000 rows queued. SKIP LOCKED keeps claims from waiting for each other: another statement is claiming or
+# cancelling a locked row. `= any(array(...))` and not a join: a generic plan might hash-join, which scans the table.
 # A worker whose own lease has run out gets nothing: the steward is about to give its runs to others. Runs past their
-# deadline are passed over; everyone's poll takes them out of the index.
-# Of $3 rows, those after the first $6 are claimed ahead of a free slot; one that was ever lost is not (see `requeue`),
-# but for suspects, who wait for all the others to end first and then `begin`.
+# deadline are passed over; `dispatch_due`, which every worker polls, takes them out of the index.
+# Of $3 rows, those after the first $6 are prefetched, except runs that were ever lost (see `recovery.requeue`). A
+# quarantined run always counts as prefetched: it waits until all the others have ended, and then `begin` marks it.
 _CLAIM = """
 with recursive
 alive as materialized (select id from workers where id = $4 and heartbeat_at > now() - $5::interval),
@@ -81,14 +81,14 @@ returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempt
 async def claim(
     ledger: Ledger, *, pool: str, cursor: int, limit: int, worker_id: UUID, lease: timedelta, prefetch: int = 0
 ) -> list[Claim]:
-    """Take up to `limit` ready runs of `pool`, and up to `ahead` more, going round the owners from the one after
-    `cursor` (an owner key)."""
+    """Claim up to `limit` ready runs of `pool`, and prefetch up to `prefetch` more, going round the owners from the one
+    after `cursor` (an owner key)."""
     rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit)
     return [Claim(**row) for row in rows]
 
 
 async def begin(ledger: Ledger, worker_id: UUID, claim: Claim) -> None:
-    """Mark that a run which waited on its worker begins: from here on its loss is charged."""
+    """Mark that a run which waited on its worker begins: from here on its loss counts against `max_attempts`."""
     await ledger.execute(
         "update runs set prefetched = false where id = $1 and fence = $2 and worker_id = $3 and state = 'running'",
         claim.id,

@@ -1,4 +1,4 @@
-"""How a process reaches the database: connections, the time a call may take, and what counts as an outage."""
+"""Connects a process to the database. Decides how long a call may take, and which errors are an outage."""
 
 import asyncio
 import contextlib
@@ -14,12 +14,12 @@ from backcast.errors import LedgerUnavailable
 
 CHANNEL = "backcast_ready"
 NOTIFY_INTERVAL = 0.01
-"""Seconds between two notifications of one pool: NOTIFY serialises commits, so it is sent apart and rarely."""
+"""Seconds between two notifications of one pool: NOTIFY serialises commits, so it is sent rarely and by itself."""
 
 
 @contextlib.contextmanager
 def _reaching() -> Iterator[None]:
-    """Turn every way in which a database can be away, full or not ready into `LedgerUnavailable`."""
+    """Turn every error of a database that is away, full or not ready into `LedgerUnavailable`."""
     try:
         yield
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidCatalogNameError) as error:
@@ -43,7 +43,7 @@ def _reaching() -> Iterator[None]:
         asyncpg.InternalServerError,  # class XX
     ) as error:
         if isinstance(error, asyncpg.InterfaceError) and "arguments for this query" in str(error):
-            raise  # a mistake of ours must not be waited for like an outage
+            raise  # a bug of ours: no wait would end it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LedgerUnavailable(f"The database can't be used right now: {reason}") from None
 
@@ -59,16 +59,16 @@ def _drop(connection: Any) -> None:
 
 
 class _Stateless(asyncpg.Connection):
-    """A pooled connection. Nothing of ours leaves state in a session, so giving it back costs no round trip."""
+    """A pooled connection. No statement leaves state in a session, so its return to the pool costs no round trip."""
 
     def get_reset_query(self) -> str:
         return ""
 
 
 class Ledger:
-    """A process's way to the database: a pool that connects lazily, heals by itself and raises `LedgerUnavailable`.
+    """A process's connection pool. It connects lazily, reconnects by itself and raises `LedgerUnavailable`.
 
-    No call takes longer than `timeout`, whatever the database does: refuse, hang, or give no connection.
+    No call takes longer than `timeout`, even when the database refuses, hangs, or has no connection left.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Ledger:
 
     async def _connections(self) -> asyncpg.Pool:
         if self._pool is None:
-            # min_size=0: a database that is away at start is waited for by the first statement, not by the process
+            # min_size=0: the first statement, and not the process's start, waits for a database that is away
             self._pool = asyncpg.create_pool(
                 self._url,
                 min_size=0,
@@ -119,7 +119,7 @@ class Ledger:
                         yield connection
                     except asyncio.CancelledError:
                         # Out of time, or the caller went away. asyncpg would ask the server to cancel the statement and
-                        # wait for its answer; one that hangs never gives it.
+                        # wait for its answer; a server that hangs never answers.
                         _drop(connection)
                         raise
                     finally:
@@ -173,9 +173,9 @@ class Ledger:
             raise LedgerUnavailable("The database is read-only: look at its disk, or for the primary server.")
 
     def wake(self, pool: str) -> None:
-        """Tell idle workers of `pool` that runs are ready: the first time at once, then at most every 10 ms.
+        """Notify idle workers of `pool` that runs are ready: the first time at once, then at most every 10 ms.
 
-        A hint, sent after the commit and outside of its transaction; workers also look by themselves.
+        The notification is a hint, sent after the commit and outside of its transaction; workers also poll.
         """
         self._dirty.add(pool)
         if pool not in self._notifiers:
@@ -185,7 +185,7 @@ class Ledger:
         while pool in self._dirty:
             self._dirty.discard(pool)
             with contextlib.suppress(LedgerUnavailable):
-                # A hint need not be on the disk: its commit would be waited for like a run's.
+                # A hint need not be durable; without this, its commit would wait for the disk like a run's.
                 await self.execute(
                     "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", CHANNEL, pool
                 )
@@ -205,7 +205,7 @@ class Ledger:
                     lost = asyncio.get_running_loop().create_future()
                     connection.add_termination_listener(partial(_closed, lost))
                     await connection.add_listener(CHANNEL, notified)
-                    ready()  # what became ready while nobody listened
+                    ready()  # runs may have become ready while no connection listened
                     await lost
             await asyncio.sleep(1)
 

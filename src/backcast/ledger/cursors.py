@@ -1,4 +1,4 @@
-"""How far a steward has come with what it does in order, so that the next one goes on from there."""
+"""Records how far a steward has come in its ordered work, so that the next one continues from there."""
 
 from uuid import UUID
 
@@ -11,7 +11,7 @@ async def read(ledger: Ledger) -> dict[str, UUID]:
 
 
 async def move(ledger: Ledger, name: str, to: UUID) -> None:
-    """Forward only: a steward that was stopped and has lost its lead does not take the next one back."""
+    """Move a cursor, forward only: a steward that was stopped and has lost its lead can't move the next one's back."""
     await ledger.execute(
         """insert into cursors as c (name, value) values ($1, $2)
            on conflict (name) do update set value = excluded.value, moved_at = now() where c.value < excluded.value""",
@@ -21,7 +21,7 @@ async def move(ledger: Ledger, name: str, to: UUID) -> None:
 
 
 async def identity(ledger: Ledger) -> UUID:
-    """What tells this ledger from every other one; made when it is first asked for."""
+    """The id that distinguishes this ledger from every other one; made at the first call."""
     await ledger.execute(
         "insert into cursors (name, value) values ('ledger', $1) on conflict (name) do nothing", uuid7()
     )

@@ -1,4 +1,4 @@
-"""What time alone changes: scheduled runs become ready, late ones expire, lanes have room again."""
+"""Makes the changes that are due by time alone: to scheduled runs, late runs, and lanes with room."""
 
 from backcast.ledger import lanes
 from backcast.ledger.connection import Ledger
@@ -12,7 +12,7 @@ _OPEN = """
 select name from lanes l where (max_running is null or promoted < max_running)
    and exists (select from runs where state = 'held' and lane = l.name)"""
 
-# SKIP LOCKED: every worker does this on its poll, and none waits for another. The index is runs_scheduled.
+# SKIP LOCKED: every worker runs this on its poll, and none waits for another. The index is runs_scheduled.
 _DUE = """
 with due as materialized (
   select id from runs where state = 'scheduled' and run_at <= now() order by run_at limit 1000 for update skip locked)
@@ -46,9 +46,9 @@ EXPIRED = Problem(
 
 
 async def dispatch_due(ledger: Ledger) -> int:
-    """What time alone changes: scheduled runs whose time has come are ready, late ones expire, lanes have room again.
+    """Queue scheduled runs whose time has come, expire late ones, and promote from lanes that have room again.
 
-    Every worker and the steward do it on their polls, so that none of it waits for one of them. Returns how many runs
+    Every worker and the steward call this on their polls, so that no run waits for one of them. Returns how many runs
     expired.
     """
     expired = 0

@@ -19,8 +19,8 @@ async def backlog(ledger: Ledger) -> list[Backlog]:
     ]
 
 
-# What vacuum must leave because someone may still look at it. Sessions of other roles are only seen with the role
-# pg_read_all_stats; slots and prepared transactions always.
+# The age of the oldest snapshot: vacuum must keep every row that it may still read. Sessions of other roles are
+# visible only with the role pg_read_all_stats; slots and prepared transactions always.
 _OLDEST_XMIN = """
 select greatest(
     (select max(age(backend_xmin)) from pg_stat_activity where pid <> pg_backend_pid()),
@@ -29,7 +29,7 @@ select greatest(
 
 
 async def oldest_xmin_age(ledger: Ledger) -> int:
-    """How many transactions have begun since the oldest snapshot that somebody still holds."""
+    """How many transactions have begun since the oldest snapshot that is still held."""
     row = await ledger.fetchrow(_OLDEST_XMIN)
     assert row is not None
     return int(row["age"])

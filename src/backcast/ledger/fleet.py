@@ -1,4 +1,4 @@
-"""Who is there to do the work: workers and their heartbeats, the tasks that they serve, and how much is waiting."""
+"""The fleet: which workers are alive, which tasks they serve, and which runs they hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from backcast.models import TaskType
 async def register(
     ledger: Ledger, worker_id: UUID, *, pool: str, host: str, version: str, slots: int, tasks: Sequence[TaskType]
 ) -> None:
-    """Announce a worker and the tasks it serves. Safe to repeat; the latest registration of a task name counts."""
+    """Register a worker and the tasks it serves. Safe to repeat; the latest registration of a task name counts."""
     await ledger.execute(
         """insert into workers (id, pool, host, version, tasks, slots) values ($1, $2, $3, $4, $5, $6)
            on conflict (id) do update set heartbeat_at = now(), draining = false""",
@@ -30,7 +30,7 @@ async def register(
 
 
 async def serves(ledger: Ledger, pool: str, task: str) -> bool:
-    """Whether a worker of this pool that was heard of lately has this task."""
+    """Whether a worker of this pool with a heartbeat in the last minute has this task."""
     row = await ledger.fetchrow(
         """select 1 from workers where pool = $1 and $2 = any(tasks) and not draining
               and heartbeat_at > now() - interval '1 minute' limit 1""",
@@ -42,7 +42,7 @@ async def serves(ledger: Ledger, pool: str, task: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A run that the ledger says this worker holds."""
+    """A run that this worker holds, according to the ledger."""
 
     fence: int
     cancel: bool
@@ -50,8 +50,8 @@ class Held:
     lane: str | None
 
 
-# One row per worker, by its key. The runs are read in the same snapshot: what a worker believes to hold and is not
-# here under the same fence has been given to someone else.
+# One row per worker, by its key. The runs are read in the same snapshot: a run that a worker believes to hold, and that
+# is missing here or has another fence, has been given to another worker.
 _BEAT = """
 with beat as (
   update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1 returning id)
@@ -75,7 +75,7 @@ async def beat(
 
 
 async def retire(ledger: Ledger, worker_id: UUID) -> None:
-    """Forget a worker that has handed everything back; one that still holds a run stays, so that it can be missed."""
+    """Remove a worker that has released its runs; one that still holds a run stays, so that its loss is noticed."""
     await ledger.execute(
         """delete from workers w where id = $1
               and not exists (select from runs r where r.worker_id = w.id and r.state = 'running')""",
@@ -84,7 +84,7 @@ async def retire(ledger: Ledger, worker_id: UUID) -> None:
 
 
 async def busy(ledger: Ledger) -> dict[str, int]:
-    """The hosts of workers that were heard of lately, and how many runs execute on each."""
+    """The hosts of workers with a heartbeat in the last 15 seconds, and how many runs execute on each."""
     rows = await ledger.fetch(
         "select host, sum(busy)::int as busy from workers where heartbeat_at > now() - interval '15 seconds' group by 1"
     )
@@ -99,7 +99,7 @@ class Fleet:
     database_started: float
     """When the database server started, in its own epoch seconds: a change means that every heartbeat paused."""
     at: float
-    """When this was so, by the same clock."""
+    """When this was observed, by the same clock."""
 
 
 async def observe(connection: asyncpg.Connection, lease: timedelta) -> Fleet:

@@ -1,7 +1,7 @@
 """Single flight: of all runs that would compute the same cached value at the same time, one does, the others wait.
 
-A flight is a row by cache key that names the run, and the attempt, that computes. Who waits is scheduled, holds no
-slot, and is made ready by the landing; if none comes, as when the worker was lost, by its own time.
+A flight is a row by cache key; it names the computing run and its attempt. Waiting runs are scheduled and hold no slot.
+The landing makes them ready; without a landing, as after the loss of the worker, their own time does.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from backcast.ledger import lanes
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 
-# The key's row lock lets one of the racers in. A flight whose attempt is over is taken over; not in its first seconds,
-# because a racer's snapshot may be older than the claim of the run that it sees there.
+# The key's row lock lets one of the racing runs in. A flight whose attempt is over is taken over, but not in its first
+# seconds: a racing statement's snapshot may be older than the claim of the run that it finds there.
 _TAKE = """
 insert into flights as f (key, run_id, fence) values ($1, $2, $3)
 on conflict (key) do update set run_id = excluded.run_id, fence = excluded.fence, taken_at = now()
@@ -28,8 +28,8 @@ async def take(ledger: Ledger, key: str, claim: Claim) -> bool:
 
 
 # Followers first become scheduled, then look whether the flight is still there; a landing first removes the flight,
-# then looks for followers. So one of the two sees the other, and nobody is left behind.
-_GO_ON = """
+# then looks for followers. So one of the two sees the other, and no follower is left waiting.
+_WAKE_FOLLOWERS = """
 with free as materialized (
   select id from runs where state = 'scheduled' and flight = any($1)
      and not exists (select from flights f where f.key = runs.flight) limit 10000 for update skip locked)
@@ -40,7 +40,7 @@ update runs r set run_at = now(), flight = null,
 
 
 async def land(ledger: Ledger, flights: Sequence[tuple[str, UUID, int]]) -> None:
-    """End the flights (key, run, fence) that these attempts made; who waits for one of these keys goes on."""
+    """End the flights (key, run, fence) of these attempts; the runs that wait for one of these keys become ready."""
     keys = [key for key, _, _ in flights]
     await ledger.execute(
         "delete from flights f using unnest($1::text[], $2::uuid[], $3::bigint[]) as l(key, run_id, fence)"
@@ -49,7 +49,7 @@ async def land(ledger: Ledger, flights: Sequence[tuple[str, UUID, int]]) -> None
         [run_id for _, run_id, _ in flights],
         [fence for _, _, fence in flights],
     )
-    rows = await ledger.fetch(_GO_ON, keys)
+    rows = await ledger.fetch(_WAKE_FOLLOWERS, keys)
     for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
         ledger.wake(pool)
     await lanes.try_promote(ledger, {row["lane"] for row in rows if row["state"] == "held"})

@@ -1,4 +1,4 @@
-"""What a mirror of the ledger is told: runs that wait, and how runs ended. Each statement reads a bounded range."""
+"""Reads the runs that history must show, waiting or ended, a bounded range per statement. Knows nothing of Prefect."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from backcast.models import Problem
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a mirror of the ledger shows of a run that no engine has spoken for."""
+    """A run as history shows it when no engine has reported on it."""
 
     id: UUID
     task: str
@@ -29,13 +29,13 @@ class Entry:
     started_at: datetime | None
     attempts: int
     reported_at: datetime | None = None
-    """When the ledger says so, if that must outdo what was said after `at`, as by a worker that did not know."""
+    """When the ledger reports this; set if it overrides reports made after `at`, as by a worker that did not know."""
 
 
 def _entry(row: asyncpg.Record) -> Entry:
     waits = row["finished_at"] is None
     names: list[str] = []
-    with contextlib.suppress(ValueError, AttributeError):  # a large input is elsewhere, a damaged one has no names
+    with contextlib.suppress(ValueError, AttributeError):  # a large input is in the store, a damaged one has no names
         names = list(json.loads(row["input"] or "{}").keys())
     problem = Problem.model_validate_json(row["error"]) if row["error"] and row["state"] == "failed" else None
     return Entry(
@@ -54,21 +54,21 @@ def _entry(row: asyncpg.Record) -> Entry:
 
 _COLUMNS = "id, task, state, input, error, created_at, run_at, started_at, finished_at, attempts_used"
 _SHOWN = "not exists (select from task_types t where t.name = runs.task and not t.history)"
-"""Tasks may do without a history."""
+"""Tasks may switch their history off."""
 
-# By the primary key: ids are time-ordered, so "accepted since" is a range of it, and each row is looked at once.
+# By the primary key: ids are time-ordered, so "accepted since" is a range of ids, and each row is read once.
 _WAITING = f"""
 select {_COLUMNS}, null as reported_at from runs
  where id > $1 and id <= $2 and fence = 0 and state in ('held', 'scheduled', 'queued') and {_SHOWN}
  order by id limit $3"""  # noqa: S608  # constants
 
-# By runs_ended_badly. A second's distance lets the transactions commit that took their time before they did.
+# By runs_ended_badly. The latest second is left out: a slow transaction may still commit an earlier `finished_at`.
 _ENDED_BADLY = f"""
 select {_COLUMNS}, null as reported_at from runs
  where state in ('failed', 'cancelled', 'expired') and finished_at > $1
    and finished_at <= now() - interval '1 second' and {_SHOWN} order by finished_at limit $2"""  # noqa: S608  # constants
 
-# By the primary key, a page; what need not be asked about is left out by the caller, so that its last id is known.
+# By the primary key, a page; `ended` drops the runs that need no check afterwards, so that the last id is known.
 _ENDED = f"""
 select id, state, {_SHOWN} and finished_at is not null
        and ($3::interval is null or finished_at > now() - $3) as asked
@@ -78,7 +78,7 @@ _BY_ID = f"select {_COLUMNS}, now() as reported_at from runs where id = any($1) 
 
 
 async def reach(ledger: Ledger, after: UUID, until: UUID, *, rows: int) -> UUID:
-    """The end of a range of at most so many ids: `until`, or less. A range without an end might take for ever."""
+    """The end of a range of at most `rows` ids: `until`, or less. A range without an end might take for ever."""
     sql = "select id from runs where id > $1 and id <= $2 order by id offset $3 limit 1"
     end = await ledger.fetchrow(sql, after, until, rows - 1)
     return end["id"] if end else until
@@ -103,8 +103,8 @@ class Page:
 
 
 async def ended(ledger: Ledger, after: UUID, until: UUID, *, within: timedelta | None, limit: int) -> Page | None:
-    """Of the first runs with ids in (after, until]: those that ended, and lately (`within`; None: whenever). None when
-    there are no such ids."""
+    """Of the first `limit` runs with ids in (after, until]: those that ended, and not longer ago than `within`. Returns
+    None when there are no such ids."""
     rows = await ledger.fetch(_ENDED, after, until, within, limit)
     if not rows:
         return None
@@ -112,5 +112,5 @@ async def ended(ledger: Ledger, after: UUID, until: UUID, *, within: timedelta |
 
 
 async def entries(ledger: Ledger, ids: Sequence[UUID]) -> list[Entry]:
-    """How these runs ended, as the last word on them."""
+    """How these runs ended; the entries override all earlier reports."""
     return [_entry(row) for row in await ledger.fetch(_BY_ID, ids)]

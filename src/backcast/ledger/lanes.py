@@ -1,8 +1,8 @@
-"""Lanes: what limits how many runs of a kind run at once, or start in a minute, such as a provider's quota.
+"""Lanes limit how many runs that draw on a quota, such as a provider's, run at once or start in a minute.
 
-A run whose lane is limited waits as `held`, outside of the index that workers claim from, until it is promoted; so
-limits cost nothing to those who have none. `lanes.promoted` counts, in the same transaction that changes a run's state,
-the lane's runs that are queued or running; only limited lanes have a row that anyone waits for.
+A run whose lane is limited waits as `held`, outside of the index that workers claim from, until it is promoted; so runs
+without limits pay nothing for them. `lanes.promoted` counts the lane's queued and running runs, in the same transaction
+that changes a run's state; only limited lanes have a row that a statement may wait for.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from backcast.models import Lane, Limits
 AT_ONCE = 1000
 """Runs promoted by one statement."""
 BURST = 2.0
-"""Seconds' worth of a rate that may start at once; more than the time between two polls, or the rate is not reached."""
+"""Seconds' worth of a rate that may start at once; more than the time between two polls, to reach the rate."""
 
-# The lane's row lock makes one admission at a time and its numbers the newest; SKIP LOCKED because whoever holds it
-# changes the count and admits right after. Held runs are taken round by owner like ready ones, from the owner served
-# last, by hops over runs_held. Runs are skipped when locked: they are being cancelled or have expired.
+# The lane's row lock allows one promotion at a time, on the newest numbers. SKIP LOCKED: the statement that holds the
+# row changes the count and promotes right after. Held runs are taken round by owner like ready ones, from the owner
+# served last, by hops over runs_held. Locked runs are skipped: they are being cancelled or expired.
 _PROMOTE = f"""
 with recursive
 lane as materialized (
   select name, served, tokens_now,
          greatest(0, least({AT_ONCE}, max_running - promoted, floor(tokens_now)::int)) as room
-    from (select name, served, max_running, promoted,  -- now(), when we began, may be before refilled_at
+    from (select name, served, max_running, promoted,  -- now(), when this began, may be before refilled_at
                  case when max_per_minute > 0 then least(greatest(1, max_per_minute / 60 * {BURST}), tokens
                    + max_per_minute / 60 * greatest(0, extract(epoch from now() - refilled_at))) end as tokens_now
             from lanes where name = $1 for update skip locked) l),
@@ -64,7 +64,7 @@ select pool, count(*) over () as promoted from promoted"""  # noqa: S608  # cons
 
 
 async def promote(ledger: Ledger, names: Iterable[str]) -> None:
-    """Let as many held runs of these lanes into the queue as their limits allow."""
+    """Move as many held runs of these lanes into the queue as their limits allow."""
     for name in sorted(names):
         pools = set[str]()
         while rows := await ledger.fetch(_PROMOTE, name):
@@ -76,7 +76,7 @@ async def promote(ledger: Ledger, names: Iterable[str]) -> None:
 
 
 async def try_promote(ledger: Ledger, names: Iterable[str]) -> None:
-    """`admit` after a change that has been committed: everyone's poll makes up for it when it fails."""
+    """`promote` after a change that has been committed. When it fails, the next poll of any worker makes up for it."""
     with contextlib.suppress(LedgerUnavailable):
         await promote(ledger, names)
 
@@ -89,7 +89,7 @@ def _lane(row: asyncpg.Record) -> Lane:
 
 
 async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:
-    """Set the limits of a lane. They hold for runs that are submitted from then on; waiting ones may go at once."""
+    """Set the limits of a lane. They hold for runs submitted from then on; held runs may be promoted at once."""
     sql = f"""insert into lanes as l (name, max_running, max_per_minute) values ($1, $2, $3)
            on conflict (name) do update set max_running = excluded.max_running,
                max_per_minute = excluded.max_per_minute,
@@ -103,7 +103,7 @@ async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:
 
 
 async def lift(ledger: Ledger, name: str) -> None:
-    """Take the limits of a lane away; its held runs go on. Raises `UnknownLane`."""
+    """Remove the limits of a lane, and promote its held runs. Raises `UnknownLane`."""
     await get(ledger, name)
     await ledger.execute("update lanes set max_running = null, max_per_minute = null where name = $1", name)
     await try_promote(ledger, [name])

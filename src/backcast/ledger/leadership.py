@@ -1,4 +1,4 @@
-"""Which steward leads: one at a time, by an advisory lock that ends with its session."""
+"""Decides which steward leads: one at a time, by an advisory lock that ends with its session."""
 
 from uuid import UUID
 
@@ -10,8 +10,8 @@ _LOCK = "backcast.steward"
 async def take_lead(connection: asyncpg.Connection) -> bool:
     """Whether this session leads: it does until it ends, or has been silent for ten seconds.
 
-    The database must find out by itself when a leader is stopped (its session would stay) or its machine is gone (its
-    session would stay for hours).
+    The database must notice by itself that a leader is stopped (its session would stay) or that its machine is gone
+    (its session would stay for hours).
     """
     if not await connection.fetchval("select pg_try_advisory_lock(hashtext($1))", _LOCK):
         return False
@@ -26,7 +26,7 @@ async def take_lead(connection: asyncpg.Connection) -> bool:
 
 
 async def beat(connection: asyncpg.Connection, steward: UUID) -> None:
-    """Write who leads. While this does not get through, the heartbeats of workers do not either."""
+    """Record the leader. While this statement does not get through, the heartbeats of workers do not either."""
     await connection.execute(
         """insert into cursors (name, value) values ('leader', $1)
            on conflict (name) do update set value = excluded.value, moved_at = now()""",

@@ -1,6 +1,6 @@
-"""What keeps the tables small and fast: vacuum, the removal of what nobody needs any more, and figures that show it.
+"""Keeps the tables small and fast: removes rows that are no longer needed, vacuums, counts the dead rows.
 
-Nothing brings a run that has ended back, so what is decided about one stays right, however late it is done.
+A run that has ended never runs again, so a decision about it stays right, however late it is carried out.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,13 +13,13 @@ from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 
 PAGE = 1000
-"""Rows looked at, or removed, by one statement: a fraction of a second."""
+"""Rows read, or removed, by one statement: a fraction of a second."""
 _NIL = UUID(int=0)
 _FINAL = "('completed', 'failed', 'cancelled', 'expired')"
 
 
-# By the primary key, from the oldest: ids are time-ordered, and no run ends before it was accepted. Rows that have not
-# ended are passed over, once in a sweep.
+# By the primary key, from the oldest: ids are time-ordered, and no run ends before it was accepted. A sweep passes once
+# over the runs that have not ended.
 _OLD = f"""
 select id, input_key, result_key, state in {_FINAL} and finished_at < now() - $3::interval as is_over
   from runs where id > $1 and id <= $2 order by id limit {PAGE}"""  # noqa: S608  # constants
@@ -42,7 +42,7 @@ async def remove(ledger: Ledger, runs: Sequence[UUID]) -> None:
     await ledger.execute(f"delete from runs where id = any($1) and state in {_FINAL}", runs)  # noqa: S608  # a constant
 
 
-# By the primary key and runs_in_batch. A batch is recorded together with its runs; the hour is for the clocks.
+# By the primary key and runs_in_batch. A batch is recorded together with its runs; the hour allows for wrong clocks.
 _OLD_BATCHES = f"""
 with page as materialized (select id from batches where id > $1 and id <= $2 order by id limit {PAGE}),
 gone as (
@@ -59,9 +59,9 @@ async def remove_empty_batches(ledger: Ledger, keep: timedelta) -> None:
 
 
 async def remove_stale_flights(ledger: Ledger) -> None:
-    """Remove flights whose attempt is over; those who wait for them go on by their own time.
+    """Remove flights whose attempt is over; the runs that wait for them become ready by their own time.
 
-    One that is taken over meanwhile is looked at again under its lock, and then it is young.
+    A flight that is taken over meanwhile is checked again under its lock, and is young then.
     """
     await ledger.execute(
         """delete from flights f where taken_at < now() - interval '1 minute' and not exists (
@@ -69,8 +69,8 @@ async def remove_stale_flights(ledger: Ledger) -> None:
     )
 
 
-# An object is needed while its run goes on (an attempt may have stored what the next one takes over), and afterwards if
-# the run names it. A probe of the primary key for each.
+# An object is needed until its run ends (an attempt may have stored a value that the next one takes over), and
+# afterwards if the run names it. One probe of the primary key for each.
 _ORPHANS = f"""
 select o.key from unnest($1::text[], $2::uuid[]) as o(key, run_id)
  where not exists (select from runs r where r.id = o.run_id
@@ -78,13 +78,13 @@ select o.key from unnest($1::text[], $2::uuid[]) as o(key, run_id)
 
 
 async def orphans(ledger: Ledger, objects: Mapping[str, UUID]) -> list[str]:
-    """Those keys of objects (each with its run's id) that no run needs, or ever will."""
+    """Those keys of objects (each given with its run's id) that no run needs, now or later."""
     rows = await ledger.fetch(_ORPHANS, list(objects), list(objects.values()))
     return [row["key"] for row in rows]
 
 
 async def remove_silent_workers(ledger: Ledger, after: timedelta) -> None:
-    """Forget workers that have been silent for `after` and hold no run."""
+    """Remove workers that have been silent for `after` and hold no run."""
     await ledger.execute(
         """delete from workers w where heartbeat_at < now() - $1::interval
               and not exists (select from runs r where r.worker_id = w.id and r.state = 'running')""",
@@ -93,7 +93,7 @@ async def remove_silent_workers(ledger: Ledger, after: timedelta) -> None:
 
 
 async def dead_rows(ledger: Ledger) -> int:
-    """About how many rows of `runs` are waiting to be vacuumed."""
+    """About how many rows of `runs` wait for a vacuum."""
     row = await ledger.fetchrow(
         "select n_dead_tup from pg_stat_user_tables where schemaname = 'backcast' and relname = 'runs'"
     )
@@ -101,7 +101,7 @@ async def dead_rows(ledger: Ledger) -> int:
 
 
 async def vacuum(connection: asyncpg.Connection) -> None:
-    """Vacuum `runs`: autovacuum alone is too slow to keep claims fast. Takes as long as it takes, and gives way to one
-    that is under way."""
+    """Vacuum `runs`: autovacuum alone is too slow to keep claims fast. It may take an hour, and does nothing while
+    another vacuum is under way."""
     await connection.execute("set statement_timeout = 0")
     await connection.execute("vacuum (index_cleanup on, truncate off, skip_locked) runs", timeout=3600)

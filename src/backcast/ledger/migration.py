@@ -7,7 +7,7 @@ from backcast.errors import LedgerUnavailable
 
 
 def migrate(url: str) -> str:
-    """Bring the schema up to this release and return a sentence about what was done.
+    """Bring the schema up to this release and return a sentence about the result.
 
     Safe to run from several places at once (an advisory lock lets one in), and does nothing when the schema is
     already newer, as after a rollback of the code.

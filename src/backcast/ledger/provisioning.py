@@ -1,6 +1,6 @@
-"""The roles and databases that the parts live in, made by a role that may: safe to repeat, and from several places.
+"""Makes the roles and databases of the components, by a role that may. Safe to repeat, and from several places.
 
-Decides who owns what: each role its own database, the scaler's nothing but the sight of one view.
+Decides ownership: each role owns its own database; the scaler's role owns nothing, and may read one view.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from backcast.errors import ConfigurationError, LedgerUnavailable
 
 
 def why_not_ready(url: str) -> str | None:
-    """One look: why the database can't be used yet, or None when it can.
+    """Connect once: why the database can't be used yet, or None when it can.
 
     Raises:
         ConfigurationError: waiting will not help: the server has answered, and it refuses this role or password.
@@ -27,14 +27,14 @@ def why_not_ready(url: str) -> str | None:
         words = str(error).strip().splitlines()[0].rpartition("failed: ")[2].removeprefix("FATAL:").strip()
         if "authentication failed" in words or "no pg_hba.conf entry" in words:
             raise ConfigurationError(
-                f"PostgreSQL at {where.hostname} says: {words}. Correct the password, or, if its volume was made by an "
-                "earlier installation, bring back that installation's Secret (or delete the volume and what is on it)."
+                f"PostgreSQL at {where.hostname} answers: {words}. Correct the password, or, if its volume was made by "
+                "an earlier installation, restore that installation's Secret (or delete the volume and its data)."
             ) from None
         return f"PostgreSQL at {where.hostname or 'its socket'} can't be used yet: {words}"
 
 
 def provision(admin_url: str, url: str) -> str:
-    """Make the role and the database that `url` names, the one owning the other, and return a sentence about it."""
+    """Make the role that `url` names, and the database that it owns; return a sentence about the result."""
     role, password, database = _named(url)
     with _locked(admin_url) as connection:
         _make_role(connection, role, password)

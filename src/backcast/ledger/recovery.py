@@ -1,4 +1,4 @@
-"""How the runs of dead workers go on: ready again at once, until one has been lost `max_attempts` times."""
+"""Makes the runs of dead workers ready again, at once; fails a run that has been lost `max_attempts` times."""
 
 from collections.abc import Collection
 from datetime import timedelta
@@ -8,15 +8,15 @@ from backcast.ledger import lanes
 from backcast.ledger.connection import Ledger
 from backcast.models import Problem
 
-# Dead workers are those that hold a running run and have not been heard of for a lease, by the database's clock, or are
-# not there at all: one may have been forgotten while a claim of its was under way. All runs of a worker at once, lanes
-# locked first. SKIP LOCKED: a row locked now is being settled or cancelled, and is looked at again on the next round.
-# The fence stays: only a claim raises it, and the dead worker's settlements are refused because the row is no longer
-# running, or runs under a higher fence.
-# Who is charged: what killed the worker can't be seen, so every run it had started is suspected alike, the first time.
-# Among them those that were charged most often before are charged again, the others go free; one with two losses runs
-# alone (`Claim.is_quarantined`), so its third is its own. Claimed-ahead runs go free, but are not claimed ahead again: so
-# one that did start, unseen, is charged the next time.
+# A worker is dead when it holds a running run and has sent no heartbeat for a lease, by the database's clock, or has no
+# row: the row may have been removed while a claim of the worker was under way. The statement takes all runs of a worker
+# at once, after locking their lanes. SKIP LOCKED: a row locked now is being settled or cancelled, and the next round
+# checks it again. The fence stays: only a claim raises it, and the dead worker's settlements are refused because the
+# row is no longer running, or runs under a higher fence.
+# The run that killed the worker can't be seen. So a loss counts against every run that the worker had started, the first
+# time; later only against those of them with the most counted losses. A run with two losses runs alone
+# (`Claim.is_quarantined`), so its third is its own. A loss does not count against prefetched runs, but they are not
+# prefetched again: if one did start, unseen, its next loss counts.
 _REQUEUE = """
 with dead as materialized (
   select r.worker_id as id from runs r where r.state = 'running' and not exists (
@@ -29,12 +29,12 @@ lane as materialized (
    order by name for update),
 lost as materialized (
   select r.id, r.worker_id, r.attempts_used - r.retries_used as losses,
-         not r.prefetched and r.cancel_requested_at is null as suspected from runs r
+         not r.prefetched and r.cancel_requested_at is null as started from runs r
    where r.state = 'running' and r.worker_id = any(array(select id from dead)) and (select count(*) from lane) >= 0
      for update skip locked),
-most as materialized (select worker_id, max(losses) as losses from lost where suspected group by worker_id),
+most as materialized (select worker_id, max(losses) as losses from lost where started group by worker_id),
 counting as materialized (
-  select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.suspected),
+  select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.started),
 requeued as (
   update runs r set
       state = case when r.cancel_requested_at is not null then 'cancelled'
@@ -61,13 +61,14 @@ WORKER_LOST = Problem(
 )
 
 
-async def requeue(ledger: Ledger, lease: timedelta, judged: Collection[UUID] | None = None) -> dict[UUID, str]:
+async def requeue(ledger: Ledger, lease: timedelta, dead: Collection[UUID] | None = None) -> dict[UUID, str]:
     """Make the runs of dead workers ready again, at once; one lost `max_attempts` times fails. Returns their states.
 
-    With `judged`, only of those: who asks may have been stopped since it judged, and everybody else with it.
+    With `dead`, only of those workers: the caller may have been stopped since it found them dead, and the live workers
+    with it, so that all of them look dead now.
     """
     states = dict[UUID, str]()
-    among = None if judged is None else list(judged)
+    among = None if dead is None else list(dead)
     while rows := await ledger.fetch(_REQUEUE, lease, WORKER_LOST.model_dump_json(), among):
         states |= {row["id"]: row["state"] for row in rows}
         for pool in {row["pool"] for row in rows if row["state"] == "queued"}:

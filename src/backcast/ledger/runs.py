@@ -1,8 +1,8 @@
-"""A run as its caller sees it: look it up, list, cancel. How it is accepted and worked on is decided elsewhere.
+"""Looks up, lists and cancels runs for callers. Other modules decide how a run is accepted and executed.
 
-Isolation is READ COMMITTED in the whole ledger: an UPDATE that had to wait for a row lock looks at the row again before
-it acts, so a `where` on state, fence and worker is decided by the newest version of the row. Locks are taken in one
-order: lanes by name, then runs; whoever takes many runs skips the locked ones, or holds the only claim to them.
+Isolation is READ COMMITTED in the whole ledger: an UPDATE that waited for a row lock reads the row again, so the newest
+version of the row decides a `where` on state, fence and worker. Locks are taken in one order: lanes by name, then runs.
+A statement that takes many runs skips the locked ones, or takes only runs that its own worker holds.
 """
 
 import json
@@ -69,9 +69,9 @@ async def result(ledger: Ledger, run_id: UUID) -> Result:
     return Result(shown(row), row["result"], row["result_key"])
 
 
-# One index gives the newest rows of a batch, an owner or a state; what else is asked for is looked for among the next
-# 10,000 of them, so that a filter which matches next to nothing does not walk through years of history. The two row
-# comparisons are what `state = …` means, said so that the planner takes runs_by_state and not the primary key.
+# One index gives the newest rows of a batch, an owner or a state. Further filters apply to the next 10,000 of them, so
+# that a filter which matches next to nothing does not walk through years of history. The two row comparisons mean
+# `state = …`, in a form for which the planner takes runs_by_state and not the primary key.
 _BY_STATE = f"""
 select r.* from unnest($2::text[]) s cross join lateral (
   select * from runs where (runs.state, runs.id) < (s, $1) and (runs.state, runs.id) >= (s, '{UUID(int=0)}'::uuid)
@@ -91,8 +91,8 @@ async def find(
     owner: str | None = None,
     batch: UUID | None = None,
 ) -> tuple[list[Run], UUID | None]:
-    """The newest runs first (ids are time-ordered), and where the next page begins. A page that has looked at many runs
-    in vain is short, or empty, and yet not the last one."""
+    """The newest runs first (ids are time-ordered), and where the next page begins. A page whose filters matched few of
+    many runs is short, or empty, and yet not the last one."""
     states = None if state is None else _STATES.get(state, [state.value])
     asked = [("batch_id =", batch), ("owner =", owner), ("state =", states), ("task =", task)]
     filters = [(column, value) for column, value in asked if value is not None]
@@ -119,9 +119,9 @@ async def find(
     return found, None if last is None else last["id"]
 
 
-# One row, by its key: its lock decides between this and a claim or finish at the same moment. A run that is not running
-# is cancelled here; a running one is only asked to stop, and `attempts.settle` makes the outcome cancelled. The row of
-# its lane is locked first, as everywhere; nobody changes the lane of a run, so it is the right one.
+# One row, by its key: its lock decides between this and a claim or settlement at the same moment. A run that is not
+# running is cancelled here; a running one is only asked to stop, and `settlement.settle` makes its state cancelled. The
+# row of its lane is locked first, as everywhere; no statement changes the lane of a run, so it is the right one.
 _CANCEL = f"""
 with lane as materialized (
   select name from lanes where name = (select lane from runs where id = $1) for update),

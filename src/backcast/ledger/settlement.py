@@ -1,4 +1,4 @@
-"""How the results of attempts are recorded: once, under the fence of their claim, whatever a stale worker sends."""
+"""Records the results of attempts: once, under the fence of their claim, whatever a stale worker sends."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ INLINE_RESULT = 32 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
-    """How an attempt ended. `scheduled` and `queued` mean that the run goes on later."""
+    """The record of an attempt's result. `scheduled` and `queued` mean that the run continues later."""
 
     id: UUID
     fence: int
@@ -32,7 +32,7 @@ class Settlement:
     flight: str | None = None
     """The flight that a scheduled run waits for; its landing makes it ready earlier."""
     counts: bool = True
-    """False when the attempt does not count: it was handed back, or never really started."""
+    """False when the attempt does not count: it was released, or never really started."""
     retries_used: int = 0
 
 
@@ -44,11 +44,12 @@ class Settled:
     """Those of them whose run had been cancelled meanwhile, so that the run ended as cancelled."""
 
 
-# The fence decides: the row must still be running, under the same fence and worker, when its lock is held. What a
-# stale worker says changes nothing. A cancel that came first wins over any outcome. Only this statement writes
-# result_key, so an object of a lost attempt is never read. The rows are locked by nobody who waits for another of
-# them: they are this worker's own, and those who take many rows at once skip locked ones. But an ending may be sent
-# again while its first sending is under way: so the rows are locked in the order of their ids before they are changed.
+# The fence decides: the row must still be running, under the same fence and worker, when its lock is held. The
+# settlement of a stale worker changes nothing. A cancel that came first wins over any result. Only this statement
+# writes result_key, so an object of a lost attempt is never read. No other statement holds one of the rows while it
+# waits for another: they are this worker's own, and statements that take many rows at once skip locked ones. But a
+# settlement may be sent again while its first sending is under way: so the rows are locked in the order of their ids
+# before they are changed.
 _SETTLE = """
 update runs r set
     state = case when r.cancel_requested_at is not null then 'cancelled'
@@ -73,7 +74,7 @@ update runs r set
 _LANES_FIRST = "and (select count(*) from lane) >= 0"
 _SETTLE_FREE = f"{_SETTLE.format(locked_first='')} returning r.id, r.fence, r.state, r.pool"
 
-# For runs that are counted in lanes: their lanes' rows are locked first and by name, as everywhere, then the runs.
+# For runs that are counted in lanes: their lanes' rows are locked first, by name, as everywhere, then the runs.
 _SETTLE_COUNTED = f"""
 with lane as materialized (select name from lanes where name = any($13::text[]) order by name for update),
 settled as ({_SETTLE.format(locked_first=_LANES_FIRST)} returning r.id, r.fence, r.state, r.pool, r.lane),
@@ -82,8 +83,8 @@ released as (
     from (select lane, count(*) as n from settled where state <> 'queued' group by lane) s where lanes.name = s.lane)
 select id, fence, state, pool from settled"""  # noqa: S608  # constants
 
-# An ending that was sent before, its answer lost: no other fence can have ended a run whose fence is still ours, and
-# `requeue`, which ends runs under theirs, leaves its mark.
+# Finds settlements that were recorded before, when the answer was lost: no other attempt can have ended a run whose
+# fence is still ours, and `recovery.requeue`, which ends runs without a new fence, sets lost_fence.
 _SETTLED_BEFORE = """
 select r.id, r.fence, r.state
   from runs r join unnest($2::uuid[], $3::bigint[]) as d(id, fence) on r.id = d.id and r.fence = d.fence
@@ -92,8 +93,8 @@ select r.id, r.fence, r.state
 
 
 async def settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlement]) -> Settled:
-    """Record how attempts ended, in one statement (two when some are counted in lanes). Safe to send again when its
-    fate is unknown."""
+    """Record the results of attempts, in one statement (two when some are counted in lanes). Safe to send again when
+    it is unknown whether they were recorded."""
     accepted, cancelled = set[tuple[UUID, int]](), set[tuple[UUID, int]]()
     for some in ([e for e in settlements if e.lane is None], [e for e in settlements if e.lane is not None]):
         if some:
@@ -104,9 +105,8 @@ async def settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settleme
 
 
 async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlement], counted: set[str]) -> Settled:
-    settlements = sorted(
-        settlements, key=lambda e: e.id
-    )  # one that is sent again must not deadlock with its first sending
+    # In one order: a settlement that is sent again must not deadlock with its first sending.
+    settlements = sorted(settlements, key=lambda e: e.id)
     values: list[object] = [
         worker_id,
         [e.id for e in settlements],
@@ -128,11 +128,11 @@ async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlem
         rows = await ledger.fetch(_SETTLE_FREE, *values)
     for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
         ledger.wake(pool)
-    outcome = {(row["id"], row["fence"]): row["state"] for row in rows}
-    if missing := [e for e in settlements if (e.id, e.fence) not in outcome]:
+    states = {(row["id"], row["fence"]): row["state"] for row in rows}
+    if missing := [e for e in settlements if (e.id, e.fence) not in states]:
         before = await ledger.fetch(_SETTLED_BEFORE, worker_id, [e.id for e in missing], [e.fence for e in missing])
         sent = {(e.id, e.fence): e.state for e in missing}
         for row in before:
             if row["state"] in (sent[row["id"], row["fence"]], "cancelled"):
-                outcome[row["id"], row["fence"]] = row["state"]
-    return Settled(set(outcome), {attempt for attempt, state in outcome.items() if state == "cancelled"})
+                states[row["id"], row["fence"]] = row["state"]
+    return Settled(set(states), {attempt for attempt, state in states.items() if state == "cancelled"})

@@ -1,5 +1,6 @@
-"""How runs are accepted: when a call here returns, they are durable. Decides what an Idempotency-Key means, where a new
-run waits, and which submissions share a commit; whether an input is right has been decided before.
+"""Accepts runs: when a call here returns, they are durable.
+
+Decides what an Idempotency-Key means, where a new run waits, which submissions share a commit. Checks no inputs.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from backcast.models import Run, Submission, TaskType, uuid7
 INLINE_INPUT = 64 * 1024
 """Bytes of JSON up to which an input lives in its row; a larger one lives in the store."""
 GROUP = 500
-"""Runs that one statement records at most: a few milliseconds of it."""
+"""Most runs that one statement records, in a few milliseconds."""
 
 
 class New(NamedTuple):
@@ -54,9 +55,9 @@ class SubmittedRun:
 
 
 # One parameter per column, each an array. Idempotency: the unique index on (owner, idem_key) makes one of any number of
-# racers insert; the others wait for its commit and then *update* the row, which is what lets RETURNING see it ("do
+# racing statements insert. The others wait for its commit and then *update* the row, so that RETURNING shows it ("do
 # nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may be
-# in the arrays once, and keys come in one order, so that two statements with the same ones do not wait for each other.
+# in the arrays once, and keys come in one order, so that two statements with the same keys do not deadlock.
 INSERT = f"""
 insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, idem_key, request_hash, input,
                   input_key, metadata, lane, deadline, batch_id)
@@ -132,9 +133,9 @@ async def submit(ledger: Ledger, task: TaskType, submission: Submission, **how: 
 
 
 class Submissions:
-    """Records the runs of one process. What comes while a statement is on its way shares the next one and its commit;
-    what comes to an idle process goes at once. One statement at a time: with two the groups are half as large and
-    fewer runs are recorded in a second, with slow commits too."""
+    """Records the runs of one process. Runs that arrive while a statement is under way share the next statement and its
+    commit; an idle process sends a run at once. It sends one statement at a time: with two, the groups are half as
+    large and fewer runs are recorded in a second, with slow commits too."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -144,7 +145,7 @@ class Submissions:
         self._promoting: asyncio.Task[None] | None = None
 
     async def submit(self, row: New) -> SubmittedRun:
-        """When this returns, the run is durable; a caller that goes away meanwhile does not touch the others.
+        """When this returns, the run is durable; a caller that goes away meanwhile does not affect the others.
 
         Raises:
             IdempotencyConflict: the key belongs to another request of this owner.
@@ -170,7 +171,7 @@ class Submissions:
             self._recording = None
 
     def _next(self) -> list[tuple[New, asyncio.Future[Answer]]]:
-        """As many as one statement takes; the second one with the same key waits for the next."""
+        """As many runs as one statement takes; a second one with the same key waits for the next statement."""
         group, names, later = list[tuple[New, asyncio.Future[Answer]]](), set[object](), []
         while self._waiting and len(group) < GROUP:
             row, waiting = self._waiting.popleft()
@@ -189,7 +190,7 @@ class Submissions:
             answers, held = await _record(self._ledger, rows)
         except LedgerUnavailable as error:
             return [LedgerUnavailable(error.detail) for _ in rows]
-        except asyncpg.PostgresError as error:  # a value that the server refuses; alone, it is known whose
+        except asyncpg.PostgresError as error:  # a refused value: sent one by one, only its own run fails
             if len(rows) == 1:
                 return [InvalidInput(f"The run can't be stored: {error}.")]
             return [answer for row in rows for answer in await self._answers([row])]
@@ -206,8 +207,8 @@ class Submissions:
 
 
 async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[SubmittedRun | IdempotencyConflict], set[str]]:
-    """All of them in one statement, or none; no two may have the same owner and key. Returns also the lanes to admit
-    from."""
+    """Record all rows in one statement, or none; no two may have the same owner and key. Returns also the lanes to
+    promote from."""
     hashes = {_name(row): row.request_hash for row in rows}
     found = dict[object, SubmittedRun | IdempotencyConflict]()
     ready, held = set[str](), set[str]()
@@ -233,7 +234,7 @@ async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitt
 
 
 def _name(row: New) -> object:
-    """What a row is found again by: its key, or else its id."""
+    """The name under which an answer finds its row: its key, or else its id."""
     return row.id if row.idem_key is None else (row.owner, row.idem_key)
 
 

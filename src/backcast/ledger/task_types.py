@@ -1,4 +1,4 @@
-"""The tasks that can be run, as workers have registered them: what the API validates, lists and documents."""
+"""The task types that workers have registered: the API validates inputs by them, lists and documents them."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from backcast.models import TaskType
 
 
 async def register(ledger: Ledger, tasks: Sequence[TaskType]) -> None:
-    """Announce tasks; the latest registration of a name counts."""
+    """Register tasks; the latest registration of a name counts."""
     # In name order, so that two workers that register the same tasks lock them in the same order.
     for task in sorted(tasks, key=lambda task: task.name):
         await ledger.execute(

@@ -37,14 +37,14 @@ def upgrade() -> None:
         draining     boolean not null default false,
         started_at   timestamptz not null default now(),
         heartbeat_at timestamptz not null default now()
-    ) with (fillfactor = 50);  -- one update a second each: HOT, because no index holds what changes
+    ) with (fillfactor = 50);  -- one update a second each: HOT, because no index has a column that changes
 
     create table runs (
         id            uuid primary key,
         task          text not null,
         pool          text not null,
         owner         text not null,
-        -- what the claim goes round by: evenly spread, and one width whatever owners are called
+        -- the order in which claims go round the owners: evenly spread, and of one width for every name
         owner_key     bigint not null generated always as (hashtextextended(owner, 0)) stored,
         lane          text,
         priority      smallint not null default 0,
@@ -60,7 +60,7 @@ def upgrade() -> None:
         cancel_requested_at timestamptz,
         idem_key      text,
         request_hash  bytea,
-        -- JSON as text: jsonb refuses the escape of NUL, and nothing here looks inside
+        -- JSON as text: jsonb refuses the escape of NUL, and no statement reads inside it
         input         text,
         input_key     text,
         result        text,

@@ -1,4 +1,4 @@
-"""Lanes with limits, batches, deadlines, and what recovery needs to know of a run."""
+"""Lanes with limits, batches, flights, cursors; the columns of a run that these and recovery need."""
 
 from alembic import op
 
@@ -10,7 +10,7 @@ depends_on = None
 
 def upgrade() -> None:
     op.execute("""
-    -- A row stays when its limits are lifted, so that the runs it counts can still be discounted.
+    -- A row stays when its limits are lifted, so that the runs it counts can still be subtracted.
     create table lanes (
         name           text primary key,
         max_running    integer check (max_running >= 0),             -- none: as many as there are slots
@@ -45,14 +45,14 @@ def upgrade() -> None:
     alter table runs
         add column batch_id uuid,
         add column promoted boolean not null default false,  -- counted in its lane; only when queued, running or ended
-        add column prefetched boolean not null default false,     -- claimed before a slot was free for it
+        add column prefetched boolean not null default false,  -- claimed before a slot was free for it
         add column lost_fence bigint,                        -- the latest attempt that was lost with its worker
         add column flight text;                              -- the flight it waits for, while scheduled
     create index runs_following on runs (flight) where flight is not null and state = 'scheduled';
     create index runs_held on runs (lane, owner_key, priority desc, run_at, id) where state = 'held';
     create index runs_deadline on runs (deadline)
         where deadline is not null and state in ('held', 'scheduled', 'queued');
-    -- With runs_ready: what an owner has waiting, which is counted when it nears its limit.
+    -- With runs_ready: the waiting runs of an owner, which are counted when it nears its limit.
     create index runs_waiting on runs (owner_key) where state in ('held', 'scheduled');
     create index runs_by_state on runs (state, id);
     create index runs_in_batch on runs (batch_id, id) where batch_id is not null;
@@ -60,10 +60,10 @@ def upgrade() -> None:
     alter table task_types
         add column lane text,
         add column history boolean not null default true;  -- whether Prefect shows its runs
-    -- Runs that the worker has settled: what a backlog's wait is estimated from.
+    -- Runs that the worker has settled: the wait of a backlog is estimated from them.
     alter table workers add column settled bigint not null default 0;
 
-    -- How far the steward has come, so that the next one goes on from there; `leader` is the one that leads.
+    -- How far the steward has come, so that the next one continues from there; `leader` is the one that leads.
     create table cursors (
         name     text primary key,
         value    uuid not null,

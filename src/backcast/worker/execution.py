@@ -1,5 +1,6 @@
-"""Makes one attempt of a claimed run: fetches its input, takes what another attempt has computed already, and has the
-executor do the rest. Decides nothing about slots, and nothing about what the result of an attempt means.
+"""Makes one attempt of a claimed run: fetches its input, reuses a value that was computed already, calls the executor.
+
+Decides nothing about slots, and nothing about how a result is settled.
 """
 
 import json
@@ -22,7 +23,7 @@ from backcast.worker import results
 log = logging.getLogger("backcast.worker")
 
 FOLLOW = 5.0
-"""Seconds after which a run that waits for the value of another one tries for itself; usually it lands earlier."""
+"""Seconds after which a run that waits for another one's value tries for itself; usually the flight lands earlier."""
 SAME = Problem(
     code="same_value",
     title="Another run computes the same",
@@ -104,11 +105,11 @@ class Execution:
 
     async def _left_behind(self, claim: Claim) -> AttemptResult | None:
         """The value that the attempt before had stored when its worker was lost. It becomes an object of this attempt:
-        the lost worker may still be there, and removes its own when it is refused."""
+        the lost worker may still run, and removes its own object when its settlement is refused."""
         try:
             body = await self._store.get(results.result_key(claim.id, claim.fence - 1))
             json.loads(body)
-        except (Missing, ValueError):  # nothing, or not all of it: not every store keeps only what it got whole
+        except (Missing, ValueError):  # no object, or not all of it: not every store refuses a cut-off upload
             return None
         log.info("run %s was computed before its worker was lost", claim.id)
         return Succeeded(body)
@@ -123,13 +124,13 @@ class Execution:
         return Failed(results.UNKNOWN)
 
     async def settled(self, runs: Collection[UUID]) -> None:
-        """End the flights of these runs, whose results are recorded: the runs that wait for their values go on."""
+        """End the flights of these runs, whose results are recorded: the runs that wait for them become ready."""
         landed = [(flight[0], run, flight[1]) for run in runs if (flight := self._flights.pop(run, None)) is not None]
         if landed:
             try:
                 await flights.land(self._ledger, landed)
             except LedgerUnavailable:
-                log.info("%d flights are not landed; the runs behind them go on by their own time", len(landed))
+                log.info("%d flights are not landed; the runs behind them become ready by their own time", len(landed))
 
 
 def _failed(error: UsageError) -> Failed:

@@ -1,6 +1,6 @@
-"""A worker's place in the fleet: it registers, sends a heartbeat every second, and learns which runs it holds.
+"""Keeps a worker's lease: registers it, sends a heartbeat every second, learns which runs it holds.
 
-Decides whether the lease is good. What to do with lost or cancelled runs is left to the worker's loop.
+Decides whether the lease is good, and nothing about lost or cancelled runs.
 """
 
 import asyncio
@@ -74,11 +74,11 @@ class Lease:
 
     @property
     def is_good(self) -> bool:
-        """Whether nobody can have taken our runs. Two thirds: we stop before the steward gives them to others."""
+        """Whether no other worker can have our runs. Two thirds: we stop before the steward gives them to others."""
         return self.age < self._length * 2 / 3
 
     async def register(self) -> None:
-        """Announce this worker and its tasks; waits for the database for as long as it takes."""
+        """Register this worker and its tasks; waits for the database for as long as it takes."""
         outage = Outage(partial(log.warning, "waiting for the database: %s"))
         while True:
             try:
@@ -120,11 +120,11 @@ class Lease:
                             loop.call_soon_threadsafe(self._answered, at, sent, held)
                             await asyncio.sleep(BEAT)
                 except LedgerUnavailable:
-                    pass  # logged by whoever needs the database; the lease decides what follows
+                    pass  # the statements that fail log it; the lease decides what follows
                 except RuntimeError:
-                    return  # the loop is closed: the process is ending
+                    return  # the loop is closed: the process ends
                 except Exception:
-                    log.exception("heartbeats failed, trying on")
+                    log.exception("heartbeats failed, trying again")
                 await asyncio.sleep(BEAT / 2)
 
         asyncio.run(beat())
@@ -133,7 +133,7 @@ class Lease:
         if held is not None:
             self._last = at
         elif self._registering is None or self._registering.done():
-            # Removed from the fleet after a long silence: nobody holds a run for this worker any more.
+            # Removed from the fleet after a long silence: the ledger holds no run for this worker any more.
             self._registering = asyncio.create_task(self.register())
         self._acknowledged(sent, held or {})
 

@@ -1,7 +1,7 @@
-"""The worker's loop: claims runs into slots, and decides when a run is stopped or released.
+"""Claims runs into slots, and decides when a run is stopped or released.
 
-A slot is held by the user's code only. Storing and settling happen after it is free, and the number of finished runs
-that are not settled yet is bounded, so an absent store or database stops the claiming, not the worker.
+Only user code holds a slot. Results are stored and settled after it is free, and the number of finished runs that are
+not settled yet is bounded, so an absent store or database stops the claims, not the worker.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ PREFETCH = 0.1
 """Seconds' worth of runs that are claimed before their slots are free."""
 MOST_PREFETCHED = 50
 LONGEST_PREFETCHED = 1.0
-"""Seconds after which a prefetched run is released, because no slot has fallen free as expected."""
+"""Seconds after which a prefetched run is released, because no slot has become free as expected."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class _Claimed:
 
 
 def _farthest(cursor: int, owners: list[int]) -> int:
-    """The owner served last, going round from `cursor`: where the next claim goes on."""
+    """The owner served last, going round from `cursor`: the next claim starts after it."""
     return max(owners, key=lambda owner: (owner - cursor - 1) % _KEY_SPACE)
 
 
@@ -102,7 +102,7 @@ class Worker:
         gauge("unsettled", "Runs claimed and not yet settled", lambda: len(self._held))
         gauge("heartbeat_age_seconds", "Since the last heartbeat", lambda: self._lease.age)
 
-    # -- being there ------------------------------------------------------------------------------------------------
+    # -- lease ------------------------------------------------------------------------------------------------------
 
     async def check(self) -> None:
         """Readiness: the lease is good and the store is reachable."""
@@ -154,7 +154,7 @@ class Worker:
     def _room(self) -> tuple[int, int]:
         """How many runs to claim for free slots, and how many to prefetch.
 
-        Prefetched are as many as will start within the next moment at the pace of the last second: a slot that falls
+        It prefetches as many as will start within `PREFETCH` seconds at the pace of the last second: a slot that gets
         free does not wait for the database, and no run is kept from an idle worker.
         """
         if self._alone or self._quarantine or not self._lease.is_good:
@@ -177,7 +177,7 @@ class Worker:
         return min(int(len(self._ends) * PREFETCH), MOST_PREFETCHED)
 
     async def _claim(self) -> None:
-        cursor = random.randrange(-_HALF, _HALF)  # noqa: S311  # where to start among the owners
+        cursor = random.randrange(-_HALF, _HALF)  # noqa: S311  # the owner to start after
         outage = Outage(partial(log.warning, "can't claim: %s"))
         while not self._draining:
             self._wake.clear()
@@ -221,7 +221,7 @@ class Worker:
             with contextlib.suppress(LedgerUnavailable):
                 await dispatch.dispatch_due(self._ledger)
 
-    # -- working ----------------------------------------------------------------------------------------------------
+    # -- executing --------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
         """Give free slots to waiting runs. A quarantined run runs alone: after the others, and before any new one."""
@@ -294,7 +294,7 @@ class Worker:
                 return True
         return False
 
-    # -- the whole --------------------------------------------------------------------------------------------------
+    # -- start and drain --------------------------------------------------------------------------------------------
 
     async def run(self, stop: Stop) -> None:
         """Work until `stop` is asked for, then drain: finish within the grace period, release the rest."""
@@ -307,7 +307,7 @@ class Worker:
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
         log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(self._names))
         asked = asyncio.create_task(stop.asked.wait())
-        # A loop that ends has failed: better to be restarted than to look alive.
+        # A loop that ends has failed: the process then ends too, to be restarted and not to look alive.
         done, _ = await asyncio.wait({asked, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
         await self._drain(stop, claiming, settling)
         self._lease.stop()

@@ -1,4 +1,4 @@
-"""The worker process: builds the worker's collaborators from the settings, and works until a signal."""
+"""The worker process: builds the worker from the settings, and runs it until a signal."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from backcast.worker.loop import Worker
 
 
 async def _serve(settings: Settings) -> None:
-    # The one late import: Prefect reads its settings when it is imported, and ours must be there first.
+    # Imported late: Prefect reads its settings when it is imported, and ours must be there first.
     from backcast import llm
     from backcast.executor import capture, registry
     from backcast.executor.executor import Executor
@@ -47,7 +47,7 @@ async def _serve(settings: Settings) -> None:
         async with executor:
             worker = Worker(settings, ledger, store, executor, llm.metered)
             Gauge(
-                "backcast_worker_history_waiting", "Events not yet shown to Prefect", registry=worker.registry
+                "backcast_worker_history_waiting", "Events not yet published to Prefect", registry=worker.registry
             ).set_function(lambda: sink.waiting)
             async with probes(settings.worker.host, settings.worker.port, ready=worker.check, registry=worker.registry):
                 await worker.run(stop)

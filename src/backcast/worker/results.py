@@ -1,7 +1,7 @@
 """Turns the result of an attempt into the settlement that the ledger records; a value is stored first.
 
-Decides what counts against `max_attempts`, what is tried again, and for how long an absent store is retried. Knows
-nothing of slots or batches.
+Decides what counts against `max_attempts`, what is tried again, and how long an absent store is retried. Knows nothing
+of slots or batches.
 """
 
 import asyncio
@@ -75,7 +75,7 @@ class Results:
         self._store = store
         self._patience = settings.store.patience.total_seconds()
         self._largest = settings.max_result
-        self._outage = Outage(partial(log.warning, "can't store results, trying on: %s"))
+        self._outage = Outage(partial(log.warning, "can't store results, trying again: %s"))
         self.is_hurried = False
         """Set while the worker drains: an absent store is not waited for."""
 

@@ -68,14 +68,14 @@ class Settler:
 
     async def _settle(self, batch: list[Settlement]) -> None:
         settled, delays = None, backoff(0.1, 2.0)
-        outage = Outage(partial(log.warning, "can't settle %d runs, trying on: %s", len(batch)))
+        outage = Outage(partial(log.warning, "can't settle %d runs, trying again: %s", len(batch)))
         while settled is None:
             try:
                 settled = await settlement.settle(self._ledger, self._worker_id, batch)
-            except LedgerUnavailable as error:  # its fate is unknown; the fence makes it safe to send again
+            except LedgerUnavailable as error:  # it may have been recorded; the fence makes it safe to send again
                 outage.failed(error)
                 await asyncio.sleep(next(delays))
-            except asyncpg.PostgresError as error:  # one that the database refuses must not hold up the others
+            except asyncpg.PostgresError as error:  # a refused settlement must not hold up the others
                 log.error("the database refused a settlement: %s", error)
                 if len(batch) > 1:
                     for one in batch:

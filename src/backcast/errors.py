@@ -1,4 +1,4 @@
-"""Everything that can go wrong, by who must act on it.
+"""Every error of backcast, grouped by the party that must act on it.
 
     BackcastError
     ├── ClientError                     the caller must change the request; becomes a 4xx problem document
@@ -13,19 +13,19 @@
     │   ├── NoResult            409
     │   ├── ResultGone          410
     │   └── BodyTooLarge        413
-    ├── Unavailable             503     something we need is away; the same request may succeed later
+    ├── Unavailable             503     a needed service is away; the same request may succeed later
     │   ├── LedgerUnavailable
     │   ├── StoreUnavailable
     │   └── NoWorkerYet
-    ├── WaitTimeout                     a client has waited for as long as it wanted to; the run goes on
-    ├── ConfigurationError              an operator must change a setting; the sentence says which
-    └── RunError                        how an attempt of a run ended badly; its kind decides about a retry
+    ├── WaitTimeout                     a client has waited for its whole timeout; the run goes on
+    ├── ConfigurationError              an operator must change a setting; the sentence names it
+    └── RunError                        the reason why an attempt failed; its class decides about a retry
         ├── UsageError                  the input can't be worked on: never retried
         ├── FatalError                  no retry will help (a wrong key, an unserialisable result): never retried
-        ├── TransientError              may pass: retried as the task says; a provider's Retry-After beats the backoff
-        └── RunTimeout                  took longer than the task allows: retried as the task says
+        ├── TransientError              may pass: retried as the task allows; a provider's Retry-After beats the backoff
+        └── RunTimeout                  took longer than the task allows: retried as the task allows
 
-Every class carries a stable `code` that clients may branch on; the message says what to do next.
+Every class carries a stable `code` that clients may branch on; the message names the next step.
 """
 
 from dataclasses import dataclass
@@ -138,7 +138,7 @@ class UnsupportedBody(ClientError):
 
 
 class InvalidInput(ClientError):
-    """Readable, but not what the task or the route takes; `errors` names each wrong field."""
+    """The input is readable, but the task or the route does not take it; `errors` names each wrong field."""
 
     code = "invalid_input"
     title = "The input is not what is expected"
@@ -157,7 +157,7 @@ class IdempotencyConflict(ClientError):
 
 
 class TooManyWaiting(ClientError):
-    """As many runs wait as may wait; ask again after `retry_after`, by when there should be room."""
+    """No further runs may wait; submit again after `retry_after`, when there should be room."""
 
     code = "too_many_waiting"
     title = "Too many runs are waiting"
@@ -169,7 +169,7 @@ class TooManyWaiting(ClientError):
 
 
 class Unavailable(BackcastError):
-    """Something we need is away. Nothing is lost; the same request may succeed after `retry_after`."""
+    """A needed service is away. Nothing is lost; the same request may succeed after `retry_after`."""
 
     code = "unavailable"
     title = "The service is not available right now"
@@ -207,7 +207,7 @@ class ConfigurationError(BackcastError):
 
 
 class RunError(BackcastError):
-    """How an attempt of a run ended badly. Tasks may raise the subclasses to decide about their own retry."""
+    """The reason why an attempt failed. Tasks may raise the subclasses to decide about their own retry."""
 
     code = "task_failed"
     title = "The task failed"

@@ -1,4 +1,4 @@
-"""The nouns: what a run, a task type and a submission are. Values only; no I/O, no HTTP."""
+"""The nouns: run, task type, submission and others. Values only; no I/O, no HTTP."""
 
 import secrets
 import time
@@ -38,7 +38,7 @@ class State(StrEnum):
 def uuid7(ago: float = 0.0) -> UUID:
     """A new run id: time-ordered (RFC 9562, with sub-millisecond bits), made here because PostgreSQL 15 to 17 can't.
 
-    With `ago` seconds it is one as it would have been made then: a bound for ranges of ids.
+    With `ago`, it is an id of so many seconds ago: a bound for ranges of ids.
     """
     now = time.time_ns() - int(ago * 1_000_000_000)
     ms, rest = divmod(now, 1_000_000)
@@ -60,7 +60,7 @@ class _Noun(BaseModel):
 
 
 class Problem(_Noun):
-    """Why a run ended badly."""
+    """The reason why a run, or an attempt of it, did not succeed."""
 
     code: str
     """Stable; clients may branch on it."""
@@ -78,17 +78,17 @@ class Submission(_Noun):
     input: dict[str, JSON] = {}
     """The task's parameters by name; checked against the task's input schema."""
     owner: Label = "default"
-    """Whose run it is: the queue is shared fairly between owners."""
+    """The party that the run belongs to; owners take turns in the queue."""
     priority: int = Field(default=0, ge=-100, le=100)
     """Higher runs first, among the runs of the same owner."""
     run_at: AwareDatetime | None = None
     """Not before this time (with a time zone)."""
     deadline: AwareDatetime | None = None
-    """Not after this time: a run that waits then, for a slot or for another attempt, expires; a running one goes on."""
+    """A run that still waits at this time, for a slot or for another attempt, expires; a running one goes on."""
     lane: Label | None = None
-    """What the run draws on, such as a provider's quota; a lane may have limits. None: the task's own lane, if any."""
+    """The lane of the run, such as a provider's quota; it may have limits. None: the task's own lane, if any."""
     metadata: dict[str, str] = Field(default={}, max_length=32)
-    """The caller's own labels; returned with the run, not read by anyone else."""
+    """The caller's own labels; returned with the run, and not read by backcast."""
 
 
 class Run(_Noun):
@@ -107,7 +107,7 @@ class Run(_Noun):
     error: Problem | None = None
     """Set when the state is failed, or when the last attempt failed and another one will be made."""
     usage: dict[str, JSON] | None = None
-    """What the model took for the result: its name, input_tokens, output_tokens."""
+    """The model's use for the result: model (its name), input_tokens, output_tokens."""
     metadata: dict[str, str] = {}
     created_at: datetime
     run_at: datetime
@@ -140,7 +140,7 @@ class TaskType(_Noun):
 
 
 class Limits(_Noun):
-    """What a lane allows; at least one of the two is set."""
+    """The limits of a lane; at least one of the two is set."""
 
     max_running: int | None = Field(default=None, ge=0)
     """Runs of the lane that may run at the same time; 0 holds them all."""
@@ -149,7 +149,7 @@ class Limits(_Noun):
 
 
 class Lane(Limits):
-    """A lane with limits, and how it is doing."""
+    """A lane with limits, and how many of its runs are promoted and held."""
 
     name: str
     promoted: int
@@ -166,7 +166,7 @@ class Batch(_Noun):
     size: int
     created_at: datetime
     states: dict[State, int] = {}
-    """How many of its runs are in which state; removed ones are missing."""
+    """The number of its runs in each state; removed runs are not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class Retry:
 
 
 AttemptResult = Succeeded | Failed | Retry
-"""How an attempt of a run ended."""
+"""The result of an attempt of a run."""
 Reason = Literal["cancelled", "lost", "released"]
 """Why an attempt was stopped: its caller asked, another worker has the run, or this worker stops. It is the message of
 the attempt's `CancelledError`."""

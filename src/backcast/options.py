@@ -1,5 +1,6 @@
-"""What the author of a task may say to backcast (`options`) and ask it (`cancel_requested`). Knows nothing of Prefect
-and needs no worker: a task that uses it runs anywhere.
+"""The two calls for authors of tasks: `options` sets how backcast treats a task, `cancel_requested` asks about a stop.
+
+Knows nothing of Prefect and needs no worker: a task that uses it runs anywhere.
 """
 
 import contextlib
@@ -20,25 +21,25 @@ _requested: ContextVar[threading.Event | None] = ContextVar("backcast_cancel_req
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was said of a task with `options`."""
+    """The options of a task, as set with `options`."""
 
     history: History = "full"
     lane: str | None = None
 
 
 def options(*, history: History = "full", lane: str | None = None) -> Callable[[T], T]:
-    """Say how backcast treats a task; it stays the same task for everyone else.
+    """Set how backcast treats a task; it stays the same task for all other code.
 
         @options(history="none", lane="openai")
         @task(retries=3)
         async def classify(text: str) -> str: ...
 
-    Above `@task` it speaks of that one task; below, on the function, also of every copy by `with_options`.
+    Above `@task` it applies to that one task; below, on the function, also to every copy by `with_options`.
 
     Args:
         history: `none` trades Prefect's engine for speed: no states, logs, caching or hooks for these runs; retries,
             time-outs and results are the same.
-        lane: what the runs draw on, such as a provider's quota, unless a submission names another lane.
+        lane: the lane of the runs, such as a provider's quota, unless a submission names another one.
     """
     if history not in get_args(History):
         raise ValueError(f"history is {history!r}: write 'full' or 'none'.")
@@ -54,15 +55,15 @@ def options(*, history: History = "full", lane: str | None = None) -> Callable[[
 
 
 def options_of(task: Any) -> Options:
-    """What was said of a task, or of the function that it was made from."""
+    """The options of a task, or of the function that it was made from."""
     return getattr(task, _MARK, None) or getattr(getattr(task, "fn", None), _MARK, None) or Options()
 
 
 def cancel_requested() -> bool:
     """Whether the run that this code belongs to should stop: it was cancelled, took too long, or its worker stops.
 
-    Python can't stop a thread, so a long sync task asks now and then, and returns or raises: nobody waits for its value
-    any more. An async task is cancelled at its next `await`; the threads that it started may ask. Outside of a run: no.
+    Python can't stop a thread, so a long sync task asks now and then, and returns or raises: its value is no longer
+    needed. An async task is cancelled at its next `await`; the threads that it started may ask. Outside of a run: no.
     """
     requested = _requested.get()
     return requested is not None and requested.is_set()
@@ -70,7 +71,7 @@ def cancel_requested() -> bool:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """Around a run, in its context: setting the event is what `cancel_requested` answers to."""
+    """Entered around a run, in its context: once the event is set, `cancel_requested` is true there."""
     token = _requested.set(requested := threading.Event())
     try:
         yield requested

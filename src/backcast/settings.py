@@ -26,7 +26,7 @@ CONFIG_VARIABLE = "BACKCAST_CONFIG"
 URL_VARIABLE = "BACKCAST_URL"
 """Read by the command line only: the address of the API."""
 KEY_VARIABLE = "BACKCAST_API_KEY"
-"""Read by the command line only: the key that it shows to the API."""
+"""Read by the command line only: the key that it sends to the API."""
 
 
 def _split(value: Any) -> Any:
@@ -34,7 +34,7 @@ def _split(value: Any) -> Any:
 
 
 def _seconds(value: Any) -> Any:
-    """Numbers come out of the environment as text."""
+    """Convert a number that the environment gives as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -55,7 +55,7 @@ class Database(_Section):
     pool: int = Field(default=10, ge=2, le=200)
     """Connections that one process may hold open, besides one for listening and one for heartbeats."""
     timeout: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
-    """How long a statement may take, with the wait for a connection, before the database counts as unavailable."""
+    """How long a statement may take, including the wait for a connection, before the database counts as unavailable."""
 
 
 class Store(_Section):
@@ -79,7 +79,7 @@ class Store(_Section):
     timeout: Duration = timedelta(seconds=10)
     """How long one call may take before the store counts as unavailable."""
     patience: Duration = timedelta(minutes=5)
-    """How long a worker keeps trying to store a finished result before it hands the run back to be done again."""
+    """How long a worker keeps trying to store a finished result before it gives up, and the run is executed again."""
 
 
 class Api(_Section):
@@ -94,12 +94,12 @@ class Api(_Section):
     max_batch_body: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest body of a batch, in bytes."""
     max_waiting: int = Field(default=1_000_000, ge=1)
-    """Runs that may wait in all; more are refused with 429 until some have been worked on. Counted about once a second
-    by each API process, so the limit is soft by what is submitted in that time."""
+    """Runs that may wait in all; more are refused with 429 until some have left the queue. Each API process counts
+    them about once a second, so the submissions of that time may exceed the limit."""
     max_waiting_per_owner: int = Field(default=100_000, ge=1)
     """Runs of one owner that may wait."""
     keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
-    """Keys that open the API, comma-separated: a request shows one as `Authorization: Bearer KEY`. None: it is open."""
+    """Keys that open the API, comma-separated: a request sends one as `Authorization: Bearer KEY`. None: it is open."""
 
     @field_validator("keys")
     @classmethod
@@ -119,9 +119,9 @@ class Worker(_Section):
     port: int = Field(default=8081, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     poll: Duration = timedelta(seconds=1)
-    """How often an idle worker looks for runs when no notification comes: the guarantee behind the hint."""
+    """How often an idle worker looks for runs when no notification comes; polls also find the runs of lost ones."""
     grace: Duration = timedelta(seconds=30)
-    """After SIGTERM: how long running work may go on before it is handed back."""
+    """After SIGTERM: how long running work may go on before its runs are released to the queue."""
 
 
 class Steward(_Section):
@@ -130,14 +130,14 @@ class Steward(_Section):
     port: int = Field(default=8082, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     keep_runs: Duration | None = timedelta(days=30)
-    """How long runs and their results are kept after they ended; none keeps them for ever."""
+    """How long runs and their results are kept after their end; none keeps them for ever."""
     keep_history: Duration | None = timedelta(days=30)
-    """How long Prefect's task runs and logs are kept after they ended; Prefect itself never removes them."""
+    """How long Prefect's task runs and logs are kept after their end; Prefect itself never removes them."""
     sweep: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
-    """Time between two sweeps that remove what is too old, and stored objects that no run names."""
+    """Time between two sweeps, which remove runs and history past their retention, and objects that no run names."""
     deletion_cost: bool = False
-    """Tell Kubernetes which worker pods are busy, so that it removes idle ones first when it scales down. Takes a
-    service account that may get and patch pods."""
+    """Mark busy worker pods for Kubernetes, so that it removes idle ones first when it scales down.
+    Needs a service account that may get and patch pods."""
 
 
 class Prefect(_Section):
@@ -148,7 +148,7 @@ class Prefect(_Section):
     api_key: SecretStr | None = None
     """Key of Prefect Cloud."""
     history: bool = True
-    """Sink every run to the Prefect server."""
+    """Publish every run to the Prefect server."""
 
     def environment(self) -> dict[str, str]:
         """Prefect's own variables for a worker; they must be set before prefect is imported."""
@@ -172,7 +172,7 @@ class Model(_Section):
     name: str = "gpt-4o-mini"
     """The provider's name of the model; the embedded backend ignores it."""
     base_url: str | None = None
-    """The provider's URL, ending in /v1; none means OpenAI, or the embedded server's own address."""
+    """The provider's URL, up to /v1; none means OpenAI, or the embedded server's own address."""
     api_key: SecretStr | None = None
     """The provider's key. It is never logged or stored."""
     timeout: Duration = timedelta(seconds=60)
@@ -184,13 +184,13 @@ class Model(_Section):
     )
     """Folder where the embedded model's file is kept, shared between projects."""
     weights: Path | None = None
-    """The embedded model's file itself, as in an image that has it: nothing is looked for or downloaded."""
+    """The embedded model's file itself, as in an image that has it; then nothing is searched for or downloaded."""
     host: str = "127.0.0.1"
     """Address that the embedded model's server listens on; 0.0.0.0 in a cluster."""
     port: int = Field(default=8083, ge=0, le=65535)
     """Port of the embedded model's server."""
     slots: int = Field(default=2, ge=1, le=16)
-    """Answers the embedded server works on at the same time; more does not make two cores faster."""
+    """Answers that the embedded server computes at the same time; more does not make two cores faster."""
 
     @property
     def embedded(self) -> bool:
@@ -202,14 +202,14 @@ class Model(_Section):
 
 
 class Setup(_Section):
-    """What `backcast setup` does beyond the schema and the bucket; no other process reads it."""
+    """Read by `backcast setup` only: the roles and databases that it makes beside the schema and the bucket."""
 
     admin_url: SecretStr | None = None
-    """A PostgreSQL role that may create roles and databases: it makes those that the other URLs name."""
+    """URL of a PostgreSQL role that may create roles and databases: it makes those that the other URLs name."""
     prefect_url: SecretStr | None = None
-    """The Prefect server's own database."""
+    """URL of the Prefect server's own database."""
     scaler_url: SecretStr | None = None
-    """A role that may read the view `backlog` and nothing else, for an autoscaler; it is made in `database.url`."""
+    """URL of a role for an autoscaler, which may read the view `backlog` only; it is made in `database.url`."""
     patience: Duration = timedelta(minutes=5)
     """How long to wait for the database and the store."""
 
@@ -220,7 +220,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_nested_delimiter="__",
-        env_ignore_empty=True,  # what a template leaves empty was not set: an empty key is no key
+        env_ignore_empty=True,  # a variable that a template leaves empty is not set: an empty key is no key
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
@@ -238,15 +238,15 @@ class Settings(BaseSettings):
     tasks: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
     """Python modules whose Prefect tasks the worker serves, beside the built-in ones; comma-separated in a variable."""
     builtin_tasks: bool = True
-    """Serve the built-in tasks (`cast`). The runs of a task go to one pool: others that have it switch this off."""
+    """Serve the built-in tasks (`cast`). The runs of a task go to one pool: workers of other pools switch this off."""
     lease: Duration = Field(default=timedelta(seconds=15), ge=timedelta(seconds=2))
-    """A worker that has not been heard of for this long is dead, and its runs are ready again."""
+    """A worker without a heartbeat for this long is dead, and its runs are ready again."""
     max_attempts: int = Field(default=3, ge=1)
     """How often a run may be lost together with its worker before it fails as `worker_lost`."""
     max_result: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest result, in bytes of JSON."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """How much backcast itself logs."""
+    """The least severe messages that backcast itself logs."""
 
     @classmethod
     def settings_customise_sources(

@@ -1,6 +1,6 @@
-"""Where results and large inputs are kept: a folder or an S3 bucket; an object is there whole or not at all.
+"""Keeps results and large inputs in a folder or an S3 bucket; an object is there whole or not at all.
 
-Decides whether an object is missing or the store is away: the two are never confused. Knows nothing of runs.
+Decides whether an object is missing or the store is away, and never confuses the two. Knows nothing of runs.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ T = TypeVar("T")
 CHUNK = 4 * 1024 * 1024
 """Bytes read at a time: no connection or file stays open while a slow reader takes them."""
 PAGE = 1000
-"""Objects listed at a time; what S3 gives at most."""
+"""Objects listed at a time, the most that S3 gives."""
 _BATCH = 16
 """Objects deleted at the same time."""
 _LINK_LASTS = 300
-"""Seconds in which a link can be followed; what has begun then may go on."""
+"""Seconds in which a link can be followed; a download that has begun by then may go on."""
 _DRAFTS = ".drafts"
-"""Where files of a folder are written before they are moved into place. That it is there tells the folder from the
-empty one that stays behind when it is not mounted."""
+"""Where files of a folder are written before they are moved into place. Its presence distinguishes the folder from the
+empty mount point that is there when the folder is not mounted."""
 _ABANDONED = 24 * 3600
-"""Seconds after which nobody is still writing a draft."""
+"""Seconds after which a draft can't be in use any more."""
 
 
 class Missing(Exception):
@@ -97,8 +97,8 @@ class Store:
         return chunks()
 
     async def link(self, key: str) -> str | None:
-        """A URL by which whoever has it may read the object for five minutes, where callers can reach the store
-        themselves; None where they can't. Raises `Missing`."""
+        """A URL that lets its bearer read the object for five minutes, where callers can reach the store themselves;
+        None where they can't. Raises `Missing`."""
         return await self._within(self._place.link(_checked(key)))
 
     async def delete(self, keys: Iterable[str]) -> None:
@@ -108,7 +108,7 @@ class Store:
             await self._within(self._place.remove(left[at : at + _BATCH]))
 
     async def pages(self, kind: str) -> AsyncIterator[list[Object]]:
-        """The objects whose keys begin with `<kind>/`. What comes or goes meanwhile may be among them or not."""
+        """The objects whose keys begin with `<kind>/`. Objects that come or go meanwhile may be among them or not."""
         async with contextlib.aclosing(self._place.pages(_checked(kind))) as pages:
             while (page := await self._within(anext(pages, None))) is not None:
                 yield page
@@ -118,7 +118,7 @@ class Store:
         await self._within(self._place.check())
 
     async def ensure(self) -> None:
-        """Create the folder or bucket if it is not there. Nothing else does, lest an unmounted folder be made anew."""
+        """Create the folder or bucket if it is not there. Other methods don't: an unmounted folder is not created."""
         await self._within(self._place.ensure())
 
     async def aclose(self) -> None:
@@ -130,12 +130,12 @@ class Store:
                 return await work
         except TimeoutError:
             raise StoreUnavailable(f"{self._place} did not answer within {self._timeout:g} s.") from None
-        except self._place.failures as error:  # not chained: the causes may tell keys
+        except self._place.failures as error:  # not chained: the causes may contain keys
             raise StoreUnavailable(f"{self._place} {self._place.explain(error)}.") from None
 
 
 def _checked(key: str) -> str:
-    """Keys are ours; this holds them to what means the same in a folder and in a bucket."""
+    """A key of ours, if it means the same in a folder and in a bucket; else `ValueError`."""
     dotted = any(part[:1] in ("", ".") for part in key.split("/"))
     if dotted or "~" in key or not key.isprintable() or len(key.encode()) > 250:
         raise ValueError(f"{key[:200]!r} can't be the key of an object.")
@@ -164,7 +164,7 @@ class _Folder:
         await self._in_thread(lambda: self._write(key, body, is_copied))
 
     async def link(self, key: str) -> None:
-        """Nobody but us reads the folder."""
+        """None: callers can't read the folder."""
 
     async def remove(self, keys: list[str]) -> None:
         await self._in_thread(lambda: self._remove(keys))
@@ -225,7 +225,7 @@ class _Folder:
             raise Missing(key) from None
 
     def _write(self, key: str, body: bytes, is_copied: bool) -> None:
-        # Every result passes here: plain calls on strings cost half of what pathlib and file objects do.
+        # Every result passes here: plain calls on strings cost half as much as pathlib and file objects.
         path, draft = self._place(key), f"{self._root}/{_DRAFTS}/{secrets.token_hex(12)}"
         try:
             file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -305,7 +305,7 @@ class _Bucket:
         self._s3: Any = open_s3(endpoint_url=settings.endpoint)
         self._s3.retries = 1  # botocore's are enough
         public = settings.public_endpoint
-        self._public: Any = open_s3(endpoint_url=public) if public else None  # signs only, and asks nobody
+        self._public: Any = open_s3(endpoint_url=public) if public else None  # signs only, and sends no request
 
     def __str__(self) -> str:
         return f"The bucket {self._bucket} at {self._host}"
@@ -315,9 +315,9 @@ class _Bucket:
             case "NoSuchBucket" | "404":
                 return "does not exist: create it, or correct BACKCAST_STORE__URL"
             case "":
-                what = type(error).__name__
-                look = "the access key" if "Credentials" in what else "BACKCAST_STORE__ENDPOINT and the network"
-                return f"can't be reached ({what}): look at {look}"
+                kind = type(error).__name__
+                look = "the access key" if "Credentials" in kind else "BACKCAST_STORE__ENDPOINT and the network"
+                return f"can't be reached ({kind}): look at {look}"
             case code if isinstance(error, PermissionError):
                 return f"refuses us ({code}): look at the access key, and at its rights to read, write, delete and list"
             case code:
@@ -384,7 +384,7 @@ class _Bucket:
         try:
             return await self._call(operation, Key=self._prefix + key, **arguments)
         except FileNotFoundError:
-            await self.check()  # stores differ in what they say when it is the bucket that is missing
+            await self.check()  # stores answer differently when the bucket is missing
             raise Missing(key) from None
 
     async def _call(self, operation: str, **arguments: Any) -> Any:
@@ -392,6 +392,6 @@ class _Bucket:
 
 
 def _code(error: Exception) -> str:
-    """The store's own word for what is wrong; s3fs keeps it in the cause. Empty when the store did not answer."""
+    """The store's own code for the error; s3fs keeps it in the cause. Empty when the store did not answer."""
     response: Any = getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))

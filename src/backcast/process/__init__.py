@@ -1,1 +1,1 @@
-"""The frame of every process: its log, its signals, its probes, and how it outlasts an outage."""
+"""The frame of every process: its log, signals, probes and retries."""

@@ -1,10 +1,10 @@
-"""How a process logs."""
+"""Sets up the log of a process."""
 
 import logging
 import sys
 
 
 def configure_logging(level: str) -> None:
-    """One line per event on stderr; colours and prefixes are the business of who reads it."""
+    """Log one line per event to stderr, without times and colours: the program that collects the lines adds them."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)-7s %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("backcast").setLevel(level.upper())

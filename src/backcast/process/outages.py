@@ -1,4 +1,4 @@
-"""How a process outlasts what it needs: it tries again, ever more slowly, and reports each reason once."""
+"""Outlasts the outage of a needed service: tries again, ever more slowly, and reports each reason once."""
 
 from collections.abc import Callable, Iterator
 
@@ -12,7 +12,7 @@ def backoff(first: float, longest: float, *, factor: float = 2) -> Iterator[floa
 
 
 class Outage:
-    """Something that may be away. While it is, each reason is reported once, however often it is tried."""
+    """A service that may be away. While it is, each reason is reported once, however often it is tried."""
 
     def __init__(self, report: Callable[[str], object]) -> None:
         self._report = report

@@ -1,4 +1,4 @@
-"""The port of a process for probes and metrics."""
+"""Serves the probes and metrics of a process on one port."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ class _Server(uvicorn.Server):
 async def probes(
     host: str, port: int, *, ready: Callable[[], Awaitable[None]], registry: CollectorRegistry
 ) -> AsyncIterator[int]:
-    """Serve /livez, /readyz and /metrics while entered; yields the port. `ready` raises `Unavailable` when it isn't."""
+    """Serve /livez, /readyz and /metrics while entered; yields the port. `ready` raises `Unavailable` if not ready."""
 
     async def livez(_: Request) -> Response:
         return JSONResponse({"status": "alive"})

@@ -1,4 +1,4 @@
-"""How a process is asked to stop."""
+"""Turns signals into requests to stop."""
 
 import asyncio
 import signal

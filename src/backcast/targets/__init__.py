@@ -1,7 +1,7 @@
-"""The wanted shape of an answer: a name out of a closed list or a JSON Schema (2020-12), made one plain schema.
+"""Targets: the wanted shape of an answer, from a name or a JSON Schema (2020-12) to one plain schema.
 
-Decides what may be wanted and whether a value is it. Targets come from strangers: nothing in them is imported, run or
-fetched, every keyword means what it says or is refused by name, and no pattern takes more than linear time.
+Decides which targets are accepted, and which values have their shape. Targets come from strangers: nothing in them is
+imported, run or fetched, every keyword is applied or refused by name, and no pattern takes more than linear time.
 """
 
 from pydantic_core import to_json
@@ -23,7 +23,7 @@ def parse(target: JSON, *, pointer: str = "/target") -> Target:
     """The target that a caller wrote as a name, as a JSON Schema, or as a JSON Schema in a text.
 
     Raises:
-        InvalidTarget: with the place of what is wrong, below `pointer`.
+        InvalidTarget: with the place of the mistake, below `pointer`.
     """
     try:
         if isinstance(target, str) and not target.lstrip().startswith("{"):

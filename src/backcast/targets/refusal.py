@@ -1,4 +1,4 @@
-"""Why a target is refused, and at which place of it."""
+"""The refusal of a target: its reason, with the place in the target."""
 
 
 class Refused(Exception):

@@ -55,10 +55,10 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("true or false", lambda value: isinstance(value, bool), "uniqueItems deprecated readOnly writeOnly"),
 )
 _KEYWORDS = {keyword: (expected, holds) for expected, holds, keywords in _RULES for keyword in keywords.split()}
-"""Every keyword there is here; `x-…` is dropped, another one is refused."""
+"""Every supported keyword; `x-…` is dropped, any other one is refused."""
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
 _DROPPED = {"$ref", "$schema", "$comment", "$defs", "definitions", "discriminator"}
-"""Written out, or without a say in what is valid (`discriminator` is OpenAPI's hint beside `oneOf`)."""
+"""Written out, or without effect on validity (`discriminator` is OpenAPI's hint beside `oneOf`)."""
 _Pointer = tuple[str, ...]
 
 
@@ -74,7 +74,7 @@ def described(text: bytes) -> Target:
 
 
 class _Inlining:
-    """One schema on its way to having no references; counts what it grows to."""
+    """Writes out the references of one schema, and counts how much it grows."""
 
     def __init__(self, root: Schema) -> None:
         self._root = root
@@ -121,7 +121,7 @@ class _Inlining:
             raise Refused(place, f"{reference[:80]!r} leads to `false`, which no value fits")
         where = "".join(f"/{escaped(part)}" for part in parts)
         found = {} if there is True else self.written_out(there, where, (*references, parts), depth + 1)
-        if out.keys() <= _ANNOTATIONS:  # what stands beside a reference speaks for this place
+        if out.keys() <= _ANNOTATIONS:  # annotations beside a reference override those behind it
             return found | out
         return {**out, "allOf": [*out.get("allOf", ()), found]}
 
@@ -167,7 +167,7 @@ class _Inlining:
                 raise Refused(place, f"the pattern is not a linear-time regular expression: {why}") from None
             self._compiling += thread_time() - started
             if self._compiling > COMPILING:
-                raise Refused(place, "the patterns are too large: say lengths by minLength and maxLength")
+                raise Refused(place, "the patterns are too large: limit lengths by minLength and maxLength")
         if expected not in (_ONE, _SEVERAL, _BY_NAME):
             try:
                 self._size += len(json.dumps(value, allow_nan=False))

@@ -1,4 +1,4 @@
-"""Whether a value has the wanted shape: JSON Schema 2020-12, with formats that are checked and linear-time patterns."""
+"""Checks whether a value has the wanted shape: JSON Schema 2020-12, with checked formats and linear-time patterns."""
 
 import functools
 import ipaddress
@@ -36,7 +36,7 @@ class Target:
         """The value as plain JSON (dates become ISO strings, 3.0 stays a valid integer as JSON Schema has it).
 
         Raises:
-            ValueError: it does not have the shape; the sentence says where.
+            ValueError: it does not have the shape; the sentence names the place.
         """
         try:
             plain = to_jsonable_python(value)
@@ -76,18 +76,18 @@ def _pattern(_: Any, pattern: str, value: JSON, __: Any) -> Any:
 
 
 def _multiple_of(_: Any, step: float, value: JSON, __: Any) -> Any:
-    """As written: in binary 19.99 is no multiple of 0.01."""
+    """Compare the numbers as written: in binary 19.99 is no multiple of 0.01."""
     if is_number(value) and Fraction(str(value)) % Fraction(str(step)):
         yield ValidationError(f"{value!r} is not a multiple of {step!r}")
 
 
 def _shaped(shape: str, check: Callable[[str], Any] = bool) -> Callable[[str], Any]:
-    """The shape, and then the calendar: the standard library alone takes more than the shape."""
+    """Checks the shape, then the calendar: the standard library alone accepts more than the shape."""
     expression = re.compile(shape, re.ASCII)
     return lambda value: expression.fullmatch(value) and check(value)
 
 
-_CLOCK = r"\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?"  # texts seldom tell the zone
+_CLOCK = r"\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?"  # texts seldom name the zone
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 FORMATS: Mapping[str, Callable[[str], Any]] = {
     "date": _shaped(r"\d{4}-\d\d-\d\d", date.fromisoformat),

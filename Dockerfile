@@ -51,10 +51,10 @@ RUN --mount=type=cache,target=/root/.cache/uv \
  && grep '\.so' /files | xargs strip --strip-unneeded \
  && mkdir /above && tar -c -T /files -f - | tar -x -C /above -f -
 
-# The product's own way to the file: by its hash, from any source that can be reached. These two modules need no other.
+# The product's own way to the file: by its hash, from any source that can be reached. These modules need no other.
 FROM api-env AS weights
 COPY src/backcast/errors.py /fetch/backcast/
-COPY src/backcast/local/weights.py /fetch/backcast/local/
+COPY src/backcast/local/lock.py src/backcast/local/weights.py /fetch/backcast/local/
 RUN --mount=type=cache,target=/cache PYTHONPATH=/fetch /app/.venv/bin/python -c "import pathlib, shutil; \
     from backcast.local.weights import fetch; \
     shutil.copyfile(fetch(pathlib.Path('/cache'), lambda *_: None), '/app/model.gguf')"

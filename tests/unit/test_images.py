@@ -64,6 +64,25 @@ def test_dependencies_come_before_the_source() -> None:
         assert not sources or name in ("package", "weights", "dev")
 
 
+def test_the_model_is_fetched_by_modules_that_need_no_others() -> None:
+    copied = {
+        word.removeprefix("src/")
+        for instruction, rest in STAGES["weights"].instructions
+        if instruction == "COPY"
+        for word in rest.split()
+        if word.startswith("src/")
+    }
+    assert copied
+    for name in copied:
+        for module, names in re.findall(
+            r"^from (backcast[.\w]*) import (.+)$", (ROOT / "src" / name).read_text(), re.MULTILINE
+        ):
+            folder = module.replace(".", "/")
+            needed = {f"{folder}.py"} if (ROOT / "src" / f"{folder}.py").is_file() else set[str]()
+            needed = needed or {f"{folder}/{each.strip()}.py" for each in names.split(",")}
+            assert needed <= copied, f"{name} needs {needed - copied}"
+
+
 def sent(path: str) -> bool:
     """Whether .dockerignore lets a file or folder of the repository's root through."""
     kept = True

@@ -183,7 +183,7 @@ def test_lanes(cli: Cli) -> None:
     assert cli("lanes").stdout == cli("lane", "gpu").stdout
     assert json.loads(cli("lane", "gpu", "--json").stdout)["max_per_minute"] == 1.5
     assert [lane["name"] for lane in json.loads(cli("lanes", "--json").stdout)] == ["gpu"]
-    fails(cli("lane", "gpu", "--lift", "--max-running", "1"), 2, "--lift takes no limits")
+    fails(cli("lane", "gpu", "--lift", "--max-running", "1"), 2, "--lift can't be combined")
     fails(cli("lane", "gpu", "--max-per-minute", "0"), 2, "--max-per-minute")
     assert cli("lane", "gpu", "--lift").stdout == "The lane gpu has no limits any more.\n"
     fails(cli("lane", "gpu"), 2, "This lane has no limits.")

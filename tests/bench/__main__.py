@@ -95,7 +95,7 @@ async def measure(runs: int, folder: Path) -> Table:
     for column in ("measure", "figure", "CPU ms per run"):
         table.add_column(column, justify="left" if column == "measure" else "right")
     async with product(folder) as (running, parts):
-        url = str(running.client.base_url).rstrip("/")
+        url = str(running.http.base_url).rstrip("/")
         connections = [await Connection.open(url) for _ in range(CONNECTIONS)]
         await ended(connections[0], await submit(connections, "echo", [{"value": n} for n in range(100)]))
 

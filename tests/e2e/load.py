@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from tests.e2e.release import Release
-from tests.support.stack import FINAL
+from tests.support.runs import FINAL
 from tests.support.waiting import until
 
 log = logging.getLogger("e2e")

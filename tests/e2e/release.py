@@ -18,7 +18,7 @@ from backcast.client import AsyncClient
 from tests.e2e.cluster import INGRESS, Cluster, is_ready
 from tests.e2e.images import CHART, NOW
 from tests.e2e.programs import Done, run, run_aloud
-from tests.support.stack import FINAL
+from tests.support.runs import Runs
 from tests.support.waiting import until
 
 Values = Mapping[str, Any]
@@ -54,11 +54,12 @@ def small(host: str, model: str, tag: str = NOW) -> dict[str, Any]:
 
 
 @dataclass
-class Release:
+class Release(Runs):
     cluster: Cluster
     name: str
     namespace: str
     http: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=30, trust_env=False))
+    every = 0.25
 
     # -- helm -------------------------------------------------------------------------------------------------------
 
@@ -242,24 +243,7 @@ class Release:
 
     async def submit(self, task: str, **given: Any) -> str:
         await self.knows(task)
-        answer = await self.http.post(f"/v1/tasks/{task}/runs", json={"input": given})
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["id"])
-
-    async def run(self, run_id: str) -> dict[str, Any]:
-        answer = await self.http.get(f"/v1/runs/{run_id}")
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
-
-    async def ended(self, run_id: str, *, timeout: float = 120) -> dict[str, Any]:
-        return await until(lambda: self.run(run_id), lambda run: run["state"] in FINAL, timeout=timeout, every=0.25)
-
-    async def result(self, run_id: str, *, timeout: float = 120) -> Any:
-        run = await self.ended(run_id, timeout=timeout)
-        assert run["state"] == "completed", run
-        answer = await self.http.get(f"/v1/runs/{run_id}/result")
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+        return await super().submit(task, **given)
 
     async def do(self, task: str, **given: Any) -> Any:
         return await self.result(await self.submit(task, **given))

@@ -29,10 +29,10 @@ async def product(database: str, tmp_path: Path, model: ScriptedModel) -> AsyncI
 
 async def cast(product: Stack, **body: object) -> dict[str, object]:
     """The answer of the example's status route, once it is not pending."""
-    answer = await product.client.post("/tasks", json=body)
+    answer = await product.http.post("/tasks", json=body)
     assert answer.status_code == 202, answer.text
     await product.ended(answer.json()["task_run_id"])
-    return dict((await product.client.get(answer.headers["location"])).json())
+    return dict((await product.http.get(answer.headers["location"])).json())
 
 
 async def test_the_example(product: Stack) -> None:
@@ -66,7 +66,7 @@ async def test_targets_are_checked_before_a_run_is_accepted(product: Stack) -> N
                 "/input/target",
             ),
         ):
-            answer = await product.client.post(path, json=body)
+            answer = await product.http.post(path, json=body)
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_target")
             assert answer.json()["errors"][0]["pointer"].startswith(place)
 
@@ -83,7 +83,7 @@ async def test_a_model_that_is_away_is_waited_for(database: str, tmp_path: Path)
     env = {"BACKCAST_MODEL__BASE_URL": f"http://127.0.0.1:{port}/v1", "BACKCAST_MODEL__API_KEY": KEY}
     async with stack(database, tmp_path, **env) as product:
         await product.up("api", "worker")
-        answer = await product.client.post("/tasks", json=CHAIRS)
+        answer = await product.http.post("/tasks", json=CHAIRS)
         run_id = answer.json()["task_run_id"]
 
         run = await until(

@@ -37,7 +37,7 @@ class Ended:
 async def backcast(product: Stack, *arguments: str, stdin: str = "") -> Ended:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "backcast", *arguments),
-        env=product.environment(BACKCAST_URL=str(product.client.base_url)),
+        env=product.environment(BACKCAST_URL=str(product.http.base_url)),
         cwd=product.folder,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -74,7 +74,7 @@ async def test_a_wrong_target_is_refused_before_it_is_queued(product: Stack) -> 
     wrong = await backcast(product, "cast", "x", "--to", "os.system")
     assert (wrong.code, wrong.out) == (2, "")
     assert "'os.system' is not a target" in wrong.err
-    async with AsyncClient(str(product.client.base_url)) as client:
+    async with AsyncClient(str(product.http.base_url)) as client:
         with pytest.raises(InvalidTarget):
             await client.cast("x", "os.system")
 
@@ -85,7 +85,7 @@ class Boxes(BaseModel):
 
 
 async def test_the_client_speaks_the_real_interface(product: Stack) -> None:
-    async with AsyncClient(str(product.client.base_url)) as client:
+    async with AsyncClient(str(product.http.base_url)) as client:
         assert await client.cast("12 boxes, 2 broken", Boxes) == Boxes(whole=12, broken=2)
         assert await client.cast("a b", list[str], timeout=PATIENCE)
 

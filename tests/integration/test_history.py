@@ -76,7 +76,7 @@ async def check(product: Stack, url: str, before: str) -> None:
     assert (await seen(url, retried, "COMPLETED"))["run_count"] == 3
     running = await product.submit("linger", name="for ever")
     await seen(url, running, "RUNNING")
-    await product.client.post(f"/v1/runs/{running}/cancel")
+    await product.http.post(f"/v1/runs/{running}/cancel")
     await seen(url, running, "CANCELLED")
 
 
@@ -104,7 +104,7 @@ async def test_prefect_also_shows_what_no_engine_has_said(database: str, tmp_pat
             assert waiting["name"] == "echo"
             assert list(waiting["task_inputs"]) == ["value"]
             await seen(server.url, cancelled, "SCHEDULED")
-            await product.client.post(f"/v1/runs/{cancelled}/cancel")
+            await product.http.post(f"/v1/runs/{cancelled}/cancel")
             await seen(server.url, cancelled, "CANCELLED")
             await product.start("worker").ready()
             completed = await seen(server.url, done, "COMPLETED")

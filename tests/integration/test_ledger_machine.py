@@ -26,11 +26,11 @@ from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Limits, Problem, Submission, TaskType, uuid7
+from tests.support.runs import FINAL
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
 LEASE = timedelta(minutes=5)  # longer than any example takes: leases end when a rule says so
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
-FINAL = {"completed", "failed", "cancelled", "expired"}
 NEXT = {
     None: {"held", "scheduled", "queued"},
     "held": {"queued", "cancelled", "expired"},

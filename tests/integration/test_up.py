@@ -20,7 +20,8 @@ import pytest
 from backcast.ledger import provisioning
 from backcast.local import postgres
 from backcast.testing import ScriptedModel
-from tests.support.stack import FINAL, ROOT, free_port
+from tests.support.runs import FINAL
+from tests.support.stack import ROOT, free_port
 from tests.support.waiting import PATIENCE, until
 
 

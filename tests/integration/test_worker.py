@@ -17,8 +17,9 @@ from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.integration.test_ledger import LEASE
+from tests.support.runs import FINAL
 from tests.support.s3 import s3_server
-from tests.support.stack import FINAL, Stack, stack
+from tests.support.stack import Stack, stack
 from tests.support.waiting import PATIENCE, until
 
 
@@ -55,14 +56,14 @@ async def test_tasks_run_and_return(product: Stack) -> None:
 
 
 async def test_task_types_come_from_signatures_and_docstrings(product: Stack) -> None:
-    task = (await product.client.get("/v1/tasks/reorder")).json()
+    task = (await product.http.get("/v1/tasks/reorder")).json()
     assert task["description"].startswith("Change the date of an order.")
     assert task["input_schema"]["properties"]["on"]["description"] == "the new date"
     assert task["input_schema"]["required"] == ["order", "on"]
     assert task["output_schema"]["properties"]["quantity"] == {"title": "Quantity", "type": "integer"}
-    answer = await product.client.post("/v1/tasks/reorder/runs", json={"input": {"order": {}, "on": "x"}})
+    answer = await product.http.post("/v1/tasks/reorder/runs", json={"input": {"order": {}, "on": "x"}})
     assert answer.status_code == 422
-    flaky = (await product.client.get("/v1/tasks/flaky")).json()
+    flaky = (await product.http.get("/v1/tasks/flaky")).json()
     assert (flaky["retries"], flaky["timeout"]) == (3, None)
 
 
@@ -119,7 +120,7 @@ async def test_cached_tasks_share_results_and_each_run_has_its_own(product: Stac
 async def test_a_running_run_is_cancelled_within_seconds(product: Stack) -> None:
     run_id = await product.submit("linger", name="for ever")
     await product.state(run_id, "running")
-    assert (await product.client.post(f"/v1/runs/{run_id}/cancel")).status_code == 200
+    assert (await product.http.post(f"/v1/runs/{run_id}/cancel")).status_code == 200
     run = await product.state(run_id, "cancelled")
     assert run["error"] is None
 
@@ -186,7 +187,7 @@ async def test_free_slots_are_filled_whatever_each_owner_has(product: Stack) -> 
     runs = []
     for owner in ("few", *["many"] * 9):
         body = {"input": {"name": "ten"}, "owner": owner}
-        runs.append((await product.client.post("/v1/tasks/linger/runs", json=body)).json()["id"])
+        runs.append((await product.http.post("/v1/tasks/linger/runs", json=body)).json()["id"])
     worker.signal(signal.SIGCONT)
 
     async def running() -> int:
@@ -256,15 +257,15 @@ async def test_everything_waits_for_the_database(tmp_path: Path) -> None:
         api, worker, steward = (product.start(name) for name in ("api", "worker", "steward"))
         for part in (api, worker):
             await part.ready("/livez")
-            assert (await product.client.get(f"{part.url}/readyz")).status_code == 503
+            assert (await product.http.get(f"{part.url}/readyz")).status_code == 503
         with postgres.running(data) as database:
             provisioning.create_database(database.url(), "backcast")
             migrate(database.url("backcast"))
             await asyncio.gather(*[part.ready() for part in (api, worker, steward)])
-            product.client.base_url = httpx.URL(api.url)
+            product.http.base_url = httpx.URL(api.url)
             runs = [await product.submit("linger", name="db") for _ in range(5)]
             await product.state(runs[0], "running")
-        answer = await product.client.get(f"/v1/runs/{runs[0]}")
+        answer = await product.http.get(f"/v1/runs/{runs[0]}")
         assert (answer.status_code, answer.json()["code"]) == (503, "ledger_unavailable")
         product.release("db")
         with postgres.running(data):
@@ -322,7 +323,7 @@ async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
             run = await product.submit("echo", value=large)
             assert await product.result(run) == large
             other = await product.start("api", BACKCAST_STORE__PUBLIC_ENDPOINT=s3.url).ready()
-            answer = await product.client.get(f"{other.url}/v1/runs/{run}/result")
+            answer = await product.http.get(f"{other.url}/v1/runs/{run}/result")
             assert (answer.status_code, answer.headers["location"].startswith(s3.url)) == (307, True)
             async with AsyncClient(other.url) as client:
                 assert await client.result(run) == large
@@ -332,7 +333,7 @@ async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
             waiting = await product.submit("nap", seconds=0, name="away")
             await until(lambda: asyncio.to_thread(calls, product, "away"))
             assert (await product.run(waiting))["state"] == "running"
-            answer = await product.client.get("/readyz")
+            answer = await product.http.get("/readyz")
             assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
             s3.start()
             await product.result(waiting)

@@ -17,10 +17,10 @@ import httpx
 
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
+from tests.support.runs import Runs
 from tests.support.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
-FINAL = {"completed", "failed", "cancelled", "expired"}
 
 
 def free_port() -> int:
@@ -80,14 +80,14 @@ class Part:
 
 
 @dataclass
-class Stack:
+class Stack(Runs):
     """A database, a folder, and whatever parts a test starts over them."""
 
     database: str
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
-    client: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=PATIENCE))
+    http: httpx.AsyncClient = field(default_factory=lambda: httpx.AsyncClient(timeout=PATIENCE))
 
     def environment(self, **more: str) -> dict[str, str]:
         return {
@@ -131,31 +131,11 @@ class Stack:
         await asyncio.gather(*[part.ready() for part in parts])
         for part in parts:
             if part.name == "api":
-                self.client.base_url = httpx.URL(part.url)
-
-    async def submit(self, task: str, **given: Any) -> str:
-        answer = await self.client.post(f"/v1/tasks/{task}/runs", json={"input": given})
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["id"])
-
-    async def run(self, run_id: str) -> dict[str, Any]:
-        answer = await self.client.get(f"/v1/runs/{run_id}")
-        assert answer.status_code == 200, answer.text
-        return dict(answer.json())
+                self.http.base_url = httpx.URL(part.url)
 
     def release(self, name: str) -> None:
         """Let the sample tasks end that linger under this name."""
         (self.folder / f"release-{name}").touch()
-
-    async def ended(self, run_id: str, *, timeout: float = PATIENCE) -> dict[str, Any]:
-        return await until(lambda: self.run(run_id), lambda run: run["state"] in FINAL, timeout=timeout)
-
-    async def result(self, run_id: str, *, timeout: float = PATIENCE) -> Any:
-        run = await self.ended(run_id, timeout=timeout)
-        assert run["state"] == "completed", run
-        answer = await self.client.get(f"/v1/runs/{run_id}/result")
-        assert answer.status_code == 200, answer.text
-        return answer.json()
 
     async def state(self, run_id: str, state: str, *, timeout: float = PATIENCE) -> dict[str, Any]:
         return await until(lambda: self.run(run_id), lambda run: run["state"] == state, timeout=timeout)
@@ -174,7 +154,7 @@ async def stack(database: str, folder: Path, **env: str) -> AsyncIterator[Stack]
     try:
         yield running
     finally:
-        await running.client.aclose()
+        await running.http.aclose()
         running.stop()
 
 

@@ -1,7 +1,7 @@
 """`make bench`: a first look at speed, on this machine, with real processes and Prefect's history on.
 
 Prints rates, latencies and CPU per run; asserts nothing, because times on shared machines are noise. For figures beside
-other systems use `tests/bench/contestant` with a side-by-side harness (its contestant.toml says how it is started).
+other systems use `tests/bench/contestant` with a side-by-side harness (its contestant.toml has the commands).
 """
 
 import argparse
@@ -30,7 +30,7 @@ CONNECTIONS = 20
 
 @dataclass
 class Connection:
-    """HTTP/1.1 with keep-alive and nothing else: a full client would cost more than what is measured."""
+    """HTTP/1.1 with keep-alive and nothing else: a full client would cost more than the calls that are measured."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -104,7 +104,7 @@ async def measure(runs: int, folder: Path) -> Table:
         submitted = time.perf_counter() - start
         await ended(connections[0], ids)
         total = time.perf_counter() - start
-        await asyncio.sleep(3)  # the history follows
+        await asyncio.sleep(3)  # for the history to follow
         spent = {name: 1000 * (used - before[name]) / runs for name, used in cpu(parts).items()}
         shares = ", ".join(f"{name} {each:.2f}" for name, each in spent.items())
         table.add_row("submit, workers busy", f"{runs / submitted:.0f} /s", "")

@@ -1,7 +1,7 @@
-"""`python -m tests.bench.scale`: what the ledger's statements cost on an empty system, a backlog, and a long history.
+"""`python -m tests.bench.scale`: the cost of the ledger's statements on an empty system, a backlog, and a long history.
 
-Three databases on one real PostgreSQL that syncs, measured in turns, so that the machine's moods hit all alike; beside
-the times the pages that each statement touches, which have no moods. Also how long a fair share lets a first run wait.
+Measures three databases on one real PostgreSQL that syncs, in turns, so that the machine's noise hits all alike. Prints
+the times, the pages that each statement touches (which have no noise), and how long a fair share lets a first run wait.
 Asserts nothing.
 """
 
@@ -36,7 +36,7 @@ from backcast.models import State, Submission, TaskType, uuid7
 LEASE = timedelta(hours=1)
 OWNERS = 100
 POOLS = {"one": 1, "many": OWNERS}
-"""Pools by how many owners' runs wait in them; each has half of the backlog."""
+"""Pools and how many owners have runs in them; each pool has half of the backlog."""
 FEW = 1000
 """Ended runs of the empty system, so that its pages are full too."""
 SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "checkpoint_timeout": "15min", "max_connections": "50"}
@@ -44,7 +44,7 @@ EXPLAINED = "&session_preload_libraries=auto_explain" + "".join(
     f"&auto_explain.log_{what}" for what in ("min_duration=0", "analyze=on", "buffers=on", "timing=off")
 )
 
-# Ids as they would have been made, one every 250 ms up to `$2` seconds ago; about 300 bytes a row.
+# Ids as if they had been made, one every 250 ms up to `$2` seconds ago; about 300 bytes a row.
 FILL = """
 insert into runs (id, task, pool, owner, state, max_attempts, input, metadata, created_at, run_at, priority, fence,
                   attempts_used, worker_id, started_at, finished_at, result, result_key, error)
@@ -80,7 +80,7 @@ def task(pool: str) -> TaskType:
 
 
 class Place:
-    """A database, a worker in each of its pools, and what can be asked of it."""
+    """A database with a worker in each of its pools."""
 
     def __init__(self, url: str) -> None:
         self.ledger = Ledger(url, pool=2, timeout=timedelta(minutes=5))
@@ -97,7 +97,7 @@ class Place:
             )
 
     async def top_up(self) -> None:
-        """Enough to claim, also on the empty system."""
+        """Fill each pool with enough runs to claim, also on the empty system."""
         for pool, owners in POOLS.items():
             row = await self.ledger.fetchrow(
                 "select count(*) from (select from runs where pool = $1 and state = 'queued' limit 40) q", pool
@@ -174,9 +174,9 @@ async def measure(urls: dict[str, str], rounds: int) -> dict[str, dict[str, list
         for name, statement in STATEMENTS.items():
             for at, place in places.items():
                 if len(times[name][at]) >= 3 and statistics.median(times[name][at]) > 1000:
-                    continue  # seconds each: it has been seen
+                    continue  # so slow a statement needs no more rounds
                 began = time.perf_counter()
-                with contextlib.suppress(LedgerUnavailable):  # out of time, which is then what it took
+                with contextlib.suppress(LedgerUnavailable):  # it timed out: the time-out is its time
                     await statement(place)
                 times[name][at].append((time.perf_counter() - began) * 1000)
         for place in places.values():
@@ -188,7 +188,7 @@ async def measure(urls: dict[str, str], rounds: int) -> dict[str, dict[str, list
 
 
 async def explain(url: str, log: Path) -> dict[str, tuple[int, str]]:
-    """Pages touched by each statement, and its plan, as the server wrote them down for a connection of the product."""
+    """Pages touched by each statement, and its plan, as the server logged them for a connection of the product."""
     place = Place(url + EXPLAINED)
     await place.begin()
     await place.top_up()
@@ -232,7 +232,7 @@ async def fairness(url: str) -> str:
     )
     await connection.execute("vacuum (analyze) runs")
     await connection.close()
-    said: list[str] = []
+    lines: list[str] = []
     for each in (1, 10):
         for n in range(OWNERS):
             await submissions.submit(
@@ -248,12 +248,12 @@ async def fairness(url: str) -> str:
                 if (await runs.get(ledger, claim.id)).owner.startswith(f"small{each}."):
                     waits.append(position)
             await settlement.settle(ledger, worker, [_completed(claim) for claim in taken])
-        said.append(
+        lines.append(
             f"{each} at a time: all {OWNERS} had their turn after {position} runs claimed ({calls} claims), "
             f"median {statistics.median(waits):.0f}, last {waits[-1]}; the bulk owner got {position - OWNERS} of them"
         )
     await ledger.aclose()
-    return "\n".join(said)
+    return "\n".join(lines)
 
 
 def main() -> None:

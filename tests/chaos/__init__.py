@@ -1,1 +1,1 @@
-"""Proof that what was accepted is finished, whatever dies: `python -m tests.chaos --minutes 15 --seed 1`."""
+"""Proves that every accepted run is finished, whatever dies: `python -m tests.chaos --minutes 15 --seed 1`."""

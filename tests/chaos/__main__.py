@@ -1,4 +1,4 @@
-"""Starts the world, lets load and faults loose on it, and says what was lost: nothing, or which runs."""
+"""Starts the world, runs load and faults against it, and reports the runs that were lost, if any."""
 
 import argparse
 import asyncio
@@ -25,14 +25,14 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
     flowing = asyncio.create_task(load.flow(over))
     await storm.rage()
     over.set()
-    _say(f"{len(storm.log)} faults in {it.now:.0f} s, {len(load.cases)} runs asked for; all is healed now")
+    _log(f"{len(storm.log)} faults in {it.now:.0f} s, {len(load.cases)} runs asked for; all is healed now")
     await it.up()
     await flowing
     wrong = {"everything comes to an end": await checks.settled(it, timeout=settle)}
     for watch in watching:
         watch.cancel()
     await asyncio.gather(*watching, return_exceptions=True)
-    _say(f"settled after {it.now:.0f} s; checking")
+    _log(f"settled after {it.now:.0f} s; checking")
     ledger, bucket = await checks.rows(it), checks.Bucket(it)
     wrong |= {
         "accepted runs are in the ledger": checks.accepted(load, ledger),
@@ -46,7 +46,7 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
         "Prefect agrees": await checks.shown(it, ledger, timeout=settle),
         "nobody ends unasked": it.died,
     }
-    told = {name: await checks.told(it, ledger, found) for name, found in wrong.items() if found}
+    reports = {name: await checks.explained(it, ledger, found) for name, found in wrong.items() if found}
     return {
         "seed": seed,
         "seconds": {"storm": seconds, "in all": round(it.now)},
@@ -57,25 +57,25 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
         "requests repeated": load.repeated,
         "longest gap without progress, seconds": round(load.longest_gap, 1),
         "checks": {name: len(found) for name, found in wrong.items()},
-        "violations": {name: lines for name, lines in told.items() if name not in checks.KNOWN_MISSING},
-        "known to be missing": {name: lines for name, lines in told.items() if name in checks.KNOWN_MISSING},
+        "violations": {name: lines for name, lines in reports.items() if name not in checks.KNOWN_MISSING},
+        "known to be missing": {name: lines for name, lines in reports.items() if name in checks.KNOWN_MISSING},
         "faults by kind": dict(Counter(str(entry["kind"]) for entry in storm.log)),
         "faults": storm.log,
     }
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 async def main(arguments: argparse.Namespace) -> int:
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o711)  # PostgreSQL, if we are root, is not
+    folder.chmod(0o711)  # if we are root, PostgreSQL runs as another user
     began = time.monotonic()
-    _say(f"seed {arguments.seed}, {arguments.minutes:g} minutes, in {folder}")
+    _log(f"seed {arguments.seed}, {arguments.minutes:g} minutes, in {folder}")
     async with world(folder) as it:
-        _say(f"everything is up after {time.monotonic() - began:.0f} s")
+        _log(f"everything is up after {time.monotonic() - began:.0f} s")
         report = await chaos(
             it,
             seconds=arguments.minutes * 60,

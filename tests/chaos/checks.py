@@ -1,6 +1,6 @@
-"""What must be true once the storm is over: of each run that was accepted, and between ledger, store and Prefect.
+"""Checks after the storm: each accepted run by itself, then ledger, store and Prefect against each other.
 
-Every check returns sentences, one for each thing that is wrong; none means that it holds.
+Every check returns one sentence for each violation, and none when it holds.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from tests.chaos.world import BUCKET, NARROW, World
 from tests.support.waiting import until
 
 KNOWN_MISSING: frozenset[str] = frozenset()
-"""Checks that are reported and do not fail: what the product does not hold yet."""
+"""Checks that are reported and do not fail: promises that the product does not keep yet."""
 _AT_ONCE = 20
 _PAGE = 200
-"""Prefect's own limit for a page."""
+"""Runs: Prefect's own limit for a page."""
 
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ select id::text, task, idem_key as key, state, fence, attempts_used, retries_use
        result_key, input_key from backcast.runs"""
 
 # A change after a final state, a second final state, a fence that fell or a claim that did not raise it by one, and
-# an attempt with two workers. Rows of a run are in the order in which its row lock was had.
+# an attempt with two workers. A run's rows are in the order in which its row lock was taken.
 _AUDIT = """
 with runs as (
   select *, state in ('completed', 'failed', 'cancelled', 'expired') as final, lag(state) over run as was,
@@ -50,7 +50,7 @@ select id::text, format('attempt %s ran on %s workers', fence, count(distinct wo
 
 
 async def settled(world: World, *, timeout: float) -> list[str]:
-    """Waits until no run waits or runs."""
+    """Every accepted run comes to an end in this time."""
 
     async def look() -> list[asyncpg.Record]:
         return await world.sql(
@@ -72,11 +72,9 @@ def accepted(load: Load, ledger: dict[str, Row]) -> list[str]:
     wrong = [f"refused: {answer}" for answer in load.refused]
     ids = {case.id: case for case in load.cases}
     wrong += [
-        f"{case.key}: accepted as {case.id}, and not in the ledger" for case in load.cases if case.id not in ledger
+        f"{case.key}: accepted as {case.id}, but not in the ledger" for case in load.cases if case.id not in ledger
     ]
-    wrong += [
-        f"{run_id}: in the ledger, and its client was told of another id" for run_id in ledger.keys() - ids.keys()
-    ]
+    wrong += [f"{run_id}: in the ledger, but its client got another id" for run_id in ledger.keys() - ids.keys()]
     wrong += [f"{i}: its key is {row['key']}" for i, row in ledger.items() if i in ids and ids[i].key != row["key"]]
     return wrong
 
@@ -87,20 +85,20 @@ def outcomes(cases: list[Case], ledger: dict[str, Row]) -> list[str]:
         row = ledger.get(case.id)
         if row is None:
             continue
-        # A cancellation that was answered counts: what had ended stays as it was, all else ends as cancelled.
+        # An answered cancellation counts: a run that had ended stays as it was, any other ends as cancelled.
         ended_before = case.cancelled in ("completed", "failed", "cancelled", "expired")
         ends = "expired" if case.may_expire and row["state"] == "expired" else case.ends
         must = ends if case.cancelled is None else case.cancelled if ended_before else "cancelled"
         if (row["state"], row["code"] if must == "failed" else None) != (must, case.code if must == "failed" else None):
-            said = f", its cancellation was answered with {case.cancelled}" if case.cancelled else ""
-            wrong.append(f"{case.id}: must be {must} {case.code or ''}{said}")
+            cancellation = f", its cancellation was answered with {case.cancelled}" if case.cancelled else ""
+            wrong.append(f"{case.id}: must be {must} {case.code or ''}{cancellation}")
         if (at := case.options.get("run_at")) and row["started_at"] and row["started_at"].isoformat() < at:
             wrong.append(f"{case.id}: started before {at}")
     return wrong
 
 
 def bounded(ledger: dict[str, Row]) -> list[str]:
-    """No run is lost more often than it may be, and none is tried again more often than its task says."""
+    """No run is lost or retried more often than its task allows."""
     retries = {"stumble": 5, "refuse": 2}
     return [
         f"{run_id}: too many attempts"
@@ -123,7 +121,7 @@ select (select max(count) from running) as most, promoted from backcast.lanes wh
 
 
 async def lanes(world: World) -> list[str]:
-    """The limit held at every moment, and nobody is counted any more."""
+    """The limit held at every moment, and the lane counts no run any more."""
     name, limit = NARROW
     [row] = await world.sql(_LANE, name)
     wrong = [f"{row['most']} runs of the lane ran at once, {limit} may"] if (row["most"] or 0) > limit else []
@@ -131,7 +129,7 @@ async def lanes(world: World) -> list[str]:
 
 
 async def values(world: World, cases: list[Case], ledger: dict[str, Row]) -> list[str]:
-    """Through the API, as a caller gets them."""
+    """The API answers every completed run with its value."""
     wrong: list[str] = []
     left = iter([case for case in cases if ledger.get(case.id, {}).get("state") == "completed"])
     async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
@@ -153,11 +151,11 @@ def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body)
     except ValueError:
-        return body  # which is nobody's value
+        return body  # equal to no value
 
 
 class Bucket:
-    """The bucket, past the product's own code."""
+    """The bucket, read without the product's own code."""
 
     def __init__(self, world: World) -> None:
         self._s3 = S3FileSystem(
@@ -189,8 +187,8 @@ async def stored(bucket: Bucket, cases: list[Case], ledger: dict[str, Row]) -> l
 
 
 async def swept(bucket: Bucket, ledger: dict[str, Row], *, timeout: float) -> list[str]:
-    """No result that its run does not name; the steward's sweep may take its time. (An input without a run stays for
-    an hour: its submit might still be under way.)"""
+    """The bucket has no result that its run does not name, once the steward's sweep has run. (An input without a run
+    stays for an hour: its submission might still be under way.)"""
     named = {row["result_key"] for row in ledger.values()}
 
     async def look() -> list[str]:
@@ -199,12 +197,12 @@ async def swept(bucket: Bucket, ledger: dict[str, Row], *, timeout: float) -> li
     try:
         await until(look, lambda orphans: not orphans, timeout=timeout, every=1)
     except AssertionError:
-        return [f"{key.split('/')[1].removesuffix('.json')}: {key} belongs to nobody" for key in await look()]
+        return [f"{key.split('/')[1].removesuffix('.json')}: {key} belongs to no run" for key in await look()]
     return []
 
 
 async def shown(world: World, ledger: dict[str, Row], *, timeout: float) -> list[str]:
-    """Prefect's server has every run in the state that the ledger has; it may take its time."""
+    """Prefect's server comes to show every run in the state that the ledger has."""
     left = {
         run_id: "CANCELLED" if row["state"] == "expired" else row["state"].upper() for run_id, row in ledger.items()
     }
@@ -233,8 +231,8 @@ def _pages(items: list[str], size: int) -> Iterable[list[str]]:
     return (items[at : at + size] for at in range(0, len(items), size))
 
 
-async def told(world: World, ledger: dict[str, Row], wrong: list[str], *, most: int = 8) -> list[str]:
-    """The first of these sentences, each with what the ledger says of its run and how it came to that."""
+async def explained(world: World, ledger: dict[str, Row], wrong: list[str], *, most: int = 8) -> list[str]:
+    """The first of these sentences, each with its run's row in the ledger and the changes that led to it."""
     lines: list[str] = []
     for sentence in wrong[:most]:
         lines.append(sentence)
@@ -250,7 +248,7 @@ async def told(world: World, ledger: dict[str, Row], wrong: list[str], *, most: 
 
 
 def executions(world: World, cases: list[Case], ledger: dict[str, Row]) -> dict[str, Any]:
-    """How much was done more than once: attempts by fence, and calls of the user's code by file."""
+    """How much work was repeated: attempts by fence, calls of the user's code by file."""
     calls = {path.name: path.stat().st_size for path in (world.folder / "calls").iterdir()}
     steady = [case for case in cases if case.task not in ("stumble", "refuse", "square")]
     return {

@@ -1,5 +1,5 @@
-"""What is done to the world. Faults come from a shuffled deck, so that each kind happens in every round; what must come
-of it is decided elsewhere.
+"""Draws faults from a shuffled deck, so that each kind happens in every round, and inflicts them on the world. Does not
+know what the product must make of them.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from tests.chaos.proxy import CLEAR, Weather
 from tests.chaos.world import LEASE, World
 
 _DRAIN = 120.0
-"""Seconds after SIGTERM in which a process must have ended: far more than its grace, and its last words to servers that
-are away."""
+"""Seconds after SIGTERM in which a process must have ended: far more than its grace and its last requests to servers
+that are away."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Fault:
     kind: str
     on: str
     touches: frozenset[str]
-    """What no other fault may touch at the same time."""
+    """Names that no other fault may touch at the same time."""
     shape: Callable[[], AbstractAsyncContextManager[None]]
-    """Bad while entered."""
+    """The fault lasts while this is entered."""
     lasts: tuple[float, float] = (1, 4)
 
 
@@ -65,7 +65,7 @@ async def _under(world: World, links: Iterable[str], weather: Weather) -> AsyncI
 
 @contextlib.asynccontextmanager
 async def _slow_commits(world: World) -> AsyncIterator[None]:
-    """Each waits 2 ms, as on a cloud disk."""
+    """Each commit waits 2 ms, as on a cloud disk."""
     for name, value in (("commit_delay", 2000), ("commit_siblings", 0)):
         await world.insist(f"alter system set {name} = {value}")
     await world.insist("select pg_reload_conf()")
@@ -148,7 +148,7 @@ class Storm:
                 players.create_task(self._play(random.Random(self.seed * 1000 + number)))
 
     def _draw(self, dice: random.Random) -> Fault | None:
-        """The next that touches nothing bad already; None when the storm is over."""
+        """The next fault that touches none of the names in use; None when the storm is over."""
         over = self.world.now > self.seconds
         if not self._deck and not (over and self._decks):
             self._deck, self._decks = _deck(self.world, dice), self._decks + 1

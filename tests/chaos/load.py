@@ -1,4 +1,4 @@
-"""The work that goes on meanwhile: a client that behaves as ours asks everyone to. It repeats a request with the same
+"""Submits work during the storm and knows what must come of it. The client repeats a request with the same
 Idempotency-Key until it has the answer, and only then counts the run as accepted.
 """
 
@@ -19,12 +19,12 @@ from tests.chaos.world import NARROW, World
 UNFINISHED = 400
 """Runs that wait or run at once, at most: the load limits itself."""
 _ASK_FOR = 4.0
-"""Seconds that the client waits for an answer before it asks again, the other API perhaps."""
+"""Seconds that the client waits for an answer before it asks again, perhaps another API."""
 
 
 @dataclass
 class Case:
-    """A run that is wanted, and what must come of it."""
+    """A wanted run, with the outcome that it must have."""
 
     task: str
     input: dict[str, Any]
@@ -32,7 +32,7 @@ class Case:
     """Its result, when it is completed."""
     ends: str = "completed"
     code: str | None = None
-    """Of its error, when it fails."""
+    """The code of its error, when it fails."""
     options: dict[str, Any] = field(default_factory=dict)
     may_expire: bool = False
     cancel_after: float | None = None
@@ -40,7 +40,7 @@ class Case:
     id: str = ""
     """Set once it is accepted."""
     cancelled: str | None = None
-    """The state that the answer to the cancellation told."""
+    """The state in the answer to the cancellation."""
 
 
 def _add(dice: random.Random, key: str) -> Case:
@@ -127,7 +127,7 @@ MIX: list[tuple[int, Callable[[random.Random, str], Case]]] = [
     (6, _narrow),
     (5, _urgent),
 ]
-"""How often, and what: the place to add lanes, deadlines and whatever else a run may ask for."""
+"""Weight and maker of each kind of run: the place to add lanes, deadlines and other options of a run."""
 
 
 def _case(dice: random.Random, number: int) -> Case:
@@ -152,7 +152,7 @@ class Load:
     repeated: int = 0
     """Requests that were sent again."""
     refused: list[str] = field(default_factory=list)
-    """Answers that say that the request is at fault, which none is."""
+    """Answers that blame the request, although none is at fault."""
     _unfinished: int = 0
     _unanswered: int = 0
 
@@ -180,7 +180,7 @@ class Load:
     async def _ask(
         self, client: httpx.AsyncClient, dice: random.Random, path: str, headers: dict[str, str], body: Any
     ) -> dict[str, Any]:
-        """The answer, for as long as it takes to get one."""
+        """The answer, however often the request must be repeated."""
         while True:
             with contextlib.suppress(httpx.TransportError):
                 answer = await client.post(dice.choice(self.world.apis) + path, json=body, headers=headers)
@@ -193,7 +193,7 @@ class Load:
             await asyncio.sleep(dice.uniform(0.1, 1))
 
     async def watch(self) -> None:
-        """Keep an eye on how much is done, for ever."""
+        """Count unfinished and finished runs, for ever."""
         last = self.world.now
         while True:
             with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):

@@ -1,4 +1,4 @@
-"""A real process that can be killed, stopped and started again under the same name, address and log."""
+"""Kills, stops and restarts a real process under the same name, address and log."""
 
 import contextlib
 import signal
@@ -39,7 +39,7 @@ class Process:
         return self.child is not None and self.child.poll() is None
 
     def send(self, number: signal.Signals) -> None:
-        """To the process and all that it started, itself first."""
+        """Send the signal to the process and then to all that it started."""
         if self.is_running:
             assert self.child is not None
             with contextlib.suppress(psutil.NoSuchProcess):

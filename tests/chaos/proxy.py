@@ -1,4 +1,4 @@
-"""A link between one process and one server that can be made bad: slow, cut, or open and silent. Knows no protocol."""
+"""Makes the link between one process and one server slow, cut, or open and silent. Knows no protocol."""
 
 import asyncio
 import contextlib
@@ -13,12 +13,12 @@ _RESET = struct.pack("ii", 1, 0)  # linger for no time: closing sends RST
 
 @dataclass(frozen=True)
 class Weather:
-    """How a link is."""
+    """The condition of a link."""
 
     cut: bool = False
     """Live connections are reset, new ones too."""
     hang: bool = False
-    """Connections are accepted and stay, and nothing goes through: the worst, because nobody is told."""
+    """Connections are accepted and stay, and nothing goes through: the worst case, because no error appears."""
     latency: float = 0.0
     """Seconds for each piece of data, each way."""
     jitter: float = 0.0
@@ -94,7 +94,7 @@ class Link:
             await writer.drain()
 
     async def _pass(self, size: int) -> None:
-        """Take as long as the weather says; what was sent while the link hung arrives afterwards, as on a real one."""
+        """Delay the data by the weather; data sent while the link hung arrives afterwards, as on a real link."""
         while self.weather.hang:
             await self._changed.wait()
         if self.weather.cut:

@@ -1,5 +1,5 @@
-"""The work of the chaos harness. Each value follows from the input alone, and tells whose it is; each call is counted
-in a file, which is how executions are known and how a task fails a number of times, whatever process it runs in.
+"""The tasks of the chaos harness. Each value follows from the input alone and names its run's key. Each call is counted
+in a file: so executions are known, and a task can fail a number of times, whatever process it runs in.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ async def add(key: str, a: int, b: int) -> Any:
 @task
 def reverse(key: str, text: str) -> Any:
     call(key)
-    time.sleep(0.02)  # it runs in a thread, and holds it
+    time.sleep(0.02)  # holds its thread
     return [key, text[::-1]]
 
 

@@ -1,6 +1,4 @@
-"""The system under chaos: which processes there are, and through which links they reach each other. What happens to it
-is decided elsewhere.
-"""
+"""The system under chaos: its processes and the links through which they reach each other. Decides no fault."""
 
 import asyncio
 import contextlib
@@ -29,19 +27,19 @@ from tests.support.stack import Stack, takes_writes
 from tests.support.waiting import PATIENCE, until
 
 LEASE = 3.0
-"""Seconds: short, so that a worker that is stopped for a moment is a dead one."""
+"""Seconds: short, so that a worker that is stopped for a moment counts as dead."""
 MAX_ATTEMPTS = 12
-"""Workers that a run may be lost with: more than chaos will do to one, so that `worker_lost` is always a finding."""
+"""Workers that a run may be lost with: more than chaos takes from one run, so `worker_lost` is always a finding."""
 BUCKET = "chaos"
 SWEEP = 5.0
 """Seconds between two sweeps of the steward."""
 _WORKERS = {"worker-1": (4, 6), "worker-2": (8, 6), "worker-3": (12, 1)}
-"""Slots, and seconds of grace: the last one must hand back what it has."""
+"""Slots and seconds of grace by worker: the last one must release its runs."""
 
 NARROW = "narrow", 2
 """A lane, and how many of its runs may run at once."""
-# Every change of a run, in the order in which its row lock was had. Written by the test alone, outside of the product's
-# schema and through its own trigger, so that no statement of the product can go by unseen.
+# Every change of a run, in the order in which its row lock was taken. Written by the test's own
+# trigger, outside of the product's schema, so that no statement of the product can go by unseen.
 _AUDIT = """
 create schema audit;
 create table audit.changes (
@@ -79,7 +77,7 @@ class World:
     prefect: str = ""
     database: str = ""
     died: list[str] = field(default_factory=list)
-    """Parts of the product that ended although nobody asked them to."""
+    """Processes of the product that ended unasked."""
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -111,7 +109,7 @@ class World:
         )
 
     async def sql(self, statement: str, *values: Any, database: str = "backcast") -> list[asyncpg.Record]:
-        """On a connection of its own, past all links."""
+        """Run it on a connection of its own, past all links."""
         connection = await asyncpg.connect(
             postgres.url(self.folder / "pg", database), timeout=60, command_timeout=PATIENCE
         )
@@ -121,7 +119,7 @@ class World:
             connection.terminate()
 
     async def insist(self, statement: str) -> None:
-        """Until the server took it."""
+        """Repeat it until the server took it."""
 
         async def look() -> bool:
             try:
@@ -224,7 +222,7 @@ class World:
                 raise AssertionError(f"{process.name} is not ready: {error}\n{tail}") from None
 
     async def watch(self) -> None:
-        """Start again what ended by itself, as any supervisor does, for ever; remember what should not have."""
+        """Restart processes that ended by themselves, as any supervisor does, for ever; record those of the product."""
         while True:
             for process in self.processes.values():
                 if process.is_wanted and not process.is_running:
@@ -258,7 +256,7 @@ def _socket(url: str) -> str:
 
 @contextlib.asynccontextmanager
 async def world(folder: Path) -> AsyncIterator[World]:
-    """Everything up and ready."""
+    """A world with every process up and ready."""
     it = World(folder.resolve())
     try:
         await it.add_servers()

@@ -1,4 +1,4 @@
-"""`make eval`: how often the embedded model is right, as a caller sees it: every case through the HTTP API.
+"""`make eval`: measures how often the embedded model is right, with every case sent through the HTTP API.
 
 `--url` takes a running backcast; without it `backcast up` starts one in a folder of its own. `--direct` skips the
 product and casts in this process, against the model's server at BACKCAST_MODEL__PORT.
@@ -35,7 +35,7 @@ class NoAnswer(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Measurement:
     kind: str
     case: Case
     answer: Any
@@ -44,8 +44,8 @@ class Outcome:
     seconds: float
 
 
-async def measure(cast: Cast) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+async def measure(cast: Cast) -> list[Measurement]:
+    measurements: list[Measurement] = []
     for kind, (target, cases) in CASES.items():
         wanted = targets.parse(target)
         for case in cases:
@@ -57,23 +57,23 @@ async def measure(cast: Cast) -> list[Outcome]:
             except (NoAnswer, ValueError) as error:
                 answer, valid = f"{type(error).__name__}: {error}", False
             right = valid and is_right(answer, case.right)
-            outcomes.append(Outcome(kind, case, answer, valid, right, time.monotonic() - start))
+            measurements.append(Measurement(kind, case, answer, valid, right, time.monotonic() - start))
             if not right:
                 print(f"  {kind}: {case.text!r}: {answer!r}, not {case.right!r}", flush=True)
-    return outcomes
+    return measurements
 
 
-def report(outcomes: list[Outcome]) -> bool:
-    kinds: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        kinds[outcome.kind].append(outcome)
-    kinds["total"] = outcomes
+def report(measurements: list[Measurement]) -> bool:
+    kinds: dict[str, list[Measurement]] = defaultdict(list)
+    for measurement in measurements:
+        kinds[measurement.kind].append(measurement)
+    kinds["total"] = measurements
     print(f"{'target':<12}{'right':>10}{'valid':>10}{'mean':>9}")
     for kind, some in kinds.items():
         right, valid = sum(o.is_right for o in some), sum(o.is_valid for o in some)
         mean = sum(o.seconds for o in some) / len(some)
         print(f"{kind:<12}{f'{right}/{len(some)}':>10}{f'{valid}/{len(some)}':>10}{mean:>8.1f}s")
-    return all(o.is_valid for o in outcomes) and sum(o.is_right for o in outcomes) >= GOAL * len(outcomes)
+    return all(o.is_valid for o in measurements) and sum(o.is_right for o in measurements) >= GOAL * len(measurements)
 
 
 @asynccontextmanager
@@ -154,7 +154,7 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise SystemExit(f"backcast up is not ready; last seen: {seen}\n{log.read_text()[-4000:]}")
 
 
-async def _run(casting: contextlib.AbstractAsyncContextManager[Cast]) -> list[Outcome]:
+async def _run(casting: contextlib.AbstractAsyncContextManager[Cast]) -> list[Measurement]:
     async with casting as cast:
         return await measure(cast)
 
@@ -165,13 +165,13 @@ def main() -> int:
     parser.add_argument("--direct", action="store_true", help="cast in this process, without the product")
     arguments = parser.parse_args()
     if arguments.direct:
-        outcomes = asyncio.run(_run(in_process()))
+        measurements = asyncio.run(_run(in_process()))
     elif arguments.url:
-        outcomes = asyncio.run(_run(over_http(arguments.url)))
+        measurements = asyncio.run(_run(over_http(arguments.url)))
     else:
         with product() as url:
-            outcomes = asyncio.run(_run(over_http(url)))
-    reached = report(outcomes)
+            measurements = asyncio.run(_run(over_http(url)))
+    reached = report(measurements)
     print(f"goal: {GOAL:.0%} right, all valid: {'reached' if reached else 'missed'}")
     return 0 if reached else 1
 

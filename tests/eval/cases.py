@@ -1,4 +1,4 @@
-"""What the embedded model is measured on: five short English texts per kind of target, and the right answers."""
+"""The cases that measure the embedded model: five short English texts per kind of target, with the right answers."""
 
 from typing import Any, NamedTuple
 

@@ -1,7 +1,6 @@
 """Writes two files of the chart from `values.yaml` and its comments: `values.schema.json` and `README.md`.
 
-What stands above a key, and at its side of the page, is its documentation. A line `# @schema …` there says what the
-default can't:
+The comment above a key is its documentation. A line `# @schema …` in it states what the default can't show:
 
     enum:a,b  min:1  max:9       what a value may be, besides being of the default's type
     items:string,object          what a list holds
@@ -36,7 +35,7 @@ _ALSO = "It also takes the keys of [every pod](#every-pod)."
 
 @dataclass(frozen=True)
 class Key:
-    """A key of values.yaml, and what stands above it."""
+    """A key of values.yaml and the comment above it."""
 
     path: str
     default: Any
@@ -56,7 +55,7 @@ class Key:
 
 
 def files() -> dict[Path, str]:
-    """The generated files, and what they should hold."""
+    """The generated files by path, each with the text that it should hold."""
     keys = read((CHART / "values.yaml").read_text())
     return {
         CHART / "values.schema.json": json.dumps(schema(keys), indent=1, ensure_ascii=False) + "\n",
@@ -71,7 +70,7 @@ def read(text: str) -> list[Key]:
     """The keys of a values file, in its order.
 
     Raises:
-        ValueError: a key has no comment, or nothing says what it may hold.
+        ValueError: a key has no comment, or no mark states what it may hold.
     """
     return list(_keys(yaml.compose(text), yaml.safe_load(text), "", text.splitlines()))
 
@@ -86,9 +85,9 @@ def _keys(node: yaml.MappingNode, defaults: dict[str, Any], above: str, lines: l
         if isinstance(value, yaml.MappingNode) and not _LEAVES & marks.keys():
             key.keys.extend(_keys(value, default, f"{path}.", lines))
             if not key.keys:
-                raise ValueError(f"{path} in values.yaml is an empty map: say what it holds.")
+                raise ValueError(f"{path} in values.yaml is an empty map: describe what it holds.")
         if isinstance(value, yaml.SequenceNode) and "items" not in marks:
-            raise ValueError(f"{path} in values.yaml is a list: say what it holds.")
+            raise ValueError(f"{path} in values.yaml is a list: describe what it holds.")
         yield key
 
 
@@ -97,11 +96,11 @@ def _comment(lines: list[str], line: int, column: int) -> tuple[str, dict[str, s
     start, words, marks = " " * column + "#", list[str](), dict[str, str]()
     while line > 0 and lines[line - 1].startswith(start):
         line -= 1
-        said = lines[line].removeprefix(start).strip()
-        if said.startswith("@schema "):
-            marks |= dict(mark.partition(":")[::2] for mark in said.split()[1:])
+        text = lines[line].removeprefix(start).strip()
+        if text.startswith("@schema "):
+            marks |= dict(mark.partition(":")[::2] for mark in text.split()[1:])
         else:
-            words.insert(0, said)
+            words.insert(0, text)
     return " ".join(words), marks
 
 
@@ -155,7 +154,7 @@ def _any_of(names: str) -> Schema:
 
 
 def _settings() -> Schema:
-    """The settings' own schema: without defaults, which are the settings' business; durations may be seconds too."""
+    """The settings' own schema, without their defaults; durations may be seconds too."""
 
     def plain(node: Any) -> Any:
         if isinstance(node, list):
@@ -189,7 +188,7 @@ def readme(keys: list[Key], template: str) -> str:
         if not key.keys:
             plain.append(key)
             continue
-        sections.append("\n".join([f"### `{key.path}`", "", _said(key), "", *_table(key.below)]))
+        sections.append("\n".join([f"### `{key.path}`", "", _described(key), "", *_table(key.below)]))
     every = [
         "### Every pod",
         "",
@@ -204,7 +203,7 @@ def _table(keys: Iterator[Key] | list[Key]) -> list[str]:
     return [
         "| key | default | |",
         "|---|---|---|",
-        *(f"| `{key.path}` | {_shown(key)} | {_said(key)} |" for key in keys),
+        *(f"| `{key.path}` | {_shown(key)} | {_described(key)} |" for key in keys),
     ]
 
 
@@ -214,5 +213,5 @@ def _shown(key: Key) -> str:
     return f"`{key.default if isinstance(key.default, str) else json.dumps(key.default, ensure_ascii=False)}`"
 
 
-def _said(key: Key) -> str:
+def _described(key: Key) -> str:
     return f"{key.comment} {_ALSO}" if "part" in key.marks else key.comment

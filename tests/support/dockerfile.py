@@ -1,4 +1,6 @@
-"""The repository's Dockerfile, read far enough to ask what its targets are. Knows nothing of what is in them."""
+"""Reads the repository's Dockerfile far enough to list its targets and their instructions. Knows nothing of the images'
+contents.
+"""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""Writes the generated files, or with --check says which are not current: docs/openapi.json, docs/settings.md, and the
-chart's schema and README.
+"""Writes the generated files, or with --check lists those that are not current: docs/openapi.json, docs/settings.md,
+and the chart's schema and README.
 """
 
 import json

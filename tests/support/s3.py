@@ -37,7 +37,7 @@ class S3Server:
         return f"http://127.0.0.1:{self._ports[0]}"
 
     def command(self) -> list[str]:
-        """How to run it; what it needs on disk is made."""
+        """The command that starts it; makes the files that it needs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = {"accessKey": self.access_key, "secretKey": self.secret_key}
         config = {"identities": [{"name": "test", "credentials": [identity], "actions": ["Admin"]}]}
@@ -75,7 +75,7 @@ class S3Server:
             time.sleep(0.05)
 
     def client(self) -> Any:
-        """Past the product's own code."""
+        """A plain S3 client, without the product's own code."""
         return botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.url,
@@ -86,7 +86,7 @@ class S3Server:
         )
 
     def why_not_ready(self) -> str:
-        """Why it takes no write yet; nothing once it does."""
+        """The reason why it takes no write yet; empty once it does."""
         if (seen := self._answer()) != 403:
             return f"not yet a refusal of who has no key: {seen}"
         client, name = self.client(), f"ready-{secrets.token_hex(8)}"
@@ -101,7 +101,7 @@ class S3Server:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.kill()  # what it has acknowledged is on disk; a polite end takes two seconds
+            self._process.kill()  # acknowledged objects are on disk; a clean shutdown takes two seconds
             self._process.wait()
             self._process = None
 

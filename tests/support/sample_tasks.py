@@ -1,4 +1,4 @@
-"""Tasks of a user, as the tests need them. Side effects go to the folder that the worker was started in."""
+"""Tasks of a user for the tests. Their side effects go to the folder that the worker was started in."""
 
 import asyncio
 import os
@@ -72,7 +72,7 @@ def block(seconds: float) -> float:
 
 @task
 async def block_the_loop(seconds: float) -> float:
-    """What one should not do: an async task that blocks."""
+    """A mistake of a user: an async task that blocks."""
     time.sleep(seconds)
     return seconds
 

@@ -1,4 +1,4 @@
-"""Real processes of the product: started as a user starts them, killed by real signals, ended by their pid."""
+"""Starts the product's real processes as a user does, signals them, and ends them by their pid."""
 
 import asyncio
 import contextlib
@@ -49,7 +49,7 @@ class Part:
             return await self.does(look)
 
     async def does(self, look: Callable[[], Awaitable[bool]]) -> "Part":
-        """Wait until it does this; what it has logged is in the message when it does not."""
+        """Wait until `look` answers true; the error after the deadline shows the log."""
 
         async def alive() -> bool:
             assert self.process.poll() is None, f"{self.name} ended with {self.process.returncode}"
@@ -62,7 +62,7 @@ class Part:
         return self
 
     def kill(self) -> None:
-        """SIGKILL, for the whole group: nobody gets to say goodbye."""
+        """SIGKILL for the whole group: no process of it can clean up."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -81,7 +81,7 @@ class Part:
 
 @dataclass
 class Stack(Runs):
-    """A database, a folder, and whatever parts a test starts over them."""
+    """A database, a folder, and the parts that a test starts over them."""
 
     database: str
     folder: Path

@@ -1,4 +1,4 @@
-"""The one way to wait in tests: until something holds, with a deadline, and with the last thing seen in the message."""
+"""The only wait in tests: until a condition holds. After the deadline the error shows the last value seen."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ import httpx
 Seen = TypeVar("Seen")
 
 PATIENCE = 120.0
-"""Seconds: far away, as no machine is to be so slow that a wait ends in vain where something was only late."""
+"""Seconds: far longer than the slowest machine needs, so that a late result does not fail a test."""
 
 
 async def until(
@@ -20,7 +20,7 @@ async def until(
     timeout: float = PATIENCE,
     every: float = 0.05,
 ) -> Seen:
-    """Look again and again; returns what was seen once it holds."""
+    """Look again and again; returns the first value that holds."""
     deadline = time.monotonic() + timeout
     while True:
         try:

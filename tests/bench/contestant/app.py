@@ -1,4 +1,4 @@
-"""The product's API with one more route: the small contract of the benchmark (`POST /tasks {kind, n, seconds}`)."""
+"""The product's API with one more route, the benchmark's small contract (`POST /tasks {kind, n, seconds}`)."""
 
 from fastapi import FastAPI
 from pydantic import BaseModel

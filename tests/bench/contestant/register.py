@@ -1,4 +1,4 @@
-"""Migrates, and registers the tasks: the benchmark submits before the first worker has been there."""
+"""Migrates the database and registers the tasks, because the benchmark submits before the first worker has started."""
 
 import asyncio
 

@@ -1,5 +1,5 @@
-"""The cluster that the tests run on: one that is given, or one of our own by the kit or by kind. Decides which, brings
-it up with what the chart counts on (an Ingress controller, metrics, KEDA), and is the tests' way to its API.
+"""Chooses the cluster that the tests run on: a given one, or one of our own by the kit or by kind. Installs the add-ons
+that the chart counts on (an Ingress controller, metrics, KEDA). All calls of the cluster's API go through it.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from tests.support.waiting import until
 log = logging.getLogger("e2e")
 
 INGRESS = os.environ.get("E2E_INGRESS", "http://127.0.0.1:8080")
-"""Where the cluster's Ingress controller is reached from here."""
+"""The address of the cluster's Ingress controller, as seen from here."""
 KIT = Path(os.environ.get("KIND_KIT", ROOT.parent / "shared" / "kind" / "kit"))
 """A program that makes a cluster with kind where no image registry can be reached; stock kind without it."""
 KIND_NAME = "backcast-e2e"
@@ -42,7 +42,7 @@ nodes:
   extraPortMappings:
   - {{containerPort: 80, hostPort: {httpx.URL(INGRESS).port or 80}, listenAddress: 127.0.0.1}}
 """
-# name, repository of charts, namespace, values: what a bare kind cluster lacks.
+# The add-ons that a bare kind cluster lacks: name, repository of charts, namespace, values.
 _ADDONS = (
     ("traefik", "https://traefik.github.io/charts", "traefik",
      ["ports.web.hostPort=80", "service.enabled=false", "ingressClass.isDefaultClass=true"]),
@@ -54,11 +54,11 @@ _ADDONS = (
 
 @dataclass
 class Cluster:
-    """A running cluster. `asking` turns every way in which its API may be away for a moment into an OSError, which
-    `until` takes for "look again"."""
+    """A running cluster. `asking` raises an OSError whenever its API is away for a moment; on an OSError `until` looks
+    again."""
 
     kind_name: str | None
-    """None when it was not made by kind: images must be in it then, or within its reach."""
+    """None when kind did not make it: the images must then be in it, or within its reach."""
     api: kubernetes.ApiClient = field(default_factory=kubernetes.ApiClient)
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Cluster:
     # -- namespaces -------------------------------------------------------------------------------------------------
 
     async def make_namespace(self, name: str) -> None:
-        """A namespace that admits nothing but pods of the restricted standard: whatever runs there is proof."""
+        """A namespace that admits only pods of the restricted standard: so every pod that runs there meets it."""
         labels = {OURS: "true", **{f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}}
         body = {"metadata": {"name": name, "labels": labels}}
         try:
@@ -99,14 +99,14 @@ class Cluster:
                 raise
 
     async def clear(self, *, wait: bool = True) -> None:
-        """Remove the namespaces that tests have made, with all that is in them."""
+        """Remove the namespaces that tests have made, with their contents."""
 
         async def look() -> list[str]:
             found = self.asking(self.core.list_namespace, label_selector=f"{OURS}=true").items
             return [namespace.metadata.name for namespace in found]
 
         names = await look()
-        for name in names:  # without the grace of its pods, for which a namespace waits twice
+        for name in names:  # with no grace for its pods: a namespace would wait for it twice
             self.asking(self.core.delete_collection_namespaced_pod, name, grace_period_seconds=0)
             self.asking(self.core.delete_namespace, name)
         if names and wait:
@@ -156,7 +156,7 @@ class Cluster:
             return
         has = await asyncio.gather(*(self._images_of(node, images) for node in self.nodes()))
         wanted = sorted(name for name, identity in images.items() if any(of.get(name) != identity for of in has))
-        # In batches, as a program may name a file after all that it is given; each shares its layers.
+        # In batches, because a program may name a file after all its arguments; the images of a batch share layers.
         for names in (wanted[start : start + 6] for start in range(0, len(wanted), 6)):
             if KIT.is_file():
                 env = {**os.environ, "KIND_KIT_NAME": self.kind_name}
@@ -165,7 +165,7 @@ class Cluster:
                 await run_aloud("kind", "load", "docker-image", "--name", self.kind_name, *names, timeout=900)
 
     async def _images_of(self, node: str, images: Iterable[str]) -> dict[str, str]:
-        """Those that a node has, with their ids, which are the digests of their configurations."""
+        """The images of a node, with their ids, which are the digests of their configurations."""
         ctr = ("docker", "exec", node, "ctr", "--namespace", "k8s.io")
         listed = [line.split() for line in (await run(*ctr, "images", "list")).out.splitlines()[1:]]
         digests = {short(name): digest for name, _, digest, *_ in listed}
@@ -213,7 +213,7 @@ async def connect() -> Cluster:
         os.environ["KUBECONFIG"] = given
         if not await _answers():
             pytest.exit(f"No cluster answers by E2E_KUBECONFIG={given}: correct or unset it.", returncode=1)
-    # KUBECONFIG alone may name a cluster that is in use: only one that kind has made is taken for a playground.
+    # KUBECONFIG alone may name a cluster that is in use: the tests accept only a cluster that kind has made.
     elif not (os.environ.get("KUBECONFIG") and await _kind_name() and await _answers()):
         await (_kit_up() if KIT.is_file() else _kind_up())
     kubeconfig.load_kube_config(os.environ["KUBECONFIG"])  # by itself it reads the variable when it is imported

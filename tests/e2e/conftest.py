@@ -1,5 +1,5 @@
-"""The session's cluster, images and releases. One release is shared by the journeys that leave it as they found it;
-`shared` puts it right before each of them, so a journey that failed half-way does not fail the next one too.
+"""The session's cluster, images and releases. The tests that leave a release as they found it share one; `shared`
+restores it before each of them, so a test that failed half-way does not fail the next one too.
 """
 
 import logging
@@ -20,7 +20,7 @@ ORDER = ("images", "values", "defaults", "access", "scaling", "faults", "upgrade
 """The cheap ones first; `defaults` leaves volumes behind that the shared release is installed onto."""
 NAMESPACE, NAME = "backcast-e2e", "backcast"
 KEEP = bool(os.environ.get("E2E_KEEP"))
-"""Leave everything in the cluster at the end, to look at it."""
+"""Leave everything in the cluster at the end, for inspection."""
 
 for _noisy in ("httpx", "kubernetes", "urllib3"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in here:
         item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
         if item.get_closest_marker("timeout") is None:
-            # By a signal: the other method ends the whole process, and with it all that cleans up. Not counting the
-            # fixtures: whoever comes first waits for the cluster, and each step of that has a deadline.
+            # By a signal: the other method ends the whole process, without any clean-up. Fixtures do not count: the
+            # first test waits for the cluster, and each step of that has a deadline.
             item.add_marker(pytest.mark.timeout(420, method="signal", func_only=True))
     if len(here) == len(items):
         items.sort(key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
@@ -48,7 +48,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest_asyncio.fixture(loop_scope="session", scope="session")
 async def tools() -> None:
-    """Docker answers, and the programs are there; or the session ends with a sentence."""
+    """Docker answers and the programs are there, or the session ends with a sentence."""
     await clusters.find_tools()
 
 
@@ -92,7 +92,7 @@ async def shared_values(cluster: Cluster, model: str) -> dict[str, Any]:
     values = small("shared.e2e.localhost", model)
     groups = cluster.groups()
     if "metrics.k8s.io" in groups:
-        # Never by itself: the target is out of reach.
+        # It never scales by itself: the target is out of reach.
         scaler = {"enabled": True, "minReplicas": 1, "maxReplicas": 2, "targetCPUUtilizationPercentage": 1000}
         values = merged(values, {"api": {"autoscaling": scaler}})
     if "keda.sh" in groups:
@@ -106,7 +106,7 @@ async def shared_values(cluster: Cluster, model: str) -> dict[str, Any]:
 async def _shared(cluster: Cluster, shared_values: dict[str, Any]) -> AsyncIterator[Release]:
     release = Release(cluster, NAME, NAMESPACE)
     await release.restore(shared_values)
-    await release.watch_endings()
+    await release.watch_ends()
     yield release
     await release.http.aclose()
 

@@ -1,5 +1,5 @@
-"""What an engineer would look at after a failure: pods, events, and the logs of every container; all of it in a folder,
-its end in the test's report."""
+"""Saves the cluster's state after a failure in a folder: pods, events, and the logs of every container. The test's
+report gets its last lines."""
 
 import json
 import os

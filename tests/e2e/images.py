@@ -1,5 +1,5 @@
-"""The images that the tests run: those of the Dockerfile as `make image` builds them, the same ones with the tests'
-tasks, and a "next release" that differs by one more migration. Built once for each state of the sources.
+"""Builds the images that the tests run, once for each state of the sources: those of `make image`, the same with the
+tests' tasks, and a "next release" that has one more migration.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ log = logging.getLogger("e2e")
 
 CHART = ROOT / "charts" / "backcast"
 RENDER = ("helm", "template", "any", str(CHART), "--kube-version", "1.34.0")
-"""Asks no cluster; helm alone may take itself for a version that the chart refuses."""
+"""Asks no cluster; without the option helm may assume a version of Kubernetes that the chart refuses."""
 REGISTRY = "ghcr.io/backcast"
 PARTS = ("api", "worker", "prefect-server", "llm")
 VERSION = str(yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]) if CHART.is_dir() else "0"
@@ -36,7 +36,7 @@ _SOURCES = ("Dockerfile", ".dockerignore", "pyproject.toml", "uv.lock", "README.
 _STAMP = ROOT / ".backcast" / "e2e" / "images.json"
 _HERE = Path(__file__).parent
 
-# The tests' tasks; a worker finds them as it finds its user's.
+# The tests' tasks; a worker finds them as it finds those of a user.
 _WITH_TASKS = f"""
 FROM {REGISTRY}/worker:{VERSION}
 COPY tasks /opt/e2e
@@ -51,7 +51,7 @@ shutil.copy('/tmp/migration.py', v.__path__[0] + '/{schema}.py')"]
 USER 10001:10001
 """
 _MIGRATION = '''
-"""It only adds, as every migration does: the release before runs on it too."""
+"""Only adds, as every migration does: the release before runs on it too."""
 from alembic import op
 
 revision = "{schema}"
@@ -78,7 +78,7 @@ def head() -> str:
 
 
 async def build() -> dict[str, str]:
-    """Build what is not built yet; returns every image of ours by name, with its id."""
+    """Build the missing images; returns every image of ours by name, with its id."""
     base = {f"{REGISTRY}/{part}:{VERSION}" for part in PARTS}
     source = _digest(_SOURCES)
     stamp = json.loads(_STAMP.read_text()) if _STAMP.is_file() else {}
@@ -124,7 +124,7 @@ async def _docker(*arguments: str, timeout: float = 60) -> None:
 
 
 async def ids(names: set[str]) -> dict[str, str]:
-    """Those that the host's docker has, with their ids."""
+    """The images that the host's docker has, with their ids."""
     done = await run("docker", "image", "inspect", "-f", "{{json .RepoTags}} {{.Id}}", *sorted(names), check=False)
     have: dict[str, str] = {}
     for line in done.out.splitlines():

@@ -1,8 +1,6 @@
-"""Work that goes on meanwhile: a client outside of the cluster that repeats a request with the same Idempotency-Key
-until it has the answer, and counts a run as accepted only then. Afterwards every accepted run must have exactly one
-outcome, the right one.
-
-It has a thread and a loop of its own, so that nothing a test does delays it.
+"""Submits work during a test, from outside of the cluster, and verifies afterwards that every accepted run has exactly
+one outcome, the right one. It repeats a request with the same Idempotency-Key until it has the answer, and counts a run
+as accepted only then. It has a thread and a loop of its own, so that no test delays it.
 """
 
 import asyncio
@@ -26,7 +24,7 @@ from tests.support.waiting import until
 log = logging.getLogger("e2e")
 
 RATE = 6.0
-"""Runs per second: what two cores do beside a cluster in turmoil."""
+"""Runs per second: two cores manage so many beside a cluster in turmoil."""
 _UNANSWERED = 40
 _numbers = itertools.count(1)
 
@@ -67,7 +65,7 @@ class Load:
     answers: Counter[str] = field(default_factory=Counter)
     """How often a request was answered in which way; those that are not 202 were repeated."""
     refused: list[str] = field(default_factory=list)
-    """Answers that say that the request is at fault, which none is."""
+    """Answers that blame the request, although none is at fault."""
 
     def __post_init__(self) -> None:
         self._over = threading.Event()
@@ -88,7 +86,7 @@ class Load:
         return [case for case in list(self.cases) if case.id]
 
     async def more(self, count: int, *, timeout: float = 180) -> None:
-        """Until so many more runs have been accepted than at this moment: the API takes work (again)."""
+        """Wait until so many more runs are accepted than now: the API takes work (again)."""
         goal = len(self.accepted) + count
 
         async def look() -> str:
@@ -132,14 +130,14 @@ class Load:
     # -- afterwards -----------------------------------------------------------------------------------------------
 
     async def verify(self, *, timeout: float = 240) -> None:
-        """Every accepted run has exactly one outcome, the right one; and no run is there that was not accepted."""
+        """Every accepted run has exactly one outcome, the right one; and there is no other run."""
         assert not self.refused, self.refused[:5]
         assert self.accepted, "nothing was accepted, so nothing could be lost"
         runs = await self._settled(timeout)
-        told = {case.id: case for case in self.accepted}
-        assert len(told) == len(self.cases), "two cases were given the same run"
-        assert runs.keys() == told.keys(), (
-            f"lost: {sorted(told.keys() - runs.keys())[:5]}; run twice: {sorted(runs.keys() - told.keys())[:5]}"
+        cases = {case.id: case for case in self.accepted}
+        assert len(cases) == len(self.cases), "two cases were given the same run"
+        assert runs.keys() == cases.keys(), (
+            f"lost: {sorted(cases.keys() - runs.keys())[:5]}; run twice: {sorted(runs.keys() - cases.keys())[:5]}"
         )
         bad = [run for run in runs.values() if run["state"] != "completed"]
         assert not bad, f"{len(bad)} runs did not complete: {bad[:3]}"
@@ -148,10 +146,10 @@ class Load:
             f"where r.owner = '{self.owner}' group by e.id"
         )
         counted = {run_id: int(count) for run_id, count in ends}
-        assert counted == dict.fromkeys(told, 1), (
-            f"not one ending each: { {i: counted.get(i, 0) for i in told if counted.get(i) != 1} }"
+        assert counted == dict.fromkeys(cases, 1), (
+            f"not one end each: { {i: counted.get(i, 0) for i in cases if counted.get(i) != 1} }"
         )
-        wrong = [said for said in await asyncio.gather(*self._values(told)) if said]
+        wrong = [sentence for sentence in await asyncio.gather(*self._values(cases)) if sentence]
         assert not wrong, f"{len(wrong)} wrong results: {wrong[:3]}"
 
     async def _settled(self, timeout: float) -> dict[str, dict[str, Any]]:
@@ -182,7 +180,7 @@ class Load:
                 return
             cursor = {"cursor": page["next_cursor"]}
 
-    def _values(self, told: dict[str, Case]) -> list[Any]:
+    def _values(self, cases: dict[str, Case]) -> list[Any]:
         gate = asyncio.Semaphore(8)
 
         async def check(case: Case) -> str | None:
@@ -192,7 +190,7 @@ class Load:
                 return None
             return f"{case.key} {case.id}: {answer.status_code} {answer.text[:200]}"
 
-        return [check(case) for case in told.values()]
+        return [check(case) for case in cases.values()]
 
 
 @asynccontextmanager

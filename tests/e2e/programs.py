@@ -1,5 +1,5 @@
-"""The programs that the tests call: docker, helm, kubectl, kind and make. Each call has a deadline, and a failed one
-tells what it was and what was said."""
+"""Runs the programs that the tests call: docker, helm, kubectl, kind and make. Each call has a deadline; the error of a
+failed one has its command and its output."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ class Done:
     err: str
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return "\n".join(filter(None, (self.out.strip(), self.err.strip())))
 
 
@@ -45,12 +45,12 @@ async def run(
             await process.wait()
     assert process.returncode is not None
     done = Done(shown, process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
-    assert not check or done.code == 0, f"{shown} ended with {done.code}:\n{done.said[-6000:]}"
+    assert not check or done.code == 0, f"{shown} ended with {done.code}:\n{done.output[-6000:]}"
     return done
 
 
 async def run_aloud(*command: str, timeout: float, env: dict[str, str] | None = None) -> Done:
-    """Run what takes long, and say what it was and how long it took."""
+    """Run a program that takes long, and log its command and duration."""
     began = time.monotonic()
     done = await run(*command, timeout=timeout, env=env)
     log.info("%s: %.0f s", done.command[:150], time.monotonic() - began)

@@ -1,5 +1,5 @@
-"""One release of the chart: installed, changed and removed by helm as a user does, reached through the Ingress from
-outside, and looked into past the product's own code.
+"""One release of the chart: helm installs, changes and removes it as a user does, requests reach it by the Ingress, and
+plain SQL and S3 calls read its data without the product's code.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from tests.support.waiting import until
 Values = Mapping[str, Any]
 
 LEASE = 5
-"""Seconds until a lost worker's runs are given to others: short, so that tests of it are."""
+"""Seconds until a lost worker's runs are given to others: short, so that its tests are short."""
 
 
 def merged(*values: Values) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def merged(*values: Values) -> dict[str, Any]:
 
 
 def small(host: str, model: str, tag: str = NOW) -> dict[str, Any]:
-    """The least that works: one of each, the tests' tasks, and a model that answers by script."""
+    """The least that works: one pod of each part, the tests' tasks, and a model that answers by script."""
     return {
         "image": {"tag": tag},
         "config": {"lease": f"PT{LEASE}S"},
@@ -64,7 +64,7 @@ class Release(Runs):
     # -- helm -------------------------------------------------------------------------------------------------------
 
     async def install(self, values: Values, *, wait: bool = True) -> Done:
-        """Install or upgrade to exactly these values, and be ready to talk to the API if it is waited for."""
+        """Install or upgrade to exactly these values; with `wait`, the API can then be called."""
         return await self._helm("upgrade", "--install", values=values, wait=wait)
 
     async def first_install(self, values: Values, *, wait: bool = True) -> Done:
@@ -87,7 +87,7 @@ class Release(Runs):
         return done
 
     async def restore(self, values: Values) -> None:
-        """Back to these values and to rest, whatever was done to it."""
+        """Return to these values and to rest, whatever a test did to it."""
         done = await run("helm", "status", self.name, "-n", self.namespace, "-o", "json", check=False)
         status = json.loads(done.out) if done.code == 0 else {}
         if status.get("info", {}).get("status") == "deployed" and status.get("config", {}) == values:
@@ -99,7 +99,7 @@ class Release(Runs):
 
     @contextlib.asynccontextmanager
     async def installing(self, values: Values) -> AsyncIterator[None]:
-        """An install that is not expected to come to a good end; it is taken back at the end of the block."""
+        """An install that is expected to fail; it is removed at the end of the block."""
         helm = asyncio.create_task(self.first_install(values, wait=False))
         try:
             yield
@@ -107,7 +107,7 @@ class Release(Runs):
             helm.cancel()
             await asyncio.gather(helm, return_exceptions=True)
             await run("helm", "uninstall", self.name, "-n", self.namespace, "--no-hooks", timeout=120, check=False)
-            # Hooks are not helm's to remove, and a Job that fails would go on trying.
+            # Helm does not remove hooks, and a failing Job would go on trying.
             await run("kubectl", "delete", "job,pod", "-l", self.selector(), "-n", self.namespace, "--wait=false")
 
     async def rollback(self) -> None:
@@ -137,7 +137,7 @@ class Release(Runs):
         return self.cluster.pods(self.namespace, self.selector(component, pool), leaving=leaving)
 
     def pod(self, component: str, pool: str = "") -> str:
-        """The name of one that is ready."""
+        """The name of a pod that is ready."""
         names = [pod.metadata.name for pod in self.pods(component, pool) if is_ready(pod)]
         assert names, f"no pod of {component} is ready"
         return names[0]
@@ -168,7 +168,7 @@ class Release(Runs):
         await until(look, lambda wrong: not wrong, timeout=timeout, every=0.5)
 
     async def setup_log(self) -> str:
-        """What the newest pod of the setup Job has said."""
+        """The log of the newest pod of the setup Job."""
         found = self.cluster.asking(
             self.cluster.core.list_namespaced_pod, self.namespace, label_selector=self.selector("setup")
         ).items
@@ -176,10 +176,10 @@ class Release(Runs):
             return "(no pod of the setup Job)"
         newest = max(found, key=lambda pod: pod.metadata.creation_timestamp)
         done = await run("kubectl", "logs", "-n", self.namespace, newest.metadata.name, "--tail=40", check=False)
-        return done.said
+        return done.output
 
     async def setup_fails(self, *, timeout: float = 180) -> str:
-        """The last line that the setup Job's pod has left behind."""
+        """The last line in the log of the setup Job's failed pod."""
         core, ask = self.cluster.core, self.cluster.asking
 
         async def look() -> list[str]:
@@ -191,7 +191,7 @@ class Release(Runs):
                 for state in (status.state, status.last_state)
                 if state is not None and state.terminated is not None
             ]
-            assert all(code for _, code in ends), f"the setup Job came to a good end: {ends}"
+            assert all(code for _, code in ends), f"the setup Job succeeded: {ends}"
             return [name for name, _ in ends]
 
         [name, *_] = await until(look, timeout=timeout, every=1)
@@ -209,7 +209,7 @@ class Release(Runs):
         return {name: base64.b64decode(value).decode() for name, value in data.items()}
 
     async def open(self) -> None:
-        """Get ready to talk to the API: by the Ingress's host, with the key of the Secret."""
+        """Prepare `http` for calls of the API: the Ingress's host, and the key of the Secret."""
         ingresses = self.cluster.asking(
             self.cluster.network.list_namespaced_ingress, self.namespace, label_selector=self.selector("api")
         ).items
@@ -228,13 +228,13 @@ class Release(Runs):
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncIterator[AsyncClient]:
-        """The product's own."""
+        """The product's own client."""
         headers = {name: self.http.headers[name] for name in ("Host", "Authorization") if name in self.http.headers}
         async with AsyncClient(INGRESS, headers=headers, patience=60) as client:
             yield client
 
     async def knows(self, task: str, *, timeout: float = 120) -> None:
-        """Until a worker has registered the task."""
+        """Wait until a worker has registered the task."""
 
         async def look() -> int:
             return (await self.http.get(f"/v1/tasks/{task}")).status_code
@@ -251,17 +251,17 @@ class Release(Runs):
     # -- past the product ---------------------------------------------------------------------------------------------
 
     async def sql(self, statement: str, database: str = "backcast") -> list[list[str]]:
-        """As the superuser, in the bundled server's own pod; rows of text."""
+        """Run it as the superuser in the bundled server's own pod; returns rows of text."""
         psql = f'psql -X -A -t -q -v ON_ERROR_STOP=1 -U "${{POSTGRES_USER:-postgres}}" -d {database} -c "$0"'
         done = await self.cluster.execute(self.namespace, self.pod("postgres"), "sh", "-c", psql, statement)
         return [line.split("|") for line in done.out.splitlines()]
 
-    async def watch_endings(self) -> None:
-        """From here on the database itself notes every ending of a run, whatever the product does."""
+    async def watch_ends(self) -> None:
+        """From here on a trigger records every end of a run, whatever the product does."""
         await self.sql(_WATCH)
 
     async def stored(self, run_id: str) -> list[str]:
-        """The names of the run's objects in the bucket, asked of the store by a plain S3 client."""
+        """The keys of the run's objects in the bucket, listed by a plain S3 client."""
         done = await self.cluster.execute(
             self.namespace, self.pod("api"), "python", "-c", _LIST.format(part=f"/results/{run_id}/")
         )

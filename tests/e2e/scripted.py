@@ -1,4 +1,4 @@
-"""A model's server that answers by script, in the cluster: all releases but one ask it."""
+"""Runs a model's server that answers by script in the cluster. All releases but one ask it."""
 
 from tests.e2e.cluster import Cluster
 from tests.e2e.images import NOW, REGISTRY

@@ -1,4 +1,4 @@
-"""Who may reach what: the API from outside and with a key; nothing else from anywhere but where it is needed."""
+"""Access: the API is open from outside with a key; every other port only to the parts that need it."""
 
 import asyncio
 import hashlib
@@ -62,17 +62,17 @@ async def test_only_the_api_has_a_way_in(shared: Release) -> None:
 # -- from inside ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_is_told_little_and_may_write_nothing(shared: Release) -> None:
+async def test_a_worker_gets_few_secrets_and_may_write_nothing(shared: Release) -> None:
     found = await shared.do("look_around")
     assert not found["token"], "a worker's token would let users' code change the cluster"
     assert (found["uid"], found["writable"]) == (10001, ["/tmp"])
     assert any(pod.metadata.name == found["host"] for pod in shared.pods("worker"))
-    told = {
+    visible = {
         name for name, value in shared.secret.items() for seen in found["environment"].values() if seen == _sha(value)
     }
-    assert told <= {"backcast-password", "model-api-key", "prefect-auth-string", "s3-access-key", "s3-secret-key"}
+    assert visible <= {"backcast-password", "model-api-key", "prefect-auth-string", "s3-access-key", "s3-secret-key"}
     allowed = shared.secret["prefect-auth-string"]
-    assert _sha(allowed) in found["environment"].values(), "and this is how one would see it"
+    assert _sha(allowed) in found["environment"].values(), "a secret in the environment is found this way"
 
 
 def _sha(text: str) -> str:
@@ -116,7 +116,7 @@ def _rogue(name: str, labels: dict[str, str]) -> dict[str, Any]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def rogues(shared: Release) -> list[tuple[str, str]]:
-    """Pods of somebody else: a neighbour in the namespace, a stranger, and one that calls itself a worker elsewhere."""
+    """Foreign pods: a neighbour in the namespace, a stranger, and one with a worker's labels in another namespace."""
     cluster = shared.cluster
     await cluster.make_namespace(ROGUE_NAMESPACE)
     worker = shared.pods("worker")[0].metadata.labels
@@ -129,7 +129,7 @@ async def rogues(shared: Release) -> list[tuple[str, str]]:
 
 
 async def _open_from(cluster: Cluster, namespace: str, pod: str, places: list[str]) -> set[str]:
-    """Which of these `host:port` take a connection from that pod."""
+    """Those of these `host:port` that take a connection from that pod."""
     done = await cluster.execute(namespace, pod, "python", "-c", _TRY, *places)
     return set(done.out.split())
 

@@ -1,4 +1,4 @@
-"""The first hour of somebody who installs the chart and changes nothing: install, cast, look, remove, come back."""
+"""The first hour of a user who installs the chart with no values: install, cast, look, remove, install again."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from tests.support.waiting import until
 log = logging.getLogger("e2e")
 
 IDLE_MEMORY = 1.5 * 2**30
-"""Bytes, of the whole release but the embedded model."""
+"""Bytes, of the whole release without the embedded model."""
 _KINDS = (
     "all,configmaps,secrets,serviceaccounts,roles.rbac,rolebindings.rbac,ingresses.networking.k8s.io,"
     "networkpolicies,poddisruptionbudgets,horizontalpodautoscalers,persistentvolumeclaims"
@@ -31,7 +31,7 @@ async def release(cluster: Cluster) -> AsyncIterator[Release]:
     """Installed with no values. It is not removed at the end: the shared release takes its place."""
     release = Release(cluster, NAME, NAMESPACE)
     await release.first_install({})
-    await release.watch_endings()
+    await release.watch_ends()
     yield release
     await release.http.aclose()
 
@@ -67,18 +67,18 @@ async def test_nothing_crashed_on_the_way(release: Release, cast: str) -> None:
 
 
 async def test_the_notes_have_commands_that_work(release: Release, tmp_path: Path) -> None:
-    """As they stand there; only the address of the Ingress is this cluster's."""
+    """The commands run unchanged; only the address of the Ingress is this cluster's."""
     notes = await release.notes()
     script = "\n".join(["set -e", *_commands(notes)])
     (tmp_path / ".curlrc").write_text(
         f'connect-to = "::{INGRESS.split("//")[1]}"\nnoproxy = "*"\nfail\nsilent\nshow-error\n'
     )
     done = await run("bash", "-c", script, env={**os.environ, "HOME": str(tmp_path), "CURL_HOME": str(tmp_path)})
-    assert "task_run_id" in done.out or '"id"' in done.out, f"{script}\n{done.said}"
+    assert "task_run_id" in done.out or '"id"' in done.out, f"{script}\n{done.output}"
 
 
 def _commands(notes: str) -> list[str]:
-    """The indented ones, up to and with the first curl."""
+    """The indented commands, up to and with the first curl."""
     found: list[str] = []
     for line in notes.splitlines():
         if re.match(r"\s+(export |[A-Za-z_]+=|curl )", line) or (found and found[-1].endswith("\\")):
@@ -89,12 +89,12 @@ def _commands(notes: str) -> list[str]:
 
 
 async def test_helm_test_passes(release: Release) -> None:
-    """The preflight: the very calls that the product makes, each with its outcome."""
+    """The preflight makes the product's own calls and prints the result of each."""
     done = await run("helm", "test", release.name, "-n", release.namespace, "--logs", "--timeout", "3m", timeout=200)
-    assert "Succeeded" in done.out, done.said
+    assert "Succeeded" in done.out, done.output
     for call in ("put", "get", "list", "delete"):
-        assert re.search(rf"\b{call}\b", done.said), done.said
-    # They are hooks, which helm leaves to whoever has asked for them.
+        assert re.search(rf"\b{call}\b", done.output), done.output
+    # They are hooks, which helm does not remove.
     await run("kubectl", "delete", "pod", "-n", release.namespace, "-l", release.selector("test"))
 
 
@@ -153,8 +153,8 @@ async def test_uninstall_leaves_volumes_and_the_kept_secret(release: Release, ca
 
 
 async def test_reinstall_finds_what_was_kept(release: Release, cast: str, shared_values: dict[str, Any]) -> None:
-    """On the old volumes, with the old passwords: the cast of before is still there. What is installed here is the
-    shared release of the other journeys."""
+    """On the old volumes, with the old passwords, the earlier cast is still there. This installs the release that the
+    other tests share."""
     if await release.is_installed():
         await release.uninstall()
     key = release.secret["api-key"]

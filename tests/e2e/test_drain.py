@@ -1,4 +1,4 @@
-"""A node is emptied for its own sake: the disruption budgets let it, one pod at a time, and nobody outside notices."""
+"""A node is drained: the disruption budgets allow it, one pod at a time, and no client notices."""
 
 import pytest
 
@@ -17,7 +17,7 @@ async def test_a_node_is_drained(shared: Release, shared_values: dict[str, objec
     await shared.settled()
     node = shared.pods("worker", "default")[0].spec.node_name
     assert {pod.spec.node_name for pod in shared.pods("worker", "default")} == set(cluster.nodes()), "spread"
-    # A volume on a node's own disk can't move: its pod would only wait there for the node to come back.
+    # A volume on a node's own disk can't move: its pod would wait for the node to come back.
     movable = f"{shared.selector()},app.kubernetes.io/component notin (postgres, store)"
     try:
         async with load(shared, "drain") as work:

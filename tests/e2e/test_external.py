@@ -1,5 +1,5 @@
-"""A database and a store of somebody else: first with every usual mistake, which the setup Job's last line must name;
-then right."""
+"""Servers that the chart did not install: first with every usual mistake, which the setup Job's last line must name;
+then with the right values."""
 
 import re
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ STORE = f"http://store.{SERVERS}.svc.cluster.local:9000"
 
 
 def _server(name: str, uid: int, port: int, probe: dict[str, Any], **container: Any) -> list[dict[str, Any]]:
-    """A pod that keeps nothing, and its Service."""
+    """A pod without a volume, and its Service."""
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -61,7 +61,7 @@ def _server(name: str, uid: int, port: int, probe: dict[str, Any], **container: 
 
 @pytest_asyncio.fixture(loop_scope="session", scope="module")
 async def servers(cluster: Cluster) -> Cluster:
-    """A PostgreSQL and a MinIO that no chart of ours has made, from the images that the chart names."""
+    """A PostgreSQL and a MinIO outside of our chart, from the images that the chart names."""
     rendered = (await run(*RENDER)).out
     image = {part: next(iter(re.findall(rf"image: \"?(\S*{part}\S*?)\"?$", rendered, re.MULTILINE)))
              for part in ("/postgres", "/minio")}  # fmt: skip
@@ -90,7 +90,7 @@ async def servers(cluster: Cluster) -> Cluster:
 
 
 def _values(model: str) -> dict[str, Any]:
-    """Right in all respects: the setup Job makes what is missing, with the administrator's rights."""
+    """Right in all respects: the setup Job makes the missing parts, with the administrator's rights."""
     external = {
         "url": f"postgresql://backcast:backcast-password@{DATABASE}/backcast",
         "prefectUrl": f"postgresql://prefect:prefect-password@{DATABASE}/prefect",
@@ -107,7 +107,7 @@ def _values(model: str) -> dict[str, Any]:
     )
 
 
-# What is wrong, and words of the sentence that says what to change.
+# The wrong values, and words of the sentence that names the remedy.
 MISTAKES = {
     "password": (
         {"postgres": {"external": {"adminUrl": f"postgresql://postgres:wrong@{DATABASE}/postgres"}}},
@@ -123,15 +123,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-async def test_the_setup_says_what_to_change(servers: Cluster, model: str, mistake: str) -> None:
+async def test_the_setup_names_the_mistake(servers: Cluster, model: str, mistake: str) -> None:
     wrong, words = MISTAKES[mistake]
     release = Release(servers, f"wrong-{mistake}", f"{NAMESPACE}-{mistake}")
     async with release.installing(merged(_values(model), {"ingress": {"enabled": False}}, wrong)):
-        said = await release.setup_fails()
-        assert all(word in said for word in words), said
-        assert "Traceback" not in said
-        assert PASSWORD not in said
-        assert SECRET not in said
+        sentence = await release.setup_fails()
+        assert all(word in sentence for word in words), sentence
+        assert "Traceback" not in sentence
+        assert PASSWORD not in sentence
+        assert SECRET not in sentence
 
 
 @pytest_asyncio.fixture(loop_scope="session", scope="module")
@@ -142,7 +142,7 @@ async def external(servers: Cluster, model: str) -> AsyncIterator[Release]:
     await release.http.aclose()
 
 
-async def test_works_on_servers_of_somebody_else(external: Release) -> None:
+async def test_works_on_external_servers(external: Release) -> None:
     async with external.client() as client:
         assert await client.cast("12 boxes, 2 broken", list[int], "how many", timeout=120) == [12, 2]
     run_id = await external.submit("enlarge", key="large", word="cast", times=100_000)
@@ -153,8 +153,8 @@ async def test_works_on_servers_of_somebody_else(external: Release) -> None:
     assert not external.pods("store")
 
 
-async def test_says_so_while_the_database_is_away_and_recovers(external: Release) -> None:
-    """Nothing crashes in a loop: the parts stay, are not ready, and go on by themselves."""
+async def test_is_not_ready_while_the_database_is_away_and_recovers(external: Release) -> None:
+    """Nothing crashes in a loop: the parts stay, are not ready, and go on when the database is back."""
     before = {pod.metadata.uid for pod in external.pods()}
     psql = ("psql", "-h", "127.0.0.1", "-U", "postgres", "-c")
     switch = "alter database backcast with allow_connections {}"
@@ -175,7 +175,7 @@ async def test_says_so_while_the_database_is_away_and_recovers(external: Release
     try:
         await sql(leave)
         await until(ready, lambda ready: not ready, timeout=60, every=0.5)
-        # The answer of an Ingress that has nobody to ask: what it is depends on the controller.
+        # The status of an Ingress without a backend depends on the controller.
         assert await status() in (404, 502, 503)
     finally:
         await sql(switch.format("true"))

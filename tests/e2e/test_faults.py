@@ -1,4 +1,4 @@
-"""Pods die while work is going on: nothing that was accepted is lost, and nothing has two outcomes."""
+"""Pods die while work is going on: no accepted run is lost, and none has two outcomes."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ from tests.support.waiting import until
 
 
 async def _kill(release: Release, component: str) -> str:
-    """Its processes get no time to say goodbye; returns the dead pod's name."""
+    """Kill a pod with no grace for its processes; returns its name."""
     name = release.pod(component)
     release.cluster.delete_pod(release.namespace, name, grace=0)
     return name
@@ -32,11 +32,11 @@ async def test_a_worker_dies(shared: Release) -> None:
     ends = await asyncio.gather(*(shared.ended(nap, timeout=120) for nap in naps))
     assert {end["state"] for end in ends} == {"completed"}
     again = [end for end in ends if end["id"] in on_it and end["attempts"] > 1]
-    assert again, f"{dead} had been working on {on_it}, and somebody else has done it"
+    assert again, f"{dead} had been working on {on_it}, and another worker must have done it"
 
 
 async def test_prefects_server_dies(shared: Release) -> None:
-    """Work goes on without it, and it is told afterwards what it has missed."""
+    """Work goes on without it, and it gets the missed history afterwards."""
     async with load(shared, "prefect-dies") as work:
         await _kill(shared, "prefect-server")
         await work.more(5)
@@ -69,7 +69,7 @@ async def test_a_server_with_the_data_dies(shared: Release, component: str) -> N
 
 
 async def test_everything_restarts(shared: Release) -> None:
-    """As after a change of a node's image: every part in its own order, all at once."""
+    """As after a change of a node's image: all parts at once, each in its own order."""
     before = {pod.metadata.uid for pod in shared.pods()}
     async with load(shared, "restart") as work:
         everything = ("deployments,statefulsets", "-l", shared.selector(), "-n", shared.namespace)

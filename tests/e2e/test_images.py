@@ -1,4 +1,4 @@
-"""What the images hold and how they run: as nobody in particular, on a root that can't be written."""
+"""The images' contents, and that they run without privileges on a root that can't be written."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def name(part: str) -> str:
 
 
 async def inside(part: str, *command: str, options: tuple[str, ...] = (), check: bool = True) -> Done:
-    """Run in a container as the chart runs it: no network is needed, /tmp alone can be written."""
+    """Run in a container as the chart does, without a network: only /tmp can be written."""
     hard = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
     return await run("docker", "run", "--rm", "--network", "none", *hard, *options, name(part), *command, check=check)
 
@@ -44,7 +44,7 @@ async def size(part: str) -> float:
 
 
 @pytest.mark.parametrize("part", PARTS)
-async def test_runs_as_nobody_on_a_root_that_cannot_be_written(built: dict[str, str], part: str) -> None:
+async def test_runs_unprivileged_on_a_root_that_cannot_be_written(built: dict[str, str], part: str) -> None:
     config = (await inspect(name(part)))["Config"]
     assert config["User"].partition(":")[0] == "10001", config["User"]
     entrypoint = ["prefect"] if part == "prefect-server" else ["backcast"]
@@ -56,7 +56,7 @@ async def test_runs_as_nobody_on_a_root_that_cannot_be_written(built: dict[str, 
 
 
 @pytest.mark.parametrize("part", PARTS)
-async def test_has_labels_and_no_tools_to_build_with(built: dict[str, str], part: str) -> None:
+async def test_has_labels_and_no_build_tools(built: dict[str, str], part: str) -> None:
     labels = (await inspect(name(part)))["Config"]["Labels"] or {}
     for label in ("title", "source", "licenses", "version"):
         assert labels.get(f"org.opencontainers.image.{label}"), f"no label {label}: {labels}"
@@ -68,7 +68,7 @@ async def test_has_labels_and_no_tools_to_build_with(built: dict[str, str], part
 async def test_the_api_has_neither_prefect_nor_marvin(built: dict[str, str], module: str) -> None:
     done = await inside("api", "-c", f"import {module}", options=PYTHON, check=False)
     assert f"No module named '{module}'" in done.err
-    # And the same question has another answer where they are.
+    # The same import works in an image that has them.
     await inside("worker", "-c", f"import {module}", options=(*PYTHON, "--env", "MARVIN_HOME_PATH=/tmp/marvin"))
 
 

@@ -1,4 +1,4 @@
-"""Workers come when work waits and go when it does not, the idle ones first; the API follows its CPU."""
+"""Scaling: workers start when work waits and stop when none does, the idle ones first; the API follows its CPU."""
 
 import asyncio
 import json
@@ -15,14 +15,14 @@ MOST = 3
 
 async def test_a_pool_goes_from_none_to_many_and_back(shared: Release) -> None:
     needs(shared.cluster, "keda.sh", "KEDA")
-    await shared.knows("elastic_nap")  # a worker was there at least once, if only to say so
+    await shared.knows("elastic_nap")  # a worker has run at least once, to register it
 
     async def look() -> list[str]:
         return [pod.metadata.name for pod in shared.pods("worker", "elastic", leaving=True)]
 
     await until(look, lambda pods: not pods, timeout=180, every=1)
     naps = [await shared.submit("elastic_nap", key=f"{n}", seconds=5) for n in range(12)]
-    # One slot each: whoever takes them all alone needs a minute.
+    # One slot each: a single worker would need a minute.
     await until(look, lambda pods: len(pods) == MOST, timeout=120, every=0.5)
     results = await asyncio.gather(*(shared.result(nap, timeout=180) for nap in naps))
     assert results == [[f"{n}", 5] for n in range(12)]
@@ -30,7 +30,7 @@ async def test_a_pool_goes_from_none_to_many_and_back(shared: Release) -> None:
 
 
 async def test_scaling_down_takes_idle_workers(shared: Release) -> None:
-    """The newest pod is the only busy one. By itself the cluster would take the newest first."""
+    """The newest pod is the only busy one. By default the cluster would remove the newest first."""
     deployment = shared.named("worker", "default")
     await _scale(shared, deployment, 3)
     naps: list[str] = []
@@ -71,7 +71,7 @@ async def test_scaling_down_takes_idle_workers(shared: Release) -> None:
 
         assert await until(left, lambda names: len(names) == 1, timeout=60, every=0.5) == [newest]
         run_now = await shared.run(stay)
-        assert (run_now["state"], run_now["attempts"]) == ("running", 1), "nobody touched the run"
+        assert (run_now["state"], run_now["attempts"]) == ("running", 1), "the run is untouched"
     finally:
         for run_id in naps:
             await shared.http.post(f"/v1/runs/{run_id}/cancel")
@@ -96,7 +96,7 @@ async def _scaler(release: Release, target: str) -> Any:
 
 
 async def test_turning_a_scaler_on_keeps_what_runs(shared: Release, shared_values: dict[str, Any]) -> None:
-    """`replicas` is the scaler's from then on: an upgrade that only left it out would ask for one."""
+    """The scaler owns `replicas` from then on: an upgrade that only left it out would ask for one."""
     needs(shared.cluster, "keda.sh", "KEDA")
     three = {"workers": {"pools": {"default": {"replicas": 3}}}}
     await shared.install(merged(shared_values, three))

@@ -58,7 +58,7 @@ async def test_two_releases_keep_to_themselves(shared: Release, second: Release)
 
 
 async def test_an_old_volume_and_a_lost_secret(second: Release, model: str) -> None:
-    """The first thing that goes wrong for people: helm says what it is and what to do, and installs nothing."""
+    """The first failure that users meet: helm names the cause and the remedy, and installs nothing."""
     core, ask = second.cluster.core, second.cluster.asking
     await second.uninstall()
     [kept] = [
@@ -70,6 +70,6 @@ async def test_an_old_volume_and_a_lost_secret(second: Release, model: str) -> N
         await second.first_install(_values(model))
     [remedy] = re.findall(r"\((kubectl .*? delete pvc \S+)\)", str(refused.value))
     await run(*remedy.split())
-    # With the volume of the store, whose keys are not in it.
+    # The store's volume stays: its keys are not on it.
     await second.first_install(_values(model))
     assert await second.do("add", key="anew", a=1, b=2) == ["anew", 3]

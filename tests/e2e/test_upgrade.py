@@ -1,4 +1,4 @@
-"""The next release, with a migration, and back again: under load, and nobody loses anything."""
+"""An upgrade to the next release, with a migration, and a rollback: under load, without a lost run."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tests.e2e.release import Release, merged
 
 
 def _tags(release: Release) -> set[str]:
-    """Of the images that the release's own pods run."""
+    """The tags of the images that the release's own pods run."""
     return {
         container.image.rpartition(":")[2]
         for component in ("api", "worker", "steward", "prefect-server")
@@ -33,7 +33,7 @@ async def test_upgrade_and_rollback_under_load(shared: Release, shared_values: d
         await shared.rollback()
         await shared.settled()
         assert _tags(shared) == {NOW}
-        assert await _schema(shared) == NEXT_SCHEMA, "there is no way back for a schema, and no need of one"
+        assert await _schema(shared) == NEXT_SCHEMA, "a schema has no way back, and needs none"
         assert "newer" in await shared.setup_log()
         await work.more(20)
     await work.verify()

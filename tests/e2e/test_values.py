@@ -1,4 +1,4 @@
-"""What helm and the cluster say to values, before anything runs."""
+"""Helm and the cluster accept or refuse values, before anything runs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ SCENARIOS = sorted((CHART / "ci").glob("*.yaml"))
 LONGEST = "x" * 53
 """helm's own limit for the name of a release."""
 
-# Values that can't be meant, and words of the one sentence that is said about each.
+# Wrong values, and words of the one sentence that each gets.
 BAD = {
     "unknown key": ({"apii": {"replicas": 2}}, ["apii"]),
     "unknown key inside": ({"api": {"replica": 2}}, ["replica"]),
@@ -33,7 +33,7 @@ BAD = {
 
 
 async def render(values: Any, *, name: str = "any", check: bool = True) -> Any:
-    """What helm would install, by the cluster's own word on its versions and what is in it."""
+    """The manifests that helm would install, with the cluster's own versions and objects for `lookup`."""
     command = ("helm", "install", name, str(CHART), "-n", NAMESPACE, "--dry-run=server", "-o", "json", "--values", "-")
     return await run(*command, stdin=json.dumps(values), check=check)
 
@@ -47,18 +47,18 @@ KEYS = ("api-key", "model-api-key", "s3-access-key", "s3-secret-key")
 
 
 def secret(name: str, *keys: str) -> dict[str, Any]:
-    """One that somebody has made before."""
+    """A Secret made before the release."""
     metadata = {"name": name}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": dict.fromkeys(keys, "any")}
 
 
 async def accepted(cluster: Cluster, found: list[dict[str, Any]]) -> None:
-    """The API server validates all of it, admission included, and stores nothing."""
+    """The API server validates every object, admission included, and stores none."""
     known = cluster.groups() | {""}
     here = [each for each in found if each["apiVersion"].rpartition("/")[0] in known | {"v1"}]
     assert len(here) > len(found) // 2
     for each in here:
-        if each["kind"] == "Pod":  # which would have to find its account, that is not stored, and its class
+        if each["kind"] == "Pod":  # its account and its class would have to exist, and neither is stored
             each["spec"] |= {"serviceAccountName": "default"}
             each["spec"].pop("priorityClassName", None)
     body = yaml.safe_dump_all(here)
@@ -75,8 +75,8 @@ async def test_bad_values_get_one_sentence(bare: Cluster, case: str) -> None:
     assert done.code != 0
     assert all(word in done.err for word in words), done.err
     assert "nil pointer" not in done.err, done.err
-    said = [line for line in done.err.splitlines() if line.strip() and "values don't meet" not in line]
-    assert len(said) <= 3, f"one sentence, not a page:\n{done.err}"
+    lines = [line for line in done.err.splitlines() if line.strip() and "values don't meet" not in line]
+    assert len(lines) <= 3, f"one sentence, not a page:\n{done.err}"
 
 
 @pytest.mark.parametrize("keys", [None, ("model-api-key",)])

@@ -1,4 +1,4 @@
-"""Tasks of a user, as the tests on a cluster need them: work of every size, and a look around from inside a worker."""
+"""Tasks of a user for the tests on a cluster: work of every size, and a look around from inside a worker."""
 
 import asyncio
 import hashlib
@@ -36,7 +36,7 @@ def measure(key: str, text: str) -> list[Any]:
 
 @task
 async def look_around() -> dict[str, Any]:
-    """What code in a worker finds: who it is, what it may write, what it is told."""
+    """The view of code in a worker: its user and host, the folders that it may write, its environment."""
     return {
         "uid": os.getuid(),
         "host": socket.gethostname(),

@@ -1,4 +1,4 @@
-"""The HTTP interface, over the real database and a real folder; above all what it does with bad input."""
+"""The HTTP interface, over the real database and a real folder; above all its answers to bad input."""
 
 import asyncio
 import json
@@ -107,7 +107,7 @@ async def test_submit_look_and_fetch(api: httpx.AsyncClient, ledger: Ledger, sto
     assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "completed"
 
 
-async def test_the_example_of_prefect_works_as_it_stands(
+async def test_the_example_of_prefect_works_unchanged(
     api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID
 ) -> None:
     body = {"payload": "We put 31 chairs in the hall", "instructions": "how many chairs", "target_type": "int"}
@@ -172,11 +172,11 @@ async def test_a_form_may_send_a_schema(api: httpx.AsyncClient) -> None:
     ids=lambda target: str(target)[:40],
 )
 async def test_hostile_targets_are_refused_by_name(api: httpx.AsyncClient, target: object) -> None:
-    seed = await api.post("/tasks", json={"payload": "x", "target_type": target})
-    assert seed.status_code == 422
+    example = await api.post("/tasks", json={"payload": "x", "target_type": target})
+    assert example.status_code == 422
     full = await api.post("/v1/tasks/create_structured_output/runs", json={"input": {"data": "x", "target": target}})
     assert full.status_code == 422
-    for answer, place in ((seed, "/target_type"), (full, "/input/target")):
+    for answer, place in ((example, "/target_type"), (full, "/input/target")):
         errors = answer.json()["errors"]
         assert errors[0]["pointer"].startswith(place), errors
 
@@ -240,7 +240,7 @@ async def test_deep_input_is_kept_or_refused_but_never_an_error_of_ours(api: htt
 async def test_large_bodies(api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID) -> None:
     problem(await api.post("/v1/tasks/echo/runs", json={"input": {"value": "x" * MAX_BODY}}), 413, "body_too_large")
 
-    async def chunks() -> AsyncIterator[bytes]:  # no content-length: counted as it comes
+    async def chunks() -> AsyncIterator[bytes]:  # no content-length: the bytes are counted as they come
         for _ in range(100):
             yield b" " * 10_000
 
@@ -379,9 +379,9 @@ async def test_a_store_that_is_away_is_503_not_no_result(
 
 
 async def test_a_database_that_is_away_is_503(store: Store) -> None:
-    with socket.socket() as nobody:  # bound, not listening: refused at once
-        nobody.bind(("127.0.0.1", 0))
-        ledger = Ledger(f"postgresql://x:secret-password@127.0.0.1:{nobody.getsockname()[1]}/x")
+    with socket.socket() as silent:  # bound, not listening: it refuses at once
+        silent.bind(("127.0.0.1", 0))
+        ledger = Ledger(f"postgresql://x:secret-password@127.0.0.1:{silent.getsockname()[1]}/x")
         app = create_app(ledger, store, Api(max_body=MAX_BODY))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:

@@ -1,5 +1,5 @@
-"""One attempt of a run, on both ways that there are: on Prefect's engine (`tracked`) and by calling the function
-(`direct`). What is asserted without looking at the way is what may not differ. No server runs."""
+"""One attempt of a run, on both ways: on Prefect's engine (`prefect`) and by calling the function (`plain`). Assertions
+that do not look at the way hold for both. No server runs."""
 
 import asyncio
 import os
@@ -147,8 +147,8 @@ def s_undecided() -> None:
 
 STATES: dict[str, Any] = {
     "completed": lambda: Completed(data=[1]),
-    "failed": lambda: FailedState(message="as it says"),
-    "cancelled": lambda: Cancelled(message="as it says"),
+    "failed": lambda: FailedState(message="as returned"),
+    "cancelled": lambda: Cancelled(message="as returned"),
     "running": lambda: Running(),
 }
 
@@ -271,30 +271,30 @@ async def a_quiet_cached(name: str) -> int:
 TASKS = {one.name: one for one in list(vars().values()) if isinstance(one, type(a_value))}
 
 
-class Ways:
-    """An engine, and what it told of its runs."""
+class Way:
+    """An executor, and the changes that it published."""
 
-    engine: Executor
+    executor: Executor
 
     def __init__(self) -> None:
         self.published: list[Change] = []
 
     async def run(self, task: str, retries: int = 0, *, run_id: UUID | None = None, **given: Any) -> AttemptResult:
-        return await self.engine.execute(task, run_id or uuid4(), given, retries=retries)
+        return await self.executor.execute(task, run_id or uuid4(), given, retries=retries)
 
     def states(self, run_id: UUID) -> list[str]:
         return [change.name for change in self.published if change.run == run_id]
 
 
 @pytest.fixture(params=["prefect", "plain"])
-async def way(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ways]:
+async def way(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Way]:
     sink = Sink(Prefect(api_url="http://127.0.0.1:9/api", history=False))
     capture.install(sink)
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
-    way = Ways()
+    way = Way()
     publish = way.published.append if request.param == "prefect" else None
-    async with Executor(TASKS, pool="p", max_attempts=3, store=store, threads=3, publish=publish) as way.engine:
+    async with Executor(TASKS, pool="p", max_attempts=3, store=store, threads=3, publish=publish) as way.executor:
         yield way
         for gate in gates.values():
             gate.set()
@@ -305,15 +305,15 @@ async def way(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[W
 
 
 @pytest.fixture
-async def tracked(way: Ways, request: pytest.FixtureRequest) -> Ways:
+async def on_prefect(way: Way, request: pytest.FixtureRequest) -> Way:
     if request.node.callspec.params["way"] == "plain":
-        pytest.skip("there is nothing to publish on the direct way")
+        pytest.skip("the plain way publishes nothing")
     return way
 
 
-def busy(way: Ways) -> Any:
+def busy(way: Way) -> Any:
     async def look() -> int:
-        return way.engine.threads_busy
+        return way.executor.threads_busy
 
     return look
 
@@ -323,7 +323,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-async def test_a_value_is_plain_json(way: Ways, kind: str) -> None:
+async def test_a_value_is_plain_json(way: Way, kind: str) -> None:
     assert await way.run(f"{kind}_value", value={"a": [1, None]}) == Succeeded(b'{"a":[1,null]}')
     failed = await way.run(f"{kind}_value", value=object())
     assert isinstance(failed, Failed)
@@ -333,14 +333,14 @@ async def test_a_value_is_plain_json(way: Ways, kind: str) -> None:
     assert failed.problem.code == "invalid_input"
 
 
-async def test_parameters_of_every_kind(way: Ways) -> None:
+async def test_parameters_of_every_kind(way: Way) -> None:
     assert await way.run("every_kind", first=1, second=2, rest=[5, 6], third=9, more={"x": 1}) == Succeeded(
         b'[1,2,[5,6],9,{"x":1}]'
     )
 
 
 @pytest.mark.parametrize(
-    ("error", "ending", "code"),
+    ("error", "result", "code"),
     [
         ("plain", Retry, "task_failed"),
         ("usage", Failed, "unusable_input"),
@@ -351,16 +351,16 @@ async def test_parameters_of_every_kind(way: Ways) -> None:
         ("cancelled", Failed, "task_failed"),
     ],
 )
-async def test_error_kinds_decide(way: Ways, kind: str, error: str, ending: type[Any], code: str) -> None:
+async def test_error_kinds_decide(way: Way, kind: str, error: str, result: type[Any], code: str) -> None:
     ended = await way.run(f"{kind}_fails", kind=error)
-    assert isinstance(ended, ending)
+    assert isinstance(ended, result)
     assert ended.problem.code == code
     last = await way.run(f"{kind}_fails", 2, kind=error)
     assert isinstance(last, Failed), "its retries are used up"
     assert last.problem == ended.problem
 
 
-async def test_delays_are_the_tasks(way: Ways, kind: str) -> None:
+async def test_delays_are_the_tasks(way: Way, kind: str) -> None:
     for before, delay in ((0, 1), (1, 20), (2, 20)):
         ended = await way.run(f"{kind}_list", before)
         assert isinstance(ended, Retry)
@@ -371,10 +371,10 @@ async def test_delays_are_the_tasks(way: Ways, kind: str) -> None:
     assert 0 <= ended.delay <= 30
     ended = await way.run(f"{kind}_fails", kind="wait")
     assert isinstance(ended, Retry)
-    assert ended.delay == 77, "who refuses knows better than the backoff"
+    assert ended.delay == 77, "the delay of a refusal beats the backoff"
 
 
-async def test_without_a_delay_the_next_attempt_is_made_at_once(way: Ways, kind: str) -> None:
+async def test_without_a_delay_the_next_attempt_is_made_at_once(way: Way, kind: str) -> None:
     name = str(uuid4())
     assert await way.run(f"{kind}_at_once", name=name, fails=2) == Succeeded(b"3")
     assert calls[name] == 3
@@ -383,25 +383,25 @@ async def test_without_a_delay_the_next_attempt_is_made_at_once(way: Ways, kind:
     assert ended.problem.detail == "ValueError: call 3", "one of three retries was used before"
 
 
-async def test_the_tasks_own_condition_is_asked(way: Ways, kind: str) -> None:
+async def test_the_tasks_own_condition_is_asked(way: Way, kind: str) -> None:
     for name in ("choosy", "undecided"):
         ended = await way.run(f"{kind}_{name}")
         assert isinstance(ended, Failed)
         assert ended.problem.detail == "ValueError: again"
 
 
-async def test_a_task_may_return_a_state(way: Ways, kind: str) -> None:
+async def test_a_task_may_return_a_state(way: Way, kind: str) -> None:
     assert await way.run(f"{kind}_state", name="completed") == Succeeded(b"[1]")
     for name in ("failed", "cancelled"):
         ended = await way.run(f"{kind}_state", name=name)
         assert isinstance(ended, Failed)
-        assert ended.problem.detail == "as it says"
+        assert ended.problem.detail == "as returned"
     ended = await way.run(f"{kind}_state", name="running")
     assert isinstance(ended, Failed)
     assert "a final state" in ended.problem.detail
 
 
-async def test_a_task_that_takes_too_long_is_interrupted(way: Ways, kind: str) -> None:
+async def test_a_task_that_takes_too_long_is_interrupted(way: Way, kind: str) -> None:
     ended = await way.run(f"{kind}_slow")
     assert isinstance(ended, Retry)
     assert ended.problem.code == "timeout"
@@ -412,19 +412,19 @@ async def test_a_task_that_takes_too_long_is_interrupted(way: Ways, kind: str) -
     await until(busy(way), lambda n: n == 0)
 
 
-async def test_a_thread_that_can_not_be_interrupted_is_left_behind(way: Ways) -> None:
+async def test_a_thread_that_can_not_be_interrupted_is_left_behind(way: Way) -> None:
     name, run_id = str(uuid4()), uuid4()
     gates[name] = threading.Event()
     assert await way.run("s_stuck", run_id=run_id, name=name) == Succeeded(b'"call 2"'), "the retry, in another thread"
-    assert (way.engine.threads_busy, way.engine.threads_abandoned) == (1, 1)
+    assert (way.executor.threads_busy, way.executor.threads_abandoned) == (1, 1)
     gates[name].set()
     await until(busy(way), lambda n: n == 0)
-    assert way.engine.threads_abandoned == 0
+    assert way.executor.threads_abandoned == 0
     if way.published:
         assert way.states(run_id) == ["Running", "Retrying", "Completed"]
 
 
-async def test_tasks_find_their_run(way: Ways, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_tasks_find_their_run(way: Way, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     run_id = uuid4()
     answer = f'["{run_id}","{kind}_asks",{{}},2]'
     assert await way.run(f"{kind}_asks", run_id=run_id) == Succeeded(answer.encode())
@@ -432,7 +432,7 @@ async def test_tasks_find_their_run(way: Ways, kind: str, caplog: pytest.LogCapt
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "released", "lost"])
-async def test_whoever_stops_a_run_does_not_wait(way: Ways, kind: str, reason: str) -> None:
+async def test_stopping_a_run_does_not_wait_for_it(way: Way, kind: str, reason: str) -> None:
     name, run_id = str(uuid4()), uuid4()
     gates[name] = threading.Event()
     execution = asyncio.create_task(way.run(f"{kind}_waits", run_id=run_id, name=name))
@@ -445,20 +445,20 @@ async def test_whoever_stops_a_run_does_not_wait(way: Ways, kind: str, reason: s
     with pytest.raises(asyncio.CancelledError):
         await execution
     left = int(kind == "s")
-    assert (way.engine.threads_busy, way.engine.threads_abandoned) == (left, left)
-    told = way.states(run_id)
+    assert (way.executor.threads_busy, way.executor.threads_abandoned) == (left, left)
+    published = way.states(run_id)
     gates[name].set()
     await until(busy(way), lambda n: n == 0)
-    assert way.engine.threads_abandoned == 0
-    assert way.states(run_id) == told, "what the thread does later is told to nobody"
+    assert way.executor.threads_abandoned == 0
+    assert way.states(run_id) == published, "the thread's later changes are not published"
     if way.published:
         last = {"cancelled": ["Cancelled"], "released": ["Released"], "lost": []}[reason]
-        assert told == ["Running", *last]
+        assert published == ["Running", *last]
     if kind == "s":
-        assert seen[name], "the thread could see that it was asked to stop"
+        assert seen[name], "the thread can see the request to stop"
 
 
-async def test_a_run_that_is_stopped_before_it_has_a_thread_never_starts(way: Ways) -> None:
+async def test_a_run_that_is_stopped_before_it_has_a_thread_never_starts(way: Way) -> None:
     names = [str(uuid4()) for _ in range(4)]
     gates.update({name: threading.Event() for name in names})
     runs = [asyncio.create_task(way.run("s_waits", name=name)) for name in names]
@@ -466,14 +466,14 @@ async def test_a_run_that_is_stopped_before_it_has_a_thread_never_starts(way: Wa
     runs[3].cancel("cancelled")
     with pytest.raises(asyncio.CancelledError):
         await runs[3]
-    assert way.engine.threads_abandoned == 0
+    assert way.executor.threads_abandoned == 0
     for name in names:
         gates[name].set()
     assert await asyncio.gather(*runs[:3]) == [Succeeded(b'"too late"')] * 3
     assert calls[names[3]] == 0
 
 
-async def test_runs_side_by_side_do_not_mix(way: Ways) -> None:
+async def test_runs_side_by_side_do_not_mix(way: Way) -> None:
     ids = [uuid4() for _ in range(20)]
     answers = await asyncio.gather(*[way.run(("a", "s")[n % 2] + "_asks", run_id=one) for n, one in enumerate(ids)])
     for run_id, answer in zip(ids, answers, strict=True):
@@ -482,25 +482,25 @@ async def test_runs_side_by_side_do_not_mix(way: Ways) -> None:
     assert TaskRunContext.get() is None
 
 
-async def test_a_cached_value_is_taken_on_either_way(way: Ways, kind: str, tmp_path: Path) -> None:
+async def test_a_cached_value_is_taken_on_either_way(way: Way, kind: str, tmp_path: Path) -> None:
     name = str(uuid4())
     first, second = uuid4(), uuid4()
     given = {"name": name, "more": {"b": 1, "a": [2.5, None]}}
-    key = way.engine.cache_key(f"{kind}_cached", first, given)
+    key = way.executor.cache_key(f"{kind}_cached", first, given)
     assert key is not None
-    assert key == way.engine.cache_key(f"{kind}_cached", second, dict(reversed(given.items())))
-    assert key != way.engine.cache_key(f"{kind}_cached", second, {"name": "another"})
+    assert key == way.executor.cache_key(f"{kind}_cached", second, dict(reversed(given.items())))
+    assert key != way.executor.cache_key(f"{kind}_cached", second, {"name": "another"})
     assert await way.run(f"{kind}_cached", run_id=first, **given) == Succeeded(b"1")
     assert await way.run(f"{kind}_cached", run_id=second, **given) == Succeeded(b"1")
-    storage = way.engine.registered[f"{kind}_cached"].task.result_storage
-    assert (tmp_path / "store" / storage._key(key)).exists(), "the engine reckons the same key"
+    storage = way.executor.registered[f"{kind}_cached"].task.result_storage
+    assert (tmp_path / "store" / storage._key(key)).exists(), "Prefect's engine computes the same key"
     if way.published:
         assert way.states(second) == ["Running", "Cached"]
 
 
-async def test_who_has_no_cache_key(way: Ways) -> None:
+async def test_tasks_without_a_cache_key(way: Way) -> None:
     for name, given in (("a_value", {"value": 1}), ("a_fresh", {"name": "x"}), ("a_cached", {"wrong": 1})):
-        assert way.engine.cache_key(name, uuid4(), given) is None
+        assert way.executor.cache_key(name, uuid4(), given) is None
 
 
 async def test_a_cache_key_is_the_same_in_another_process(tmp_path: Path) -> None:
@@ -517,23 +517,29 @@ async def main():
         print(e.cache_key("counted", uuid.uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]}))
 asyncio.run(main())
 """
-    prefect = Prefect(api_url=None).environment()  # as a worker has it; else Prefect starts a server of its own
+    prefect = Prefect(api_url=None).environment()  # the settings of a worker; else Prefect starts a server of its own
     env = {**os.environ, **prefect, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
     keys = {
         subprocess.run(
-            [sys.executable, "-c", code], env=env | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=env | {"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-        for seed in ("1", "2")
+        for hash_seed in ("1", "2")
     }
     store = open_store(StoreSettings(url=f"file://{tmp_path}/other"))
-    async with Executor({"counted": sample_tasks.counted}, pool="p", max_attempts=1, store=store, threads=1) as engine:
-        ours = engine.cache_key("counted", uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]})
+    async with Executor(
+        {"counted": sample_tasks.counted}, pool="p", max_attempts=1, store=store, threads=1
+    ) as executor:
+        ours = executor.cache_key("counted", uuid4(), {"name": "n", "payload": [1, {"a": "ä"}]})
     assert keys == {f"{ours}\n"}
     await store.aclose()
 
 
 class Leaving:
-    """A store that is there for so many reads, and then away."""
+    """A store that answers so many reads, and is then away."""
 
     def __init__(self, store: Store, reads: int) -> None:
         self.store, self.reads = store, reads
@@ -549,25 +555,25 @@ class Leaving:
 
 
 async def test_a_store_that_goes_away_is_not_the_tasks_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The value is there, and can't be read a moment later: the run waits for the store, whatever its retries are."""
+    """The value exists, and can't be read a moment later: the run waits for the store, whatever its retries are."""
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
     leaving = Leaving(store, reads=100)
     tasks = {"counted": sample_tasks.counted}
     given = {"name": "c", "payload": 1}
-    monkeypatch.chdir(tmp_path)  # where the task counts its calls
-    async with Executor(tasks, pool="p", max_attempts=1, store=cast("Store", leaving), threads=1) as engine:
-        first = await engine.execute("counted", uuid4(), given, retries=0)
+    monkeypatch.chdir(tmp_path)  # the task counts its calls there
+    async with Executor(tasks, pool="p", max_attempts=1, store=cast("Store", leaving), threads=1) as executor:
+        first = await executor.execute("counted", uuid4(), given, retries=0)
         assert first == Succeeded(b"1")
         left = leaving.reads
-        assert await engine.execute("counted", uuid4(), given, retries=0) == first, "it was cached"
+        assert await executor.execute("counted", uuid4(), given, retries=0) == first, "it was cached"
         leaving.reads = left - leaving.reads - 1  # all but the last of the reads that a hit takes
         with pytest.raises(StoreUnavailable):
-            await engine.execute("counted", uuid4(), given, retries=0)
+            await executor.execute("counted", uuid4(), given, retries=0)
     await store.aclose()
 
 
-async def test_hooks_and_names_need_the_engine_and_get_it(way: Ways, kind: str) -> None:
+async def test_hooks_and_names_run_on_prefects_engine_on_either_way(way: Way, kind: str) -> None:
     for fail, last in ((False, "Completed"), (True, "Failed")):
         run_id = uuid4()
         await way.run(f"{kind}_hooked", run_id=run_id, fail=fail)
@@ -577,19 +583,19 @@ async def test_hooks_and_names_need_the_engine_and_get_it(way: Ways, kind: str) 
             assert way.published[-1].label == f"hooked {fail}"
 
 
-async def test_history_none_is_told_to_nobody_and_keeps_its_cache(way: Ways) -> None:
+async def test_history_none_publishes_nothing_and_keeps_its_cache(way: Way) -> None:
     assert await way.run("a_quiet") == Succeeded(b"null")
     name = str(uuid4())
     assert await way.run("a_quiet_cached", name=name) == await way.run("a_quiet_cached", name=name) == Succeeded(b"1")
     assert way.published == []
-    assert way.engine.registered["a_quiet"].type.lane == "quota"
+    assert way.executor.registered["a_quiet"].type.lane == "quota"
 
 
-async def test_attempts_are_shown_as_one_run(tracked: Ways, kind: str) -> None:
+async def test_attempts_are_published_as_one_run(on_prefect: Way, kind: str) -> None:
     run_id = uuid4()
-    first = await tracked.run(f"{kind}_list", run_id=run_id)
+    first = await on_prefect.run(f"{kind}_list", run_id=run_id)
     assert isinstance(first, Retry)
-    await tracked.run(f"{kind}_list", first.retries, run_id=run_id)
-    assert tracked.states(run_id) == ["Running", "AwaitingRetry"] * 2
-    assert [change.attempts for change in tracked.published] == [1, 1, 2, 2]
-    assert all(change.scheduled_for for change in tracked.published if change.name == "AwaitingRetry")
+    await on_prefect.run(f"{kind}_list", first.retries, run_id=run_id)
+    assert on_prefect.states(run_id) == ["Running", "AwaitingRetry"] * 2
+    assert [change.attempts for change in on_prefect.published] == [1, 1, 2, 2]
+    assert all(change.scheduled_for for change in on_prefect.published if change.name == "AwaitingRetry")

@@ -1,5 +1,5 @@
-"""The facts of Prefect 3.8.8 that engine.py and sink.py rest on, one test each: when a pin moves, these say which
-fact broke. No server runs: `PREFECT_API_URL` points to nobody."""
+"""The facts of Prefect 3.8.8 that prefect_engine.py, capture.py and sink.py rest on, one test each: when a pin moves, a
+failing test names the broken fact. No server runs: nothing listens at `PREFECT_API_URL`."""
 
 import asyncio
 import collections
@@ -45,7 +45,7 @@ async def itself() -> dict[str, Any]:
     assert context
     run = context.task_run
     parts = (run, run.state, run.state and run.state.state_details, run.tags, run.labels, run.task_inputs)
-    kept.append(parts)  # or an id would be used again
+    kept.append(parts)  # else Python would use an id again
     return {"ids": [id(one) for one in parts], "state": str(run.state and run.state.id), "count": run.run_count}
 
 
@@ -63,7 +63,7 @@ async def hooked() -> int:
 
 
 class Recorded(Sink):
-    """A sink that also keeps what it was given."""
+    """A sink that also keeps its changes, events and log lines."""
 
     def __init__(self) -> None:
         super().__init__(Prefect(api_url="http://127.0.0.1:9/api"))
@@ -97,25 +97,25 @@ async def sink() -> AsyncIterator[Recorded]:
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, sink: Recorded, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[subject.Executor]:
+async def executor(tmp_path: Path, sink: Recorded, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[subject.Executor]:
     monkeypatch.chdir(tmp_path)
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
     await store.ensure()
     tasks = registry.discover([sample_tasks.__name__]) | {one.name: one for one in (parent, itself, hooked)}
     async with subject.Executor(
         tasks, pool="default", max_attempts=3, store=store, threads=4, publish=sink.publish
-    ) as engine:
-        yield engine
+    ) as executor:
+        yield executor
     await store.aclose()
 
 
 async def run(
-    engine: subject.Executor, task: str, retries: int = 0, *, run_id: Any = None, **given: Any
+    executor: subject.Executor, task: str, retries: int = 0, *, run_id: Any = None, **given: Any
 ) -> AttemptResult:
-    return await engine.execute(task, run_id or uuid4(), given, retries=retries)
+    return await executor.execute(task, run_id or uuid4(), given, retries=retries)
 
 
-async def test_no_http_call_is_on_the_hot_path(engine: subject.Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_http_call_is_on_the_hot_path(executor: subject.Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: collections.Counter[str] = collections.Counter()
     for client in (httpx.AsyncClient, httpx.Client):
         build = client.build_request
@@ -126,16 +126,16 @@ async def test_no_http_call_is_on_the_hot_path(engine: subject.Executor, monkeyp
 
         monkeypatch.setattr(client, "build_request", count)
     for _ in range(3):
-        assert await run(engine, "echo", value=1) == Succeeded(b"1")
-        assert await run(engine, "block", seconds=0) == Succeeded(b"0")
-        assert isinstance(await run(engine, "flaky", name="x", fails=0), Succeeded)
+        assert await run(executor, "echo", value=1) == Succeeded(b"1")
+        assert await run(executor, "block", seconds=0) == Succeeded(b"0")
+        assert isinstance(await run(executor, "flaky", name="x", fails=0), Succeeded)
     assert calls == {}
 
 
-async def test_every_state_goes_through_the_one_door(engine: subject.Executor, sink: Recorded) -> None:
+async def test_every_state_goes_through_set_state(executor: subject.Executor, sink: Recorded) -> None:
     for name, given in (("echo", {"value": 1}), ("block", {"seconds": 0})):
         run_id = uuid4()
-        await run(engine, name, run_id=run_id, **given)
+        await run(executor, name, run_id=run_id, **given)
         assert sink.states(run_id) == ["Running", "Completed"]
     last = sink.events[-1]
     assert (last.label, last.type, list(last.parameters)) == ("block", "COMPLETED", ["seconds"])
@@ -143,39 +143,39 @@ async def test_every_state_goes_through_the_one_door(engine: subject.Executor, s
     assert last.ended_at
 
 
-async def test_the_mirror_keeps_the_last_word_on_each_run(engine: subject.Executor, sink: Recorded) -> None:
+async def test_the_sink_keeps_the_last_state_of_each_run(executor: subject.Executor, sink: Recorded) -> None:
     for _ in range(5):
-        await run(engine, "echo", value=1)
+        await run(executor, "echo", value=1)
     assert sink.waiting == 5
     assert len(sink.events) == 10
 
 
-async def test_our_runs_emit_nothing_and_the_tasks_they_call_do(engine: subject.Executor, sink: Recorded) -> None:
-    """`set_state` is the one place where the engine tells of a run; a called task still has Prefect's own."""
-    await run(engine, "block", seconds=0)
-    await run(engine, "fail", 3, kind="plain")
+async def test_our_runs_emit_no_events_and_the_tasks_they_call_do(executor: subject.Executor, sink: Recorded) -> None:
+    """The engine publishes a run only in `set_state`; a called task still has Prefect's own."""
+    await run(executor, "block", seconds=0)
+    await run(executor, "fail", 3, kind="plain")
     assert sink.emitted == []
     run_id = uuid4()
-    assert await run(engine, "parent", run_id=run_id) == Succeeded(b"1")
+    assert await run(executor, "parent", run_id=run_id) == Succeeded(b"1")
     assert [one.event for one in sink.emitted] == [
         f"prefect.task-run.{name}" for name in ("Pending", "Running", "Completed")
     ]
     assert sink.emitted[0].payload["task_run"]["task_inputs"]["__parents__"][0]["id"] == str(run_id)
 
 
-async def test_logs_come_to_the_mirror_with_their_run(engine: subject.Executor, sink: Recorded) -> None:
+async def test_logs_come_to_the_sink_with_their_run(executor: subject.Executor, sink: Recorded) -> None:
     run_id, failed = uuid4(), uuid4()
-    await run(engine, "talk", run_id=run_id, words="hello")
+    await run(executor, "talk", run_id=run_id, words="hello")
     assert [line["message"] for line in sink.lines] == ["logged: hello", "printed: hello"]
     assert {line["task_run_id"] for line in sink.lines} == {str(run_id)}
-    await run(engine, "fail", 3, run_id=failed, kind="plain")
+    await run(executor, "fail", 3, run_id=failed, kind="plain")
     assert "Retries are exhausted" in sink.lines[-1]["message"], "the engine's own lines, which `use_run_logger` is for"
     assert sink.lines[-1]["task_run_id"] == str(failed)
 
 
-async def test_runs_share_nothing_that_changes(engine: subject.Executor) -> None:
+async def test_runs_share_no_mutable_state(executor: subject.Executor) -> None:
     """The models of Prefect's contexts are copies of one that was validated when the worker started."""
-    first, second = [await run(engine, "itself") for _ in range(2)]
+    first, second = [await run(executor, "itself") for _ in range(2)]
     assert isinstance(first, Succeeded)
     assert isinstance(second, Succeeded)
     one, other = json.loads(first.body), json.loads(second.body)
@@ -184,55 +184,56 @@ async def test_runs_share_nothing_that_changes(engine: subject.Executor) -> None
     assert one["count"] == other["count"] == 1
 
 
-async def test_a_hook_can_ask_for_the_result(engine: subject.Executor) -> None:
-    await run(engine, "hooked")
+async def test_a_hook_can_ask_for_the_result(executor: subject.Executor) -> None:
+    await run(executor, "hooked")
     assert ended == [5]
 
 
-async def test_print_is_replaced_once(engine: subject.Executor) -> None:
-    """Prefect does it around each run that logs prints; two that overlap leave the second one's in place for ever."""
+async def test_print_is_replaced_once(executor: subject.Executor) -> None:
+    """Prefect replaces `print` around each run that logs prints; two overlapping runs would leave the second one's in
+    place for ever."""
     before = print
-    await asyncio.gather(*[run(engine, "talk", words=str(n)) for n in range(5)])
+    await asyncio.gather(*[run(executor, "talk", words=str(n)) for n in range(5)])
     assert print is before
 
 
-async def test_an_attempt_parks_and_goes_on_as_the_same_run(engine: subject.Executor, sink: Recorded) -> None:
+async def test_an_attempt_parks_and_goes_on_as_the_same_run(executor: subject.Executor, sink: Recorded) -> None:
     run_id = uuid4()
-    first = await run(engine, "flaky", run_id=run_id, name="p", fails=1)
+    first = await run(executor, "flaky", run_id=run_id, name="p", fails=1)
     assert isinstance(first, Retry)
     assert 0 < first.delay <= 0.2
     assert (first.retries, first.problem.code) == (1, "temporarily_failed")
-    second = await run(engine, "flaky", first.retries, run_id=run_id, name="p", fails=1)
+    second = await run(executor, "flaky", first.retries, run_id=run_id, name="p", fails=1)
     assert second == Succeeded(b"2")
     assert sink.states(run_id) == ["Running", "AwaitingRetry", "Running", "Completed"]
     assert sink.events[-1].attempts == 2, "Prefect shows one run with two attempts"
 
 
-async def test_our_error_kinds_decide_about_retries(engine: subject.Executor) -> None:
-    assert isinstance(await run(engine, "fail", kind="usage"), Failed)
-    assert isinstance(await run(engine, "fail", kind="fatal"), Failed)
-    assert isinstance(await run(engine, "fail", kind="plain"), Retry)
-    assert isinstance(await run(engine, "fail", 3, kind="plain"), Failed)
+async def test_our_error_kinds_decide_about_retries(executor: subject.Executor) -> None:
+    assert isinstance(await run(executor, "fail", kind="usage"), Failed)
+    assert isinstance(await run(executor, "fail", kind="fatal"), Failed)
+    assert isinstance(await run(executor, "fail", kind="plain"), Retry)
+    assert isinstance(await run(executor, "fail", 3, kind="plain"), Failed)
 
 
-async def test_a_value_that_is_not_json_fails_in_prefect_too(engine: subject.Executor, sink: Recorded) -> None:
+async def test_a_value_that_is_not_json_fails_in_prefect_too(executor: subject.Executor, sink: Recorded) -> None:
     run_id = uuid4()
-    assert isinstance(await run(engine, "unserialisable", run_id=run_id, kind="object"), Failed)
+    assert isinstance(await run(executor, "unserialisable", run_id=run_id, kind="object"), Failed)
     assert sink.states(run_id)[-1] == "Failed"
 
 
-async def test_a_message_that_is_not_text_does_not_lose_the_state(engine: subject.Executor, sink: Recorded) -> None:
+async def test_a_message_that_is_not_text_does_not_lose_the_state(executor: subject.Executor, sink: Recorded) -> None:
     run_id = uuid4()
-    failed = await run(engine, "fail", run_id=run_id, kind="usage")
+    failed = await run(executor, "fail", run_id=run_id, kind="usage")
     assert isinstance(failed, Failed)
     assert failed.problem.detail == r"as asked \x00 \ud800"
     assert sink.states(run_id)[-1] == "Failed"
 
 
-async def test_a_cached_value_is_plain_json_and_shared(engine: subject.Executor, tmp_path: Path) -> None:
+async def test_a_cached_value_is_plain_json_and_shared(executor: subject.Executor, tmp_path: Path) -> None:
     payload = {"__class__": "subprocess.Popen", "data": ["touch", "pwned"]}
     for _ in range(2):
-        assert await run(engine, "counted", name="c", payload=payload) == Succeeded(b"1")
+        assert await run(executor, "counted", name="c", payload=payload) == Succeeded(b"1")
     [record] = (tmp_path / "store" / "cache").rglob("*")
     assert json.loads(record.read_text())
     assert "prefect.serializers" not in record.read_text()
@@ -242,11 +243,11 @@ async def test_a_cached_value_is_plain_json_and_shared(engine: subject.Executor,
 @pytest.mark.parametrize(
     ("reason", "state"), [("cancelled", "Cancelled"), ("released", "Released"), ("lost", "Running")]
 )
-async def test_a_stopped_execution_ends_at_once_and_prefect_hears_why(
-    engine: subject.Executor, sink: Recorded, reason: str, state: str
+async def test_a_stopped_execution_ends_at_once_and_publishes_why(
+    executor: subject.Executor, sink: Recorded, reason: str, state: str
 ) -> None:
     run_id = uuid4()
-    execution = asyncio.create_task(run(engine, "linger", run_id=run_id, name="for ever"))
+    execution = asyncio.create_task(run(executor, "linger", run_id=run_id, name="for ever"))
 
     async def states() -> list[str]:
         return sink.states(run_id)
@@ -265,8 +266,8 @@ async def test_the_users_task_object_stays_as_it_was(tmp_path: Path) -> None:
 
     before = dict(vars(mine))
     store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
-    engine = subject.Executor({"mine": mine}, pool="default", max_attempts=3, store=store, threads=1)
-    served = engine.registered["mine"]
+    executor = subject.Executor({"mine": mine}, pool="default", max_attempts=3, store=store, threads=1)
+    served = executor.registered["mine"]
     assert served.task.tags == set()
     assert vars(mine) == before
     assert mine.with_options(retries=5).retries == 5
@@ -283,7 +284,7 @@ def test_names_route_runs_not_files_or_lines() -> None:
     assert names == ["moved", "moved"]
 
 
-def test_discovery_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_discovery_names_the_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from backcast.errors import ConfigurationError
 
     monkeypatch.syspath_prepend(tmp_path)
@@ -299,7 +300,7 @@ def test_discovery_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(registry.discover(["clash_one", "clash_one"])) == ["same"]
 
 
-def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_are_served_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     tasks = registry.discover(["shop_tasks"])
     assert set(tasks) == {"fetch_title", "word_frequencies", "reserve_stock"}
@@ -313,7 +314,7 @@ def test_the_examples_are_served_as_they_stand(tmp_path: Path, monkeypatch: pyte
 
 
 async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: Path) -> None:
-    """Beyond what memory may hold they go to a file; a refused event does not hold up the others."""
+    """Events beyond the limit of memory go to a file; a refused event does not hold up the others."""
     from backcast.history import sink as module
 
     posted: list[Any] = []

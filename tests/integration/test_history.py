@@ -1,4 +1,4 @@
-"""Prefect's own server shows every run, and may be away without anyone noticing."""
+"""Prefect's own server shows every run. While it is away, no caller and no worker is affected."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,7 +42,7 @@ async def test_prefect_shows_every_run(database: str, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     async with stack(database, tmp_path, BACKCAST_PREFECT__HISTORY="true", BACKCAST_PREFECT__API_URL=url) as product:
-        # The worker starts and works while there is no Prefect server at all.
+        # The worker starts and works without any Prefect server.
         await product.up("api", "worker")
         before = await product.submit("echo", value=1)
         await product.result(before)
@@ -84,8 +84,10 @@ def _seconds(time: str) -> float:
     return datetime.fromisoformat(time).timestamp()
 
 
-async def test_prefect_also_shows_what_no_engine_has_said(database: str, tmp_path: Path, ledger: Ledger) -> None:
-    """Runs that wait, that are cancelled while they wait, and that fail before there is an attempt."""
+async def test_prefect_also_shows_runs_that_no_worker_has_published(
+    database: str, tmp_path: Path, ledger: Ledger
+) -> None:
+    """Runs that wait, that are cancelled while they wait, and that fail before their first attempt."""
     async with prefect_server(tmp_path) as server:
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
         async with stack(database, tmp_path, **env) as product:
@@ -113,19 +115,19 @@ async def test_prefect_also_shows_what_no_engine_has_said(database: str, tmp_pat
             assert "does not have its task" in failed["state"]["message"]
 
 
-async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> None:
+async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     old, young, waiting, late, unknown = (uuid7() for _ in range(5))
 
-    def told(run: UUID, state: Any, at: datetime) -> Entry:
+    def entry(run: UUID, state: Any, at: datetime) -> Entry:
         return Entry(run, "t", state, ["x"], "why", at, at, None if state == "scheduled" else at, 1)
 
     async with prefect_server(tmp_path) as server:
         sink = Sink(Prefect(api_url=server.url))
-        sink.record(told(old, "failed", now - timedelta(days=2)))
-        sink.record(told(young, "completed", now))
-        sink.record(told(waiting, "scheduled", now - timedelta(days=2)))
-        sink.record(told(late, "expired", now - timedelta(days=3)))
+        sink.record(entry(old, "failed", now - timedelta(days=2)))
+        sink.record(entry(young, "completed", now))
+        sink.record(entry(waiting, "scheduled", now - timedelta(days=2)))
+        sink.record(entry(late, "expired", now - timedelta(days=3)))
         stamp = now.isoformat()
         for line in ("first", "second"):
             sink.keep_log(
@@ -138,7 +140,7 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
                 }
             )
 
-        async def flushed() -> bool:  # Prefect may refuse any write with 503: what it refuses is kept, and sent again
+        async def flushed() -> bool:  # Prefect may refuse any write with 503; the sink keeps it and sends it again
             await sink._flush()
             return True
 
@@ -150,15 +152,15 @@ async def test_what_prefect_knows_can_be_asked_and_forgotten(tmp_path: Path) -> 
         assert expired["state"]["message"] == "Expired: why"
         assert await logs(server.url, str(old)) == ["first", "second"]
 
-        async def forgotten(limit: int) -> int:
+        async def deleted(limit: int) -> int:
             return await until(
                 lambda: sink.delete_ended(now - timedelta(days=1), limit), lambda count: count is not None
             )
 
-        assert await forgotten(1) == 1, "no more than asked"
-        assert await forgotten(100) == 1
+        assert await deleted(1) == 1, "no more than the limit"
+        assert await deleted(100) == 1
         wanted |= {old: None, late: None}
-        assert await sink.states(ids) == wanted, "what waits has not ended"
+        assert await sink.states(ids) == wanted, "a waiting run has not ended"
 
         async def lines() -> int:
             async with httpx.AsyncClient() as client:

@@ -1,4 +1,4 @@
-"""Lanes: never more at once than a limit allows, never more in a minute, nobody's share taken, and the count is right
+"""Lanes: never more runs at once or in a minute than a limit allows, a fair share for each owner, and a right count
 whatever becomes of a run.
 """
 
@@ -22,8 +22,8 @@ from tests.support.waiting import PATIENCE, until
 
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 
-# After each change of a run, in its transaction: a claim that makes one too many fails. It counts what is committed and
-# what this transaction did, so the lane's lock is what makes it exact; a claim does not need it.
+# Runs after each change of a run, in its transaction: a claim of one run too many fails. It counts committed rows and
+# those of this transaction, so only the lane's lock makes it exact; a claim does not need the lock.
 NEVER_OVER = """
 create function never_over() returns trigger language plpgsql as $$ declare n integer; begin
   select count(*) into n from backcast.runs where lane = new.lane and state = 'running';
@@ -126,14 +126,14 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
     assert await ledger.fetch("select from runs where state <> 'completed'") == []
 
 
-async def test_a_rate_admits_no_more_than_its_burst_and_its_time(ledger: Ledger) -> None:
+async def test_a_rate_promotes_no_more_than_its_burst_and_its_time(ledger: Ledger) -> None:
     rate = 600 / 60
     await lanes.limit(ledger, "lane", Limits(max_per_minute=600))
     began = await now(ledger)
     await fill(ledger, ["lane"], each=100)
     worker, taken = await register(ledger), 0
 
-    async def publish_new() -> int:
+    async def promote_and_work() -> int:
         nonlocal taken
         await asyncio.gather(*[dispatch.dispatch_due(ledger) for _ in range(4)])
         for c in await claim(ledger, worker):
@@ -146,7 +146,7 @@ async def test_a_rate_admits_no_more_than_its_burst_and_its_time(ledger: Ledger)
         assert taken + row["n"] <= allowed + 1e-6  # type: ignore[index]
         return taken
 
-    await until(publish_new, lambda seen: seen >= 25)
+    await until(promote_and_work, lambda seen: seen >= 25)
 
 
 async def now(ledger: Ledger) -> datetime:
@@ -168,7 +168,7 @@ async def test_a_rate_that_follows_a_count_begins_with_a_token(ledger: Ledger) -
 
 
 async def test_a_clock_that_is_behind_spends_nothing(ledger: Ledger) -> None:
-    """now() is when a transaction began: another one may have filled up after that."""
+    """now() is the time when a transaction began: another one may have refilled the tokens after that."""
     await lanes.limit(ledger, "lane", Limits(max_per_minute=60))
     await ledger.execute("update lanes set tokens = 0, refilled_at = now() + interval '1 minute'")
     await submit(ledger)
@@ -187,7 +187,7 @@ async def test_an_owner_with_a_thousand_held_runs_does_not_hold_up_another_ones_
         [taken] = await claim(ledger, worker)
         order.append(taken.id)
         await settlement.settle(ledger, worker, [ended(taken)])
-    assert len(order) <= 1 + 4, "what ran, and then one turn of each owner"
+    assert len(order) <= 1 + 4, "the run that ran, and then one turn of each owner"
 
 
 async def test_zero_holds_and_lifting_frees(ledger: Ledger) -> None:
@@ -204,7 +204,7 @@ async def test_zero_holds_and_lifting_frees(ledger: Ledger) -> None:
     with pytest.raises(UnknownLane):
         await lanes.get(ledger, "lane")
     await settlement.settle(ledger, worker, [ended(c) for c in taken])
-    assert await promoted(ledger) == 0, "what was promoted is still counted down"
+    assert await promoted(ledger) == 0, "a promoted run is still counted down"
 
 
 async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> None:
@@ -223,7 +223,7 @@ async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> 
     assert await promoted(ledger) == 2
 
 
-async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> None:
+async def test_a_place_is_free_again_however_its_run_leaves_it(ledger: Ledger) -> None:
     await lanes.limit(ledger, "lane", Limits(max_running=1))
     worker = await register(ledger)
 
@@ -244,9 +244,7 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
 
     run = await submit(ledger)
     taken = await running()
-    await settlement.settle(
-        ledger, worker, [ended(taken, state="queued", counts=False)]
-    )  # handed back: keeps its place
+    await settlement.settle(ledger, worker, [ended(taken, state="queued", counts=False)])  # released: keeps its place
     assert (await states(ledger)).get("queued") == 1
     taken = await running()
     await settlement.settle(
@@ -269,7 +267,7 @@ async def test_however_a_run_leaves_its_place_is_free_again(ledger: Ledger) -> N
 
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour'")
     assert await recovery.requeue(ledger, LEASE) == {run.id: "queued"}
-    assert await promoted(ledger) == 1, "what is ready again keeps its place"
+    assert await promoted(ledger) == 1, "a run that is ready again keeps its place"
     stale = await settlement.settle(ledger, worker, [ended(taken)])
     assert (stale.accepted, await promoted(ledger)) == (set(), 1)
     worker = await register(ledger)
@@ -288,7 +286,7 @@ async def test_a_run_that_fails_with_its_worker_gives_its_place_to_the_next(ledg
     assert [c.id for c in await claim(ledger, await register(ledger))] == [second.id]
 
 
-async def test_a_limit_holds_for_what_comes_after_it(ledger: Ledger) -> None:
+async def test_a_limit_holds_for_runs_submitted_after_it(ledger: Ledger) -> None:
     for _ in range(3):
         await submit(ledger)
     await lanes.limit(ledger, "lane", Limits(max_running=1))
@@ -335,10 +333,10 @@ async def test_a_count_that_was_out_of_date_is_no_error(ledger: Ledger, database
 
 
 async def blocked(connection: asyncpg.Connection) -> None:
-    """Somebody waits for a lock."""
+    """Wait until a statement waits for a lock."""
 
     async def look() -> object:
-        await connection.execute("select pg_stat_clear_snapshot()")  # or a transaction sees the same for ever
+        await connection.execute("select pg_stat_clear_snapshot()")  # else a transaction sees the same for ever
         return await connection.fetchval(
             """select count(*) from pg_stat_activity
                 where wait_event_type = 'Lock' and datname = current_database()"""

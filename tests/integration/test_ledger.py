@@ -23,7 +23,7 @@ from backcast.local import postgres
 from backcast.models import Problem, Run, State, Submission, TaskType, uuid7
 from tests.support.waiting import until
 
-LEASE = timedelta(minutes=5)  # longer than any test takes: leases end when a test says so
+LEASE = timedelta(minutes=5)  # longer than any test takes: a lease ends only when a test ends it
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 
 
@@ -57,7 +57,7 @@ def completed(claim: Claim, value: str = "1") -> Settlement:
 
 
 async def silence(ledger: Ledger, worker: UUID) -> None:
-    """The worker was last heard of more than a lease ago."""
+    """Set the worker's last heartbeat to more than a lease ago."""
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour' where id = $1", worker)
 
 
@@ -106,7 +106,7 @@ async def test_many_claimers_never_share_a_run(ledger: Ledger) -> None:
             await settlement.settle(ledger, worker, [completed(c) for c in claims])
 
     await asyncio.gather(*[work() for _ in range(8)])
-    # A claimer may find nothing while others hold what is left; nothing may be found twice.
+    # A claimer may find nothing while others hold the last runs; no run may be found twice.
     assert len(seen) == len(set(seen))
     assert set(seen) == made
 
@@ -162,7 +162,7 @@ async def test_a_stale_worker_changes_nothing(ledger: Ledger) -> None:
     assert (result.text, result.key, result.run.attempts) == ("new", f"results/{new.id}/{new.fence}.json", 2)
 
 
-async def test_an_ending_sent_twice_is_recorded_once_and_accepted_twice(ledger: Ledger) -> None:
+async def test_a_settlement_sent_twice_is_recorded_once_and_accepted_twice(ledger: Ledger) -> None:
     worker = await register(ledger)
     await submit(ledger)
     [taken] = await claim(ledger, worker)
@@ -177,7 +177,7 @@ async def test_a_run_that_kills_its_workers_fails_as_worker_lost(ledger: Ledger)
     for _ in range(3):
         worker = await register(ledger)
         [taken] = await claim(ledger, worker)
-        await claims.begin(ledger, worker, taken)  # the third one waits until it is alone
+        await claims.begin(ledger, worker, taken)  # the third worker begins it once it runs alone
         await silence(ledger, worker)
         states += (await recovery.requeue(ledger, LEASE)).values()
     assert states == ["queued", "queued", "failed"]
@@ -200,7 +200,7 @@ async def test_retries_of_the_task_do_not_count_as_losses(ledger: Ledger) -> Non
     assert (await runs.get(ledger, taken.id)).attempts == 6
 
 
-async def test_handing_back_is_not_charged(ledger: Ledger) -> None:
+async def test_a_release_does_not_count_against_max_attempts(ledger: Ledger) -> None:
     worker = await register(ledger)
     await submit(ledger)
     for _ in range(5):
@@ -212,7 +212,7 @@ async def test_handing_back_is_not_charged(ledger: Ledger) -> None:
     assert (run.state, run.attempts) == (State.QUEUED, 0)
 
 
-async def test_a_heartbeat_tells_what_is_held_and_what_to_cancel(ledger: Ledger) -> None:
+async def test_a_heartbeat_returns_the_held_runs_and_their_cancels(ledger: Ledger) -> None:
     worker = await register(ledger)
     for _ in range(3):
         await submit(ledger)
@@ -223,7 +223,7 @@ async def test_a_heartbeat_tells_what_is_held_and_what_to_cancel(ledger: Ledger)
         assert held is not None
         assert {run_id: h.cancel for run_id, h in held.items()} == {c.id: c is taken[0] for c in taken}
         assert await fleet.beat(connection, uuid7(), busy=0, draining=False, settled=0) is None, (
-            "an unknown worker hears so"
+            "an unknown worker gets None"
         )
 
 
@@ -236,7 +236,7 @@ async def test_cancelling(ledger: Ledger) -> None:
     [taken] = await claim(ledger, worker)
     assert (await runs.cancel(ledger, running)).state is State.RUNNING
     settled = await settlement.settle(ledger, worker, [completed(taken)])
-    assert settled.cancelled == {(running, taken.fence)}, "a cancel that came before the outcome wins"
+    assert settled.cancelled == {(running, taken.fence)}, "a cancel that came before the settlement wins"
     result = await runs.result(ledger, running)
     assert (result.run.state, result.text, result.key) == (State.CANCELLED, None, None)
     done = (await submit(ledger)).run.id
@@ -268,7 +268,7 @@ async def test_cancel_races_with_claim_and_settle(ledger: Ledger) -> None:
     assert left == []
 
 
-async def test_what_a_mirror_is_told(ledger: Ledger) -> None:
+async def test_runs_that_no_worker_publishes_are_found_for_the_history(ledger: Ledger) -> None:
     worker = await register(ledger)
     start, before, began = uuid7(2), uuid7(1), datetime.now(UTC) - timedelta(seconds=1)
     made = [(await submit(ledger, value=n)).run.id for n in range(5)]
@@ -276,9 +276,9 @@ async def test_what_a_mirror_is_told(ledger: Ledger) -> None:
     await runs.cancel(ledger, made[4])
     lost = Problem(code="c", title="t", detail="why")
     await settlement.settle(ledger, worker, [Settlement(id=taken.id, fence=taken.fence, state="failed", error=lost)])
-    told = await history.waiting(ledger, start, uuid7(), limit=2)
-    assert [(run.id, run.state, run.parameters) for run in told] == [(made[n], "scheduled", ["x"]) for n in (1, 2)]
-    assert [run.id for run in await history.waiting(ledger, told[-1].id, uuid7(), limit=2)] == [made[3]]
+    waiting = await history.waiting(ledger, start, uuid7(), limit=2)
+    assert [(run.id, run.state, run.parameters) for run in waiting] == [(made[n], "scheduled", ["x"]) for n in (1, 2)]
+    assert [run.id for run in await history.waiting(ledger, waiting[-1].id, uuid7(), limit=2)] == [made[3]]
     assert await history.waiting(ledger, start, before, limit=9) == [], "not before their time"
 
     async def ended() -> list[history.Entry]:
@@ -305,7 +305,7 @@ async def test_listing_pages_through_everything_once(ledger: Ledger) -> None:
     assert await runs.find(ledger, limit=50, state=State.FAILED) == ([], None)
 
 
-async def test_a_claim_does_not_scan_whatever_the_statistics_say(ledger: Ledger) -> None:
+async def test_a_claim_does_not_scan_whatever_the_statistics_are(ledger: Ledger) -> None:
     """A plan made while the table was empty must not become a scan, or a sort, of a large one."""
     await ledger.execute("analyze runs")
     worker = await register(ledger)
@@ -334,23 +334,23 @@ async def test_a_claim_does_not_scan_whatever_the_statistics_say(ledger: Ledger)
     assert "Hash Join" not in plan, plan
 
 
-async def test_waking_is_coalesced_and_the_last_wake_is_never_swallowed(ledger: Ledger, database: str) -> None:
-    heard: list[int] = []
+async def test_wakes_are_coalesced_and_the_last_one_is_never_dropped(ledger: Ledger, database: str) -> None:
+    calls: list[int] = []
     listens = asyncio.Event()
 
     def ready() -> None:
-        heard.append(1)
-        listens.set()  # the first call says that it listens
+        calls.append(1)
+        listens.set()  # the first call shows that it listens
 
     listening = asyncio.create_task(ledger.listen("default", ready))
     await listens.wait()
-    heard.clear()
+    calls.clear()
     sent: list[object] = []
     witness = await asyncpg.connect(database)
-    await witness.add_listener(CHANNEL, lambda *said: sent.append(said[-1]))
+    await witness.add_listener(CHANNEL, lambda *given: sent.append(given[-1]))
 
     async def sent_so_far() -> list[object]:
-        """All that was asked for: a mark that is sent after it comes after it."""
+        """All notifications up to now: a mark that is sent after them arrives after them."""
 
         async def pending() -> int:
             return len(ledger._notifiers)
@@ -378,7 +378,7 @@ async def test_waking_is_coalesced_and_the_last_wake_is_never_swallowed(ledger: 
     assert (await sent_so_far())[len(first) :] == ["default", "default"]
 
     async def count() -> int:
-        return len(heard)
+        return len(calls)
 
     await until(count, lambda seen: seen == first.count("default") + 2)
     listening.cancel()
@@ -386,8 +386,8 @@ async def test_waking_is_coalesced_and_the_last_wake_is_never_swallowed(ledger: 
 
 
 async def test_migrating_twice_and_from_several_places_is_safe(database: str) -> None:
-    said = await asyncio.gather(*[asyncio.to_thread(migrate, database) for _ in range(4)])
-    assert set(said) == {"The schema is up to date (0002)."}
+    answers = await asyncio.gather(*[asyncio.to_thread(migrate, database) for _ in range(4)])
+    assert set(answers) == {"The schema is up to date (0002)."}
     connection = await asyncpg.connect(database)
     await connection.execute("update backcast.alembic_version set version_num = '9999'")
     await connection.close()
@@ -406,7 +406,7 @@ async def test_a_database_that_is_away_or_empty_is_unavailable_with_a_sentence(s
 
 
 async def test_a_database_that_takes_no_connections_is_unavailable(server: postgres.Postgres, database: str) -> None:
-    """As while it is restored; found on a cluster, where workers and stewards ended for it."""
+    """As while it is restored. Found on a cluster, where workers and stewards ended because of it."""
     name = database.partition("?")[0].rpartition("/")[2]
     admin = await asyncpg.connect(server.url())
     closed = Ledger(database)
@@ -434,8 +434,8 @@ async def _invariants(ledger: Ledger) -> AsyncIterator[None]:
     assert odd == []
 
 
-async def test_a_filter_that_matches_little_looks_at_little(ledger: Ledger) -> None:
-    """Pages go on where the last one stopped looking, so that the rare is found and nothing is walked through twice."""
+async def test_a_filter_that_matches_few_runs_reads_few_rows(ledger: Ledger) -> None:
+    """A page goes on where the last one stopped, so that a rare run is found and no row is read twice."""
     rare = (await submit(ledger, owner="o")).run
     await ledger.execute(
         """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
@@ -457,7 +457,7 @@ async def test_lists_by_state_do_not_walk_through_other_states(database: str, st
     ledger = Ledger(database, pool=1)
 
     async def looked_at() -> int:
-        """Rows fetched so far, in the connection's own count."""
+        """Rows of the index fetched so far, by the server's count."""
         await ledger.execute("select pg_stat_force_next_flush()")
         row = await ledger.fetchrow(
             "select sum(idx_tup_fetch)::int as n from pg_stat_user_indexes where relname = 'runs'"

@@ -1,7 +1,7 @@
-"""The ledger as a state machine: any order of submits, claims, stalls, settlements, cancels, limits, several of them at
-the same time, against the real PostgreSQL. A trigger writes down every version of every run; after each step the whole
-history is checked. A few seconds here; `MACHINE_EXAMPLES=1000 pytest tests/integration/test_ledger_machine.py`
-(with `--hypothesis-seed=N` to choose) looks at other schedules for as long as that takes.
+"""The ledger as a state machine: submits, claims, stalls, settlements, cancels and limits in any order, several at the
+same time, against the real PostgreSQL. A trigger records every version of every run; each step checks the history. It
+takes a few seconds; `MACHINE_EXAMPLES=1000 pytest tests/integration/test_ledger_machine.py` (with
+`--hypothesis-seed=N` to choose) tries other schedules for as long as they take.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from backcast.models import Limits, Problem, Submission, TaskType, uuid7
 from tests.support.runs import FINAL
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
-LEASE = timedelta(minutes=5)  # longer than any example takes: leases end when a rule says so
+LEASE = timedelta(minutes=5)  # longer than any example takes: a lease ends only when a rule ends it
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 NEXT = {
     None: {"held", "scheduled", "queued"},
@@ -41,7 +41,7 @@ NEXT = {
 QUOTA = 60.0
 """Attempts per minute of the lane `quota`, whose limit stays."""
 
-# The dawdling makes statements that run at the same time overlap.
+# The sleep makes statements that run at the same time overlap.
 SEEN = """
 create table seen (seq bigserial primary key, tx bigint not null, was jsonb, now jsonb not null);
 create function see() returns trigger language plpgsql as $$ begin
@@ -53,7 +53,7 @@ create trigger see after insert or update on runs for each row execute function 
 """
 FRESH = "truncate runs, workers, lanes, flights, seen"
 
-# One statement, so one snapshot: also true while others are at work.
+# One statement, so one snapshot: it holds also while others are at work.
 COUNTED = """
 select l.name, l.promoted, (select count(*) from runs r where r.lane = l.name and r.promoted
        and r.state in ('queued', 'running')) as really from lanes l"""
@@ -97,7 +97,7 @@ SUBMIT = st.tuples(st.just("submit"), st.fixed_dictionaries(FIELDS["submit"]))
 
 
 class Machine(RuleBasedStateMachine):
-    """Remembers what the ledger said; `seen` remembers what it did."""
+    """Keeps the ledger's answers; the table `seen` keeps its changes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ledger: Ledger) -> None:
         super().__init__()
@@ -111,12 +111,12 @@ class Machine(RuleBasedStateMachine):
         self.open: dict[UUID, list[Claim]] = collections.defaultdict(list)
         self.settlements: dict[tuple[UUID, int], Settlement] = {}
         self.outcomes: dict[UUID, str] = {}
-        """What an accepted final ending said; "cancelled" when the ledger answered so."""
+        """The outcome of an accepted final settlement; "cancelled" when the ledger answered so."""
         self.together = submissions.Submissions(ledger)
         self.requests: list[tuple[str, str, UUID | None, bool]] = []
-        """(owner, request, run or none for a conflict, fresh) of everything that was sent with the key."""
+        """(owner, request, run or none for a conflict, fresh) of every submission with the key."""
         self.ceiling: dict[str, float] = {"narrow": float("inf"), "wide": float("inf"), "quota": float("inf")}
-        """What a lane's count may not exceed: its limit, or what was there when the limit was lowered."""
+        """The most that a lane may count: its limit, or its count when the limit was lowered."""
         self.last = 0
         self.is_broken = False
 
@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
         self._run(self._drain())
         self._run(self._quiet())
 
-    # -- what they do -----------------------------------------------------------------------------------------------
+    # -- operations -------------------------------------------------------------------------------------------------
 
     async def _at_once(self, ops: list[Op], hold: str | None = None) -> None:
         self.is_broken = True
@@ -169,7 +169,7 @@ class Machine(RuleBasedStateMachine):
         return [asyncio.create_task(coroutine) for coroutine in doing]
 
     async def _held_up(self, doing: list[Coroutine[Any, Any, None]], hold: str) -> list[asyncio.Task[None]]:
-        """Let them come as far as they can without these rows: what they then decide on is an old snapshot."""
+        """Let them come as far as they can without these rows: they then decide on an old snapshot."""
         rows = {"lanes": "lanes order by name", "runs": "runs where state in ('queued', 'running') order by id"}[hold]
         async with self.ledger.transaction() as connection:
             await connection.execute(f"select from {rows} for update")
@@ -225,38 +225,38 @@ class Machine(RuleBasedStateMachine):
         self.open[worker_id] += taken
 
     async def _start(self, *, worker: int) -> None:
-        """What had waited on its worker begins."""
+        """A run that waited on its worker begins."""
         worker_id = self._worker(worker)
         if self.open[worker_id]:
             await claims.begin(self.ledger, worker_id, self.open[worker_id][0])
 
     async def _settle(self, *, worker: int, ends: list[str], lost: bool) -> None:
-        worker_id, settlements = self._endings(worker, ends)
-        if lost:  # the first answer was
+        worker_id, settlements = self._settlements(worker, ends)
+        if lost:  # the answer to the first one
             await settlement.settle(self.ledger, worker_id, settlements)
         await self._send(worker_id, settlements[::-1])
 
     async def _settle_stale(self, *, worker: int, ends: list[str]) -> None:
-        """Endings of attempts that may long be over."""
+        """Settle attempts that may long be over."""
         worker_id = self._worker(worker)
         latest = {c.id: c for w, c in self.claims if w == worker_id}
         some = [latest[run_id] for run_id in sorted(latest, key=lambda run_id: run_id.bytes[worker % 8 + 8])]
-        await self._send(worker_id, [self._ending(c, e) for c, e in zip(some, ends, strict=False)])
+        await self._send(worker_id, [self._settlement(c, e) for c, e in zip(some, ends, strict=False)])
 
     async def _settle_twice(self, *, worker: int, ends: list[str]) -> None:
-        """Sent again, in another order, while the first is still under way."""
-        worker_id, settlements = self._endings(worker, ends)
+        """Send settlements again, in another order, while the first request is still under way."""
+        worker_id, settlements = self._settlements(worker, ends)
         await asyncio.gather(self._send(worker_id, settlements), self._send(worker_id, settlements[::-1]))
 
-    def _endings(self, worker: int, ends: list[str]) -> tuple[UUID, list[Settlement]]:
-        """Of what a worker believes to hold; of one that holds something, if there is one."""
+    def _settlements(self, worker: int, ends: list[str]) -> tuple[UUID, list[Settlement]]:
+        """Settlements of runs that a worker believes to hold; of a worker that holds some, if there is one."""
         busy = [worker_id for worker_id in self.workers if self.open[worker_id]] or self.workers
         worker_id = busy[worker % len(busy)]
         mine, self.open[worker_id] = self.open[worker_id][: len(ends)], self.open[worker_id][len(ends) :]
-        return worker_id, [self._ending(c, end) for c, end in zip(mine, ends, strict=False)]
+        return worker_id, [self._settlement(c, end) for c, end in zip(mine, ends, strict=False)]
 
-    def _ending(self, c: Claim, end: str) -> Settlement:
-        """One attempt has one ending, however often it is sent."""
+    def _settlement(self, c: Claim, end: str) -> Settlement:
+        """One attempt has one settlement, however often it is sent."""
         rest: dict[str, Any] = {"id": c.id, "fence": c.fence, "lane": c.lane, "retries_used": c.retries_used}
         match end:
             case "completed":
@@ -276,11 +276,11 @@ class Machine(RuleBasedStateMachine):
     async def _send(self, worker_id: UUID, settlements: list[Settlement]) -> None:
         settled = await settlement.settle(self.ledger, worker_id, settlements)
         assert settled.cancelled <= settled.accepted
-        for ending in settlements:
-            if (ending.id, ending.fence) in settled.cancelled:
-                self._ended(ending.id, "cancelled")
-            elif (ending.id, ending.fence) in settled.accepted and ending.state in FINAL:
-                self._ended(ending.id, ending.result_key or "failed")
+        for each in settlements:
+            if (each.id, each.fence) in settled.cancelled:
+                self._ended(each.id, "cancelled")
+            elif (each.id, each.fence) in settled.accepted and each.state in FINAL:
+                self._ended(each.id, each.result_key or "failed")
 
     def _ended(self, run_id: UUID, outcome: str) -> None:
         assert self.outcomes.setdefault(run_id, outcome) == outcome, "two outcomes were accepted"
@@ -303,7 +303,7 @@ class Machine(RuleBasedStateMachine):
         if held is None:
             await self._register(worker_id)
             held = {}
-        # What a claim brought whose answer was lost is handed back.
+        # A run whose claim's answer was lost is released.
         lost = [(run_id, h) for run_id, h in held.items() if (run_id, h.fence) not in known]
         await self._send(
             worker_id,
@@ -327,7 +327,7 @@ class Machine(RuleBasedStateMachine):
         await dispatch.dispatch_due(self.ledger)
 
     async def _limit(self, lane: str, limits: tuple[int | None, float | None]) -> None:
-        self.ceiling[lane] = float("inf")  # until the check sees what is left of earlier times
+        self.ceiling[lane] = float("inf")  # until the check sees the runs that were promoted before
         with contextlib.suppress(UnknownLane):  # lifted at the same moment
             await lanes.limit(self.ledger, lane, Limits(max_running=limits[0], max_per_minute=limits[1]))
 
@@ -356,7 +356,7 @@ class Machine(RuleBasedStateMachine):
         )
         self.shifted += seconds
 
-    # -- what must hold ---------------------------------------------------------------------------------------------
+    # -- invariants -------------------------------------------------------------------------------------------------
 
     async def _count(self) -> None:
         for row in await self.ledger.fetch(COUNTED):
@@ -381,9 +381,9 @@ class Machine(RuleBasedStateMachine):
         for lost in losses.values():
             self._counting(lost)
         rows = {row["id"]: row for row in await self.ledger.fetch("select * from runs")}
-        assert set(rows) == self.accepted, "a run is lost, or nobody has accepted it"
+        assert set(rows) == self.accepted, "a run is lost, or was never accepted"
         for run_id, row in rows.items():
-            self._stands(run_id, row)
+            self._check_run(run_id, row)
         self._keys()
         for row in await self.ledger.fetch("select * from lanes where name <> 'quota'"):
             limit = row["max_running"] if row["max_running"] is not None else float("inf")
@@ -419,7 +419,7 @@ class Machine(RuleBasedStateMachine):
         event(f"{was['state']} → {state}")
         assert was["state"] not in FINAL, "an outcome changed"
         assert state in NEXT[was["state"]]
-        assert was["cancel_requested_at"] is None or state == "cancelled", "a cancel was forgotten"
+        assert was["cancel_requested_at"] is None or state == "cancelled", "a cancel was lost"
         assert now["fence"] == was["fence"] + (state == "running"), "only a claim raises the fence, by one"
         assert "worker_id" not in changed or state == "running"
         assert now["lane"] == was["lane"]
@@ -433,15 +433,15 @@ class Machine(RuleBasedStateMachine):
             assert now["attempts_used"] - now["retries_used"] == now["max_attempts"]
 
     def _counting(self, lost: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Runs that were lost together with one worker: somebody is charged, unless none of them had been started."""
+        """A worker's loss counts against at least one of the runs lost with it, unless none had been started."""
         started = [(was, now) for was, now in lost if not was["prefetched"]]
-        charged = [was for was, now in lost if now["attempts_used"] > was["attempts_used"]]
-        assert all(not was["prefetched"] for was in charged), "a run that had not been started is charged"
+        counted = [was for was, now in lost if now["attempts_used"] > was["attempts_used"]]
+        assert all(not was["prefetched"] for was in counted), "the loss counts against a run that had not been started"
         if any(was["cancel_requested_at"] is None for was, _ in started):
-            assert charged, f"none of {len(started)} lost runs is charged"
+            assert counted, f"the loss counts against none of {len(started)} started runs"
 
-    def _stands(self, run_id: UUID, row: asyncpg.Record) -> None:
-        """One run, as it is."""
+    def _check_run(self, run_id: UUID, row: asyncpg.Record) -> None:
+        """One run, as it is now."""
         outcome = self.outcomes.get(run_id)
         if outcome == "cancelled":
             assert row["state"] == "cancelled"
@@ -450,10 +450,10 @@ class Machine(RuleBasedStateMachine):
         elif outcome is not None:
             assert (row["state"], row["result_key"]) == ("completed", outcome)
         if row["state"] == "completed":
-            assert row["result_key"] == outcome == f"results/{run_id}/{row['fence']}.json", "its ending was refused"
+            assert row["result_key"] == outcome == f"results/{run_id}/{row['fence']}.json", "its settlement was refused"
         held = [(w, c) for w, c in self.claims if c.id == run_id]
         fences = [c.fence for _, c in held]
-        assert len(fences) == len(set(fences)), "one attempt was given away twice"
+        assert len(fences) == len(set(fences)), "one attempt was claimed twice"
         assert max(fences, default=0) <= row["fence"]
         for w, c in held:
             if c.fence == row["fence"]:
@@ -461,7 +461,7 @@ class Machine(RuleBasedStateMachine):
         assert row["state"] != "running" or row["worker_id"] is not None
 
     def _keys(self) -> None:
-        """One key, one run: the first request's."""
+        """One key has one run, that of the first request."""
         for owner in {owner for owner, *_ in self.requests}:
             mine = [(request, run_id, fresh) for o, request, run_id, fresh in self.requests if o == owner]
             [(first, run_id)] = [(request, run_id) for request, run_id, fresh in mine if fresh]
@@ -469,13 +469,13 @@ class Machine(RuleBasedStateMachine):
                 assert got == (run_id if request == first else None)
 
     async def _quiet(self) -> None:
-        """What was left to the background is over before the next example begins."""
+        """Background tasks end before the next example begins."""
         background = asyncio.all_tasks() - {asyncio.current_task()}
         if background:
             await asyncio.wait(background, timeout=10)
 
     async def _drain(self) -> None:
-        """A healthy worker ends every run that no limit of 0 holds; and those too, when limits are lifted."""
+        """A healthy worker ends every run that no limit of 0 holds; when limits are lifted, those too."""
         if self.is_broken:  # the cause is what matters
             return
         for worker in range(len(self.workers)):
@@ -530,7 +530,7 @@ def test_every_schedule_keeps_the_ledgers_promises(database: str) -> None:
         loop.close()
 
 
-# What it found, or was found while it was written, as schedules of their own.
+# Schedules that it found, or that were found while it was written.
 
 
 async def _one(ledger: Ledger, worker: UUID) -> None:
@@ -549,7 +549,7 @@ async def test_a_worker_that_retires_while_its_claim_is_under_way_leaves_nothing
     assert await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=other, lease=LEASE)
 
 
-async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledger) -> None:
+async def test_two_attempts_of_one_run_in_one_batch_are_distinguished(ledger: Ledger) -> None:
     """Its first attempt was lost while the worker stalled, and the same worker claimed it again."""
     worker, held = uuid7(), list[Claim]()
     await _one(ledger, worker)
@@ -568,7 +568,7 @@ async def test_two_attempts_of_one_run_in_one_batch_are_told_apart(ledger: Ledge
         assert (await settlement.settle(ledger, worker, batch)).accepted == {(second.id, second.fence)}
 
 
-async def test_a_run_that_failed_with_its_worker_did_not_fail_by_what_the_worker_says_later(ledger: Ledger) -> None:
+async def test_a_run_that_failed_with_its_worker_ignores_the_workers_late_settlement(ledger: Ledger) -> None:
     worker = uuid7()
     await _one(ledger, worker)
     await ledger.execute("update runs set max_attempts = 1")

@@ -1,4 +1,4 @@
-"""Casts over real HTTP, for both ways to ask a model: a provider's (tool call) and the embedded one's (grammar)."""
+"""Casts over real HTTP, for both kinds of model: a provider's (tool call) and the embedded one (grammar)."""
 
 import asyncio
 import os
@@ -148,7 +148,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-async def test_every_failure_says_who_must_act(connect: Connect, failure: str) -> None:
+async def test_every_failure_has_its_kind_and_code(connect: Connect, failure: str) -> None:
     reply, kind, code = FAILURES[failure]
     with ScriptedModel([reply]) as model:
         connect(model)
@@ -157,7 +157,7 @@ async def test_every_failure_says_who_must_act(connect: Connect, failure: str) -
     assert (type(caught.value), caught.value.code) == (kind, code)
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
-    assert len(model.requests) <= 2  # nobody retries behind our back; two is an answer and its re-ask
+    assert len(model.requests) <= 2  # no client retries by itself; two are an answer and its re-ask
 
 
 async def test_a_model_that_is_not_there(connect: Connect) -> None:

@@ -1,4 +1,4 @@
-"""Telling Kubernetes who is busy. The API server here keeps what it is told; a real one is asked in tests/e2e."""
+"""Publishing how busy each worker is to Kubernetes. This API server is a stand-in; tests/e2e use a real one."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ from backcast.steward.pods import Pods
 
 
 class Cluster(ThreadingHTTPServer):
-    """The pods of a namespace, their costs, and the names that were asked for."""
+    """The pods of a namespace, their costs, and the names in the requests."""
 
     pods: dict[str, str | None]
     asked: list[str]
@@ -69,17 +69,19 @@ async def worker(ledger: Ledger, host: str, busy: int, known: UUID | None = None
     await fleet.register(ledger, worker, pool="default", host=host, version="1", slots=10, tasks=[])
     async with ledger.session() as connection:
         await fleet.beat(connection, worker, busy=busy, draining=False, settled=0)
-    await ledger.execute("update workers set heartbeat_at = now() + interval '1 hour'")  # none is gone by itself
+    await ledger.execute(
+        "update workers set heartbeat_at = now() + interval '1 hour'"
+    )  # no worker goes silent by itself
     return worker
 
 
-async def test_only_what_has_changed_is_told(ledger: Ledger, cluster: Cluster, pods: Pods) -> None:
+async def test_only_changes_are_published(ledger: Ledger, cluster: Cluster, pods: Pods) -> None:
     cluster.pods = {"w-1": "7", "w-2": None}
     await worker(ledger, "w-1", 0)
     two = await worker(ledger, "w-2", 3)
     await worker(ledger, "not-a-pod", 1)
     await pods.mark(ledger)
-    assert cluster.pods == {"w-1": "0", "w-2": "3"}, "also an idle one: who led before may have marked it"
+    assert cluster.pods == {"w-1": "0", "w-2": "3"}, "also an idle one: the last leader may have marked it"
     cluster.asked.clear()
     await pods.mark(ledger)
     assert cluster.asked == []
@@ -89,7 +91,7 @@ async def test_only_what_has_changed_is_told(ledger: Ledger, cluster: Cluster, p
     assert cluster.pods["w-2"] == "1"
 
 
-async def test_a_refusal_is_told_again_later(ledger: Ledger, cluster: Cluster, pods: Pods) -> None:
+async def test_a_refused_change_is_published_again_later(ledger: Ledger, cluster: Cluster, pods: Pods) -> None:
     cluster.pods = {"w-1": None}
     await worker(ledger, "w-1", 2)
     cluster.allows = False
@@ -100,7 +102,7 @@ async def test_a_refusal_is_told_again_later(ledger: Ledger, cluster: Cluster, p
     assert cluster.pods == {"w-1": "2"}
 
 
-async def test_workers_that_are_gone_are_forgotten(ledger: Ledger, cluster: Cluster, pods: Pods) -> None:
+async def test_a_worker_that_comes_back_is_marked_again(ledger: Ledger, cluster: Cluster, pods: Pods) -> None:
     cluster.pods = {"w-1": None}
     await worker(ledger, "w-1", 2)
     await pods.mark(ledger)

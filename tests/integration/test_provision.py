@@ -19,7 +19,7 @@ from tests.support.waiting import PATIENCE
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL, without a user, of a server on which nobody but `postgres` gets in, and nobody without a password."""
+    """The URL, without a user, of a server that only `postgres` may enter, and only with a password."""
     folder = tmp_path_factory.mktemp("guarded")
     folder.chmod(0o755)
     hba = folder / "hba.conf"
@@ -62,14 +62,14 @@ async def _refused(url: str, sql: str) -> str:
 
 
 async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded: str, tmp_path: Path) -> None:
-    it, said = settings(guarded, tmp_path), []
+    it, lines = settings(guarded, tmp_path), []
     for _ in range(2):
-        await asyncio.gather(*(asyncio.to_thread(provision.prepare, it, said.append) for _ in range(3)))
-    assert "The database backcast of backcast is made." in said
-    assert "The database prefect of prefect was there." in said
-    assert said.count("The schema is now 0002.") == 1
-    assert said[-1] == f"The store file://{tmp_path}/store is there, and every call works."
-    assert await asyncio.to_thread(provision.check, it, said.append)
+        await asyncio.gather(*(asyncio.to_thread(provision.prepare, it, lines.append) for _ in range(3)))
+    assert "The database backcast of backcast is made." in lines
+    assert "The database prefect of prefect was there." in lines
+    assert lines.count("The schema is now 0002.") == 1
+    assert lines[-1] == f"The store file://{tmp_path}/store is there, and every call works."
+    assert await asyncio.to_thread(provision.check, it, lines.append)
 
     scaler = it.setup.scaler_url.get_secret_value()  # type: ignore[union-attr]
     connection = await asyncpg.connect(scaler)
@@ -91,36 +91,36 @@ async def test_a_new_password_is_taken_over(guarded: str, tmp_path: Path) -> Non
         await asyncio.to_thread(provision.prepare, settings(guarded, tmp_path, password=password), lambda _: None)
 
 
-def test_an_old_volume_with_a_new_password_is_a_sentence(guarded: str, tmp_path: Path) -> None:
+def test_an_old_volume_with_a_new_password_is_explained(guarded: str, tmp_path: Path) -> None:
     admin = guarded.format(user="postgres", password="new", database="postgres")
     with pytest.raises(ConfigurationError, match=r"password authentication failed .* earlier installation") as refused:
         provision.prepare(settings(guarded, tmp_path, admin_url=admin), lambda _: None)
     assert "new@" not in str(refused.value)
 
 
-def test_a_database_that_does_not_come_is_a_sentence(tmp_path: Path) -> None:
+def test_a_database_that_does_not_come_is_explained(tmp_path: Path) -> None:
     away = Settings.model_validate(
         {"database": {"url": "postgresql://u:secret@127.0.0.1:1/d"}, "setup": {"patience": 0.5}}
     )
-    said: list[str] = []
+    lines: list[str] = []
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1 can't be used yet.*refused.*the setting name its address"):
-        provision.prepare(away, said.append)
-    assert len(said) == 1, "the same reason is said once"
-    assert "secret" not in said[0]
+        provision.prepare(away, lines.append)
+    assert len(lines) == 1, "the same reason is reported once"
+    assert "secret" not in lines[0]
 
 
-def test_the_prefect_server_is_held_back_until_its_database_is_there(guarded: str, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_the_prefect_server_waits_until_its_database_is_there(guarded: str, tmp_path: Path) -> None:
+    lines: list[str] = []
 
-    def say(line: str) -> None:
-        said.append(line)
-        if len(said) == 1:  # refused: there is no such role yet
+    def report(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:  # refused: there is no such role yet
             provision.prepare(it, lambda _: None)
 
     later = guarded.format(user="later", password="pw", database="later")
     it = settings(guarded, tmp_path, prefect_url=later)
-    provision.await_prefect_database(it, say)
-    assert len(said) == 1
+    provision.await_prefect_database(it, report)
+    assert len(lines) == 1
 
 
 def test_a_bucket_is_made_and_every_call_is_tried(guarded: str, tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ def test_a_bucket_is_made_and_every_call_is_tried(guarded: str, tmp_path: Path) 
         given = {"url": "s3://made/for/us", "endpoint": s3.url, "access_key": s3.access_key}
         good = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": s3.secret_key})})
         bad = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": "wrong"})})
-        said: list[str] = []
-        assert not provision.check(good, said.append)
-        assert any("made" in line and "does not exist: create it" in line for line in said)
-        provision.prepare(good, said.append)
-        said.clear()
-        assert provision.check(good, said.append)
-        assert [line[:6] for line in said] == ["ok    "] * 7, said
-        assert not provision.check(bad, said.append)
-        assert any(line.startswith("FAILED store: put") and "access key" in line for line in said), said
+        lines: list[str] = []
+        assert not provision.check(good, lines.append)
+        assert any("made" in line and "does not exist: create it" in line for line in lines)
+        provision.prepare(good, lines.append)
+        lines.clear()
+        assert provision.check(good, lines.append)
+        assert [line[:6] for line in lines] == ["ok    "] * 7, lines
+        assert not provision.check(bad, lines.append)
+        assert any(line.startswith("FAILED store: put") and "access key" in line for line in lines), lines

@@ -1,4 +1,5 @@
-"""Lost workers: their runs go on, what they had stored is taken, and who is to blame is found out. Single flight."""
+"""Lost workers: their runs go on, their stored results are taken over, and a run that kills its workers is found. Also
+single flight."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,7 @@ from tests.support.waiting import until
 
 
 async def lose(ledger: Ledger, worker: UUID) -> dict[UUID, str]:
-    """The worker falls silent, and the steward notices."""
+    """The worker falls silent, and the steward recovers its runs."""
     await silence(ledger, worker)
     return await recovery.requeue(ledger, LEASE)
 
@@ -35,7 +36,7 @@ async def take(ledger: Ledger, worker: UUID, limit: int, prefetch: int = 0) -> l
     )
 
 
-async def test_every_run_that_had_started_is_charged_the_first_time(ledger: Ledger) -> None:
+async def test_the_first_loss_counts_against_every_run_that_had_started(ledger: Ledger) -> None:
     made = [(await submit(ledger, value=n)).run.id for n in range(5)]
     worker = await register(ledger)
     taken = {c.id: c.prefetched for c in await take(ledger, worker, limit=3, prefetch=2)}
@@ -45,10 +46,10 @@ async def test_every_run_that_had_started_is_charged_the_first_time(ledger: Ledg
     second = await register(ledger)
     again = await take(ledger, second, limit=0, prefetch=5)
     assert len(again) == 5
-    assert not any(c.prefetched for c in again), "a run that was ever lost is not claimed ahead: its next loss counts"
+    assert not any(c.prefetched for c in again), "a run that was ever lost is not prefetched: its next loss counts"
 
 
-async def test_the_most_suspect_is_charged_and_the_others_go_free(ledger: Ledger) -> None:
+async def test_a_loss_counts_against_the_run_with_most_losses_only(ledger: Ledger) -> None:
     killer = (await submit(ledger)).run.id
     for round_ in range(1, 3):
         others = [(await submit(ledger, value=n)).run.id for n in range(3)]
@@ -59,19 +60,20 @@ async def test_the_most_suspect_is_charged_and_the_others_go_free(ledger: Ledger
         assert counted[killer] == round_
         assert {counted[run] for run in others} == {1 if round_ == 1 else 0}
         await ledger.execute("update runs set state = 'cancelled', finished_at = now() where id <> $1", killer)
-    [suspect] = await claim(ledger, await register(ledger))
-    assert suspect.is_quarantined, "its third worker must be its own"
-    assert suspect.lost_fence == 2
+    [quarantined] = await claim(ledger, await register(ledger))
+    assert quarantined.is_quarantined, "its third worker must be its own"
+    assert quarantined.lost_fence == 2
 
 
 @pytest.mark.parametrize(
-    ("used", "most", "alone"), [(0, 3, False), (1, 3, False), (2, 3, True), (1, 2, True), (0, 1, False), (2, 9, True)]
+    ("used", "most", "quarantined"),
+    [(0, 3, False), (1, 3, False), (2, 3, True), (1, 2, True), (0, 1, False), (2, 9, True)],
 )
-def test_who_runs_alone(used: int, most: int, alone: bool) -> None:
-    assert Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0).is_quarantined is alone
+def test_a_run_with_two_losses_is_quarantined(used: int, most: int, quarantined: bool) -> None:
+    assert Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0).is_quarantined is quarantined
 
 
-async def test_a_suspect_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:
+async def test_a_quarantined_run_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api", BACKCAST_WORKER__SLOTS="5")
         await task_types.register(ledger, [TaskType(name="crowded", pool="default", input_schema={})])
@@ -85,7 +87,7 @@ async def test_a_suspect_runs_alone(database: str, ledger: Ledger, tmp_path: Pat
     assert max(present) > 1, "the others ran together"
 
 
-async def test_what_a_lost_worker_has_stored_is_not_computed_again(
+async def test_the_stored_result_of_a_lost_worker_is_not_computed_again(
     database: str, ledger: Ledger, tmp_path: Path
 ) -> None:
     async with stack(database, tmp_path) as product:
@@ -100,7 +102,7 @@ async def test_what_a_lost_worker_has_stored_is_not_computed_again(
         await product.up("worker")
         assert await product.result(run_id) == [42]
         assert not (product.folder / "calls-adopted").exists()
-        # The lost worker is still there, is refused, and cleans up after itself: nobody may miss what it removes.
+        # The lost worker is still there, is refused, and removes its object: no run may need that object.
         late = Settlement(id=claimed.id, fence=1, state="completed", result_key=f"results/{run_id}/1.json")
         assert (await settlement.settle(ledger, lost, [late])).accepted == set()
         await store.delete([f"results/{run_id}/1.json"])
@@ -109,7 +111,7 @@ async def test_what_a_lost_worker_has_stored_is_not_computed_again(
         await store.aclose()
 
 
-async def test_what_is_not_whole_is_not_taken(database: str, ledger: Ledger, tmp_path: Path) -> None:
+async def test_an_incomplete_object_is_not_taken(database: str, ledger: Ledger, tmp_path: Path) -> None:
     """A store may keep an empty object of a worker that was killed while it sent one."""
     async with stack(database, tmp_path) as product:
         await product.up("api")
@@ -151,7 +153,7 @@ async def test_identical_runs_of_a_cached_task_compute_once(database: str, tmp_p
         await product.up("api", "worker", "worker", BACKCAST_WORKER__SLOTS="3")
         made = [await product.submit("counted_slowly", name="same") for _ in range(30)]
         other = await product.submit("counted_slowly", name="other")
-        quick = await product.submit("echo", value="not held up: who waits holds no slot")
+        quick = await product.submit("echo", value="not held up: a waiting follower holds no slot")
         assert await product.result(quick)
         product.release("same")
         product.release("other")
@@ -192,7 +194,7 @@ async def test_flights(ledger: Ledger) -> None:
     assert await flights.take(ledger, "k", again), "and may compute it itself"
 
 
-async def test_nobody_is_left_behind_when_a_landing_crosses_a_follower(ledger: Ledger) -> None:
+async def test_no_follower_is_left_behind_when_a_landing_crosses_it(ledger: Ledger) -> None:
     """The follower parks itself after the landing looked for followers: it then sees that the flight is gone."""
     await submit(ledger)
     worker = await register(ledger)
@@ -211,12 +213,12 @@ async def test_a_flight_is_taken_over_when_its_attempt_is_over(ledger: Ledger) -
     assert await flights.take(ledger, "k", first)
     await settlement.settle(ledger, worker, [Settlement(id=first.id, fence=1, state="failed")])
     await ledger.execute("update flights set taken_at = now() + interval '1 hour'")  # its first seconds last
-    assert not await flights.take(ledger, "k", second), "not at once: what is seen of the other may be old"
+    assert not await flights.take(ledger, "k", second), "not at once: the view of the other attempt may be old"
     await ledger.execute("update flights set taken_at = now() - interval '1 minute'")
     assert await flights.take(ledger, "k", second)
 
 
-async def test_a_deadline_ends_what_has_not_started(ledger: Ledger) -> None:
+async def test_a_deadline_ends_a_run_that_has_not_started(ledger: Ledger) -> None:
     far = datetime.now(UTC) + timedelta(hours=1)
     late, later = (await submit(ledger, deadline=far)).run.id, (await submit(ledger, deadline=far)).run.id
     worker = await register(ledger)
@@ -229,23 +231,23 @@ async def test_a_deadline_ends_what_has_not_started(ledger: Ledger) -> None:
     assert states == {running.id: "completed", ({late, later} - {running.id}).pop(): "expired"}
 
 
-async def test_a_suspect_that_waits_is_not_charged_for_its_neighbours(ledger: Ledger) -> None:
-    suspect, killer = (await submit(ledger)).run.id, (await submit(ledger)).run.id
-    await ledger.execute("update runs set attempts_used = 2, lost_fence = 0 where id = $1", suspect)
+async def test_a_loss_does_not_count_against_a_quarantined_run_that_waits(ledger: Ledger) -> None:
+    quarantined, killer = (await submit(ledger)).run.id, (await submit(ledger)).run.id
+    await ledger.execute("update runs set attempts_used = 2, lost_fence = 0 where id = $1", quarantined)
     worker = await register(ledger)
     taken = {c.id: c for c in await claim(ledger, worker)}
-    assert taken[suspect].is_quarantined
+    assert taken[quarantined].is_quarantined
     await lose(ledger, worker)
-    assert await losses(ledger) == {suspect: 2, killer: 1}, "it had not begun"
+    assert await losses(ledger) == {quarantined: 2, killer: 1}, "it had not begun"
     second = await register(ledger)
     again = {c.id: c for c in await claim(ledger, second)}
-    await claims.begin(ledger, second, again[suspect])
+    await claims.begin(ledger, second, again[quarantined])
     states = await lose(ledger, second)
-    assert (states[suspect], states[killer]) == ("failed", "queued")
+    assert (states[quarantined], states[killer]) == ("failed", "queued")
 
 
-async def test_runs_of_a_worker_that_nobody_knows_go_on(ledger: Ledger) -> None:
-    """As when it was forgotten while a claim of its was under way."""
+async def test_runs_of_an_unknown_worker_go_on(ledger: Ledger) -> None:
+    """As when its row was removed while one of its claims was under way."""
     run_id = (await submit(ledger)).run.id
     worker = await register(ledger)
     await claim(ledger, worker)

@@ -1,5 +1,5 @@
-"""What the steward removes and what it must leave; who leads when leaders die or freeze; how it makes up for time away;
-and that Prefect shows every end, whoever was killed before saying it."""
+"""The steward: the rows and objects that it removes or leaves, the new leader when one dies or freezes, the work that
+it makes up after time away, and the ends that it publishes to Prefect for killed processes."""
 
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -76,10 +76,10 @@ async def store(request: pytest.FixtureRequest, folder: str, s3: S3Server) -> As
     await opened.aclose()
 
 
-# -- removing ----------------------------------------------------------------------------------------------------------
+# -- retention ---------------------------------------------------------------------------------------------------------
 
 
-async def test_runs_that_ended_long_ago_go_with_their_objects(ledger: Ledger, store: Store) -> None:
+async def test_runs_that_ended_long_ago_are_removed_with_their_objects(ledger: Ledger, store: Store) -> None:
     old, kept, named = set[UUID](), set[UUID](), set[str]()
     for state in FINAL:
         old.add(await add(ledger, state, ago=40 * DAY, ended=31 * DAY))
@@ -96,7 +96,7 @@ async def test_runs_that_ended_long_ago_go_with_their_objects(ledger: Ledger, st
     assert await runs(ledger) == kept
     rows = await ledger.fetch("select id, state, result_key from runs")
     named = {f"results/{row['id']}/1.json" for row in rows if row["state"] not in FINAL or row["result_key"]}
-    assert await keys(store) == named, "also what a lost attempt may have left to a run that goes on"
+    assert await keys(store) == named, "a lost attempt may have left an object to a run that goes on"
 
 
 async def test_more_runs_than_a_page(ledger: Ledger, store: Store) -> None:
@@ -125,19 +125,21 @@ async def test_while_the_store_is_away_rows_stay(ledger: Ledger, store: Store, t
 async def test_the_store_of_another_ledger_is_not_swept(
     ledger: Ledger, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await Retention(ledger, store, KEEP)()  # signs it
+    await Retention(ledger, store, KEEP)()  # signs the store
     theirs = f"results/{uuid7()}/1.json"
     await store.put(theirs, b"1")
-    await ledger.execute("update cursors set value = gen_random_uuid() where name = 'ledger'")  # now we are another one
+    await ledger.execute(
+        "update cursors set value = gen_random_uuid() where name = 'ledger'"
+    )  # now this is another ledger
     await Retention(ledger, store, KEEP)()
     assert await keys(store) == {theirs}
     assert "belongs to another ledger" in caplog.text
-    await store.delete(["ledger/id"])  # as the sentence says
+    await store.delete(["ledger/id"])  # the remedy that the log names
     await Retention(ledger, store, KEEP)()
     assert await keys(store) == set()
 
 
-async def test_objects_that_no_run_needs_go(ledger: Ledger, store: Store) -> None:
+async def test_the_sweep_removes_objects_that_no_run_needs(ledger: Ledger, store: Store) -> None:
     done = await add(ledger, "completed", ago=60, fence=3, result_key="results/x/3.json")
     await ledger.execute("update runs set result_key = 'results/' || id || '/3.json' where id = $1", done)
     cancelled, running = await add(ledger, "cancelled", ago=60), await add(ledger, "running", ago=60, fence=3)
@@ -146,8 +148,8 @@ async def test_objects_that_no_run_needs_go(ledger: Ledger, store: Store) -> Non
         f"results/{done}/3.json",
         f"results/{running}/2.json",  # the attempt that follows may take it over
         f"results/{running}/3.json",
-        f"inputs/{young}.json",  # its submit may be under way
-        "results/notes.txt",  # not ours
+        f"inputs/{young}.json",  # its submission may be under way
+        "results/notes.txt",  # not an object of ours
     }
     orphans = {
         f"results/{done}/2.json",
@@ -161,7 +163,7 @@ async def test_objects_that_no_run_needs_go(ledger: Ledger, store: Store) -> Non
     assert await keys(store) == needed
 
 
-async def test_cached_values_go_by_their_age(ledger: Ledger, store: Store) -> None:
+async def test_cached_values_are_removed_by_their_age(ledger: Ledger, store: Store) -> None:
     await store.put("cache/a", b"1")
     await Retention(ledger, store, None)()
     await Retention(ledger, store, timedelta(minutes=5))()
@@ -171,7 +173,7 @@ async def test_cached_values_go_by_their_age(ledger: Ledger, store: Store) -> No
         await store.get("cache/a")
 
 
-async def test_batches_and_flights_go_with_their_runs(ledger: Ledger, folder: str) -> None:
+async def test_batches_and_flights_are_removed_with_their_runs(ledger: Ledger, folder: str) -> None:
     store = open_store(settings.Store(url=folder))
     await store.ensure()
     full, empty, young = uuid7(40 * DAY), uuid7(40 * DAY), uuid7(60)
@@ -248,7 +250,7 @@ async def test_when_the_leader_is_killed_the_other_leads(database: str, tmp_path
 
 
 async def test_a_leader_that_is_stopped_loses_its_lead(database: str, tmp_path: Path, ledger: Ledger) -> None:
-    """Its connection would stay for as long as it is stopped. When it goes on, it does not take anything away."""
+    """Its connection would stay for as long as it is stopped. When it goes on, it takes no run from its worker."""
     async with stack(database, tmp_path) as product:
         await product.up("api", "worker")
         leader, other = await two_stewards(product)
@@ -257,7 +259,7 @@ async def test_a_leader_that_is_stopped_loses_its_lead(database: str, tmp_path: 
         await leads(other)
         running = await product.submit("linger", name="running")
         await product.state(running, "running")
-        # For longer than a lease: whatever it last saw of anybody is old.
+        # For longer than a lease: its last view of every worker is old.
         lease = "select 1 where now() > $1::timestamptz + interval '15 seconds'"
         await until(lambda: ledger.fetchrow(lease, stopped["at"]))
         leader.signal(signal.SIGCONT)
@@ -265,7 +267,7 @@ async def test_a_leader_that_is_stopped_loses_its_lead(database: str, tmp_path: 
         product.release("running")
         assert await product.result(running) == "running"
         rows = await ledger.fetch("select fence, attempts_used from runs")
-        assert [tuple(row) for row in rows] == [(1, 1)], "nobody was taken for dead"
+        assert [tuple(row) for row in rows] == [(1, 1)], "no worker was taken for dead"
         other.kill()
         await leads(leader)
 
@@ -320,7 +322,7 @@ async def shown(url: str, run: UUID | str) -> dict[str, object]:
 
 
 async def test_prefect_shows_every_end_in_the_end(database: str, tmp_path: Path, ledger: Ledger) -> None:
-    """Ends that nobody has told it: workers were killed first, or no steward was there; and those it has wrong."""
+    """Ends that were never published, because a worker was killed first or no steward ran; and ends that are wrong."""
     async with prefect_server(tmp_path) as server:
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
         ends = {
@@ -328,12 +330,12 @@ async def test_prefect_shows_every_end_in_the_end(database: str, tmp_path: Path,
             await add(ledger, "failed", ago=3600): "FAILED",
             await add(ledger, "cancelled", ago=3600): "CANCELLED",
             await add(ledger, "expired", ago=3600): "CANCELLED",
-            await add(ledger, "completed", ago=3 * DAY, ended=DAY): "COMPLETED",  # took two days
+            await add(ledger, "completed", ago=3 * DAY, ended=DAY): "COMPLETED",  # a run of two days
         }
         quiet_task = TaskType(name="quiet", pool="default", input_schema={}, history=False)
         await task_types.register(ledger, [quiet_task])
         quiet = await add(ledger, "completed", ago=3600, task="quiet")
-        forgotten = await add(ledger, "completed", ago=40 * DAY, ended=35 * DAY)
+        removed = await add(ledger, "completed", ago=40 * DAY, ended=35 * DAY)
         async with stack(database, tmp_path, **env) as product:
             await product.start("steward", BACKCAST_STEWARD__KEEP_RUNS="P90D").ready()
 
@@ -342,21 +344,21 @@ async def test_prefect_shows_every_end_in_the_end(database: str, tmp_path: Path,
 
             await until(types, lambda seen: seen == ends)
             assert not await shown(server.url, quiet)
-            assert not await shown(server.url, forgotten)
+            assert not await shown(server.url, removed)
 
 
-async def test_what_prefect_has_wrong_is_put_right(database: str, tmp_path: Path, ledger: Ledger) -> None:
-    """A worker that was stopped for long may have said something of a run that others had ended meanwhile."""
+async def test_a_wrong_state_in_prefect_is_corrected(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    """A worker that was stopped for long may publish a state of a run that others had ended meanwhile."""
     run = await add(ledger, "completed", ago=3600, ended=3500)
     async with prefect_server(tmp_path) as server:
         async with httpx.AsyncClient() as client:
             state = {"type": "CRASHED", "name": "Crashed"}
             body = {"id": str(run), "task_key": "echo", "dynamic_key": "1", "name": "echo", "state": state}
 
-            async def said() -> int:  # it may refuse any write with 503, which Prefect's own clients send again
+            async def posted() -> int:  # the server may refuse any write with 503; Prefect's own clients send it again
                 return (await client.post(f"{server.url}/task_runs/", json=body)).status_code
 
-            await until(said, lambda status: status == 201)
+            await until(posted, lambda status: status == 201)
         assert (await shown(server.url, run))["state_type"] == "CRASHED"
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
         async with stack(database, tmp_path, **env) as product:

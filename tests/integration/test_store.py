@@ -1,4 +1,4 @@
-"""The store, held to the same behaviour over a folder and a real S3 server; then what only one of them can suffer."""
+"""The store: the same behaviour over a folder and a real S3 server; then the faults that only one of them can have."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ async def opened(s3: S3Server) -> AsyncIterator[Opening]:
 
 @dataclass
 class Place:
-    """A store and a way to take away what it stands on."""
+    """A store, and a way to take its folder or bucket away."""
 
     store: Store
     take_away: Callable[[], None]
@@ -75,7 +75,7 @@ def store(place: Place) -> Store:
 
 
 async def unavailable(work: Awaitable[object]) -> str:
-    """The sentence, which must not tell secrets."""
+    """The sentence of the error, which must not show secrets."""
     with pytest.raises(StoreUnavailable) as caught:
         await work
     assert "test-secret" not in str(caught.value)
@@ -88,7 +88,7 @@ async def unavailable(work: Awaitable[object]) -> str:
 
 
 @pytest.mark.parametrize("body", [b"{}", b"", b"\x00\xff" * 1000, b"x" * CHUNK, b"x" * (CHUNK + 1)], ids=len)
-async def test_what_was_put_is_got(store: Store, body: bytes) -> None:
+async def test_get_returns_the_bytes_that_were_put(store: Store, body: bytes) -> None:
     await store.put("results/a/1.json", body)
     assert await store.get("results/a/1.json") == body
     assert b"".join([chunk async for chunk in await store.stream("results/a/1.json")]) == body
@@ -186,7 +186,7 @@ async def test_a_key_that_could_mean_something_else_is_refused(store: Store, key
             await work
 
 
-async def test_what_is_not_there_is_missing(store: Store) -> None:
+async def test_an_absent_object_is_missing(store: Store) -> None:
     for key in ("results/none/1.json", "none"):
         with pytest.raises(Missing):
             await store.get(key)
@@ -300,7 +300,7 @@ async def test_the_ambient_identity(s3: S3Server, opened: Opening, monkeypatch: 
     assert await store.get("a") == b"x"
 
 
-async def test_nobody_listens(opened: Opening) -> None:
+async def test_no_server_listens(opened: Opening) -> None:
     sentence = await unavailable(opened(endpoint=f"http://127.0.0.1:{free_ports(1)[0]}").put("a", b"x"))
     assert "BACKCAST_STORE__ENDPOINT" in sentence
     assert "127.0.0.1" in sentence
@@ -314,7 +314,7 @@ async def test_a_server_that_never_answers(opened: Opening) -> None:
             assert "did not answer within 2 s" in await unavailable(work())
 
 
-async def test_a_password_in_the_endpoint_is_not_told(opened: Opening) -> None:
+async def test_a_password_in_the_endpoint_is_not_shown(opened: Opening) -> None:
     assert "at s3.invalid:80 " in await unavailable(opened(endpoint="http://me:test-secret@s3.invalid:80").check())
 
 
@@ -508,7 +508,7 @@ asyncio.run(write())
         assert len(set(body)) == 1
 
 
-async def test_drafts_that_nobody_writes_any_more_are_cleared_away(tmp_path: Path, folder: Store) -> None:
+async def test_abandoned_drafts_are_removed(tmp_path: Path, folder: Store) -> None:
     old, new = (tmp_path / "store" / ".drafts" / name for name in ("old", "new"))
     old.touch()
     new.touch()

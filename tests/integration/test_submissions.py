@@ -131,7 +131,7 @@ async def test_processes_that_race_for_many_keys_do_not_lock_each_other_out(ledg
     assert sum(submitted.fresh for submitted in made) == 200
 
 
-async def test_what_the_server_refuses_does_not_take_the_others_with_it(ledger: Ledger) -> None:
+async def test_a_refused_submission_does_not_fail_the_others_of_its_group(ledger: Ledger) -> None:
     await ledger.execute("alter table runs add constraint no_poison check (input not like '%poison%')")
     together = Submissions(ledger)
     made = await asyncio.gather(
@@ -141,7 +141,7 @@ async def test_what_the_server_refuses_does_not_take_the_others_with_it(ledger: 
     assert await count(ledger) == 6
 
 
-async def test_a_caller_that_goes_away_takes_nobody_with_it(ledger: Ledger) -> None:
+async def test_a_caller_that_goes_away_does_not_fail_the_others_of_its_group(ledger: Ledger) -> None:
     together = Submissions(ledger)
     asked = [asyncio.create_task(together.submit(new(n))) for n in range(20)]
     await asyncio.sleep(0)
@@ -151,7 +151,7 @@ async def test_a_caller_that_goes_away_takes_nobody_with_it(ledger: Ledger) -> N
     assert (await together.submit(new())).fresh
 
 
-async def test_a_held_run_is_admitted_when_its_lane_has_room(ledger: Ledger, worker: UUID) -> None:
+async def test_a_held_run_is_promoted_when_its_lane_has_room(ledger: Ledger, worker: UUID) -> None:
     await lanes.limit(ledger, "gpu", Limits(max_running=2))
     together = Submissions(ledger)
     await asyncio.gather(*[together.submit(new(n, lane="gpu")) for n in range(5)])
@@ -168,7 +168,7 @@ async def test_a_held_run_is_admitted_when_its_lane_has_room(ledger: Ledger, wor
 
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """The server and all of its backends, by SIGSTOP: connections stay open, and nobody answers."""
+    """Stop the server and all of its backends by SIGSTOP: connections stay open without an answer."""
     main = psutil.Process(pid)
     family = [main, *main.children(recursive=True)]
     for process in family:
@@ -218,7 +218,7 @@ async def test_no_request_waits_longer_than_the_time_out_for_a_hung_database(tmp
         await ledger.aclose()
 
 
-async def test_a_full_disk_is_said_and_heals(api: httpx.AsyncClient, ledger: Ledger) -> None:
+async def test_a_full_disk_is_reported_and_heals(api: httpx.AsyncClient, ledger: Ledger) -> None:
     run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()
     await ledger.execute(
         """create function full_disk() returns trigger language plpgsql as
@@ -239,7 +239,7 @@ async def test_a_full_disk_is_said_and_heals(api: httpx.AsyncClient, ledger: Led
     assert await count(ledger) == 2
 
 
-async def test_a_read_only_database_is_said_and_heals(database: str, store: Store) -> None:
+async def test_a_read_only_database_is_reported_and_heals(database: str, store: Store) -> None:
     async def read_only(on: bool) -> None:
         admin = await asyncpg.connect(database, server_settings={"default_transaction_read_only": "off"})
         name = await admin.fetchval("select current_database()")
@@ -257,13 +257,13 @@ async def test_a_read_only_database_is_said_and_heals(database: str, store: Stor
         async def submit() -> httpx.Response:
             return await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})
 
-        async def read_only_is_said() -> bool:
+        async def read_only_is_reported() -> bool:
             found = problem(await submit(), 503, "ledger_unavailable")
             return "read-only" in str(found["detail"])
 
         run = (await submit()).json()
         await read_only(True)
-        await until(read_only_is_said)
+        await until(read_only_is_reported)
         found = problem(await api.post(f"/v1/runs/{run['id']}/cancel"), 503, "ledger_unavailable")
         assert "read-only" in str(found["detail"])
         problem(await api.get("/readyz"), 503, "ledger_unavailable")
@@ -288,7 +288,7 @@ async def refused(admission: Admission, owner: str, runs: int = 1) -> TooManyWai
     return caught.value
 
 
-async def test_what_waits_is_counted_by_owner_and_in_all(ledger: Ledger, worker: UUID) -> None:
+async def test_waiting_runs_are_counted_by_owner_and_in_all(ledger: Ledger, worker: UUID) -> None:
     await lanes.limit(ledger, "closed", Limits(max_running=0))
     later = datetime.now(UTC) + timedelta(hours=1)
     rows = [new(), new(run_at=later), new(lane="closed"), new(owner="ana"), new(owner="bob")]
@@ -309,7 +309,7 @@ async def test_what_waits_is_counted_by_owner_and_in_all(ledger: Ledger, worker:
     assert [await room("default", 100, limit, 2) for limit in (3, 4)] == [False, True]
 
 
-async def test_an_owner_at_its_limit_is_told_when_to_come_again(ledger: Ledger, store: Store, worker: UUID) -> None:
+async def test_an_owner_at_its_limit_gets_a_time_to_retry(ledger: Ledger, store: Store, worker: UUID) -> None:
     async with over(ledger, store, max_waiting_per_owner=3) as api:
 
         async def post(owner: str = "ana", **headers: str) -> httpx.Response:
@@ -360,25 +360,25 @@ async def test_retry_after_is_how_long_the_fleet_takes(ledger: Ledger, worker: U
     assert (await refused(admission, "default", 5)).retry_after == timedelta(seconds=30)
     settled = 0
 
-    async def told() -> str:
+    async def detail() -> str:
         nonlocal settled
         settled += 1000
         await ledger.execute("update workers set settled = $1", settled)
         return (await refused(admission, "default", 5)).detail
 
-    assert "ask again in 1 s" in await until(told, lambda detail: "end in a second" in detail, every=0.3)
-    await ledger.execute("update workers set settled = 0")  # the one that had them left
+    assert "ask again in 1 s" in await until(detail, lambda detail: "end in a second" in detail, every=0.3)
+    await ledger.execute("update workers set settled = 0")  # as when the worker that had settled them left
     assert (await refused(admission, "default", 5)).retry_after >= timedelta(seconds=1)
 
 
-async def test_what_is_remembered_of_owners_is_bounded(ledger: Ledger) -> None:
+async def test_the_memory_of_owners_is_bounded(ledger: Ledger) -> None:
     admission = Admission(ledger, most=1_000_000, most_per_owner=1000)
     for n in range(OWNERS + 50):
         await admission.admit(f"owner {n}")
     assert len(admission._owners) == OWNERS
 
 
-async def test_a_database_that_is_away_refuses_nobody_by_itself(ledger: Ledger) -> None:
+async def test_admission_refuses_no_run_because_the_database_is_away(ledger: Ledger) -> None:
     away = Ledger("postgresql://postgres@127.0.0.1:1/none")
     admission = Admission(away, most=100, most_per_owner=2)
     await admission.admit("ana")
@@ -526,7 +526,7 @@ async def test_while_a_batch_is_read_other_requests_go_on(api: httpx.AsyncClient
     while not batch.done():
         assert (await api.get("/livez")).status_code == 200
         answered += 1
-        await asyncio.sleep(0)  # this transport answers without giving way
+        await asyncio.sleep(0)  # this transport answers without yielding to the loop
     assert (await batch).status_code == 202
     assert answered > 10
 
@@ -558,7 +558,7 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
     assert len(taken) == 3
 
 
-async def test_a_run_that_expired_has_no_result_and_says_why(api: httpx.AsyncClient, ledger: Ledger) -> None:
+async def test_an_expired_run_has_no_result_and_shows_why(api: httpx.AsyncClient, ledger: Ledger) -> None:
     past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, "deadline": past})).json()
     assert await dispatch.dispatch_due(ledger) == 1

@@ -1,4 +1,4 @@
-"""`backcast up` as a user has it: started in a shell, asked over HTTP, ended by signals. And its PostgreSQL alone."""
+"""`backcast up` as a user runs it: started in a shell, called over HTTP, ended by signals; and its PostgreSQL."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from tests.support.waiting import PATIENCE, until
 
 
 class Up:
-    """One `backcast up`; on a port that was free, with a folder of its own and no ambient settings."""
+    """One `backcast up` on a free port, with a folder of its own and no ambient settings."""
 
     def __init__(self, folder: Path, *options: str, **environ: str) -> None:
         self.port = free_port()
@@ -43,7 +43,7 @@ class Up:
                 stderr=subprocess.STDOUT,
             )
 
-    async def says(self, pattern: str, *, timeout: float = PATIENCE) -> str:
+    async def prints(self, pattern: str, *, timeout: float = PATIENCE) -> str:
         async def look() -> str:
             text = self.log.read_text(errors="replace")
             assert self.process.poll() is None or re.search(pattern, text), f"it has ended:\n{text}"
@@ -125,13 +125,13 @@ def has_ended(run: dict[str, Any]) -> bool:
 
 async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: dict[str, str]) -> None:
     async with up(tmp_path, **model) as it:
-        text = await it.says("chairs in the hall” → int → ")
+        text = await it.prints("chairs in the hall” → int → ")
         assert re.search(r"We put (\d+) chairs in the hall” → int → \1 ", text)
         assert f"API      {it.url}/docs" in text
         assert (await it.http.get("/docs")).status_code == 200
         assert (it.data / "url").read_text() == f"{it.url}\n"
 
-        # The lines to paste, as they stand there.
+        # The lines to paste, unchanged.
         pasted = re.search(rf"^ *(curl {it.url}/tasks .*)\n *(.*backcast (cast .*))$", text, re.MULTILINE)
         assert pasted
         answer = subprocess.run(pasted[1], shell=True, capture_output=True, check=True).stdout
@@ -141,7 +141,7 @@ async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: di
         command = f"BACKCAST_URL={it.url} {sys.executable} -m backcast {pasted[3]}"
         assert subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout == "31\n"
 
-        prefect = re.findall(r"is up: (http\S+)", await it.says("prefect │ is up: http"))[0]
+        prefect = re.findall(r"is up: (http\S+)", await it.prints("prefect │ is up: http"))[0]
         assert (await it.http.get(f"{prefect}/api/health")).json() is True
         assert "<html" in (await it.http.get(prefect, follow_redirects=True)).text
 
@@ -160,12 +160,12 @@ async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: di
         assert "Traceback" not in it.log.read_text()
 
 
-async def test_what_is_killed_comes_back(tmp_path: Path, model: dict[str, str]) -> None:
+async def test_a_killed_part_comes_back(tmp_path: Path, model: dict[str, str]) -> None:
     async with up(tmp_path, **model) as it:
-        await it.says(r" → int → \d+ ")
+        await it.prints(r" → int → \d+ ")
         for name in ("worker", "postgres"):
             it.parts()[name].kill()
-            await it.says(rf"{name} │ was killed by SIGKILL; starting it again in 0.5 s")
+            await it.prints(rf"{name} │ was killed by SIGKILL; starting it again in 0.5 s")
         run_id = await until(lambda: it.submit("create_structured_output", data="about 12 of them", target="int"))
         assert (await it.run(run_id, has_ended))["state"] == "completed"
 
@@ -174,7 +174,7 @@ async def test_sigkill_of_each_process_in_turn_loses_nothing(tmp_path: Path) -> 
     """200 runs of 0.5 s, and every process of the product killed while they are worked on: each has its one outcome."""
     settings = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
     async with up(tmp_path, "--no-model", **settings) as it:
-        await it.says("prefect │ is up")
+        await it.prints("prefect │ is up")
         runs = [await it.submit("nap", seconds=0.5, name="load") for _ in range(200)]
         for name in ("worker", "api", "steward", "prefect", "postgres", "worker"):
             killed = it.parts()[name]
@@ -199,32 +199,32 @@ async def test_sigkill_of_each_process_in_turn_loses_nothing(tmp_path: Path) -> 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help exists on Linux only")
 async def test_the_parts_go_with_it_and_a_new_one_takes_over(tmp_path: Path, model: dict[str, str]) -> None:
     async with up(tmp_path, **model) as first:
-        await first.says(r" → int → \d+ ")
+        await first.prints(r" → int → \d+ ")
         family = first.process.children(recursive=True)
         first.process.kill()
         async with up(tmp_path, **model) as second:
-            await second.says(r"is up(?s:.*)is up(?s:.*) → int → \d+ ")
+            await second.prints(r"is up(?s:.*)is up(?s:.*) → int → \d+ ")
             assert all(map(is_gone, family))
-            assert len((await second.get("/v1/runs"))["items"]) == 2  # the first one's proof is still there
+            assert len((await second.get("/v1/runs"))["items"]) == 2  # the evidence of the first one is still there
             second.process.send_signal(signal.SIGTERM)
             assert await second.ended() == 0
 
 
-async def test_running_work_is_let_finish_and_a_second_ctrl_c_hands_it_back(tmp_path: Path) -> None:
+async def test_running_work_may_finish_and_a_second_ctrl_c_releases_it(tmp_path: Path) -> None:
     tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
     async with up(tmp_path, "--no-model", **tasks) as it:
-        await it.says("backcast is up")
+        await it.prints("backcast is up")
         short, long = await it.submit("linger", name="short"), await it.submit("linger", name="long")
         for run_id in (short, long):
             await it.run(run_id, lambda run: run["state"] == "running")
         it.process.send_signal(signal.SIGINT)
-        await it.says("draining: running work has 10 s")
+        await it.prints("draining: running work has 10 s")
         (tmp_path / "release-short").touch()
         await it.run(short, has_ended)
         it.process.send_signal(signal.SIGINT)
         assert await it.ended() == 0
     async with up(tmp_path, "--no-model", **tasks) as it:
-        await it.says("is up(?s:.*)is up")
+        await it.prints("is up(?s:.*)is up")
         again = await it.run(long, lambda run: run["state"] == "running")
         assert again["error"] is None
         assert (await it.get(f"/v1/runs/{short}"))["state"] == "completed"
@@ -233,9 +233,11 @@ async def test_running_work_is_let_finish_and_a_second_ctrl_c_hands_it_back(tmp_
 async def test_a_port_that_is_taken_is_replaced_in_one_line(tmp_path: Path) -> None:
     with ScriptedModel() as other:
         async with up(tmp_path, "--no-model", "--port", str(other.port)) as it:
-            said = re.search(rf"    api │ port {other.port} is taken, using (\d+)\n", await it.says("backcast is up"))
-            assert said
-            assert (await it.http.get(f"http://127.0.0.1:{said[1]}/readyz")).status_code == 200
+            found = re.search(
+                rf"    api │ port {other.port} is taken, using (\d+)\n", await it.prints("backcast is up")
+            )
+            assert found
+            assert (await it.http.get(f"http://127.0.0.1:{found[1]}/readyz")).status_code == 200
 
 
 async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(tmp_path: Path) -> None:
@@ -243,8 +245,8 @@ async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(tmp
     environ = {"HTTPS_PROXY": nowhere, "PIP_INDEX_URL": nowhere, "BACKCAST_MODEL__CACHE": str(tmp_path / "cache")}
     environ |= {"BACKCAST_MODEL__PORT": str(free_port()), "BACKCAST_TASKS": "tests.support.sample_tasks"}
     async with up(tmp_path, **environ) as it:
-        await it.says("model │ The embedded model's file can't be had")
-        await it.says("backcast is up")
+        await it.prints("model │ The embedded model's file can't be had")
+        await it.prints("backcast is up")
         cast = await it.submit("create_structured_output", data="31 chairs", target="int")
         waiting = await it.run(cast, lambda run: run["error"] is not None and run["state"] == "queued")
         assert waiting["error"]["code"] == "model_unavailable"

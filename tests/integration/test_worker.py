@@ -1,4 +1,4 @@
-"""The worker as a real process, with real signals: what was accepted is finished, with exactly one outcome."""
+"""The worker as a real process, with real signals: every accepted run is finished, with exactly one outcome."""
 
 import asyncio
 import signal
@@ -67,7 +67,7 @@ async def test_task_types_come_from_signatures_and_docstrings(product: Stack) ->
     assert (flaky["retries"], flaky["timeout"]) == (3, None)
 
 
-async def test_endings(product: Stack) -> None:
+async def test_failures_have_their_codes(product: Stack) -> None:
     async def check(code: str, task: str, attempts: int, **given: object) -> None:
         run = await product.ended(await product.submit(task, **given))
         assert (run["state"], run["error"]["code"], run["attempts"]) == ("failed", code, attempts), run
@@ -92,7 +92,7 @@ async def test_retries_are_durable_and_counted(product: Stack) -> None:
     assert await product.result(later) == 3
     assert await product.result(at_once) == 3
     run = await product.run(later)
-    assert (run["attempts"], run["error"]) == (3, None), "an error that was got over is not shown"
+    assert (run["attempts"], run["error"]) == (3, None), "the error of an earlier attempt is not shown"
 
 
 async def test_a_retry_waits_in_the_database_and_survives_its_worker(product: Stack, ledger: Ledger) -> None:
@@ -156,7 +156,7 @@ async def test_an_input_that_was_damaged_fails_with_a_code(product: Stack, ledge
     assert codes == ["unreadable_input", "input_lost"]
 
 
-async def test_sigterm_finishes_what_fits_and_hands_back_the_rest(database: str, tmp_path: Path) -> None:
+async def test_sigterm_finishes_short_runs_and_releases_the_rest(database: str, tmp_path: Path) -> None:
     async with stack(database, tmp_path, BACKCAST_WORKER__GRACE="PT15S", BACKCAST_WORKER__SLOTS="4") as product:
         await product.up("api", "worker")
         worker = product.parts[1]
@@ -196,8 +196,8 @@ async def test_free_slots_are_filled_whatever_each_owner_has(product: Stack) -> 
     await until(running, lambda seen: seen == 10)
 
 
-async def test_a_claim_whose_answer_was_lost_is_handed_back(product: Stack, ledger: Ledger) -> None:
-    """As when the connection breaks after the commit: the ledger says that the worker has a run it never heard of."""
+async def test_a_run_whose_claims_answer_was_lost_is_released(product: Stack, ledger: Ledger) -> None:
+    """As when the connection breaks after the commit: in the ledger the worker has a run that it does not know of."""
     worker = product.parts[1]
     await product.result(await product.submit("echo", value=0))
     [row] = await ledger.fetch("select id from workers")
@@ -211,7 +211,7 @@ async def test_a_claim_whose_answer_was_lost_is_handed_back(product: Stack, ledg
     assert "the answer to its claim was lost" in worker.text
 
 
-async def test_a_second_signal_hands_back_at_once(database: str, tmp_path: Path) -> None:
+async def test_a_second_signal_releases_runs_at_once(database: str, tmp_path: Path) -> None:
     async with stack(database, tmp_path, BACKCAST_WORKER__GRACE="PT1H") as product:
         await product.up("api", "worker")
         worker = product.parts[1]
@@ -250,7 +250,7 @@ async def test_a_lost_store_delays_results_and_loses_none(product: Stack) -> Non
 
 
 async def test_everything_waits_for_the_database(tmp_path: Path) -> None:
-    """Started before there is a database, and through a crash of it: nobody exits, nothing is lost."""
+    """Started before there is a database, and through a crash of it: no process exits, no run is lost."""
     data = tmp_path / "pg"
     postgres.prepare(data)
     async with stack(postgres.url(data, "backcast"), tmp_path) as product:
@@ -306,7 +306,7 @@ async def test_two_stewards_are_safe(database: str, tmp_path: Path, ledger: Ledg
 
 
 async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
-    """Results, large inputs and cache records in a bucket; its loss is waited out and said."""
+    """Results, large inputs and cache records in a bucket; a lost bucket is waited for and reported."""
     (tmp_path / "s3").mkdir()
     with s3_server(tmp_path / "s3") as s3:
         env = {

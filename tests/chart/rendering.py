@@ -28,7 +28,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, wh
 
 @dataclass(frozen=True)
 class Pod:
-    """What a workload would start."""
+    """A pod that a workload would start."""
 
     owner: Object
     metadata: Object
@@ -95,7 +95,7 @@ class Release:
 
     @property
     def config(self) -> Object:
-        """What the processes read."""
+        """The configuration file that the processes read."""
         [found] = [each for each in self.of("ConfigMap") if "backcast.yaml" in each["data"]]
         return yaml.safe_load(found["data"]["backcast.yaml"])
 
@@ -106,7 +106,7 @@ def chart() -> helm_python.Chart:
 
 
 def render(values: Values, *, name: str = RELEASE, cluster: "Cluster | None" = None, revision: int = 1) -> Release:
-    """What Helm would install.
+    """The objects that Helm would install.
 
     Raises:
         helm_python.HelmError: it refuses the values, with a sentence.
@@ -142,7 +142,7 @@ def refusal(values: Values, cluster: "Cluster | None" = None) -> str:
 
 @dataclass
 class Cluster:
-    """An API server that gives out the objects it was made with: what a template's `lookup` finds."""
+    """An API server that serves the given objects to a template's `lookup`."""
 
     objects: dict[str, Object] = field(default_factory=dict[str, Object])
     kubeconfig: str = ""
@@ -180,7 +180,7 @@ _DISCOVERY = {"/api/v1": _resources("v1"), "/apis/apps/v1": _resources("apps/v1"
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """RegisteredTask while entered; every namespace has the ConfigMap by which the chart knows that it can ask."""
+    """Serves while entered; by a ConfigMap in every namespace the chart knows that it can look up objects."""
     served = Cluster()
     served.add("ConfigMap", "kube-root-ca.crt")
 

@@ -1,4 +1,4 @@
-"""Who may talk to whom, worked out from the NetworkPolicies as a CNI does: what no policy lets through is closed."""
+"""The connections that the NetworkPolicies allow, computed as a CNI does: any other connection is closed."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ EDGES = {
     "setup": {"postgres", "store"},
     "test": {"postgres", "store", "api"},
 }
-"""All that is open between parts of a release; the API is open to whoever may send anything."""
+"""All open connections between parts of a release; the API is open to every pod that may send at all."""
 
 
 @pytest.mark.parametrize("name", ["defaults", "seaweedfs", "everything"])
@@ -94,7 +94,7 @@ def test_parts_reach_what_they_need_and_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_port_of_a_policy_is_one_of_the_containers(name: str) -> None:
-    """A policy for a port that nobody listens on lets nothing through, and says nothing."""
+    """A policy for a port without a listener lets nothing through, and reports no error."""
     release = scenario(name)
     for policy in release.of("NetworkPolicy"):
         chosen = [pod for pod in release.pods if _matches(policy["spec"]["podSelector"], pod.metadata["labels"])]
@@ -121,7 +121,7 @@ def _values(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_everybody_may_ask_for_names(name: str) -> None:
+def test_every_pod_may_resolve_names(name: str) -> None:
     release = scenario(name)
     [everybody] = [
         each for each in release.of("NetworkPolicy") if COMPONENT not in each["spec"]["podSelector"]["matchLabels"]
@@ -188,7 +188,7 @@ def test_they_can_be_left_out() -> None:
 
 
 def test_releases_in_one_namespace_keep_to_themselves() -> None:
-    """The API is the same door for them as for everybody else."""
+    """Only the API is open to them, as to every other pod."""
     ours, theirs = scenario("defaults"), render({}, name="other")
     for target in ours.pods:
         if target.runs_on and target.component != "api":

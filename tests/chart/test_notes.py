@@ -1,4 +1,4 @@
-"""What is printed after an install: where it is, a request that works, and what is not for production."""
+"""The notes after an install: the address, a request that works, and the parts that are not for production."""
 
 import re
 from typing import Any
@@ -65,7 +65,7 @@ def test_the_setup_job_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "words", "said"),
+    ("values", "words", "shown"),
     [
         ({}, "MinIO's free edition has ended", True),
         ({"store": {"bundled": {"kind": "seaweedfs"}}}, "MinIO", False),
@@ -77,11 +77,11 @@ def test_the_setup_job_by_its_name(name: str) -> None:
         ({}, "names no certificate", True),
     ],
 )
-def test_what_is_not_for_production(values: dict[str, Any], words: str, said: bool) -> None:
-    assert (words in render(values).notes) is said
+def test_parts_that_are_not_for_production(values: dict[str, Any], words: str, shown: bool) -> None:
+    assert (words in render(values).notes) is shown
 
 
-def test_production_has_nothing_to_hear_of() -> None:
+def test_production_gets_no_warning() -> None:
     assert "Not for production" not in scenario("external").notes
 
 

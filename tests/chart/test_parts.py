@@ -1,4 +1,4 @@
-"""What each part is for: what it runs, what leads to it, what it keeps, what it may."""
+"""Each part by itself: its command, the Services that lead to it, its volumes, its rights."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def test_what_each_part_runs() -> None:
         {"workers": {"pools": {"default": {"builtinTasks": False, "tasks": ["own"]}}}},
     ],
 )
-def test_nothing_is_cast_where_that_is_unwanted_or_nobody_can(values: dict[str, Any]) -> None:
+def test_helm_test_casts_only_where_a_worker_can(values: dict[str, Any]) -> None:
     calls = [pod.main for pod in render(values).pods if pod.main["name"] == "call"]
     assert [call["args"] for call in calls] == [["list"]]
 

@@ -1,4 +1,4 @@
-"""What every pod of every scenario keeps to, whatever it is for."""
+"""Rules that every pod of every scenario keeps."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ each_container = pytest.mark.parametrize(("pod", "container"), CONTAINERS)
 
 @each_pod
 def test_the_restricted_standard(pod: Pod) -> None:
-    """https://kubernetes.io/docs/concepts/security/pod-security-standards: what `restricted` asks for."""
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards: the rules of `restricted`."""
     spec, security = pod.spec, pod.spec["securityContext"]
     assert not any(spec.get(host) for host in ("hostNetwork", "hostPID", "hostIPC"))
     assert security["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -46,7 +46,7 @@ def test_only_the_steward_has_a_token(pod: Pod) -> None:
 
 
 @each_pod
-def test_it_says_who_it_is(pod: Pod) -> None:
+def test_labels_match_the_selector(pod: Pod) -> None:
     selector = pod.owner["spec"].get("selector", {}).get("matchLabels", {})
     assert selector.items() <= pod.metadata["labels"].items()
     assert pod.owner["metadata"]["labels"].items() >= selector.items()
@@ -92,7 +92,9 @@ def test_secrets_come_from_secrets(pod: Pod, container: Object) -> None:
     for number, variable in enumerate(container["env"]):
         if re.search(r"PASSWORD|_URL|KEY|AUTH_STRING", variable["name"]) and "value" in variable:
             needs = re.findall(r"\$\((\w+)\)", variable["value"])
-            assert set(needs) <= set(names[:number]), f"{variable['name']}: Kubernetes puts in what stands above only"
+            assert set(needs) <= set(names[:number]), (
+                f"{variable['name']}: Kubernetes expands only variables that stand above"
+            )
             assert needs or "@" not in variable["value"], variable
 
 
@@ -156,7 +158,7 @@ def _number(quantity: str) -> float:
 
 
 @pytest.mark.parametrize(("name", "cpu", "memory"), [("defaults", 0.9, 3 * 2**30), ("small", 0.5, 2**30)])
-def test_what_a_release_asks_for(name: str, cpu: float, memory: float) -> None:
+def test_the_resources_that_a_release_asks_for(name: str, cpu: float, memory: float) -> None:
     """With the setup Job; a node of 2 CPUs has half of them left for us."""
     asked = {"cpu": 0.0, "memory": 0.0}
     for pod in scenario(name).pods:
@@ -169,7 +171,7 @@ def test_what_a_release_asks_for(name: str, cpu: float, memory: float) -> None:
     assert asked["memory"] <= memory
 
 
-# What people add
+# Additions of users
 
 
 def test_extras_reach_every_pod_and_parts_add_to_them() -> None:
@@ -210,12 +212,12 @@ def test_a_variable_of_the_users_replaces_the_charts() -> None:
 
 
 def test_users_of_their_own_can_be_left_out() -> None:
-    """As OpenShift wants it: it gives each namespace its own range."""
+    """As OpenShift requires: it gives each namespace its own range of users."""
     for pod in render({"podSecurity": {"setUser": False}}).pods:
         assert pod.spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 
 
-def test_without_rbac_nobody_has_a_token() -> None:
+def test_without_rbac_no_pod_has_a_token() -> None:
     release = render({"rbac": {"create": False}})
     assert not any(pod.spec["automountServiceAccountToken"] for pod in release.pods)
     assert not release.of("Role")
@@ -230,7 +232,7 @@ def test_without_rbac_nobody_has_a_token() -> None:
         ({"ingress": {"host": "other.example.org"}}, set[str]()),
     ],
 )
-def test_what_a_pod_reads_rolls_it(change: dict[str, Any], rolls: set[str]) -> None:
+def test_a_change_of_its_configuration_rolls_a_pod(change: dict[str, Any], rolls: set[str]) -> None:
     base = {"model": {"apiKey": "one"}}
     before, after = (
         {pod.component: (pod.metadata, pod.spec) for pod in release.pods if pod.runs_on}

@@ -1,4 +1,4 @@
-"""What can't work is refused when it is installed, with a sentence that says what to change."""
+"""Values that can't work are refused at the install, with a sentence that names the remedy."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +43,7 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "a list for a map": ({"extraEnv": [{"name": "X"}]}, "at '/extraEnv': got array, want object"),
 }
 
-# The templates: each is fine by itself, and together they are not.
+# The templates: each value is fine by itself, and together they are not.
 COMBINATIONS: dict[str, tuple[Values, str]] = {
     "pool settings": (
         {"config": {"worker": {"slots": 3}}},
@@ -102,7 +102,7 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
             "model, or set builtinTasks to false."
         ),
     ),
-    "a model that nobody asks": (
+    "a model without a client": (
         {"llm": {"mode": "on"}, "model": {"apiKey": "k"}},
         "llm.mode is on, but the workers ask the provider in model: set llm.mode to auto, or model.backend to",
     ),
@@ -142,7 +142,7 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         {"prefectServer": {"mode": "external"}},
         "prefectServer.mode is external: set prefectServer.external.apiUrl.",
     ),
-    "pages of nobody": (
+    "pages without a server": (
         {"prefectServer": {"mode": "off", "ingress": {"enabled": True}}},
         "prefectServer.ingress is for the bundled server: turn it off, or set prefectServer.mode to bundled.",
     ),
@@ -171,9 +171,9 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_named(case: str) -> None:
     values, words = MISTAKES[case]
-    said = refusal(values)
-    assert words in said
-    assert len(said.strip().splitlines()) <= 3, said
+    sentence = refusal(values)
+    assert words in sentence
+    assert len(sentence.strip().splitlines()) <= 3, sentence
 
 
 @pytest.mark.parametrize("case", COMBINATIONS)
@@ -182,7 +182,7 @@ def test_a_bad_combination_gets_a_sentence(case: str) -> None:
     assert words in refusal(values)
 
 
-def test_what_is_under_global_is_the_parents() -> None:
+def test_keys_below_global_belong_to_the_parent() -> None:
     render({"global": {"someone": {"elses": "key"}}})
 
 
@@ -197,6 +197,6 @@ def secrets(model: type[BaseModel] = Settings, above: str = "") -> Iterator[str]
 @pytest.mark.parametrize("path", [*secrets()])
 def test_a_secret_in_the_config_is_refused(path: str) -> None:
     section, _, name = path.partition(".")
-    said = refusal({"config": {section: {name: ["hunter2"] if name == "keys" else "hunter2"}}})
-    assert f"config.{path} is a secret, and the chart writes config into a ConfigMap: use " in said
-    assert "hunter2" not in said
+    sentence = refusal({"config": {section: {name: ["hunter2"] if name == "keys" else "hunter2"}}})
+    assert f"config.{path} is a secret, and the chart writes config into a ConfigMap: use " in sentence
+    assert "hunter2" not in sentence

@@ -1,4 +1,4 @@
-"""How many pods there are, who decides it, and what a change of that does."""
+"""The number of pods, the scaler that decides it, and the effect of a change."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_the_defaults_are_fixed_numbers() -> None:
 
 
 @pytest.mark.parametrize("values", [{"api": {"autoscaling": {"enabled": True}}}, scaled("hpa"), scaled("keda")])
-def test_under_a_scaler_nobody_else_says_how_many(values: Values) -> None:
+def test_under_a_scaler_the_chart_sets_no_number(values: Values) -> None:
     component = "api" if "api" in values else "worker"
     release = render(values)
     assert "replicas" not in release.pod(component).owner["spec"]
@@ -40,7 +40,7 @@ def test_under_a_scaler_nobody_else_says_how_many(values: Values) -> None:
     assert target == release.pod(component).owner["metadata"]["name"]
 
 
-def test_keda_counts_what_waits_and_what_runs() -> None:
+def test_keda_counts_waiting_and_running_runs() -> None:
     release = render(scaled("keda", minReplicas=0, maxReplicas=7) | {"networkPolicy": {"enabled": False}})
     found = release.the("ScaledObject")["spec"]
     [trigger] = found["triggers"]
@@ -91,8 +91,8 @@ def test_pools_scale_each_in_its_own_way() -> None:
 @pytest.mark.parametrize("grace", [0, 30, 300])
 def test_one_value_is_the_grace(grace: int) -> None:
     pod = render(pool(grace=grace)).pod("worker")
-    told = {each["name"]: each.get("value") for each in pod.main["env"]}
-    assert told["BACKCAST_WORKER__GRACE"] == str(grace)
+    environment = {each["name"]: each.get("value") for each in pod.main["env"]}
+    assert environment["BACKCAST_WORKER__GRACE"] == str(grace)
     assert pod.spec["terminationGracePeriodSeconds"] == grace + 15
 
 
@@ -123,5 +123,5 @@ def budgets(release: Release) -> set[str]:
         ({"api": {"replicas": 1}} | pool(replicas=9, autoscaling={"mode": "hpa", "maxReplicas": 1}), set[str]()),
     ],
 )
-def test_budgets_are_for_those_who_have_replicas(values: Values, expected: set[str]) -> None:
+def test_only_parts_with_replicas_have_budgets(values: Values, expected: set[str]) -> None:
     assert budgets(render(values)) == expected

@@ -1,4 +1,4 @@
-"""Every scenario under `ci` is something that Helm and Kubernetes take, and together they show all of the chart."""
+"""Helm and Kubernetes accept every scenario under `ci`; together the scenarios use all of the chart."""
 
 import re
 from collections import Counter
@@ -84,7 +84,7 @@ def test_every_value_has_a_reader(key: chart.Key) -> None:
 
 
 @pytest.mark.parametrize("path", chart.files(), ids=lambda path: path.name)
-def test_what_is_generated_is_current(path: chart.Path) -> None:
+def test_generated_files_are_current(path: chart.Path) -> None:
     assert path.read_text() == chart.files()[path], "run `make gen` and commit it"
 
 
@@ -97,6 +97,6 @@ def test_what_is_generated_is_current(path: chart.Path) -> None:
         ("# What.\nkey: []\n", "key in values.yaml is a list"),
     ],
 )
-def test_the_generator_asks_for_what_is_missing(values: str, words: str) -> None:
+def test_the_generator_names_missing_comments_and_marks(values: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         chart.read(values)

@@ -1,4 +1,4 @@
-"""What the chart gives the processes is what they take: ConfigMap and environment, loaded as they load it."""
+"""The processes accept the chart's ConfigMap and environment, which these tests load as the processes do."""
 
 import base64
 import os
@@ -22,11 +22,11 @@ SECRETS = {
     "admin-url": "postgresql://postgres:p@db.example.org:6432/postgres",
     "scaler-url": "postgresql://scaler:p@db.example.org:6432/backcast",
 }
-"""What stands in Secrets that are not the chart's; everything else is `secret`."""
+"""The values of Secrets that the chart does not make; any other value is `secret`."""
 
 
 def environment(release: Release, container: Object) -> dict[str, str]:
-    """As the kubelet makes it."""
+    """The environment of a container, as the kubelet makes it."""
     made: dict[str, str] = {}
     kept = {key: value for each in release.of("Secret") for key, value in each["data"].items()}
     for variable in container["env"]:
@@ -148,7 +148,7 @@ def test_everything_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not settings.model.embedded
     assert settings.model.api_key is not None
     assert not release.of("StatefulSet")
-    assert not release.of("Secret"), "there is nothing for the chart to keep"
+    assert not release.of("Secret"), "the chart has no secret to keep"
     kept = {pod.component for pod in release.pods}
     assert kept == {"api", "worker", "steward", "setup", "test"}
 
@@ -165,7 +165,7 @@ def test_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_given_urls_become_secrets() -> None:
-    """The scheme that Prefect wants is the chart's business."""
+    """The chart changes the scheme to the one that Prefect needs."""
     external = {"url": "postgresql://b:p@h/b", "prefectUrl": "postgresql://p:p@h/p", "adminUrl": "postgresql://a:p@h/a"}
     release = render({"postgres": {"mode": "external", "external": external}})
     assert not release.of("StatefulSet", "postgres")
@@ -188,13 +188,13 @@ def test_given_urls_become_secrets() -> None:
 
 
 def test_prefect_takes_its_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that spare it work are the ones of `backcast up`."""
+    """The settings that spare it work are the same as in `backcast up`."""
     release = scenario("defaults")
-    told = environment(release, release.pod("prefect-server").main)
-    for name, value in told.items():
+    variables = environment(release, release.pod("prefect-server").main)
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     server = PrefectSettings().server
-    assert server.ui.api_url == "/api", "on the host that the pages come from, whatever that is"
+    assert server.ui.api_url == "/api", "on the host that serves the pages"
     assert str(server.ui.static_directory).startswith("/tmp/")
     assert server.api.auth_string is not None
     assert server.database.connection_url is not None
@@ -203,14 +203,14 @@ def test_prefect_takes_its_settings_too(monkeypatch: pytest.MonkeyPatch) -> None
     assert not any(
         (server.analytics_enabled, server.services.triggers.enabled, server.services.event_persister.enabled)
     )
-    spared = [name for name in told if name.startswith("PREFECT_SERVER_SERVICES")]
+    spared = [name for name in variables if name.startswith("PREFECT_SERVER_SERVICES")]
     local = Path(backcast.local.up.__file__).read_text()
     assert len(spared) == 4
-    assert all(f'"{name}": "{told[name]}"' in local for name in spared)
+    assert all(f'"{name}": "{variables[name]}"' in local for name in spared)
 
 
-def test_each_process_is_told_no_more_secrets_than_it_needs() -> None:
-    told = {
+def test_each_process_gets_no_more_secrets_than_it_needs() -> None:
+    secrets = {
         pod.component: {
             each["valueFrom"]["secretKeyRef"]["key"] for each in pod.main["env"] if "secretKeyRef" in str(each)
         }
@@ -219,7 +219,7 @@ def test_each_process_is_told_no_more_secrets_than_it_needs() -> None:
     }
     store = {"s3-access-key", "s3-secret-key"}
     work = {"backcast-password"} | store
-    assert told == {
+    assert secrets == {
         "api": work | {"api-key"},
         "worker": work | {"prefect-auth-string", "model-api-key"},
         "steward": work | {"prefect-auth-string"},

@@ -1,4 +1,4 @@
-"""What the chart asks a cluster before it says anything: passwords that are there, what runs, and what is missing."""
+"""The chart looks up a cluster's state before it renders: existing passwords, running replicas, missing objects."""
 
 import base64
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def coded(**data: str) -> dict[str, str]:
 # Secrets
 
 
-def test_what_was_generated_is_kept_and_what_is_new_is_added(live: Cluster) -> None:
+def test_generated_values_are_kept_and_new_ones_are_added(live: Cluster) -> None:
     before = render({"prefectServer": {"mode": "off"}}, cluster=live).the("Secret")["data"]
     live.add("Secret", OWN, data=before)
     after = render({}, cluster=live).the("Secret")["data"]
@@ -60,12 +60,12 @@ def test_the_volumes_passwords_are_kept_while_another_server_is_in_use(live: Clu
 
 def test_an_old_volume_without_its_passwords_is_refused(live: Cluster) -> None:
     live.add("PersistentVolumeClaim", "data-demo-backcast-postgres-0")
-    said = refusal({}, live)
+    sentence = refusal({}, live)
     assert (
         "The volume data-demo-backcast-postgres-0 of an earlier release is there, but the Secret demo-backcast with"
-        in said
+        in sentence
     )
-    assert "kubectl -n team delete pvc data-demo-backcast-postgres-0" in said
+    assert "kubectl -n team delete pvc data-demo-backcast-postgres-0" in sentence
     live.add("Secret", OWN, data=coded(postgres_password="old"))
     render({}, cluster=live)
 
@@ -133,9 +133,9 @@ def test_a_key_of_prefect_cloud_is_enough(live: Cluster) -> None:
     values = {"prefectServer": {"mode": "external", "external": external}}
     assert "There is no Secret cloud in the namespace team: create it." in refusal(values, live)
     live.add("Secret", "cloud", data={"prefect-api-key": "eA=="})
-    told = {each["name"]: each for each in render(values, cluster=live).pod("worker").main["env"]}
+    environment = {each["name"]: each for each in render(values, cluster=live).pod("worker").main["env"]}
     for name in ("BACKCAST_PREFECT__API_KEY", "BACKCAST_PREFECT__AUTH_STRING"):
-        assert told[name]["valueFrom"]["secretKeyRef"]["optional"], name
+        assert environment[name]["valueFrom"]["secretKeyRef"]["optional"], name
 
 
 def test_a_secret_that_the_release_itself_may_make_is_not_missed(live: Cluster) -> None:
@@ -144,15 +144,19 @@ def test_a_secret_that_the_release_itself_may_make_is_not_missed(live: Cluster) 
 
 
 def test_keda_must_be_there(live: Cluster) -> None:
-    said = refusal({"workers": {"pools": {"default": {"autoscaling": {"mode": "keda"}}}}}, live)
-    assert "autoscaling.mode is keda, but this cluster has no KEDA: install it, or set the mode to hpa or off." in said
+    sentence = refusal({"workers": {"pools": {"default": {"autoscaling": {"mode": "keda"}}}}}, live)
+    assert (
+        "autoscaling.mode is keda, but this cluster has no KEDA: install it, or set the mode to hpa or off." in sentence
+    )
 
 
 # Replicas
 
 
 @pytest.mark.parametrize(("live_count", "least", "expected"), [(4, 1, 4), (1, 2, 2), (0, 1, 1)])
-def test_turning_a_scaler_on_starts_from_what_runs(live: Cluster, live_count: int, least: int, expected: int) -> None:
+def test_turning_a_scaler_on_keeps_the_running_replicas(
+    live: Cluster, live_count: int, least: int, expected: int
+) -> None:
     scaler: dict[str, Any] = {"minReplicas": least, "maxReplicas": 9}
     for name in ("demo-backcast-api", "demo-backcast-worker-default"):
         live.add("Deployment", name, spec={"replicas": live_count})
@@ -164,7 +168,7 @@ def test_turning_a_scaler_on_starts_from_what_runs(live: Cluster, live_count: in
     assert [release.pod(part).owner["spec"]["replicas"] for part in ("api", "worker")] == [expected, expected]
 
 
-def test_turning_a_scaler_off_is_what_the_values_say(live: Cluster) -> None:
+def test_turning_a_scaler_off_restores_the_number_in_the_values(live: Cluster) -> None:
     live.add("Deployment", "demo-backcast-api", spec={"replicas": 7})
     assert render({}, cluster=live).pod("api").owner["spec"]["replicas"] == 2
 

@@ -1,4 +1,4 @@
-"""Keys: what is closed without one, and what stays open. The database is away: who is let in gets as far as a 503."""
+"""Keys: the routes that need one, and the open ones. The database is away, so a request with a key gets a 503."""
 
 from collections.abc import AsyncIterator
 
@@ -65,7 +65,7 @@ async def test_probes_and_documentation_are_open(api: httpx.AsyncClient) -> None
     assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
 
 
-def test_a_key_that_can_be_guessed_is_refused_without_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_can_be_guessed_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKCAST_API__KEYS", f"{OLD}, hunter2")
     with pytest.raises(ConfigurationError, match=r"BACKCAST_API__KEYS.*16 characters") as refused:
         load()

@@ -1,4 +1,4 @@
-"""The command line as scripts and people meet it: what is printed where, and the exit code."""
+"""The command line for scripts and people: its output on stdout and stderr, and its exit codes."""
 
 import json
 import os
@@ -39,10 +39,10 @@ def cli(service: Service) -> Cli:
     return run
 
 
-def fails(result: Result, code: int, says: str) -> None:
+def fails(result: Result, code: int, sentence: str) -> None:
     """The exit code, one readable sentence on stderr, nothing on stdout and no traceback."""
     assert (result.exit_code, result.stdout) == (code, "")
-    assert says in " ".join(result.stderr.replace("│", " ").split())
+    assert sentence in " ".join(result.stderr.replace("│", " ").split())
     assert isinstance(result.exception, SystemExit)
 
 
@@ -75,9 +75,11 @@ def test_cast_takes_a_name_a_schema_or_a_file(cli: Cli, service: Service, to: st
     assert service.seen[0].body["input"] == {"data": "from stdin", "target": target, "instructions": "count"}
 
 
-@pytest.mark.parametrize(("to", "says"), [("{", "not JSON"), ("@none.json", "none.json can't be read: No such file")])
-def test_a_target_that_can_not_be_read(cli: Cli, service: Service, to: str, says: str) -> None:
-    fails(cli("cast", "x", "--to", to), 2, says)
+@pytest.mark.parametrize(
+    ("to", "sentence"), [("{", "not JSON"), ("@none.json", "none.json can't be read: No such file")]
+)
+def test_a_target_that_can_not_be_read(cli: Cli, service: Service, to: str, sentence: str) -> None:
+    fails(cli("cast", "x", "--to", to), 2, sentence)
     assert service.seen == []
 
 
@@ -105,7 +107,7 @@ def test_submit_passes_its_options_on(cli: Cli, service: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "sentence"),
     [
         (("submit", "add", "a"), "'a' is not KEY=VALUE"),
         (("submit", "add", "--input", "[1]"), "a JSON object is wanted"),
@@ -121,8 +123,8 @@ def test_submit_passes_its_options_on(cli: Cli, service: Service) -> None:
         (("tasks", "--url", "localhost"), "write it as http://host:port"),
     ],
 )
-def test_wrong_usage_and_refusals_are_2(cli: Cli, arguments: tuple[str, ...], says: str) -> None:
-    fails(cli(*arguments), 2, says)
+def test_wrong_usage_and_refusals_are_2(cli: Cli, arguments: tuple[str, ...], sentence: str) -> None:
+    fails(cli(*arguments), 2, sentence)
 
 
 def test_a_failed_run_is_1(cli: Cli, service: Service) -> None:
@@ -138,7 +140,7 @@ def test_a_failed_run_is_1(cli: Cli, service: Service) -> None:
     assert cli("get", run_id).exit_code == 0
 
 
-def test_nobody_there_is_3(cli: Cli) -> None:
+def test_no_service_is_3(cli: Cli) -> None:
     fails(cli("list", "--url", "http://127.0.0.1:1"), 3, "http://127.0.0.1:1 can't be reached")
 
 
@@ -221,7 +223,7 @@ def test_the_variable_of_the_command_line_is_no_wrong_setting(cli: Cli, monkeypa
 
 
 @pytest.mark.parametrize("command", [(), ("cast",), ("list",)])
-def test_help_tells_the_exit_codes(cli: Cli, command: tuple[str, ...]) -> None:
+def test_help_lists_the_exit_codes(cli: Cli, command: tuple[str, ...]) -> None:
     assert "Exit codes: 0 fine; 1 the run failed" in " ".join(cli(*command, "--help").stdout.split())
 
 
@@ -253,7 +255,7 @@ class Terminal:
         os.close(theirs)
 
     def read(self, until: str | None = None, *, timeout: float = PATIENCE) -> str:
-        """All that is on the screen once it shows `until`, or at the end of the process."""
+        """The whole screen once it shows `until`, or at the end of the process."""
         deadline = time.monotonic() + timeout
         while until is None or until not in self.screen:
             assert time.monotonic() < deadline, f"waited for {until!r} in vain; last seen: {self.screen!r}"
@@ -261,7 +263,7 @@ class Terminal:
                 continue
             try:
                 chunk = os.read(self._ours, 65536)
-            except OSError:  # Linux's way to say that the other side is closed
+            except OSError:  # on Linux: the other side is closed
                 chunk = b""
             if not chunk:
                 assert until is None, f"ended without {until!r}; last seen: {self.screen!r}"

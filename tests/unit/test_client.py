@@ -1,4 +1,4 @@
-"""The client against a small stand-in for the API over real HTTP; every promise is kept by both of its forms."""
+"""The client against a small stand-in for the API over real HTTP; both of its forms keep every promise."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ from backcast.errors import (
 from backcast.models import Batch, Limits, Run, State, Submission, uuid7
 
 DROP = 0
-"""As a status: close the connection without an answer."""
+"""A status that closes the connection without an answer."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Seen:
 
 @dataclass
 class Service:
-    """Runs move on by one state with every look. `troubles` are answered first, in order."""
+    """A run advances by one state with every look. `troubles` are answered first, in order."""
 
     states: tuple[str, ...] = ("queued", "running", "completed")
     result: Any = 31
@@ -94,7 +94,7 @@ class Service:
             case "GET", ["runs"]:
                 return self._page(seen.query)
             case "GET", ["runs", run_id] if run_id in self.runs:
-                return 200, self._dispatch_due(run_id)
+                return 200, self._advance(run_id)
             case "GET", ["runs", run_id, "result"] if run_id in self.runs:
                 match self.runs[run_id]["state"]:
                     case "completed":
@@ -144,7 +144,7 @@ class Service:
         self.keys[seen.headers["idempotency-key"]] = (seen.body, run_id)
         return 202, self.runs[run_id]
 
-    def _dispatch_due(self, run_id: str) -> dict[str, Any]:
+    def _advance(self, run_id: str) -> dict[str, Any]:
         run = self.runs[run_id]
         at = self.states.index(run["state"])
         run["state"] = self.states[min(at + 1, len(self.states) - 1)]
@@ -306,7 +306,7 @@ def test_lanes(call: Call, service: Service) -> None:
         call("lane", "a/b")
 
 
-def test_a_full_queue_is_waited_for_and_then_told(call: Call, service: Service) -> None:
+def test_a_full_queue_is_waited_for_and_then_raised(call: Call, service: Service) -> None:
     full = (429, "application/problem+json", {"code": "too_many_waiting", "title": "Full", "detail": "Ask again."})
     service.troubles.append(full)
     assert call("submit", "add", {"a": 1}).state is State.QUEUED
@@ -317,7 +317,7 @@ def test_a_full_queue_is_waited_for_and_then_told(call: Call, service: Service) 
 
 
 @pytest.mark.parametrize(
-    ("trouble", "says"),
+    ("trouble", "sentence"),
     [
         (503, "The database can't be reached."),
         (429, "The database can't be reached."),
@@ -326,18 +326,18 @@ def test_a_full_queue_is_waited_for_and_then_told(call: Call, service: Service) 
         ((502, "text/html", "<h1>Bad gateway</h1>"), "answered 502 Bad Gateway"),
     ],
 )
-def test_patience_has_an_end(call: Call, service: Service, trouble: Any, says: str) -> None:
+def test_patience_has_an_end(call: Call, service: Service, trouble: Any, sentence: str) -> None:
     service.troubles.append(trouble)
-    with pytest.raises(Unavailable, match=says):
+    with pytest.raises(Unavailable, match=sentence):
         call("get", uuid7(), options={"patience": 0})
 
 
-def test_nobody_is_there(call: Call) -> None:
+def test_no_service_at_the_url(call: Call) -> None:
     with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:1 can't be reached"):
         call("tasks", options={"url": "http://127.0.0.1:1", "patience": 0.2})
 
 
-def test_waiting_tells_of_every_look_and_survives_an_outage(call: Call, service: Service) -> None:
+def test_waiting_reports_every_look_and_survives_an_outage(call: Call, service: Service) -> None:
     run_id, looks = service.add_run(), []
     service.troubles.extend([503, DROP])
     run = call("wait", run_id, progress=lambda run: looks.append((run.state, service.troubles.append(503))[0]))
@@ -346,7 +346,7 @@ def test_waiting_tells_of_every_look_and_survives_an_outage(call: Call, service:
     assert service.seen[0].headers["prefer"] == "wait=2"
 
 
-def test_nobody_looks_on_so_the_service_holds_the_poll(call: Call, service: Service) -> None:
+def test_without_progress_the_service_holds_the_poll(call: Call, service: Service) -> None:
     call("wait", service.add_run())
     assert service.seen[0].headers["prefer"] == "wait=20"
 
@@ -430,7 +430,7 @@ def test_cast_to_a_name_a_schema_or_a_python_type(
         assert sent["target"]["required"] == ["size"]
 
 
-def test_a_failed_cast_says_why(call: Call, service: Service) -> None:
+def test_a_failed_cast_shows_why(call: Call, service: Service) -> None:
     service.states = ("queued", "failed")
     service.error = {"code": "unusable_input", "title": "No", "detail": "there is no number", "hint": "newer"}
     with pytest.raises(RunError, match="failed: there is no number") as caught:
@@ -446,7 +446,7 @@ def test_a_refusal_is_the_error_it_was(call: Call, service: Service) -> None:
     assert [field.pointer for field in caught.value.errors] == ["/input/a", "/input/b"]
 
 
-def test_an_unknown_refusal_is_told_by_its_code(call: Call, service: Service) -> None:
+def test_an_unknown_refusal_keeps_its_code(call: Call, service: Service) -> None:
     document = {"title": "I'm a teapot", "code": "teapot", "detail": "Short and stout."}
     service.troubles.append((418, "application/problem+json", document))
     with pytest.raises(ClientError, match="Short and stout") as caught:
@@ -464,7 +464,7 @@ def test_an_unknown_refusal_is_told_by_its_code(call: Call, service: Service) ->
         (200, "application/json", []),
     ],
 )
-def test_somebody_else_is_there(call: Call, service: Service, answer: Any) -> None:
+def test_another_service_at_the_url(call: Call, service: Service, answer: Any) -> None:
     service.troubles.append(answer)
     with pytest.raises(ConfigurationError, match=r"does not answer as backcast does .*: check the URL"):
         call("tasks")

@@ -1,4 +1,4 @@
-"""compose.yaml: valid, complete, without a secret, and in agreement with what else says the same."""
+"""compose.yaml: valid, complete, without a secret, and in agreement with the files that repeat its facts."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_the_order_of_starting_can_be_kept() -> None:
         for other, how in service.get("depends_on", {}).items():
             assert other in SERVICES
             if how["condition"] == "service_healthy":
-                assert "healthcheck" in SERVICES[other], f"{name} waits for {other}, which never says that it is well"
+                assert "healthcheck" in SERVICES[other], f"{name} waits for {other}, which has no health check"
 
 
 def test_sources_are_copied_to_where_the_image_runs_them() -> None:

@@ -1,4 +1,4 @@
-"""Which credentials the sink shows to a Prefect server: basic auth, or the key of Prefect Cloud."""
+"""The credentials that the sink sends to a Prefect server: basic auth, or the key of Prefect Cloud."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +28,7 @@ class _Server(BaseHTTPRequestHandler):
     ("given", "shown"),
     [({}, None), ({"auth_string": "me:a:b"}, "Basic bWU6YTpi"), ({"api_key": "pnu_secret"}, "Bearer pnu_secret")],
 )
-async def test_who_it_is(given: dict[str, str], shown: str | None) -> None:
+async def test_credentials(given: dict[str, str], shown: str | None) -> None:
     _Server.shown.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as server:
         serving = threading.Thread(target=server.serve_forever, args=(0.02,))

@@ -1,4 +1,4 @@
-"""The images, as far as their Dockerfile tells; tests/e2e builds and runs them."""
+"""The images, as far as the Dockerfile shows; tests/e2e builds and runs them."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.mark.parametrize("target", [*PARTS, "dev"])
-def test_every_image_runs_as_nobody_special_and_without_a_shell_around_it(target: str) -> None:
+def test_every_image_runs_unprivileged_and_without_a_shell_around_it(target: str) -> None:
     assert effective(STAGES, target, "USER") == "10001:10001"
     assert command(STAGES, target, "ENTRYPOINT") == [
         {"prefect-server": "prefect", "dev": "live"}.get(target, "backcast")
@@ -28,7 +28,7 @@ def test_every_image_runs_as_nobody_special_and_without_a_shell_around_it(target
 
 
 @pytest.mark.parametrize("target", PARTS)
-def test_every_image_says_what_it_is(target: str) -> None:
+def test_every_image_has_labels(target: str) -> None:
     labels = " ".join(rest for word, rest in STAGES[target].instructions if word == "LABEL")
     assert f'title="backcast {target}"' in labels
     assert 'version="${VERSION}"' in labels
@@ -92,7 +92,7 @@ def sent(path: str) -> bool:
     return kept
 
 
-def test_only_what_is_copied_reaches_the_builder() -> None:
+def test_only_copied_files_reach_the_builder() -> None:
     copied = {
         word.split("/")[0]
         for line in lines(DOCKERFILE)
@@ -142,8 +142,8 @@ def test_everything_is_built_by_the_same_uv() -> None:
 
 def test_make_image_builds_them_all() -> None:
     make: list[Any] = ["make", "-n", "image", "DOCKER=podman", "REGISTRY=registry.example/team", "IMAGE_TAG=9.9.9"]
-    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for part in PARTS:
-        assert re.search(rf"podman build --target {part} --tag registry.example/team/{part}:9.9.9 ", said)
+        assert re.search(rf"podman build --target {part} --tag registry.example/team/{part}:9.9.9 ", commands)
     default = subprocess.run(["make", "-n", "image"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"docker build --target api --tag ghcr.io/backcast/api:{__version__} " in default

@@ -1,4 +1,4 @@
-"""The words the embedded model gets, and the grammar its answers are held to."""
+"""The prompt of the embedded model, and the grammar of its answers."""
 
 from typing import Any
 

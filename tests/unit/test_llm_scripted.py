@@ -61,8 +61,8 @@ def test_tool_calls_and_formats_whole_and_streamed() -> None:
         assert chunks[-1].usage.total_tokens > 0
         schema = {"type": "object", "properties": {"result": {"enum": ["boats", "chairs"]}}}
         formatted = {"type": "json_schema", "json_schema": {"name": "r", "schema": schema}}
-        said = ask.chat.completions.create(model="m", messages=MESSAGES, response_format=formatted)  # type: ignore[call-overload]
-        assert said.choices[0].message.content == '{"result": "chairs"}'
+        answer = ask.chat.completions.create(model="m", messages=MESSAGES, response_format=formatted)  # type: ignore[call-overload]
+        assert answer.choices[0].message.content == '{"result": "chairs"}'
 
 
 def test_replies_come_in_order_and_the_last_one_stays() -> None:

@@ -1,4 +1,4 @@
-"""What `backcast up` is made of, with small programs in the place of its parts."""
+"""The building blocks of `backcast up`, with small programs in the place of its parts."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ async def words(lines: Lines, wanted: str, *, times: int = 1) -> Lines:
     return await until(look, lambda seen: sum(wanted in line[1] for line in seen) >= times)
 
 
-async def test_a_part_that_dies_is_started_again_and_people_are_told(tmp_path: Path) -> None:
+async def test_a_part_that_dies_is_started_again_and_the_terminal_shows_it(tmp_path: Path) -> None:
     lines: Lines = []
     it = part(tmp_path, lines, "print('INFO    hello'); raise SystemExit(3)").start()
     await words(lines, "hello", times=2)
@@ -59,7 +59,7 @@ async def test_a_part_that_can_not_even_be_started_is_tried_again(tmp_path: Path
     await it.stop(PATIENCE)
 
 
-async def test_of_a_traceback_people_see_the_last_line_and_the_log_has_it_all(tmp_path: Path) -> None:
+async def test_the_terminal_shows_the_last_line_of_a_traceback_and_the_log_all_of_it(tmp_path: Path) -> None:
     lines: Lines = []
     it = part(
         tmp_path, lines, "def f(): raise ValueError('no')\ntry: f()\nexcept ValueError as e: raise KeyError from e"
@@ -95,7 +95,7 @@ async def test_a_part_may_be_stopped_before_it_was_started_and_while_it_waits(tm
     await part(tmp_path, lines, "").stop(5)
     it, stops = part(tmp_path, lines, ""), list[asyncio.Task[None]]()
 
-    def show(*line: str) -> None:  # it is about to wait for half a second
+    def show(*line: str) -> None:  # the part will now wait for half a second
         lines.append(line)  # type: ignore[arg-type]
         stops.append(asyncio.create_task(it.stop(3600)))
 

@@ -1,4 +1,4 @@
-"""What authors of tasks say and ask, with no Prefect in sight."""
+"""The options of a task and the question `cancel_requested`, without Prefect."""
 
 import asyncio
 import contextvars
@@ -22,32 +22,32 @@ class Task:
         self.fn = fn
 
 
-def test_nothing_said_means_the_defaults() -> None:
+def test_no_options_means_the_defaults() -> None:
     assert options_of(Task(plain)) == options_of(plain) == Options(history="full", lane=None)
 
 
-def test_above_the_task_it_speaks_of_that_task_alone() -> None:
+def test_above_the_task_they_hold_for_that_task_alone() -> None:
     first, second = Task(plain), Task(plain)
     assert options(history="none", lane="openai")(first) is first
     assert options_of(first) == Options("none", "openai")
     assert options_of(second) == Options()
 
 
-def test_below_it_speaks_of_every_task_made_from_the_function() -> None:
+def test_below_it_they_hold_for_every_task_made_from_the_function() -> None:
     @options(lane="openai")
     def fn() -> None: ...
 
     assert options_of(Task(fn)) == options_of(Task(fn)) == Options(lane="openai")
-    assert options_of(options(history="none")(Task(fn))) == Options("none"), "the nearer word counts"
+    assert options_of(options(history="none")(Task(fn))) == Options("none"), "the nearer options count"
 
 
-@pytest.mark.parametrize("said", [{"history": "some"}, {"lane": ""}, {"lane": "a\nb"}, {"lane": "x" * 201}])
-def test_a_wrong_word_is_refused_where_it_is_written(said: dict[str, str]) -> None:
+@pytest.mark.parametrize("wrong", [{"history": "some"}, {"lane": ""}, {"lane": "a\nb"}, {"lane": "x" * 201}])
+def test_a_wrong_option_is_refused_where_it_is_written(wrong: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="write"):
-        options(**said)  # type: ignore[arg-type]
+        options(**wrong)  # type: ignore[arg-type]
 
 
-def test_outside_of_a_run_nobody_asks_to_stop() -> None:
+def test_outside_of_a_run_no_cancel_is_requested() -> None:
     assert not cancel_requested()
 
 
@@ -72,7 +72,7 @@ async def test_threads_of_an_async_task_may_ask() -> None:
         assert await asyncio.to_thread(cancel_requested)
 
 
-def test_what_authors_import_brings_no_prefect() -> None:
+def test_the_authors_import_brings_no_prefect() -> None:
     assert {"cancel_requested", "options"} <= set(vars(backcast))
     code = "import backcast, sys; print([m for m in ('prefect', 'pydantic', 'asyncio') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Settings die at start with a sentence, never with a value in it."""
+"""Wrong settings fail at the start, with a sentence that never holds a value."""
 
 from collections.abc import Iterator
 from datetime import timedelta
@@ -42,7 +42,7 @@ def test_the_environment_and_the_file_are_read_and_the_environment_wins(
         ("BACKCAST_CONFIG", "/nowhere/config.yaml"),
     ],
 )
-def test_what_is_wrong_is_named_and_its_value_is_not(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_wrong_setting_is_named_and_its_value_is_not(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=name) as caught:
         load()
@@ -63,7 +63,7 @@ def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hunter2" not in repr(load()) + load().model_dump_json()
 
 
-def test_every_setting_says_what_it_means() -> None:
+def test_every_setting_has_a_description() -> None:
     for model in every_model():
         for name, field in model.model_fields.items():
             is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
@@ -86,7 +86,7 @@ def test_durations_in_the_environment_are_seconds_or_iso_8601(
 
 
 @pytest.mark.parametrize("text", ["inf", "nan", "1e300", "soon"])
-def test_what_is_no_duration_is_a_sentence(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_wrong_duration_is_explained(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("BACKCAST_LEASE", text)
     with pytest.raises(ConfigurationError, match="BACKCAST_LEASE: "):
         load()

@@ -23,7 +23,7 @@ VALIDATOR = Draft7Validator(json.loads((Path(__file__).parent / "schemas" / "ska
 
 
 def config(*profiles: str) -> Config:
-    """As Skaffold sees it with these profiles."""
+    """The configuration with these profiles, as Skaffold merges it."""
     it = copy.deepcopy(BASE)
     for name in profiles:
         it = jsonpatch.apply_patch(it, PROFILES[name]["patches"])
@@ -48,17 +48,17 @@ def suffix(image: str) -> str:
 
 
 @pytest.mark.parametrize("profiles", CHOICES)
-def test_it_is_what_its_schema_allows(profiles: tuple[str, ...]) -> None:
+def test_its_schema_allows_it(profiles: tuple[str, ...]) -> None:
     assert [error.message for error in VALIDATOR.iter_errors(config(*profiles))] == []
 
 
-def test_the_schema_would_say_so() -> None:
+def test_its_schema_refuses_a_mistake() -> None:
     wrong = config()
     wrong["build"]["artifacts"][0]["docker"]["tarqet"] = "dev"
     assert list(VALIDATOR.iter_errors(wrong))
 
 
-def test_it_builds_what_the_dockerfile_has() -> None:
+def test_it_builds_targets_of_the_dockerfile() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     for artifact in config("llm")["build"]["artifacts"]:
         part = artifact["image"].removeprefix("ghcr.io/backcast/")
@@ -117,7 +117,7 @@ def test_files_are_copied_to_where_the_image_runs_them() -> None:
         assert rule["src"].startswith(rule["strip"])
 
 
-def test_what_it_forwards_and_verifies_is_there() -> None:
+def test_the_forwarded_and_verified_objects_exist() -> None:
     it = config("llm")
     [release] = it["deploy"]["helm"]["releases"]
     values = yaml.safe_load((ROOT / "skaffold/values.yaml").read_text())

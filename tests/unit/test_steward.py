@@ -1,4 +1,4 @@
-"""When silence means death: the steward must not take the fleet's runs after a pause of its own or of the database."""
+"""The failure detector: no pause of the steward or of the database may make it take the fleet's runs."""
 
 from uuid import UUID
 
@@ -10,7 +10,7 @@ from backcast.steward.failure_detector import FailureDetector
 
 A, B, C = uuid7(), uuid7(), uuid7()
 APART = 1_000_000.0
-"""The database's clock and ours have nothing to do with each other."""
+"""The database's clock is unrelated to ours."""
 
 
 def seen(
@@ -21,7 +21,7 @@ def seen(
 
 @pytest.fixture
 def detector() -> FailureDetector:
-    """One that has watched for a whole lease of 15 s, up to second 120."""
+    """A detector that has watched for a whole lease of 15 s, up to second 120."""
     detector = FailureDetector(15.0)
     for second in range(100, 121):
         seen(detector, second)
@@ -44,7 +44,7 @@ def test_after_a_pause_of_the_steward_a_lease_is_waited(detector: FailureDetecto
 
 
 def test_a_pause_that_only_the_databases_clock_has_seen_counts(detector: FailureDetector) -> None:
-    """As when the machine slept, or somebody has set the clock: our monotonic one knows nothing of it."""
+    """As when the machine slept, or the clock was set: our monotonic clock does not show it."""
     assert not any(seen(detector, 121 + n, A, jump=3600) for n in range(15))
     assert seen(detector, 136, A, jump=3600)
 

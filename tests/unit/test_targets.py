@@ -1,4 +1,4 @@
-"""Targets: what may be wanted, what is refused and where, and that a value is checked as JSON Schema says."""
+"""Targets: the names and schemas that are accepted, the place of a refusal, and the check of values by JSON Schema."""
 
 import json
 import math
@@ -136,7 +136,7 @@ def test_a_long_name_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("target", [None, 1, 1.5, True, [], ["int"], b"int", int])
-def test_what_is_neither_text_nor_object_is_refused(target: Any) -> None:
+def test_a_target_that_is_neither_text_nor_object_is_refused(target: Any) -> None:
     assert "a target is one of the names" in refused(target)[1]
 
 
@@ -186,9 +186,14 @@ def test_any_json_is_a_target_too() -> None:
     assert targets.parse({}).validate({"x": [1, None]}) == {"x": [1, None]}
 
 
-def test_what_says_nothing_about_values_is_dropped() -> None:
-    said = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$comment": "x", "x-order": 1, "$defs": {"a": 1}}
-    assert targets.parse(said | INT).schema == INT
+def test_keywords_without_a_meaning_for_values_are_dropped() -> None:
+    extras = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$comment": "x",
+        "x-order": 1,
+        "$defs": {"a": 1},
+    }
+    assert targets.parse(extras | INT).schema == INT
 
 
 def test_references_are_written_out() -> None:
@@ -219,7 +224,7 @@ def test_references_are_written_out() -> None:
     }
 
 
-def test_what_pydantic_writes_is_taken() -> None:
+def test_pydantics_schemas_are_accepted() -> None:
     class Line(BaseModel):
         what: str
         due: date | None = None
@@ -420,7 +425,7 @@ def test_python_values_come_out_as_plain_json() -> None:
     assert targets.parse("list[int]").validate((1, 2)) == [1, 2]
 
 
-def test_the_refusal_of_a_value_says_where_and_why() -> None:
+def test_the_refusal_of_a_value_has_place_and_reason() -> None:
     target = targets.parse({"type": "object", "properties": {"lines": {"items": {"properties": {"n": INT}}}}})
     with pytest.raises(ValueError, match=r"^/lines/1/n: 'two' is not of type 'integer'\.$"):
         target.validate({"lines": [{"n": 1}, {"n": "two"}]})
@@ -431,7 +436,7 @@ def test_the_refusal_of_a_value_says_where_and_why() -> None:
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "^(a|aa)+$", "(.*a){12}$", r"^(\w+\s?)*$", r"\w{100}b"])
 def test_no_pattern_is_slow_on_a_long_text(pattern: str) -> None:
-    """Python's own engine would not come back from the first ones; the test's time-out is the assertion."""
+    """Python's own engine would never finish the first ones; the test's time-out is the assertion."""
     assert not fits({"pattern": pattern}, "a" * 100_000 + "!")
 
 

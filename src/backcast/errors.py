@@ -22,8 +22,8 @@
     └── RunError                        the reason why an attempt failed; its class decides about a retry
         ├── UsageError                  the input can't be worked on: never retried
         ├── FatalError                  no retry will help (a wrong key, an unserialisable result): never retried
-        ├── TransientError              may pass: retried as the task allows; a provider's Retry-After beats the backoff
-        └── RunTimeout                  took longer than the task allows: retried as the task allows
+        ├── TransientError              may pass: retried as the task sets; a provider's Retry-After beats the backoff
+        └── RunTimeout                  took longer than the task allows: retried as the task sets
 
 Every class carries a stable `code` that clients may branch on; the message names the next step.
 """

@@ -119,7 +119,7 @@ class Worker(_Section):
     port: int = Field(default=8081, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     poll: Duration = timedelta(seconds=1)
-    """How often an idle worker looks for runs when no notification comes; polls also find the runs of lost ones."""
+    """How often an idle worker looks for runs without a notification, because notifications may be lost."""
     grace: Duration = timedelta(seconds=30)
     """After SIGTERM: how long running work may go on before its runs are released to the queue."""
 
@@ -136,8 +136,8 @@ class Steward(_Section):
     sweep: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
     """Time between two sweeps, which remove runs and history past their retention, and objects that no run names."""
     deletion_cost: bool = False
-    """Mark busy worker pods for Kubernetes, so that it removes idle ones first when it scales down.
-    Needs a service account that may get and patch pods."""
+    """Mark busy worker pods for Kubernetes, so that it removes idle ones first when it scales down. Needs a service
+    account that may get and patch pods."""
 
 
 class Prefect(_Section):

@@ -13,8 +13,8 @@ from backcast.models import Problem
 # at once, after locking their lanes. SKIP LOCKED: a row locked now is being settled or cancelled, and the next round
 # checks it again. The fence stays: only a claim raises it, and the dead worker's settlements are refused because the
 # row is no longer running, or runs under a higher fence.
-# The run that killed the worker can't be seen. So a loss counts against every run that the worker had started, the first
-# time; later only against those of them with the most counted losses. A run with two losses runs alone
+# The run that killed the worker can't be seen. So the first time a loss counts against every run that the worker had
+# started; later only against those of them with the most counted losses. A run with two losses runs alone
 # (`Claim.is_quarantined`), so its third is its own. A loss does not count against prefetched runs, but they are not
 # prefetched again: if one did start, unseen, its next loss counts.
 _REQUEUE = """

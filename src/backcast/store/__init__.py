@@ -89,7 +89,7 @@ class Store:
         await self._within(self._place.check())
 
     async def ensure(self) -> None:
-        """Create the folder or bucket if it is not there. Other methods don't: an unmounted folder is not created."""
+        """Create the folder or bucket if it is not there. No other method does: it might replace an unmounted one."""
         await self._within(self._place.ensure())
 
     async def aclose(self) -> None:

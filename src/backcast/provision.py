@@ -108,8 +108,7 @@ def check(settings: Settings, report: Report) -> bool:
 
 
 async def _check(settings: Settings, report: Report) -> bool:
-    database = settings.database
-    ledger = Ledger(database.url.get_secret_value(), pool=2, name="backcast-check", timeout=database.timeout)
+    ledger = Ledger.of(settings.database, name="backcast-check", pool=2)
     store = open_store(settings.store)
     async with aclosing(ledger), aclosing(store):
         fine = True

@@ -12,8 +12,7 @@ from backcast.store import open_store
 def main(settings: Settings) -> None:
     """Serve the API until SIGTERM or SIGINT; requests that are being answered are finished first."""
     configure_logging(settings.log_level)
-    database = settings.database
-    ledger = Ledger(database.url.get_secret_value(), pool=database.pool, name="backcast-api", timeout=database.timeout)
+    ledger = Ledger.of(settings.database, name="backcast-api")
     app = create_app(ledger, open_store(settings.store), settings.api)
     uvicorn.run(
         app,

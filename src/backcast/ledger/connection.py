@@ -6,11 +6,12 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import asyncpg
 
 from backcast.errors import LedgerUnavailable
+from backcast.settings import Database
 
 CHANNEL = "backcast_ready"
 NOTIFY_INTERVAL = 0.01
@@ -91,6 +92,11 @@ class Ledger:
         self._pool: asyncpg.Pool | None = None
         self._dirty: set[str] = set()
         self._notifiers: dict[str, asyncio.Task[None]] = {}
+
+    @classmethod
+    def of(cls, database: Database, *, name: str, pool: int | None = None) -> Self:
+        """The ledger that the settings name; `name` is shown in pg_stat_activity."""
+        return cls(database.url.get_secret_value(), pool=pool or database.pool, name=name, timeout=database.timeout)
 
     async def _connections(self) -> asyncpg.Pool:
         if self._pool is None:

@@ -15,9 +15,7 @@ from backcast.store import open_store
 
 async def _serve(settings: Settings) -> None:
     stop = Stop()
-    # Connections for the leader's duties, which run side by side.
-    url, timeout = settings.database.url.get_secret_value(), settings.database.timeout
-    ledger = Ledger(url, pool=5, name="backcast-steward", timeout=timeout)
+    ledger = Ledger.of(settings.database, name="backcast-steward", pool=5)  # the leader's duties run side by side
     store = open_store(settings.store)
     sink = Sink(settings.prefect)
     steward = Steward(settings, ledger, store, sink)

@@ -26,10 +26,7 @@ async def _serve(settings: Settings) -> None:
 
     stop = Stop()
     store = open_store(settings.store)
-    database = settings.database
-    ledger = Ledger(
-        database.url.get_secret_value(), pool=database.pool, name="backcast-worker", timeout=database.timeout
-    )
+    ledger = Ledger.of(settings.database, name="backcast-worker")
     sink = Sink(settings.prefect)
     capture.install(sink)
     llm.connect(settings.model)

@@ -337,7 +337,7 @@ async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: P
         await send({"type": "http.response.body"})
 
     sink = module.Sink(Prefect(api_url="http://prefect/api"))
-    sink._client = httpx.AsyncClient(transport=httpx.ASGITransport(post), base_url="http://prefect/api")
+    sink.server._client = httpx.AsyncClient(transport=httpx.ASGITransport(post), base_url="http://prefect/api")
     total = module.IN_MEMORY + 50
     for n in range(total):
         kind = "Bad" if n == 7 else "Completed"

@@ -147,20 +147,20 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
         await until(flushed)
         ids = [old, young, waiting, late, unknown]
         wanted = dict(zip(ids, ["FAILED", "COMPLETED", "SCHEDULED", "CANCELLED", None], strict=True))
-        await until(lambda: sink.states(ids), lambda states: states == wanted)
+        await until(lambda: sink.server.states(ids), lambda states: states == wanted)
         expired = await seen(server.url, str(late), "CANCELLED")
         assert expired["state"]["message"] == "Expired: why"
         assert await logs(server.url, str(old)) == ["first", "second"]
 
         async def deleted(limit: int) -> int:
             return await until(
-                lambda: sink.delete_ended(now - timedelta(days=1), limit), lambda count: count is not None
+                lambda: sink.server.delete_ended(now - timedelta(days=1), limit), lambda count: count is not None
             )
 
         assert await deleted(1) == 1, "no more than the limit"
         assert await deleted(100) == 1
         wanted |= {old: None, late: None}
-        assert await sink.states(ids) == wanted, "a waiting run has not ended"
+        assert await sink.server.states(ids) == wanted, "a waiting run has not ended"
 
         async def lines() -> int:
             async with httpx.AsyncClient() as client:
@@ -170,7 +170,7 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
         await until(lines, lambda count: count == 0)
         server.kill()
         with pytest.raises(httpx.HTTPError):
-            await sink.states(ids)
+            await sink.server.states(ids)
         with pytest.raises(httpx.HTTPError):
-            await sink.delete_ended(now, 1)
+            await sink.server.delete_ended(now, 1)
         await sink.aclose(1)

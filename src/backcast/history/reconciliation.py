@@ -97,9 +97,9 @@ class Reconciliation:
     async def _correct(self, runs: list[UUID], kind: str) -> None:
         """Publish until Prefect shows these ends: a server may die with the events that it has just received."""
         for seconds in PATIENCE:
-            if await self.sink.count(runs, kind) == len(runs):
+            if await self.sink.server.count(runs, kind) == len(runs):
                 return
-            shown = await self.sink.states(runs)
+            shown = await self.sink.server.states(runs)
             runs = [run for run in runs if shown[run] != kind]
             for run in await history.entries(self.ledger, runs):
                 self.sink.record(run)

@@ -1,6 +1,5 @@
-"""The history sink: our client of Prefect's API. Keeps the latest event of each run, and the log lines of tasks, and
-posts them in bulk; no run waits for it, and it retries for as long as the server is away. Which runs to ask about or to
-delete is decided elsewhere.
+"""The history sink: keeps the latest event of each run, and the log lines of tasks, and publishes them in bulk. No run
+waits for it, and it retries for as long as the server is away.
 """
 
 import asyncio
@@ -9,14 +8,13 @@ import logging
 import tempfile
 import threading
 from collections import OrderedDict, deque
-from datetime import datetime
 from functools import partial
 from typing import IO, Any, Protocol
-from uuid import UUID
 
 import httpx
 
 from backcast.history.events import RESOURCE, Change, event
+from backcast.history.server import PrefectServer
 from backcast.ledger.history import Entry
 from backcast.process.outages import Outage, backoff
 from backcast.settings import Prefect
@@ -33,13 +31,11 @@ log = logging.getLogger("backcast.history")
 INTERVAL = 0.5
 """Seconds between two posts: a run that starts and ends within them costs the server one event, not two."""
 BATCH = 200
-"""Events or log lines in one post (events: 200 KB), and runs in one query, which is the server's limit."""
+"""Events or log lines in one post (events: 200 KB)."""
 IN_MEMORY = 20_000
 """Events kept in memory while the server is away, about 14 MB; more go to a temporary file."""
 LOGS = 16 * 1024 * 1024
 """Bytes of log lines kept while the server is away; the oldest are dropped first."""
-AT_ONCE = 8
-"""Concurrent deletions; the server has no route that deletes several runs."""
 
 
 class Sink:
@@ -52,14 +48,7 @@ class Sink:
         self._log_bytes = 0
         self._lock = threading.Lock()
         self._spool: IO[bytes] | None = None
-        auth = server.auth_string.get_secret_value().partition(":") if server.auth_string else None
-        self._client = httpx.AsyncClient(
-            base_url=(server.api_url or "").rstrip("/"),
-            auth=(auth[0], auth[2]) if auth else None,
-            headers={"content-type": "application/json"}
-            | ({"authorization": f"Bearer {server.api_key.get_secret_value()}"} if server.api_key else {}),
-            timeout=30,
-        )
+        self.server = PrefectServer(server)
         self.is_enabled = server.api_url is not None and server.history
 
     # -- publishing ---------------------------------------------------------------------------------------------------
@@ -140,7 +129,7 @@ class Sink:
                 await self._flush()
         except (TimeoutError, httpx.HTTPError):
             log.warning("%d events were not published to Prefect before the process ended", self.waiting)
-        await self._client.aclose()
+        await self.server.aclose()
 
     async def _flush(self) -> None:
         while True:
@@ -150,7 +139,7 @@ class Sink:
             if not batch:
                 break
             try:
-                await self._post("/events", [_written(item) for _, item in batch])
+                await self.server.post("/events", [_written(item) for _, item in batch])
             except BaseException:
                 with self._lock:
                     for key, item in reversed(batch):
@@ -165,82 +154,12 @@ class Sink:
             if not lines:
                 return
             try:
-                await self._post("/logs/", lines)
+                await self.server.post("/logs/", lines)
             except BaseException:
                 with self._lock:
                     self._logs.extendleft(reversed(lines))
                     self._log_bytes += sum(map(len, lines))
                 raise
-
-    async def _post(self, path: str, batch: list[bytes]) -> None:
-        response = await self._client.post(path, content=b"[" + b",".join(batch) + b"]")
-        if response.status_code == 422 and len(batch) > 1:  # one of them is refused: find it
-            middle = len(batch) // 2
-            await self._post(path, batch[:middle])
-            await self._post(path, batch[middle:])
-        elif response.status_code == 422:
-            log.warning("Prefect refused one of %s: %s", path, response.text[:300])
-        else:
-            response.raise_for_status()
-
-    # -- queries, deletions -------------------------------------------------------------------------------------------
-
-    async def count(self, ids: list[UUID], state_type: str) -> int:
-        """The number of these runs (up to 1,000) that the server has in this state; costs a thirtieth of `states`.
-
-        Raises:
-            httpx.HTTPError: the server is away.
-        """
-        wanted = {"id": {"any_": [str(one) for one in ids]}, "state": {"type": {"any_": [state_type]}}}
-        response = await self._client.post("/task_runs/count", json={"task_runs": wanted})
-        response.raise_for_status()
-        return int(response.json())
-
-    async def states(self, ids: list[UUID]) -> dict[UUID, str | None]:
-        """The state types (COMPLETED, …) of these runs as the server has them; None where it has no such run.
-
-        Raises:
-            httpx.HTTPError: the server is away.
-        """
-        known: dict[UUID, str | None] = dict.fromkeys(ids)
-        for start in range(0, len(ids), BATCH):
-            asked = [str(one) for one in ids[start : start + BATCH]]
-            for run in await self._filter({"id": {"any_": asked}}, limit=len(asked)):
-                known[UUID(run["id"])] = run["state_type"]
-        return known
-
-    async def delete_ended(self, before: datetime, limit: int) -> int:
-        """Delete up to `limit` of the server's task runs without a flow that ended before this time; return how many.
-
-        The server removes their logs a moment later. Its route deletes one run at a time.
-
-        Raises:
-            httpx.HTTPError: the server is away.
-        """
-        deleted = 0
-        old = {"end_time": {"before_": before.isoformat()}, "flow_run_id": {"is_null_": True}}
-        gate = asyncio.Semaphore(AT_ONCE)
-
-        async def delete(run_id: str) -> None:
-            async with gate:
-                response = await self._client.delete(f"/task_runs/{run_id}")
-                if response.status_code != 404:  # 404: it is already gone
-                    response.raise_for_status()
-
-        while deleted < limit:
-            runs = await self._filter(old, limit=min(BATCH, limit - deleted))
-            await asyncio.gather(*[delete(run["id"]) for run in runs])
-            deleted += len(runs)
-            if not runs:
-                break
-        return deleted
-
-    async def _filter(self, wanted: dict[str, Any], *, limit: int) -> list[dict[str, Any]]:
-        # This order has an index, and the filter by end uses it too.
-        query = {"task_runs": wanted, "limit": limit, "sort": "END_TIME_DESC"}
-        response = await self._client.post("/task_runs/filter", json=query)
-        response.raise_for_status()
-        return list(response.json())
 
 
 def _written(item: bytes | Change | Event) -> bytes:

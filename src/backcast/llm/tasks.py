@@ -42,9 +42,9 @@ async def create_structured_output(data: Any, target: Target, instructions: str 
     """Cast messy data into a wanted shape with a language model.
 
     Args:
-        data: What to cast: usually text, but any JSON value will do.
+        data: The data to cast: usually text, but any JSON value will do.
         target: The wanted shape: a name (int, float, bool, str, date, datetime, list[str], …) or a JSON Schema.
-        instructions: What to look for, in plain words; needed when the target is str.
+        instructions: Instructions for the model, in plain words; needed when the target is str.
     """
     _connected()
     try:

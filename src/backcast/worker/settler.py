@@ -1,4 +1,4 @@
-"""Sends settlements to the ledger in batches, until they are recorded; removes the values of those that are refused."""
+"""Records settlements in the ledger, in batches and for as long as it takes."""
 
 import asyncio
 import contextlib

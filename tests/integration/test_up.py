@@ -203,7 +203,7 @@ async def test_the_parts_go_with_it_and_a_new_one_takes_over(tmp_path: Path, mod
         family = first.process.children(recursive=True)
         first.process.kill()
         async with up(tmp_path, **model) as second:
-            await second.prints(r"is up(?s:.*)is up(?s:.*) → int → \d+ ")
+            await second.prints(r"backcast is up(?s:.*)backcast is up(?s:.*) → int → \d+ ")
             assert all(map(is_gone, family))
             assert len((await second.get("/v1/runs"))["items"]) == 2  # the evidence of the first one is still there
             second.process.send_signal(signal.SIGTERM)
@@ -224,7 +224,7 @@ async def test_running_work_may_finish_and_a_second_ctrl_c_releases_it(tmp_path:
         it.process.send_signal(signal.SIGINT)
         assert await it.ended() == 0
     async with up(tmp_path, "--no-model", **tasks) as it:
-        await it.prints("is up(?s:.*)is up")
+        await it.prints("backcast is up(?s:.*)backcast is up")
         again = await it.run(long, lambda run: run["state"] == "running")
         assert again["error"] is None
         assert (await it.get(f"/v1/runs/{short}"))["state"] == "completed"

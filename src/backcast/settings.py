@@ -131,8 +131,9 @@ class Steward(_Section):
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     keep_runs: Duration | None = timedelta(days=30)
     """How long runs and their results are kept after their end; none keeps them for ever."""
-    keep_history: Duration | None = timedelta(days=30)
-    """How long Prefect's task runs and logs are kept after their end; Prefect itself never removes them."""
+    keep_history: Duration | None = None
+    """How long the Prefect server keeps this ledger's task runs and logs after their end; runs of others stay.
+    None: for ever, because Prefect itself removes nothing. `backcast up` and the chart set 30 days for their server."""
     sweep: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
     """Time between two sweeps, which remove runs and history past their retention, and objects that no run names."""
     deletion_cost: bool = False

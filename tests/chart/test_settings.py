@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -132,7 +133,7 @@ def test_config_wins_over_what_the_chart_derives(tmp_path: Path, monkeypatch: py
     assert settings.prefect.history is False
     assert settings.prefect.api_url == "http://demo-backcast-prefect:4200/api"
     assert settings.steward.keep_runs is None
-    assert settings.steward.keep_history is not None
+    assert settings.steward.keep_history == timedelta(days=30)
     assert settings.model.slots == 4
     assert settings.api.max_waiting == 10_000_000
 
@@ -147,6 +148,7 @@ def test_everything_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert store.ca_bundle == Path("/etc/backcast-ca/ca.crt")
     assert not settings.model.embedded
     assert settings.model.api_key is not None
+    assert settings.steward.keep_history is None, "the Prefect server is somebody else's"
     assert not release.of("StatefulSet")
     assert not release.of("Secret"), "the chart has no secret to keep"
     kept = {pod.component for pod in release.pods}

@@ -1,6 +1,9 @@
 """Prefect's own server shows every run. While it is away, no caller and no worker is affected."""
 
+import asyncio
+import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -115,6 +118,45 @@ async def test_prefect_also_shows_runs_that_no_worker_has_published(
             assert "does not have its task" in failed["state"]["message"]
 
 
+async def flushed(sink: Sink) -> bool:  # Prefect may refuse any write with 503; the sink keeps it and sends it again
+    await sink._flush()
+    return True
+
+
+PLAIN = """
+from prefect import task
+@task
+def plain() -> int:
+    return 1
+plain()
+"""
+
+
+async def test_retention_removes_our_history_and_nobody_elses(database: str, tmp_path: Path) -> None:
+    async with (
+        prefect_server(tmp_path) as server,
+        stack(database, tmp_path, BACKCAST_PREFECT__API_URL=server.url, BACKCAST_PREFECT__HISTORY="true") as product,
+    ):
+        env = product.environment(PREFECT_API_URL=server.url)
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", PLAIN, env=env)
+        assert await process.wait() == 0
+        await product.up("api", "worker")
+        ours = [await product.submit("echo", value=1), await product.submit("parent")]
+        for run in ours:
+            await seen(server.url, run, "COMPLETED")
+
+        async def names() -> list[str]:
+            async with httpx.AsyncClient() as client:
+                answer = await client.post(f"{server.url}/task_runs/filter", json={"sort": "END_TIME_DESC"})
+                return sorted(run["name"].partition("-")[0] for run in answer.raise_for_status().json())
+
+        await until(names, lambda found: found == ["child", "echo", "parent", "plain"])
+        keep = {"BACKCAST_STEWARD__KEEP_HISTORY": "0", "BACKCAST_STEWARD__SWEEP": "1"}
+        steward = product.start("steward", **keep)
+        await until(names, lambda found: found == ["plain"])
+        await until(lambda: asyncio.to_thread(lambda: steward.text), lambda text: "of this ledger from Prefect" in text)
+
+
 async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     old, young, waiting, late, unknown = (uuid7() for _ in range(5))
@@ -124,10 +166,18 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
 
     async with prefect_server(tmp_path) as server:
         sink = Sink(Prefect(api_url=server.url))
+        sink.tag = "backcast:this ledger"
         sink.record(entry(old, "failed", now - timedelta(days=2)))
         sink.record(entry(young, "completed", now))
         sink.record(entry(waiting, "scheduled", now - timedelta(days=2)))
         sink.record(entry(late, "expired", now - timedelta(days=3)))
+        others = {uuid7(): None, uuid7(): "backcast:another ledger"}
+        for run, tag in others.items():
+            other = Sink(Prefect(api_url=server.url))
+            other.tag = tag
+            other.record(entry(run, "completed", now - timedelta(days=2)))
+            await until(partial(flushed, other))
+            await other.aclose(1)
         stamp = now.isoformat()
         for line in ("first", "second"):
             sink.keep_log(
@@ -140,11 +190,7 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
                 }
             )
 
-        async def flushed() -> bool:  # Prefect may refuse any write with 503; the sink keeps it and sends it again
-            await sink._flush()
-            return True
-
-        await until(flushed)
+        await until(partial(flushed, sink))
         ids = [old, young, waiting, late, unknown]
         wanted = dict(zip(ids, ["FAILED", "COMPLETED", "SCHEDULED", "CANCELLED", None], strict=True))
         await until(lambda: sink.server.states(ids), lambda states: states == wanted)
@@ -154,13 +200,17 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
 
         async def deleted(limit: int) -> int:
             return await until(
-                lambda: sink.server.delete_ended(now - timedelta(days=1), limit), lambda count: count is not None
+                lambda: sink.server.delete_ended(str(sink.tag), now - timedelta(days=1), limit),
+                lambda count: count is not None,
             )
 
         assert await deleted(1) == 1, "no more than the limit"
         assert await deleted(100) == 1
         wanted |= {old: None, late: None}
         assert await sink.server.states(ids) == wanted, "a waiting run has not ended"
+        kept = dict.fromkeys(others, "COMPLETED")
+        await until(lambda: sink.server.states(list(others)), lambda states: states == kept)
+        assert await deleted(100) == 0, "none of another ledger, and none of nobody's"
 
         async def lines() -> int:
             async with httpx.AsyncClient() as client:
@@ -172,5 +222,5 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
         with pytest.raises(httpx.HTTPError):
             await sink.server.states(ids)
         with pytest.raises(httpx.HTTPError):
-            await sink.server.delete_ended(now, 1)
+            await sink.server.delete_ended(str(sink.tag), now, 1)
         await sink.aclose(1)

@@ -36,6 +36,17 @@ async def echo(value: Any) -> Any:
 
 
 @task
+async def child(value: int) -> int:
+    return value
+
+
+@task
+async def parent() -> int:
+    """Calls another task, whose run only Prefect knows."""
+    return await child(1)
+
+
+@task
 async def nap(seconds: float, name: str = "nap") -> float:
     _note(name)
     await asyncio.sleep(seconds)

@@ -73,7 +73,9 @@
 {{- $_ := set $model "base_url" $values.model.baseUrl }}
 {{- end }}
 {{- $prefect := dict "api_url" nil "history" false }}
+{{- $steward := dict "host" "0.0.0.0" "deletion_cost" $values.rbac.create }}
 {{- if eq $values.prefectServer.mode "bundled" }}
+{{- $_ := set $steward "keep_history" "P30D" }}
 {{- $prefect = dict "api_url" (printf "http://%s:4200/api" (include "backcast.name.prefect" .)) }}
 {{- else if eq $values.prefectServer.mode "external" }}
 {{- $prefect = dict "api_url" $values.prefectServer.external.apiUrl }}
@@ -81,7 +83,7 @@
 {{- $derived := dict
   "api" (dict "host" "0.0.0.0")
   "worker" (dict "host" "0.0.0.0")
-  "steward" (dict "host" "0.0.0.0" "deletion_cost" $values.rbac.create)
+  "steward" $steward
   "store" $store
   "model" $model
   "prefect" $prefect }}

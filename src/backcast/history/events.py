@@ -74,8 +74,8 @@ class Change:
         )
 
 
-def event(change: Change) -> bytes:
-    """The JSON that `POST /api/events` takes, in a list."""
+def event(change: Change, tag: str | None = None) -> bytes:
+    """The JSON that `POST /api/events` takes, in a list. The run gets the tag in Prefect."""
     at = change.at.isoformat()
     message = change.message and change.message[:MESSAGE]
     shown: dict[str, JSON] = {
@@ -87,6 +87,7 @@ def event(change: Change) -> bytes:
         "run_count": change.attempts,
         "expected_start_time": change.due.isoformat(),
         "total_run_time": change.busy.total_seconds(),
+        "tags": [tag] if tag else [],
     }
     if change.version is not None:
         shown["task_version"] = change.version

@@ -72,8 +72,8 @@ class PrefectServer:
                 known[UUID(run["id"])] = run["state_type"]
         return known
 
-    async def delete_ended(self, before: datetime, limit: int) -> int:
-        """Delete up to `limit` of the server's task runs without a flow that ended before this time; return how many.
+    async def delete_ended(self, tag: str, before: datetime, limit: int) -> int:
+        """Delete up to `limit` task runs that have this tag and ended before this time; return how many.
 
         The server removes their logs a moment later. Its route deletes one run at a time.
 
@@ -81,7 +81,7 @@ class PrefectServer:
             httpx.HTTPError: the server is away.
         """
         deleted = 0
-        old = {"end_time": {"before_": before.isoformat()}, "flow_run_id": {"is_null_": True}}
+        old = {"end_time": {"before_": before.isoformat()}, "tags": {"all_": [tag]}}
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def delete(run_id: str) -> None:

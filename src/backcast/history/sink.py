@@ -3,16 +3,20 @@ waits for it, and it retries for as long as the server is away.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import tempfile
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import IO, Any, Protocol
+from uuid import UUID
 
 import httpx
 
+from backcast.errors import LedgerUnavailable
 from backcast.history.events import RESOURCE, Change, event
 from backcast.history.server import PrefectServer
 from backcast.ledger.history import Entry
@@ -48,6 +52,8 @@ class Sink:
         self._log_bytes = 0
         self._lock = threading.Lock()
         self._spool: IO[bytes] | None = None
+        self.tag: str | None = None
+        """Every run that this ledger publishes carries it: retention deletes no other run. None: not known yet."""
         self.server = PrefectServer(server)
         self.is_enabled = server.api_url is not None and server.history
 
@@ -87,7 +93,7 @@ class Sink:
         self._spool = self._spool or tempfile.TemporaryFile("w+b", prefix="backcast-events-")  # noqa: SIM115  # lives until unspilled
         self._spool.seek(0, 2)
         for _ in range(IN_MEMORY // 2):
-            self._spool.write(_written(self._waiting.popitem(last=False)[1]) + b"\n")
+            self._spool.write(_written(self._waiting.popitem(last=False)[1], self.tag) + b"\n")
 
     def _unspill(self) -> None:
         with self._lock:
@@ -105,8 +111,14 @@ class Sink:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    async def run(self) -> None:
-        """Post for ever; while the server is away, the newest event of each run waits."""
+    async def run(self, identify: Callable[[], Awaitable[UUID]]) -> None:
+        """Post for ever; while the server is away, the newest event of each run waits. `identify` asks the ledger for
+        its identity, without which nothing is posted."""
+        for delay in backoff(0.1, 5.0):
+            with contextlib.suppress(LedgerUnavailable):
+                self.tag = f"backcast:{await identify()}"
+                break
+            await asyncio.sleep(delay)
         outage = Outage(partial(log.warning, "Prefect can't be reached (%s): runs go on, their history follows"))
         delay, delays = INTERVAL, backoff(1.0, 15.0)
         while True:
@@ -139,7 +151,7 @@ class Sink:
             if not batch:
                 break
             try:
-                await self.server.post("/events", [_written(item) for _, item in batch])
+                await self.server.post("/events", [_written(item, self.tag) for _, item in batch])
             except BaseException:
                 with self._lock:
                     for key, item in reversed(batch):
@@ -162,11 +174,14 @@ class Sink:
                 raise
 
 
-def _written(item: bytes | Change | Event) -> bytes:
+def _written(item: bytes | Change | Event, tag: str | None) -> bytes:
     match item:
         case bytes():
             return item
         case Change():
-            return event(item)
+            return event(item, tag)
         case _:
-            return item.model_dump_json().encode()
+            body = json.loads(item.model_dump_json())
+            if tag and isinstance(run := body["payload"].get("task_run"), dict):  # of a task that a task has called
+                run["tags"] = [*run.get("tags", ()), tag]
+            return json.dumps(body).encode()

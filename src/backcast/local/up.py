@@ -88,7 +88,8 @@ class _Up:
             self._ports[name] = got = free_port(number, others)
             if got != number != 0:
                 self._show(name, f"port {number} is taken, using {got}", "yellow")
-        environ = {"BACKCAST_STORE__URL": self._store.url} | os.environ | self._variables()
+        defaults = {"BACKCAST_STORE__URL": self._store.url, "BACKCAST_STEWARD__KEEP_HISTORY": "P30D"}
+        environ = defaults | os.environ | self._variables()
         python = [sys.executable, "-m"]
         commands: dict[str, Callable[[], list[str]]] = {
             name: lambda name=name: [*python, "backcast", name] for name in ("worker", "api", "steward", "model")

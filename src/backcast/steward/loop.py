@@ -142,7 +142,7 @@ class Steward:
             duties.append(("publish new history", reconciliation.publish_new, ROUND))
             duties.append(("reconcile history", reconciliation.reconcile, RECONCILE_EVERY))
             if keep_history is not None:
-                duties.append(("remove old history", partial(expire_history, self._sink.server, keep_history), every))
+                duties.append(("remove old history", partial(expire_history, self._sink, keep_history), every))
         return duties
 
     @contextlib.asynccontextmanager

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+from functools import partial
 
 from backcast.history.sink import Sink
+from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
 from backcast.process.logs import configure_logging
 from backcast.process.probes import probes
@@ -20,7 +22,10 @@ async def _serve(settings: Settings) -> None:
     sink = Sink(settings.prefect)
     steward = Steward(settings, ledger, store, sink)
     async with probes(settings.steward.host, settings.steward.port, ready=steward.check, registry=steward.registry):
-        running, publishing = asyncio.create_task(steward.run()), asyncio.create_task(sink.run())
+        running, publishing = (
+            asyncio.create_task(steward.run()),
+            asyncio.create_task(sink.run(partial(cursors.identity, ledger))),
+        )
         asked = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
         for task in (asked, publishing, running):

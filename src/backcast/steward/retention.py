@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from backcast.history.server import PrefectServer
+from backcast.history.sink import Sink
 from backcast.ledger import maintenance
 from backcast.ledger.connection import Ledger
 from backcast.steward import orphans
@@ -61,11 +61,18 @@ class Retention:
             await self.store.delete(each.key for each in objects if each.changed < before)
 
 
-async def expire_history(server: PrefectServer, keep: timedelta) -> None:
-    """Remove old runs from Prefect, at a pace that leaves its server free for other work."""
-    before = datetime.now(UTC) - keep
+async def expire_history(sink: Sink, keep: timedelta) -> None:
+    """Remove this ledger's old runs from Prefect, and no others: the server may have many users. The pace leaves the
+    server free for other work."""
+    before, deleted = datetime.now(UTC) - keep, 0
+    if sink.tag is None:  # not known yet: the next time will do
+        return
     while True:
         began = time.monotonic()
-        if await server.delete_ended(before, DELETED_AT_ONCE) < DELETED_AT_ONCE:
-            return
+        page = await sink.server.delete_ended(sink.tag, before, DELETED_AT_ONCE)
+        deleted += page
+        if page < DELETED_AT_ONCE:
+            break
         await asyncio.sleep(2 * (time.monotonic() - began))
+    if deleted:
+        log.info("removed %d runs of this ledger from Prefect that ended more than %s ago", deleted, keep)

@@ -4,10 +4,12 @@ import asyncio
 import logging
 import os
 import threading
+from functools import partial
 
 import uvloop
 from prometheus_client import Gauge
 
+from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
 from backcast.process.logs import configure_logging
 from backcast.process.probes import probes
@@ -39,7 +41,7 @@ async def _serve(settings: Settings) -> None:
         threads=settings.worker.slots,
         publish=sink.publish if sink.is_enabled else None,
     )
-    publishing = asyncio.create_task(sink.run())
+    publishing = asyncio.create_task(sink.run(partial(cursors.identity, ledger)))
     try:
         async with executor:
             worker = Worker(settings, ledger, store, executor, llm.metered)

@@ -107,7 +107,7 @@ class Run(_Noun):
     error: Problem | None = None
     """Set when the state is failed, or when the last attempt failed and another one will be made."""
     usage: dict[str, JSON] | None = None
-    """The model's use for the result: model (its name), input_tokens, output_tokens."""
+    """The cost of the result: `model` (its name), `input_tokens`, `output_tokens`."""
     metadata: dict[str, str] = {}
     created_at: datetime
     run_at: datetime

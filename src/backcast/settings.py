@@ -135,7 +135,8 @@ class Steward(_Section):
     """How long the Prefect server keeps this ledger's task runs and logs after their end; runs of others stay.
     None: for ever, because Prefect itself removes nothing. `backcast up` and the chart set 30 days for their server."""
     sweep: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
-    """Time between two sweeps, which remove runs and history past their retention, and objects that no run names."""
+    """Time between two sweeps, which remove everything past its retention (runs, results, cached values, history), and
+    objects that no run needs."""
     deletion_cost: bool = False
     """Mark busy worker pods for Kubernetes, so that it removes idle ones first when it scales down. Needs a service
     account that may get and patch pods."""
@@ -173,7 +174,7 @@ class Model(_Section):
     name: str = "gpt-4o-mini"
     """The provider's name of the model; the embedded backend ignores it."""
     base_url: str | None = None
-    """The provider's URL, up to /v1; none means OpenAI, or the embedded server's own address."""
+    """The provider's URL, with /v1 at its end; none means OpenAI, or the embedded server's own address."""
     api_key: SecretStr | None = None
     """The provider's key. It is never logged or stored."""
     timeout: Duration = timedelta(seconds=60)

@@ -323,7 +323,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-async def test_a_value_is_plain_json(way: Way, kind: str) -> None:
+async def test_a_value_is_by_name_json(way: Way, kind: str) -> None:
     assert await way.run(f"{kind}_value", value={"a": [1, None]}) == Succeeded(b'{"a":[1,null]}')
     failed = await way.run(f"{kind}_value", value=object())
     assert isinstance(failed, Failed)

@@ -230,7 +230,7 @@ async def test_a_message_that_is_not_text_does_not_lose_the_state(executor: subj
     assert sink.states(run_id)[-1] == "Failed"
 
 
-async def test_a_cached_value_is_plain_json_and_shared(executor: subject.Executor, tmp_path: Path) -> None:
+async def test_a_cached_value_is_by_name_json_and_shared(executor: subject.Executor, tmp_path: Path) -> None:
     payload = {"__class__": "subprocess.Popen", "data": ["touch", "pwned"]}
     for _ in range(2):
         assert await run(executor, "counted", name="c", payload=payload) == Succeeded(b"1")
@@ -305,7 +305,7 @@ def test_the_examples_are_served_unchanged(tmp_path: Path, monkeypatch: pytest.M
     tasks = registry.discover(["shop_tasks"])
     assert set(tasks) == {"fetch_title", "word_frequencies", "reserve_stock"}
     served = {
-        name: registry.register(one, pool="p", max_attempts=3, storage=cache.CacheStorage())
+        name: registry.prepare(one, pool="p", max_attempts=3, storage=cache.CacheStorage())
         for name, one in tasks.items()
     }
     assert served["reserve_stock"].type.retries == 4

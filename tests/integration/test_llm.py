@@ -261,7 +261,8 @@ async def test_data_can_not_forge_the_embedded_prompt(data: str) -> None:
     assert "<|" not in question
 
 
-def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task_module", ["", "import marvin"])
+def test_nothing_is_left_on_disk(tmp_path: Path, task_module: str) -> None:
     """Stock Marvin creates ~/.marvin at import and writes prompts and answers in clear to a database there."""
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
@@ -271,6 +272,7 @@ def test_nothing_is_left_on_disk(tmp_path: Path) -> None:
 import asyncio, sys
 from backcast import llm, targets
 from backcast.settings import Model
+exec(sys.argv[2])  # a task module may import Marvin before the first cast does
 async def main():
     llm.connect(Model(base_url=sys.argv[1], api_key="k"))
     print(await llm.cast("31 chairs", targets.parse("int")))
@@ -280,7 +282,7 @@ asyncio.run(main())
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("MARVIN_", "XDG_", "BACKCAST_"))}
     with ScriptedModel() as model:
         ran = subprocess.run(
-            [sys.executable, "-c", script, model.url],
+            [sys.executable, "-c", script, model.url, task_module],
             cwd=work,
             env=environ | {"HOME": str(home), "TMPDIR": str(tmp_path)},
             capture_output=True,
@@ -294,3 +296,21 @@ asyncio.run(main())
         "work",
         "work/.env",
     ]
+
+
+def test_a_marvin_that_can_not_be_imported_fails_every_cast_for_good() -> None:
+    script = """
+import asyncio, sys
+from backcast import llm, targets
+from backcast.settings import Model
+sys.modules["marvin"] = None
+async def main():
+    llm.connect(Model(base_url="http://127.0.0.1:9/v1", api_key="k"))
+    casts = [llm.cast("31 chairs", targets.parse("int")) for _ in range(3)]
+    for error in await asyncio.gather(*casts, return_exceptions=True):
+        print(error.code, error.retryable, "marvin" in error.detail)
+    await llm.aclose()
+asyncio.run(main())
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert ran.stdout.splitlines() == ["model_unusable False True"] * 3

@@ -35,7 +35,7 @@ class CastRequest(BaseModel):
     target_type: str | dict[str, JSON]
     """The wanted shape: a name such as `int` or `list[str]`, or a JSON Schema."""
     instructions: str | None = None
-    """Instructions for the model, in words."""
+    """The thing to look for, in words."""
 
 
 class Accepted(BaseModel):

@@ -30,7 +30,7 @@ def cast(
         ),
     ],
     instructions: Annotated[
-        str | None, typer.Option(help="Instructions for the model, in words.", show_default=False)
+        str | None, typer.Option(help="The thing to look for, in words.", show_default=False)
     ] = None,
     timeout: Timeout = None,
     url: Url = None,

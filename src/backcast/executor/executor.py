@@ -22,7 +22,7 @@ from backcast.executor.cache import CacheStorage
 from backcast.executor.classification import problem
 from backcast.executor.plain import Job, Template
 from backcast.executor.prefect_engine import Publish
-from backcast.executor.registry import register
+from backcast.executor.registry import prepare
 from backcast.executor.threads import Threads
 from backcast.models import JSON, AttemptResult, Failed, TaskType
 from backcast.options import stoppable
@@ -49,7 +49,7 @@ class Executor:
     ):
         storage = CacheStorage.over(store, asyncio.get_running_loop())
         self.registered = {
-            name: register(task, pool=pool, max_attempts=max_attempts, storage=storage)
+            name: prepare(task, pool=pool, max_attempts=max_attempts, storage=storage)
             for name, task in tasks.items()
             if not task.isgenerator  # there is no place for a stream of values yet
         }

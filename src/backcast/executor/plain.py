@@ -90,7 +90,7 @@ class Job:
         return RunTimeout(f"Task run exceeded timeout of {self.task.timeout_seconds} second(s)")
 
     def function(self) -> Callable[[], Any]:
-        if self.template.registered.is_plain:
+        if self.template.registered.is_by_name:
             return lambda: self.task.fn(**self.parameters)
         return lambda: call_with_parameters(self.task.fn, self.parameters)
 

@@ -65,7 +65,7 @@ class RegisteredTask:
     """Whether a run may take the value of another run."""
     needs_engine: bool
     """Whether the task uses a feature of Prefect's engine: its cache, hooks, assets, names for runs."""
-    is_plain: bool
+    is_by_name: bool
     """Whether the function takes every parameter by name."""
     log_prints: bool
     policy: Mapping[str, JSON]
@@ -93,7 +93,7 @@ class RegisteredTask:
         return {name: bound[name] for name in self.type.input_schema["properties"] if name in bound}
 
 
-def register(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: WritableFileSystem) -> RegisteredTask:
+def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: WritableFileSystem) -> RegisteredTask:
     """Describe this task for callers, and copy it for execution. The user's object stays as it is. The copy has our
     storage (otherwise each run asks the server for one), no tags (each costs a call, and fails without the server) and,
     unless a cache policy needs it, no persistence: we write results ourselves."""
@@ -129,7 +129,7 @@ def register(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: W
         options=options,
         is_cached=cached,
         needs_engine=cached or bool(task.task_run_name) or _has_assets(task) or any(getattr(task, on) for on in _HOOKS),
-        is_plain=all(p.kind in _BY_NAME for p in inspect.signature(task.fn).parameters.values()),
+        is_by_name=all(p.kind in _BY_NAME for p in inspect.signature(task.fn).parameters.values()),
         log_prints=PREFECT_LOGGING_LOG_PRINTS.value() if task.log_prints is None else task.log_prints,
         policy={"retries": task.retries, "retry_delay": task.retry_delay_seconds} if task.retries else {},
     )

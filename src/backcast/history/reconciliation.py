@@ -95,7 +95,8 @@ class Reconciliation:
                 return
 
     async def _correct(self, runs: list[UUID], kind: str) -> None:
-        """Publish until Prefect shows these ends: a server may die with the events that it has just received."""
+        """Publish these ends, and check that Prefect shows them, a few times: a server may die with the events that it
+        has just received."""
         for seconds in PATIENCE:
             if await self.sink.server.count(runs, kind) == len(runs):
                 return

@@ -45,7 +45,7 @@ LOGS = 16 * 1024 * 1024
 class Sink:
     """Any thread may call `publish`, `record`, `keep_event` and `keep_log`; `run` belongs to one event loop."""
 
-    def __init__(self, server: Prefect) -> None:
+    def __init__(self, settings: Prefect) -> None:
         # A change becomes JSON only when it is posted: most are replaced by the next change of their run.
         self._waiting: OrderedDict[str, bytes | Change | Event] = OrderedDict()
         self._logs: deque[bytes] = deque()
@@ -54,8 +54,8 @@ class Sink:
         self._spool: IO[bytes] | None = None
         self.tag: str | None = None
         """Every run that this ledger publishes carries it: retention deletes no other run. None: not known yet."""
-        self.server = PrefectServer(server)
-        self.is_enabled = server.api_url is not None and server.history
+        self.server = PrefectServer(settings)
+        self.is_enabled = settings.api_url is not None and settings.history
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ class Sink:
             self._keep(f"{RESOURCE}{change.run}", change)
 
     def record(self, entry: Entry) -> None:
-        """Publish the ledger's state of a run, if no engine has published it: that it waits, or how it ended."""
+        """Publish the ledger's state of a run: that it waits, or how it ended. It overrides an engine's events."""
         self.publish(Change.from_ledger(entry))
 
     def keep_event(self, key: str, event: Event) -> None:
@@ -131,7 +131,7 @@ class Sink:
             else:
                 if outage:
                     log.info("Prefect is back")
-                outage.is_over()
+                outage.ended()
                 delay, delays = INTERVAL, backoff(1.0, 15.0)
 
     async def aclose(self, timeout: float) -> None:

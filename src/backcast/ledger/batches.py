@@ -143,12 +143,12 @@ cancelled as (
          state = case when state = 'running' then state else 'cancelled' end,
          finished_at = case when state = 'running' then null else now() end
    where id = any(array(select id from mine)) returning lane, promoted, state),
-released as (
+freed as (
   update lanes set promoted = lanes.promoted - n
     from (select lane, count(*) as n from cancelled where promoted and state = 'cancelled' group by lane) c
    where lanes.name = c.lane returning name)
 select (select count(*) from due) as due, (select max(id::text)::uuid from due) as last,
-       (select count(*) from cancelled) as cancelled, array(select name from released) as released"""
+       (select count(*) from cancelled) as cancelled, array(select name from freed) as freed"""
 
 
 async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
@@ -157,7 +157,7 @@ async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
     for delay in backoff(0.01, 1.0):
         after, skipped = UUID(int=0), 0
         while row := await ledger.fetchrow(_CANCEL, batch_id, after, AT_ONCE):
-            await lanes.try_promote(ledger, row["released"])
+            await lanes.try_promote(ledger, row["freed"])
             skipped += row["due"] - row["cancelled"]
             if row["due"] < AT_ONCE:
                 break

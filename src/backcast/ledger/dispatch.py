@@ -33,7 +33,7 @@ late as materialized (
 expired as (
   update runs set state = 'expired', finished_at = now(), error = $1::json
    where id = any(array(select id from late)) returning lane, promoted),
-released as (
+freed as (
   update lanes set promoted = lanes.promoted - n
     from (select lane, count(*) as n from expired where promoted group by lane) e where lanes.name = e.lane)
 select count(*) as expired from expired"""

@@ -29,12 +29,12 @@ lane as materialized (
    order by name for update),
 lost as materialized (
   select r.id, r.worker_id, r.attempts_used - r.retries_used as losses,
-         not r.prefetched and r.cancel_requested_at is null as started from runs r
+         not r.prefetched and r.cancel_requested_at is null as liable from runs r
    where r.state = 'running' and r.worker_id = any(array(select id from dead)) and (select count(*) from lane) >= 0
      for update skip locked),
-most as materialized (select worker_id, max(losses) as losses from lost where started group by worker_id),
+most as materialized (select worker_id, max(losses) as losses from lost where liable group by worker_id),
 counting as materialized (
-  select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.started),
+  select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.liable),
 requeued as (
   update runs r set
       state = case when r.cancel_requested_at is not null then 'cancelled'
@@ -48,7 +48,7 @@ requeued as (
     from (select id, id = any(array(select id from counting)) as counts from lost) c
    where r.id = c.id and r.id = any(array(select id from lost))
   returning r.id, r.state, r.pool, r.lane, r.promoted),
-released as (
+freed as (
   update lanes set promoted = lanes.promoted - n
     from (select lane, count(*) as n from requeued where promoted and state <> 'queued' group by lane) s
    where lanes.name = s.lane)

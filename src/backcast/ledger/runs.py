@@ -131,10 +131,10 @@ cancelled as (
          finished_at = case when state = 'running' then null else now() end
    where id = $1 and state in ('held', 'scheduled', 'queued', 'running') and (select count(*) from lane) >= 0
   returning {COLUMNS}, promoted),
-released as (
+freed as (
   update lanes set promoted = lanes.promoted - 1 from cancelled c
    where lanes.name = c.lane and c.promoted and c.state = 'cancelled' returning name)
-select c.*, (select count(*) from released) as released from cancelled c"""  # noqa: S608  # a constant
+select c.*, (select count(*) from freed) as freed from cancelled c"""  # noqa: S608  # a constant
 
 
 async def cancel(ledger: Ledger, run_id: UUID) -> Run:
@@ -142,6 +142,6 @@ async def cancel(ledger: Ledger, run_id: UUID) -> Run:
     row = await ledger.fetchrow(_CANCEL, run_id)
     if row is None:
         return await get(ledger, run_id)
-    if row["released"]:
+    if row["freed"]:
         await lanes.try_promote(ledger, {row["lane"]})
     return shown(row)

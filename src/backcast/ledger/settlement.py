@@ -78,7 +78,7 @@ _SETTLE_FREE = f"{_SETTLE.format(locked_first='')} returning r.id, r.fence, r.st
 _SETTLE_COUNTED = f"""
 with lane as materialized (select name from lanes where name = any($13::text[]) order by name for update),
 settled as ({_SETTLE.format(locked_first=_LANES_FIRST)} returning r.id, r.fence, r.state, r.pool, r.lane),
-released as (
+freed as (
   update lanes set promoted = lanes.promoted - n
     from (select lane, count(*) as n from settled where state <> 'queued' group by lane) s where lanes.name = s.lane)
 select id, fence, state, pool from settled"""  # noqa: S608  # constants

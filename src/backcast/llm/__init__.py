@@ -3,17 +3,28 @@ knows Marvin.
 """
 
 import asyncio
+import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from backcast.errors import FatalError, UsageError
 from backcast.models import JSON
 from backcast.settings import Model
 from backcast.targets import Target
+
+# Marvin reads these when it is imported, and a `.env` of the working directory for those that are not set.
+os.environ |= {
+    "MARVIN_HOME_PATH": os.sep,  # must exist; nothing is written there
+    "MARVIN_DATABASE_URL": "sqlite+aiosqlite://",  # in memory, and empty: conversations are MemoryThreads
+    "MARVIN_ENABLE_DEFAULT_PRINT_HANDLER": "false",  # it prints data on stdout
+    "MARVIN_LOG_LEVEL": "CRITICAL",  # so do its logs
+    "MARVIN_LOG_EVENTS": "false",
+    "MARVIN_AGENT_MODEL": "openai:gpt-4o",  # never used; a wrong one fails the import
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +37,8 @@ class Usage:
 
 
 _model: Model | None = None
-_casting: Any = None
+_casting: Future[Any] | None = None
+"""The import of `casting`, once a cast has asked for it."""
 _meter: ContextVar[list[Usage] | None] = ContextVar("backcast_llm_meter", default=None)
 
 
@@ -44,8 +56,8 @@ def connected() -> Model | None:
 
 async def aclose() -> None:
     """Close the running loop's connections."""
-    if _casting is not None:
-        await _casting.aclose()
+    if _casting is not None and _casting.done() and not _casting.exception():
+        await _casting.result().aclose()
 
 
 @contextmanager
@@ -72,9 +84,21 @@ async def cast(data: JSON, target: Target, instructions: str | None = None) -> J
         raise UsageError(
             "A cast to str needs instructions: describe the text that you want.", code="instructions_missing"
         )
-    if _casting is None:  # in a thread: other runs go on while Marvin is imported
-        _casting = await asyncio.to_thread(import_module, "backcast.llm.casting")
-    return await _casting.cast(_model, data, target, instructions, _record)
+    if _casting is None:  # in a thread of its own: other runs go on while Marvin is imported
+        _casting = ThreadPoolExecutor(1, "import-marvin").submit(_import_casting)
+    try:
+        casting = await asyncio.shield(asyncio.wrap_future(_casting))
+    except Exception as error:  # noqa: BLE001  # whatever a wrong version raises
+        raise FatalError(
+            f"Marvin can't be imported ({error}): install the versions that backcast pins.", code="model_unusable"
+        ) from None
+    return await casting.cast(_model, data, target, instructions, _record)
+
+
+def _import_casting() -> Any:
+    from backcast.llm import casting
+
+    return casting
 
 
 def _record(usage: Usage) -> None:

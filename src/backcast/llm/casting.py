@@ -7,20 +7,9 @@ does not fit. The data is untrusted and goes into the prompt: it may mislead the
 
 import asyncio
 import json
-import os
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
 from weakref import WeakKeyDictionary
-
-# Marvin reads these when it is imported, and a `.env` of the working directory for those that are not set.
-os.environ |= {
-    "MARVIN_HOME_PATH": os.sep,  # must exist; nothing is written there
-    "MARVIN_DATABASE_URL": "sqlite+aiosqlite://",  # in memory, and empty: conversations are MemoryThreads
-    "MARVIN_ENABLE_DEFAULT_PRINT_HANDLER": "false",  # it prints data on stdout
-    "MARVIN_LOG_LEVEL": "CRITICAL",  # so do its logs
-    "MARVIN_LOG_EVENTS": "false",
-    "MARVIN_AGENT_MODEL": "openai:gpt-4o",  # never used; a wrong one fails the import
-}
 
 import marvin
 import openai

@@ -44,7 +44,7 @@ async def create_structured_output(data: Any, target: Target, instructions: str 
     Args:
         data: The data to cast: usually text, but any JSON value will do.
         target: The wanted shape: a name (int, float, bool, str, date, datetime, list[str], …) or a JSON Schema.
-        instructions: Instructions for the model, in plain words; needed when the target is str.
+        instructions: The thing to look for, in plain words; needed when the target is str.
     """
     _connected()
     try:

@@ -28,5 +28,5 @@ class Outage:
             self._report(text)
         self._reasons.add(text)
 
-    def is_over(self) -> None:
+    def ended(self) -> None:
         self._reasons.clear()

@@ -1,5 +1,5 @@
-"""Decides which steward leads, and how often each duty of the leader is done; the duties themselves are elsewhere.
-The leader holds an advisory lock. Without a leader runs go on, and only those of dead workers wait.
+"""The steward's loop: decides how often each duty of the leader is done; the duties themselves are elsewhere. Without
+a leader runs go on, and only those of dead workers wait.
 
 Two leaders at once do no harm: every statement is correct by itself, by the database's clock and the rows' locks. The
 belief of a steward that was stopped decides only when a statement is sent.
@@ -88,7 +88,7 @@ class Steward:
         while True:
             try:
                 async with self._ledger.session() as connection:  # it holds the lead, and its end gives it up
-                    outage.is_over()
+                    outage.ended()
                     while not await leadership.take_lead(connection):
                         await self._round_ends()
                     await self._lead(connection)
@@ -185,7 +185,7 @@ async def _repeat(name: str, step: Callable[[], Awaitable[object]], every: float
     while True:
         try:
             await step()
-            outage.is_over()
+            outage.ended()
         except (Unavailable, httpx.HTTPError) as error:
             outage.failed(error)
         except Exception:

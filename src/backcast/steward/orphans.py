@@ -1,4 +1,4 @@
-"""The orphan sweep: removes stored objects that no run names. Decides why each removal is safe while work goes on."""
+"""The orphan sweep: removes stored objects that no run needs. Decides why each removal is safe while work goes on."""
 
 import logging
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ async def sweep(ledger: Ledger, store: Store) -> None:
 
 
 async def _sweep(ledger: Ledger, store: Store, kind: str) -> None:
-    """Remove the objects that no run names.
+    """Remove the objects that no run needs.
 
     A result is stored while its run is running, and the next attempt reads it only before the run has ended; the
     ledger is asked after the object was seen. So if the run has ended and names another object, or is gone, no
@@ -59,7 +59,7 @@ async def _sweep(ledger: Ledger, store: Store, kind: str) -> None:
             await store.delete(found)
             removed += len(found)
     if removed:
-        log.info("removed %d objects from %s that no run names", removed, kind)
+        log.info("removed %d objects from %s that no run needs", removed, kind)
 
 
 def _runs(objects: list[Object]) -> Iterator[tuple[str, UUID]]:

@@ -195,7 +195,7 @@ class Worker:
                         worker_id=self._lease.id,
                         lease=self._settings.lease,
                     )
-                    outage.is_over()
+                    outage.ended()
                 except LedgerUnavailable as error:
                     outage.failed(error)
             for claim in taken:

@@ -120,7 +120,7 @@ class Results:
                     return await self.settlement(claim, again)
                 await asyncio.sleep(next(delays))
             else:
-                self._outage.is_over()
+                self._outage.ended()
                 return Settlement(
                     id=claim.id,
                     fence=claim.fence,

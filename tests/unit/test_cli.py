@@ -136,7 +136,7 @@ def test_a_failed_run_is_1(cli: Cli, service: Service) -> None:
     waited = cli("wait", run_id, "--json")
     assert (waited.exit_code, json.loads(waited.stdout)["error"]["code"]) == (1, "unusable_input")
     assert "there is no number" in waited.stderr
-    fails(cli("get", run_id, "--result"), 1, "The run was failed")
+    fails(cli("get", run_id, "--result"), 1, "The run is failed")
     assert cli("get", run_id).exit_code == 0
 
 

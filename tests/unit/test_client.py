@@ -100,7 +100,7 @@ class Service:
                     case "completed":
                         return 200, self.result
                     case "failed":
-                        return _problem(409, "no_result", "The run was failed.")
+                        return _problem(409, "no_result", "The run is failed.")
                     case _:
                         return _problem(409, "not_finished", "The run is queued.")
             case "POST", ["runs", run_id, "cancel"] if run_id in self.runs:

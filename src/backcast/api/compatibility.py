@@ -105,7 +105,7 @@ async def get_status(request: Request) -> Response:
         case State.FAILED | State.CANCELLED | State.EXPIRED:
             error = found.run.error
             status = "error"
-            message = error.detail if error else f"The run was {found.run.state.value}."
+            message = error.detail if error else f"The run is {found.run.state.value}."
     body = {"task_run_id": str(found.run.id), "status": status, "message": message}
     headers = {"Retry-After": "1"} if status == "pending" else {}
     return Response(json.dumps(body), 200, headers, "application/json")

@@ -163,7 +163,7 @@ async def get_result(run_id: UUID, deps: Deps) -> Response:
         raise NotFinished(f"The run is {found.run.state.value}: ask again, or wait with `Prefer: wait` on the run.")
     if found.run.state is not State.COMPLETED:
         why = f": {found.run.error.code}, {found.run.error.detail}" if found.run.error else ""
-        raise NoResult(f"The run was {found.run.state.value}{why}.")
+        raise NoResult(f"The run is {found.run.state.value}{why}.")
     if found.text is not None:
         return Response(found.text, media_type="application/json")
     if (link := await _stored(found, deps.store.link)) is not None:

@@ -33,7 +33,7 @@ def lane(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the limits of a lane, or set or lift them. Limits that are not given are removed."""
+    """Show the limits of a lane, or set or lift them. Setting one limit removes the other, unless both are given."""
     is_set = max_running is not None or max_per_minute is not None
     if lift and is_set:
         raise typer.BadParameter("--lift can't be combined with limits.")

@@ -82,7 +82,7 @@ class Ledger:
             "application_name": name,
             "search_path": "backcast",
             # Every statement on the hot path is an index probe; planning it anew costs more than running it, and a
-            # plan made while a table was empty must not become a scan of a million rows (research/ledger 1).
+            # plan made while a table was empty must not become a scan of a million rows.
             "plan_cache_mode": "force_generic_plan",
             "enable_seqscan": "off",
             "jit": "off",

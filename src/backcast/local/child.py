@@ -25,7 +25,9 @@ _WORTH = {  # the lines of a process that a person sees; its log file has them a
     "postgres": r".*(WARNING|ERROR|PANIC|FATAL): (?!.*(starting up|shutting down|not yet acc|administrator command))",
     "prefect": r".*\b(ERROR|CRITICAL)\b",
     "model": r"ERROR|WARNING",
-    "worker": _OURS + r"(?!.*(Prefect (can't be reached|is back)|Error logging to API))",  # normal before Prefect is up
+    # Before Prefect is up these are normal.
+    "worker": _OURS + r"(?!.*(Prefect (can't be reached|is back)|Error logging to API))",
+    "steward": _OURS + r"(?!.*(Prefect (can't be reached|is back)|can't (publish new|reconcile|remove old) history))",
 }
 # The kernel ends a child when `up` is gone, even by SIGKILL (Linux only). This takes a program of its own: code
 # between fork and exec (`preexec_fn`) may deadlock when there are threads.

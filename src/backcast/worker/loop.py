@@ -324,7 +324,7 @@ class Worker:
         await asyncio.wait({claiming}, timeout=5)  # a claim that is under way still brings runs
         self._release_waiting()
         if self._works:
-            log.info("draining: %d runs may finish within %s", len(self._works), self._settings.worker.grace)
+            log.info("draining: runs that may finish within %s: %d", self._settings.worker.grace, len(self._works))
             now = asyncio.create_task(stop.at_once.wait())
             finished = asyncio.create_task(asyncio.wait(set(self._works)))
             await asyncio.wait(
@@ -338,7 +338,7 @@ class Worker:
         for held in self._held.values():
             held.stop("released")
         if self._works:
-            log.info("releasing %d runs", len(self._works))
+            log.info("releasing the runs that are left: %d", len(self._works))
             await asyncio.wait(set(self._works), timeout=2)
         with contextlib.suppress(TimeoutError, LedgerUnavailable):
             async with asyncio.timeout(5):

@@ -13,8 +13,8 @@ from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unav
 OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = (
     "Exit codes: 0 fine; 1 the run failed, was cancelled or expired; 2 wrong usage, or the service refused; "
-    "3 the service can't be reached, or --timeout has passed. BACKCAST_URL and BACKCAST_API_KEY name the service and the "
-    "key that it asks for."
+    "3 the service can't be reached, or --timeout has passed. BACKCAST_URL is the address of the service, "
+    "BACKCAST_API_KEY the key that it asks for."
 )
 
 

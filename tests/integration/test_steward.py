@@ -337,7 +337,8 @@ async def test_prefect_shows_every_end_in_the_end(database: str, tmp_path: Path,
         quiet = await add(ledger, "completed", ago=3600, task="quiet")
         removed = await add(ledger, "completed", ago=40 * DAY, ended=35 * DAY)
         async with stack(database, tmp_path, **env) as product:
-            await product.start("steward", BACKCAST_STEWARD__KEEP_RUNS="P90D").ready()
+            keep = {"BACKCAST_STEWARD__KEEP_RUNS": "P90D", "BACKCAST_STEWARD__KEEP_HISTORY": "P30D"}
+            await product.start("steward", **keep).ready()
 
             async def types() -> dict[UUID, object]:
                 return {run: (await shown(server.url, run)).get("state_type") for run in ends}

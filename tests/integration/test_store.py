@@ -140,6 +140,17 @@ async def test_a_second_put_replaces_the_first(store: Store) -> None:
     assert await store.get("results/a/1.json") == b"two"
 
 
+async def test_of_many_that_create_an_object_one_does(store: Store) -> None:
+    bodies = [str(n).encode() for n in range(20)]
+    created = await asyncio.gather(*[store.create("ledger/id", body) for body in bodies])
+    assert created.count(True) == 1
+    winner = bodies[created.index(True)]
+    assert await store.get("ledger/id") == winner
+    assert not await store.create("ledger/id", b"late")
+    assert await store.get("ledger/id") == winner
+    assert [each.key async for page in store.pages("ledger") for each in page] == ["ledger/id"], "nothing else is left"
+
+
 async def test_keys_do_not_mix(store: Store) -> None:
     keys = [
         "plain",

@@ -19,12 +19,12 @@ SIGNATURE = "ledger/id"
 
 async def is_ours(ledger: Ledger, store: Store) -> bool:
     """Whether the store belongs to this ledger alone. The runs of another ledger are unknown here, so their objects
-    would look like orphans. The first ledger that sweeps a store signs it; of two at once, one does not sweep."""
+    would look like orphans. The first ledger that sweeps a store signs it; of two at once, one does."""
     ours = str(await cursors.identity(ledger)).encode()
     try:
         owner = await store.get(SIGNATURE)
     except Missing:
-        await store.put(SIGNATURE, ours)
+        await store.create(SIGNATURE, ours)
         owner = await store.get(SIGNATURE)
     if owner != ours:
         log.error(

@@ -46,6 +46,11 @@ class Store:
         durable copy, so a folder need not wait for its disk, which takes longer than all the rest of a short run."""
         await self._within(self._place.write(_checked(key), body, is_copied))
 
+    async def create(self, key: str, body: bytes) -> bool:
+        """Store an object unless there is one already: of any number of callers at once, one does. Whether it was this
+        one."""
+        return await self._within(self._place.create(_checked(key), body))
+
     async def get(self, key: str) -> bytes:
         """The whole object. Raises `Missing`."""
         return b"".join([chunk async for chunk in await self.stream(key)])

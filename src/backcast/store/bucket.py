@@ -91,6 +91,15 @@ class Bucket:
         digest = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
         await self._call("put_object", Key=self._prefix + key, Body=body, ContentMD5=digest)
 
+    async def create(self, key: str, body: bytes) -> bool:
+        try:
+            await self._call("put_object", Key=self._prefix + key, Body=body, IfNoneMatch="*")
+        except OSError as error:
+            if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
+                return False
+            raise
+        return True
+
     async def remove(self, keys: list[str]) -> None:
         # One by one: not every store has the call that deletes many.
         await asyncio.gather(*(self._call("delete_object", Key=self._prefix + key) for key in keys))

@@ -46,6 +46,9 @@ class Folder:
     async def write(self, key: str, body: bytes, is_copied: bool) -> None:
         await self._in_thread(lambda: self._write(key, body, is_copied))
 
+    async def create(self, key: str, body: bytes) -> bool:
+        return await self._in_thread(lambda: self._create(key, body))
+
     async def link(self, key: str) -> None:
         """None: callers can't read the folder."""
 
@@ -130,6 +133,18 @@ class Folder:
                 os.unlink(draft)  # noqa: PTH108
             self._is_there()
             raise
+
+    def _create(self, key: str, body: bytes) -> bool:
+        """A second name for a complete file: `link` fails if the name is taken, where `replace` takes it over."""
+        own = f"{key}.{secrets.token_hex(8)}"
+        self._write(own, body, is_copied=False)
+        try:
+            os.link(self._place(own), self._place(key))
+        except FileExistsError:
+            return False
+        finally:
+            self._path(own).unlink(missing_ok=True)
+        return True
 
     def _remove(self, keys: list[str]) -> None:
         self._is_there()

@@ -546,3 +546,26 @@ async def test_a_relative_folder_stays_where_the_process_began(
     monkeypatch.chdir("/")
     await store.ensure()
     assert (tmp_path / "some" / "store").is_dir()
+
+
+async def test_an_object_and_its_name_are_on_the_disk_before_put_returns(
+    tmp_path: Path, opened: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(f"file://{tmp_path}/store")
+    await store.ensure()
+    synced: list[tuple[int, bool]] = []
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        placed = (tmp_path / "store" / "results" / "run~1.json").exists()
+        synced.append((os.fstat(descriptor).st_ino, placed))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    await store.put("results/run/1.json", b"1")
+    folder = tmp_path / "store" / "results"
+    assert synced[0] == ((folder / "run~1.json").stat().st_ino, False), "its bytes, before it has its name"
+    assert synced[-1] == (folder.stat().st_ino, True), "its name"
+    synced.clear()
+    await store.put("results/run/1.json", b"1", is_copied=True)
+    assert not synced, "the ledger has a durable copy"

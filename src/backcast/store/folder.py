@@ -127,7 +127,10 @@ class Folder:
                 os.replace(draft, path)  # noqa: PTH105
             except FileNotFoundError:  # the first of its kind
                 self._path(key).parent.mkdir(exist_ok=True)
+                _sync(self._root)
                 os.replace(draft, path)  # noqa: PTH105
+            if not is_copied:  # or a power cut takes the name away from the bytes
+                _sync(self._path(key).parent)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(draft)  # noqa: PTH108
@@ -140,6 +143,7 @@ class Folder:
         self._write(own, body, is_copied=False)
         try:
             os.link(self._place(own), self._place(key))
+            _sync(self._path(key).parent)
         except FileExistsError:
             return False
         finally:
@@ -167,3 +171,11 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 if left.stat().st_mtime < time.time() - _ABANDONED:
                     left.unlink()
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

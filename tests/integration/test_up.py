@@ -240,6 +240,34 @@ async def test_a_port_that_is_taken_is_replaced_in_one_line(tmp_path: Path) -> N
             assert (await it.http.get(f"http://127.0.0.1:{found[1]}/readyz")).status_code == 200
 
 
+async def test_two_that_start_at_once_keep_to_themselves(tmp_path: Path) -> None:
+    tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    async with (
+        up(tmp_path / "one", "--no-model", **tasks) as one,
+        up(tmp_path / "two", "--no-model", **tasks) as two,
+        httpx.AsyncClient() as client,
+    ):
+        runs, servers = list[str](), list[str]()
+        for it in (one, two):
+            found = re.search(r"prefect │ is up: (\S+)", await it.prints(r"prefect │ is up: \S+\n"))
+            assert found
+            servers.append(found[1])
+            runs.append(await it.submit("echo", value=1))
+            assert (await it.run(runs[-1], has_ended))["state"] == "completed"
+            assert [run["id"] for run in (await it.get("/v1/runs"))["items"]] == [runs[-1]]
+
+        async def statuses() -> list[int]:
+            return [
+                (await client.get(f"{server}/api/task_runs/{run}")).status_code for server in servers for run in runs
+            ]
+
+        await until(statuses, lambda seen: seen == [200, 404, 404, 200])
+        for it in (one, two):
+            assert "is taken: set" not in it.log.read_text(), "nobody had to start again for its port"
+
+
 async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     environ = {"HTTPS_PROXY": nowhere, "PIP_INDEX_URL": nowhere, "BACKCAST_MODEL__CACHE": str(tmp_path / "cache")}

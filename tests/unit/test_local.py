@@ -13,7 +13,8 @@ import pytest
 from backcast.errors import ConfigurationError
 from backcast.local import postgres
 from backcast.local.child import Child
-from backcast.local.up import free_port, up
+from backcast.local.ports import Ports, listens
+from backcast.local.up import up
 from tests.support.waiting import PATIENCE, until
 
 Lines = list[tuple[str, str, str]]
@@ -120,19 +121,27 @@ async def test_the_stop_signal_is_the_one_that_was_chosen(tmp_path: Path) -> Non
 
 
 def test_a_port_that_is_taken_is_replaced_by_the_next() -> None:
+    ports = Ports()
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
-        assert taken < free_port(taken) <= taken + 99
-    assert free_port(taken) == taken
-    assert free_port(taken, {taken}) > taken
-    assert free_port(0) > 0
+        assert taken < ports.take(taken) <= taken + 99
+        assert listens(os.getpid(), taken)
+    assert not listens(os.getpid(), taken)
+    assert ports.take(taken) == taken
+    assert ports.take(taken) > taken, "taken already, although nobody listens yet"
+    second = Ports()
+    assert second.take(taken) > taken, "taken by another one"
+    assert second.take(0, {taken}) > 0
+    ports.release()
+    assert second.take(taken) == taken
+    second.release()
 
 
 def test_without_a_free_port_there_is_a_sentence() -> None:
     with pytest.raises(ConfigurationError, match="Port 65535 and the hundred above it are taken"):
-        free_port(65535, {65535})
+        Ports().take(65535, {65535})
 
 
 def test_a_folder_that_can_not_be_used_is_named(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ def up(
     data: Annotated[Path, typer.Option(help="Folder for the database, the results and the logs.")] = Path(".backcast"),
     model: Annotated[bool, typer.Option(help="Serve the embedded model, when no provider is set.")] = True,
     port: Annotated[int, typer.Option(help="Port of the API; the next free one if it is taken.")] = 8000,
+    prefect_port: Annotated[
+        int, typer.Option(help="Port of the Prefect server; the next free one if it is taken.")
+    ] = 4200,
     slots: Annotated[
         int | None, typer.Option(help="Runs that are executed at the same time.", show_default=False)
     ] = None,
@@ -31,7 +34,7 @@ def up(
     """Run the whole product on this machine."""
     from backcast.local import up
 
-    raise typer.Exit(up.up(data=data, model=model, port=port, slots=slots))
+    raise typer.Exit(up.up(data=data, model=model, port=port, prefect_port=prefect_port, slots=slots))
 
 
 @run()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from backcast.errors import BackcastError
+from backcast.local import ports
 
 DELAYS = (0.5, 1, 2, 5, 30)
 """Seconds before a restart, after one, two, … deaths within a minute; the last is for a process with little hope."""
@@ -56,6 +57,10 @@ class Child:
     def start(self) -> Self:
         self._running = asyncio.create_task(self._run())
         return self
+
+    def listens(self, port: int) -> bool:
+        """Whether the running process, or one that it has started, listens on this port."""
+        return self._child is not None and ports.listens(self._child.pid, port)
 
     def send(self, number: signal.Signals) -> None:
         if self._child is not None and self._child.returncode is None:

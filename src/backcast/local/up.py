@@ -10,10 +10,9 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Set
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
 from backcast.local import lock, postgres, weights
 from backcast.local.child import Child
+from backcast.local.ports import Ports
 from backcast.process.stop import Stop
 from backcast.settings import URL_VARIABLE, Settings, load
 from backcast.store import open_store
@@ -50,7 +50,7 @@ _WIDTH = max(map(len, _STYLES))
 _HEALTH = {"model": "/health", "prefect": "/api/health"}  # the others have /readyz
 
 
-def up(*, data: Path, model: bool = True, port: int = 8000, slots: int | None = None) -> int:
+def up(*, data: Path, model: bool = True, port: int = 8000, prefect_port: int = 4200, slots: int | None = None) -> int:
     """Run everything until Ctrl-C or SIGTERM, and return the exit code.
 
     Raises:
@@ -60,7 +60,7 @@ def up(*, data: Path, model: bool = True, port: int = 8000, slots: int | None = 
         os.environ["BACKCAST_WORKER__SLOTS"] = str(slots)
 
     async def run() -> None:
-        await _Up(folder, load(), port=port, model=model).run()
+        await _Up(folder, load(), port=port, prefect_port=prefect_port, model=model).run()
 
     with _alone(folder := data.expanduser().resolve()):
         asyncio.run(run())
@@ -68,7 +68,7 @@ def up(*, data: Path, model: bool = True, port: int = 8000, slots: int | None = 
 
 
 class _Up:
-    def __init__(self, data: Path, settings: Settings, *, port: int, model: bool) -> None:
+    def __init__(self, data: Path, settings: Settings, *, port: int, prefect_port: int, model: bool) -> None:
         self._began = time.monotonic()
         self._console = Console(highlight=False, soft_wrap=True)
         self._data = data
@@ -81,11 +81,13 @@ class _Up:
         self._http = httpx.AsyncClient(trust_env=False, timeout=2)
         self._download: Progress | None = None
         self._ports: dict[str, int] = {}
-        wanted = {"api": port, "worker": settings.worker.port, "steward": settings.steward.port, "prefect": 4200}
+        self._taken = Ports()
+        wanted = {"api": port, "worker": settings.worker.port, "steward": settings.steward.port}
+        wanted["prefect"] = prefect_port
         wanted |= {"model": settings.model.port} if self._serves_model else {}
         for name, number in wanted.items():
             others = {*wanted.values(), *self._ports.values()} - ({number} - {*self._ports.values()})
-            self._ports[name] = got = free_port(number, others)
+            self._ports[name] = got = self._taken.take(number, others)
             if got != number != 0:
                 self._show(name, f"port {number} is taken, using {got}", "yellow")
         defaults = {"BACKCAST_STORE__URL": self._store.url, "BACKCAST_STEWARD__KEEP_HISTORY": "P30D"}
@@ -110,6 +112,7 @@ class _Up:
         await asyncio.wait([starting])
         await self._drain()
         await self._http.aclose()
+        self._taken.release()
         if not starting.cancelled():
             starting.result()
 
@@ -149,7 +152,11 @@ class _Up:
             response = await self._http.get(url)
         except httpx.HTTPError as error:
             return f"{url} does not answer ({type(error).__name__})"
-        return None if response.is_success else f"{url} answers {response.status_code} {response.text[:200]}"
+        if not response.is_success:
+            return f"{url} answers {response.status_code} {response.text[:200]}"
+        if not await asyncio.to_thread(self._children[name].listens, self._ports[name]):
+            return f"another program answers on port {self._ports[name]}: stop it, or choose another port"
+        return None
 
     async def _start_prefect(self) -> None:
         await self._bring_up("prefect")
@@ -281,17 +288,6 @@ class _Up:
             "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
             "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
         }
-
-
-def free_port(wanted: int, taken: Set[int] = frozenset()) -> int:
-    """`wanted`, or the next free port on loopback that is not in `taken`; for 0, any free port."""
-    for port in sorted(set(range(wanted, min(wanted + 100, 1 << 16))) - taken):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            # As servers do: the port may have been used a moment before.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return probe.getsockname()[1]
-    raise ConfigurationError(f"Port {wanted} and the hundred above it are taken: name another one.")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ class _Server(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def probes(
-    host: str, port: int, *, ready: Callable[[], Awaitable[None]], registry: CollectorRegistry
+    host: str, port: int, *, setting: str, ready: Callable[[], Awaitable[None]], registry: CollectorRegistry
 ) -> AsyncIterator[int]:
     """Serve /livez, /readyz and /metrics while entered; yields the port. `ready` raises `Unavailable` if not ready."""
 
@@ -47,7 +47,7 @@ async def probes(
     try:
         socket = config.bind_socket()
     except SystemExit:
-        raise ConfigurationError(f"Port {port} on {host} is taken: set another one.") from None
+        raise ConfigurationError(f"Port {port} on {host} is taken: set {setting} to another one.") from None
     serving = asyncio.create_task(server.serve(sockets=[socket]))
     try:
         yield socket.getsockname()[1]

@@ -21,7 +21,13 @@ async def _serve(settings: Settings) -> None:
     store = open_store(settings.store)
     sink = Sink(settings.prefect)
     steward = Steward(settings, ledger, store, sink)
-    async with probes(settings.steward.host, settings.steward.port, ready=steward.check, registry=steward.registry):
+    async with probes(
+        settings.steward.host,
+        settings.steward.port,
+        setting="BACKCAST_STEWARD__PORT",
+        ready=steward.check,
+        registry=steward.registry,
+    ):
         running, publishing = (
             asyncio.create_task(steward.run()),
             asyncio.create_task(sink.run(partial(cursors.identity, ledger))),

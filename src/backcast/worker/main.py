@@ -48,7 +48,13 @@ async def _serve(settings: Settings) -> None:
             Gauge(
                 "backcast_worker_history_waiting", "Events not yet published to Prefect", registry=worker.registry
             ).set_function(lambda: sink.waiting)
-            async with probes(settings.worker.host, settings.worker.port, ready=worker.check, registry=worker.registry):
+            async with probes(
+                settings.worker.host,
+                settings.worker.port,
+                setting="BACKCAST_WORKER__PORT",
+                ready=worker.check,
+                registry=worker.registry,
+            ):
                 await worker.run(stop)
     finally:
         publishing.cancel()

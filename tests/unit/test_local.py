@@ -139,6 +139,16 @@ def test_a_port_that_is_taken_is_replaced_by_the_next() -> None:
     second.release()
 
 
+def test_the_locks_of_ports_are_not_put_where_somebody_else_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"backcast-ports-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ConfigurationError, match="belongs to someone else"):
+        Ports()
+
+
 def test_without_a_free_port_there_is_a_sentence() -> None:
     with pytest.raises(ConfigurationError, match="Port 65535 and the hundred above it are taken"):
         Ports().take(65535, {65535})

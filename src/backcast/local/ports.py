@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import stat
 import tempfile
 from collections.abc import Set
 from pathlib import Path
@@ -19,6 +20,9 @@ class Ports:
         self._held = contextlib.ExitStack()
         self._locks = Path(tempfile.gettempdir()) / f"backcast-ports-{os.getuid()}"
         self._locks.mkdir(mode=0o700, exist_ok=True)
+        there = self._locks.lstat()
+        if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid():  # anyone can make folders in /tmp
+            raise ConfigurationError(f"{self._locks} belongs to someone else: remove it.")
 
     def take(self, wanted: int, others: Set[int] = frozenset()) -> int:
         """`wanted`, or the next free port that is not in `others`; for 0, any free port."""

@@ -6,7 +6,7 @@ tests/integration/test_engine_contract.py checks the facts of Prefect 3.8.8 that
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
@@ -57,10 +57,6 @@ class Executor:
         self._threads = Threads(threads)
         self._contexts = contextlib.AsyncExitStack()
         self._templates: dict[str, Template] = {}
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.registered.keys()
 
     @property
     def types(self) -> list[TaskType]:

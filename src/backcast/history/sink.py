@@ -113,26 +113,27 @@ class Sink:
 
     async def run(self, identify: Callable[[], Awaitable[UUID]]) -> None:
         """Post for ever; while the server is away, the newest event of each run waits. `identify` asks the ledger for
-        its identity, without which nothing is posted."""
+        its identity, without which nothing is posted. Returns at once where no history is kept."""
+        if not self.is_enabled:
+            return
         for delay in backoff(0.1, 5.0):
             with contextlib.suppress(LedgerUnavailable):
                 self.tag = f"backcast:{await identify()}"
                 break
             await asyncio.sleep(delay)
         outage = Outage(partial(log.warning, "Prefect can't be reached (%s): runs go on, their history follows"))
-        delay, delays = INTERVAL, backoff(1.0, 15.0)
+        delays = backoff(1.0, 15.0)
         while True:
-            await asyncio.sleep(delay)
+            await asyncio.sleep(next(delays) if outage else INTERVAL)
             try:
                 await self._flush()
             except httpx.HTTPError as error:
                 outage.failed(type(error).__name__)
-                delay = next(delays)
             else:
                 if outage:
                     log.info("Prefect is back")
                 outage.ended()
-                delay, delays = INTERVAL, backoff(1.0, 15.0)
+                delays = backoff(1.0, 15.0)
 
     async def aclose(self, timeout: float) -> None:
         """Post what is left, for at most `timeout` seconds."""

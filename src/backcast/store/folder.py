@@ -110,7 +110,7 @@ class Folder:
             self._is_there()
             raise Missing(key) from None
 
-    def _write(self, key: str, body: bytes, is_copied: bool) -> None:
+    def _write(self, key: str, body: bytes, is_copied: bool, place: Callable[[str, str], object] = os.replace) -> None:
         # Every result passes here: plain calls on strings cost half as much as pathlib and file objects.
         path, draft = self._place(key), f"{self._root}/{_DRAFTS}/{secrets.token_hex(12)}"
         try:
@@ -124,11 +124,11 @@ class Folder:
             finally:
                 os.close(file)
             try:
-                os.replace(draft, path)  # noqa: PTH105
+                place(draft, path)
             except FileNotFoundError:  # the first of its kind
                 self._path(key).parent.mkdir(exist_ok=True)
                 _sync(self._root)
-                os.replace(draft, path)  # noqa: PTH105
+                place(draft, path)
             if not is_copied:  # or a power cut takes the name away from the bytes
                 _sync(self._path(key).parent)
         except OSError:
@@ -138,16 +138,10 @@ class Folder:
             raise
 
     def _create(self, key: str, body: bytes) -> bool:
-        """A second name for a complete file: `link` fails if the name is taken, where `replace` takes it over."""
-        own = f"{key}.{secrets.token_hex(8)}"
-        self._write(own, body, is_copied=False)
         try:
-            os.link(self._place(own), self._place(key))
-            _sync(self._path(key).parent)
+            self._write(key, body, is_copied=False, place=_place_if_free)
         except FileExistsError:
             return False
-        finally:
-            self._path(own).unlink(missing_ok=True)
         return True
 
     def _remove(self, keys: list[str]) -> None:
@@ -179,3 +173,9 @@ def _sync(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def _place_if_free(draft: str, path: str) -> None:
+    """`link` fails if the name is taken, where `replace` takes it over."""
+    os.link(draft, path)
+    os.unlink(draft)  # noqa: PTH108

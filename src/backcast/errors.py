@@ -28,9 +28,27 @@
 Every class carries a stable `code` that clients may branch on; the message names the next step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import ClassVar
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence with the known name that is nearest to an unknown one, after a space; empty when none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def refuse_unknown(call: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a TypeError, as Python does for a call, when an option is given that `call` does not take."""
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"{call}() takes no option {name!r}.{did_you_mean(name, known)} It takes {', '.join(known)}."
+            )
 
 
 @dataclass(frozen=True, slots=True)

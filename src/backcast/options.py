@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Never, TypeVar, get_args
+
+from backcast.errors import refuse_unknown
 
 History = Literal["full", "none"]
 """`full`: Prefect shows every run of the task. `none`: the function is called without Prefect's engine, which is cheap;
@@ -27,7 +29,7 @@ class Options:
     lane: str | None = None
 
 
-def options(*, history: History = "full", lane: str | None = None) -> Callable[[T], T]:
+def options(*, history: History = "full", lane: str | None = None, **unknown: Never) -> Callable[[T], T]:
     """Set how backcast treats a task; it stays the same task for all other code.
 
         @options(history="none", lane="openai")
@@ -41,6 +43,7 @@ def options(*, history: History = "full", lane: str | None = None) -> Callable[[
             time-outs and results are the same.
         lane: the lane of the runs, such as a provider's quota, unless a submission names another one.
     """
+    refuse_unknown("options", unknown, Options.__slots__)
     if history not in get_args(History):
         raise ValueError(f"history is {history!r}: write 'full' or 'none'.")
     if lane is not None and not (0 < len(lane) <= 200 and lane.isprintable()):

@@ -6,20 +6,23 @@ environment.
 """
 
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
+    SettingsError,
 )
 
-from backcast.errors import ConfigurationError
+from backcast.errors import ConfigurationError, did_you_mean
 
 PREFIX = "BACKCAST_"
 CONFIG_VARIABLE = "BACKCAST_CONFIG"
@@ -261,12 +264,21 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         sources = [init_settings, env_settings]
         if path := os.environ.get(CONFIG_VARIABLE):
-            if not Path(path).is_file():
-                raise ConfigurationError(
-                    f"{CONFIG_VARIABLE} names {path}, which is not a file: create it or unset the variable."
-                )
-            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=path))
+            sources.append(InitSettingsSource(settings_cls, _read(Path(path))))
         return tuple(sources)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not YAML"
+        raise ConfigurationError(
+            f"{CONFIG_VARIABLE} names {file}, which can't be read ({why}): correct it or unset the variable."
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ConfigurationError(f"{file} must hold settings by name, such as `worker: {{slots: 20}}`.")
+    return content
 
 
 def load() -> Settings:
@@ -275,15 +287,37 @@ def load() -> Settings:
     Raises:
         ConfigurationError: an unknown or wrong setting, named with its environment variable and without its value.
     """
-    known = {CONFIG_VARIABLE, URL_VARIABLE, KEY_VARIABLE} | {
-        f"{PREFIX}{name.upper()}" for name in Settings.model_fields
-    }
-    for variable in os.environ:
-        if variable.startswith(PREFIX) and variable.split("__")[0] not in known:
-            raise ConfigurationError(f"{variable} is not a setting of backcast: remove it or correct its name.")
+    for variable in map(str.upper, os.environ):
+        if variable.startswith(PREFIX) and variable.split("__")[0] not in _ROOTS:
+            raise _unknown(variable)
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         name = PREFIX + "__".join(str(part).upper() for part in first["loc"])
-        raise ConfigurationError(f"{name}: {first['msg']}.") from None
+        raise (
+            _unknown(name) if first["type"] == "extra_forbidden" else ConfigurationError(f"{name}: {first['msg']}.")
+        ) from None
+    except SettingsError as error:
+        section = str(error).split('"')[1]  # error parsing value for field "model" from source …
+        raise ConfigurationError(f"{PREFIX}{section.upper()}: a whole section is written as a JSON object.") from None
+
+
+def _unknown(name: str) -> ConfigurationError:
+    if name in _VARIABLES:  # a file has `worker__slots`, the environment's spelling
+        return ConfigurationError(f"{name} is written in a file as `section: {{name: value}}`.")
+    hint = did_you_mean(name, {*_VARIABLES, *_ROOTS}) or " Remove it or correct its name."
+    return ConfigurationError(f"{name} is not a setting of backcast.{hint}")
+
+
+def _names() -> Iterator[str]:
+    for name, field in Settings.model_fields.items():
+        section = field.annotation if isinstance(field.annotation, type) else object
+        if issubclass(section, BaseModel):
+            yield from (f"{PREFIX}{name}__{each}".upper() for each in section.model_fields)
+        else:
+            yield f"{PREFIX}{name}".upper()
+
+
+_VARIABLES = (CONFIG_VARIABLE, URL_VARIABLE, KEY_VARIABLE, *_names())
+_ROOTS = {variable.split("__")[0] for variable in _VARIABLES}

@@ -279,6 +279,26 @@ def test_options_are_fields_of_the_submission(call: Call, service: Service) -> N
         call("submit", "add", {}, priority=1000)
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "wrong", "meant"),
+    [
+        ("cast", ("data", int), "timout", "timeout"),
+        ("cast", ("data", int), "instruction", "instructions"),
+        ("wait", (uuid7(),), "progres", "progress"),
+        ("submit", ("add", {}), "prioriti", "priority"),
+        ("submit", ("add", Submission()), "keys", "key"),
+        ("submit_many", ("add", []), "run_it", "run_at"),
+        ("list", (), "onwer", "owner"),
+    ],
+)
+def test_an_unknown_option_is_refused_before_anything_is_sent(
+    call: Call, service: Service, method: str, given: Any, wrong: str, meant: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"{method}\(\) takes no option '{wrong}'. Did you mean {meant}\?"):
+        call(method, *given, **{wrong: 3})
+    assert service.seen == []
+
+
 def test_many_are_one_request(call: Call, service: Service) -> None:
     service.troubles.append(503)
     batch = call("submit_many", "add", [{"a": 1}, Submission(input={"a": 2}, priority=3)], owner="ana")

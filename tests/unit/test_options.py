@@ -47,6 +47,11 @@ def test_a_wrong_option_is_refused_where_it_is_written(wrong: dict[str, str]) ->
         options(**wrong)  # type: ignore[arg-type]
 
 
+def test_an_unknown_option_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(TypeError, match=r"options\(\) takes no option 'histry'. Did you mean history\?"):
+        options(histry="none")  # type: ignore[arg-type]
+
+
 def test_outside_of_a_run_no_cancel_is_requested() -> None:
     assert not cancel_requested()
 

@@ -39,6 +39,7 @@ def test_the_environment_and_the_file_are_read_and_the_environment_wins(
         ("BACKCAST_LEASE", "0"),
         ("BACKCAST_WORKER__POOL", "Not A Pool"),
         ("BACKCAST_MODEL__BACKEND", "magic"),
+        ("BACKCAST_MODEL", "{hunter2"),
         ("BACKCAST_CONFIG", "/nowhere/config.yaml"),
     ],
 )
@@ -49,10 +50,42 @@ def test_a_wrong_setting_is_named_and_its_value_is_not(monkeypatch: pytest.Monke
     assert value in ("1", "0", "/nowhere/config.yaml") or value not in str(caught.value)
 
 
-def test_an_unknown_key_in_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("worker: {slotz: 3}\n")
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("BACKCAST_WORKER_SLOTS", "BACKCAST_WORKER__SLOTS"),
+        ("BACKCAST_WROKER__SLOTS", "BACKCAST_WORKER__SLOTS"),
+        ("backcast_worker__sltos", "BACKCAST_WORKER__SLOTS"),
+        ("backcast_taks", "BACKCAST_TASKS"),
+        ("BACKCAST__LEASE", "BACKCAST_LEASE"),
+        ("BACKCAST_APIKEY", "BACKCAST_API_KEY"),
+    ],
+)
+def test_an_unknown_variable_is_refused_with_the_one_that_was_meant(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, meant: str
+) -> None:
+    monkeypatch.setenv(wrong, "1")
+    with pytest.raises(ConfigurationError, match=f"{wrong.upper()} is not a setting .* mean {meant}\\?"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("worker: {slotz: 3}", "BACKCAST_WORKER__SLOTZ is not .* mean BACKCAST_WORKER__SLOTS"),
+        ("wroker: {slots: 3}", "BACKCAST_WROKER is not .* mean BACKCAST_WORKER\\?"),
+        ("model: {apiKey: x}", "BACKCAST_MODEL__APIKEY is not .* mean BACKCAST_MODEL__API_KEY"),
+        ("worker__slots: 3", "BACKCAST_WORKER__SLOTS is written in a file as"),
+        ("worker: [1]", "BACKCAST_WORKER: "),
+        ("worker: {slots: 3", "not YAML"),
+        ("- worker", "settings by name"),
+        ("1: 2", "settings by name"),
+    ],
+)
+def test_a_wrong_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
     monkeypatch.setenv("BACKCAST_CONFIG", str(tmp_path / "config.yaml"))
-    with pytest.raises(ConfigurationError, match="BACKCAST_WORKER__SLOTZ"):
+    with pytest.raises(ConfigurationError, match=sentence):
         load()
 
 

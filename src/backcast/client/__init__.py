@@ -1,7 +1,7 @@
 """A typed client of the HTTP interface, synchronous and asynchronous: two classes that perform the same exchanges.
 
 Every request may be sent twice without harm, submissions by their Idempotency-Key, so an outage is waited out for
-`patience` seconds.
+`patience` seconds. An option that a method does not take is a TypeError, as for any Python function.
 """
 
 import asyncio
@@ -146,7 +146,9 @@ class Client:
 
     def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Run]:
         """Runs, newest first; pages are fetched as they are read."""
-        ask = exchanges.first_page(filters, limit)
+        return self._pages(exchanges.first_page(filters, limit))
+
+    def _pages(self, ask: exchanges.PageRequest | None) -> Iterator[Run]:
         while ask:
             runs, ask = self._perform(exchanges.page(ask, self._patience))
             yield from runs
@@ -252,8 +254,10 @@ class AsyncClient:
     async def lift_lane(self, name: str) -> None:
         await self._perform(exchanges.lift_lane(name, self._patience))
 
-    async def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> AsyncIterator[Run]:
-        ask = exchanges.first_page(filters, limit)
+    def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> AsyncIterator[Run]:
+        return self._pages(exchanges.first_page(filters, limit))
+
+    async def _pages(self, ask: exchanges.PageRequest | None) -> AsyncIterator[Run]:
         while ask:
             runs, ask = await self._perform(exchanges.page(ask, self._patience))
             for run in runs:

@@ -24,7 +24,7 @@ from backcast.client.wire import (
     read_json,
     run_path,
 )
-from backcast.errors import RunError, WaitTimeout
+from backcast.errors import RunError, WaitTimeout, refuse_unknown
 from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
 
 _HOLD = 20.0  # seconds the service may hold a poll: under the idle timeout of every common proxy (30 s and more)
@@ -48,6 +48,9 @@ class Filters(TypedDict, total=False):
     task: str | None
     owner: str | None
     batch: UUID | str | None
+
+
+_SUBMITTING = ("key", *SubmitOptions.__annotations__)
 
 
 class PageRequest(NamedTuple):
@@ -88,6 +91,7 @@ def raise_for_state(run: Run) -> None:
 def submit(
     task: str, submission: Submission | Mapping[str, JSON], options: SubmitOptions, key: str | None, patience: float
 ) -> Flow[Run]:
+    refuse_unknown("submit", options, _SUBMITTING)
     ask = Ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", {}, body_of(submission, options), post_headers(key))
     return read(Run, (yield from answered(ask, patience)))
 
@@ -99,6 +103,7 @@ def submit_many(
     key: str | None,
     patience: float,
 ) -> Flow[Batch]:
+    refuse_unknown("submit_many", options, _SUBMITTING)
     body = b"".join(body_of(submission, options) + b"\n" for submission in submissions)
     headers = post_headers(key) | {"Content-Type": "application/jsonl"}
     ask = Ask("POST", "/v1/batches", {"task": task}, body, headers, timeout=60.0)
@@ -125,6 +130,7 @@ def lift_lane(name: str, patience: float) -> Flow[None]:
 
 
 def cast(data: JSON, target: Any, instructions: str | None, waiting: Waiting, patience: float) -> Flow[Any]:
+    refuse_unknown("cast", waiting, ("instructions", *Waiting.__annotations__))
     is_wire = isinstance(target, str | Mapping)
     python_type = None if is_wire else TypeAdapter[Any](target)
     wanted = {"data": data, "target": target if python_type is None else python_type.json_schema()}
@@ -140,6 +146,7 @@ def cast(data: JSON, target: Any, instructions: str | None, waiting: Waiting, pa
 
 
 def wait(run_id: UUID | str, waiting: Waiting, patience: float) -> Flow[Run]:
+    refuse_unknown("wait", waiting, Waiting.__annotations__)
     timeout, progress = waiting.get("timeout"), waiting.get("progress")
     end = math.inf if timeout is None else time.monotonic() + timeout
     hold = _WATCHED_HOLD if progress else _HOLD
@@ -182,6 +189,7 @@ def tasks(patience: float) -> Flow[Sequence[TaskType]]:
 
 
 def first_page(filters: Filters, limit: int | None) -> PageRequest | None:
+    refuse_unknown("list", filters, ("limit", *Filters.__annotations__))
     return _next_page({name: str(value) for name, value in filters.items() if value is not None}, limit)
 
 

@@ -4,11 +4,13 @@
     ├── ClientError                     the caller must change the request; becomes a 4xx problem document
     │   ├── MalformedBody       400     ├── UnsupportedBody     415
     │   ├── Unauthorized        401     │
-    │   ├── NotFound            404     ├── InvalidInput        422
-    │   │   ├── UnknownTask             │   └── InvalidTarget   422
-    │   │   ├── UnknownRun              ├── IdempotencyConflict 422
-    │   │   ├── UnknownBatch            ├── TooManyWaiting      429
-    │   │   └── UnknownLane
+    │   ├── ForeignHost         403     ├── InvalidInput        422
+    │   ├── ForeignOrigin       403     │   └── InvalidTarget   422
+    │   ├── NotFound            404     ├── IdempotencyConflict 422
+    │   │   ├── UnknownTask             ├── TooManyWaiting      429
+    │   │   ├── UnknownRun              │
+    │   │   ├── UnknownBatch            │
+    │   │   └── UnknownLane             │
     │   ├── NotFinished         409
     │   ├── NoResult            409
     │   ├── ResultGone          410
@@ -92,6 +94,23 @@ class Unauthorized(ClientError):
     code = "unauthorized"
     title = "A key is needed"
     status = 401
+
+
+class ForeignHost(ClientError):
+    """The request's `Host` is not a name of this service; without this check a web page could reach it by a name of the
+    page's own."""
+
+    code = "foreign_host"
+    title = "The request is for another host"
+    status = 403
+
+
+class ForeignOrigin(ClientError):
+    """The request is from a web page of another origin, which has no right to use a service without keys."""
+
+    code = "foreign_origin"
+    title = "The request is from a foreign web page"
+    status = 403
 
 
 class NotFound(ClientError):

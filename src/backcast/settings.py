@@ -6,13 +6,24 @@ environment.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -46,6 +57,22 @@ def _seconds(value: Any) -> Any:
 
 Duration = Annotated[timedelta, BeforeValidator(_seconds)]
 """Seconds, or ISO 8601 (`PT15S`)."""
+
+
+def _host(value: str) -> str:
+    if not re.fullmatch(r"\*|(\*\.)?[^\s:/?#@*\[\]]+|\[?[0-9A-Fa-f:.]+\]?", value):
+        raise ValueError("a host name is wanted, without scheme, port and path")
+    return value.lower().strip("[]")
+
+
+def _origin(value: str) -> str:
+    if not re.fullmatch(r"\*|https?://[^\s/?#@*]+/?", value, re.IGNORECASE):
+        raise ValueError("an origin is wanted, such as https://app.example.org")
+    return value.lower().removesuffix("/")
+
+
+Host = Annotated[str, AfterValidator(_host)]
+Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class _Section(BaseModel):
@@ -103,6 +130,13 @@ class Api(_Section):
     """Runs of one owner that may wait."""
     keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
     """Keys that open the API, comma-separated: a request sends one as `Authorization: Bearer KEY`. None: it is open."""
+    allowed_hosts: Annotated[list[Host], NoDecode, BeforeValidator(_split)] = []
+    """Names by which the API is reached beside `localhost` and `host`, comma-separated: `jobs.example.org`,
+    `*.example.org`, or `*` for any. Requests for other names are refused. None: with keys any; without keys, if `host`
+    is not a loopback address, IP addresses and names without a dot."""
+    cors_origins: Annotated[list[Origin], NoDecode, BeforeValidator(_split)] = []
+    """Web pages that may use the API from a browser, comma-separated, as `https://app.example.org`, or `*` for all
+    (with keys only). Without keys, requests from all other pages are refused."""
 
     @field_validator("keys")
     @classmethod
@@ -110,6 +144,12 @@ class Api(_Section):
         if any(len(key.get_secret_value()) < 16 for key in keys):
             raise ValueError("a key must have 16 characters or more")
         return keys
+
+    @model_validator(mode="after")
+    def _is_not_open_to_every_page(self) -> Self:
+        if "*" in self.cors_origins and not self.keys:
+            raise ValueError("cors_origins can't be * without keys: any web page could then submit and read runs")
+        return self
 
 
 class Worker(_Section):

@@ -138,6 +138,33 @@ def test_config_wins_over_what_the_chart_derives(tmp_path: Path, monkeypatch: py
     assert settings.api.max_waiting == 10_000_000
 
 
+SERVICE = ["demo-backcast-api.team", "demo-backcast-api.team.svc", "demo-backcast-api.team.svc.cluster.local"]
+
+
+@pytest.mark.parametrize(
+    ("values", "hosts"),
+    [
+        ({}, []),  # the key keeps foreign pages out
+        ({"auth": {"enabled": False}}, ["*"]),  # the Ingress has no host
+        ({"auth": {"enabled": False}, "ingress": {"host": "a.example.org"}}, [*SERVICE, "a.example.org"]),
+        ({"auth": {"enabled": False}, "ingress": {"enabled": False}}, SERVICE),
+        (
+            {"auth": {"enabled": False}, "ingress": {"enabled": False}, "api": {"service": {"type": "LoadBalancer"}}},
+            ["*"],
+        ),
+        ({"auth": {"enabled": False}, "config": {"api": {"allowed_hosts": ["b.org"]}}}, ["b.org"]),
+    ],
+)
+def test_without_keys_the_api_answers_for_the_hosts_that_lead_to_it(
+    values: dict[str, Any], hosts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = render(values)
+    made = yaml.safe_load(yaml.safe_dump(release.config))
+    assert made["api"]["allowed_hosts"] == hosts
+    monkeypatch.setenv("BACKCAST_API__ALLOWED_HOSTS", ",".join(hosts))
+    assert load().api.allowed_hosts == hosts
+
+
 def test_everything_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = scenario("external")
     settings = loaded(release, release.pod("worker").main, tmp_path, monkeypatch)

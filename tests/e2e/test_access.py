@@ -15,6 +15,7 @@ from tests.e2e.scripted import NAMESPACE as MODEL_NAMESPACE
 from tests.e2e.scripted import PORT, RESTRICTED, RESTRICTED_POD
 
 ROGUE_NAMESPACE = "backcast-e2e-rogue"
+JSON = {"Content-Type": "application/json"}
 MODEL = f"model.{MODEL_NAMESPACE}.svc.cluster.local:{PORT}"
 
 
@@ -45,7 +46,7 @@ async def test_a_poll_is_held_and_a_large_body_refused(shared: Release) -> None:
     run_id = await shared.submit("nap", key="held", seconds=3)
     answer = await shared.http.get(f"/v1/runs/{run_id}", headers={"Prefer": "wait=20"})
     assert answer.json()["state"] == "completed", "the answer came through the proxy once the run had ended"
-    answer = await shared.http.post("/v1/tasks/add/runs", content=b"[" + b" " * 5_000_000)
+    answer = await shared.http.post("/v1/tasks/add/runs", content=b"[" + b" " * 5_000_000, headers=JSON)
     assert answer.status_code == 413, answer.text
 
 

@@ -65,7 +65,7 @@ async def worker(ledger: Ledger) -> UUID:
 async def api(ledger: Ledger, store: Store, worker: UUID) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(ledger, store, Api(max_body=MAX_BODY))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -287,7 +287,7 @@ async def test_before_the_first_worker_came_a_task_is_not_unknown_but_not_there_
     ledger: Ledger, store: Store
 ) -> None:
     app = create_app(ledger, store, Api(max_body=MAX_BODY))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as api:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as api:
         answer = await api.post("/tasks", json={"payload": "x", "target_type": "int"})
         problem(answer, 503, "no_worker_yet")
         assert int(answer.headers["retry-after"]) >= 1
@@ -384,7 +384,7 @@ async def test_a_database_that_is_away_is_503(store: Store) -> None:
         ledger = Ledger(f"postgresql://x:secret-password@127.0.0.1:{silent.getsockname()[1]}/x")
         app = create_app(ledger, store, Api(max_body=MAX_BODY))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as api:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as api:
             for answer in (
                 await api.get(f"/v1/runs/{uuid4()}"),
                 await api.post("/v1/tasks/echo/runs", json={"input": {}}),

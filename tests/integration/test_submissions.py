@@ -63,7 +63,7 @@ async def worker(ledger: Ledger) -> UUID:
 def over(ledger: Ledger, store: Store, **limits: Any) -> httpx.AsyncClient:
     app = create_app(ledger, store, Api(**limits))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30)
 
 
 @pytest.fixture

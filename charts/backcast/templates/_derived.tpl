@@ -53,6 +53,22 @@
 {{- $port | default (eq $url.scheme "http" | ternary "80" "443") }}
 {{- end }}
 
+{{/* Without keys the API answers only for its own hosts: those of its Service and its Ingress. An Ingress without a host,
+and a load balancer, have a name that is not known here: then for any. */}}
+{{- define "backcast.api.hosts" -}}
+{{- $hosts := list }}
+{{- if not .Values.auth.enabled }}
+{{- $service := printf "%s.%s" (include "backcast.name.api" .) .Release.Namespace }}
+{{- $hosts = list $service (printf "%s.svc" $service) (printf "%s.svc.cluster.local" $service) }}
+{{- with .Values.ingress }}
+{{- if and .enabled .host }}{{ $hosts = append $hosts .host }}{{ end }}
+{{- if and .enabled (not .host) }}{{ $hosts = list "*" }}{{ end }}
+{{- end }}
+{{- if eq .Values.api.service.type "LoadBalancer" }}{{ $hosts = list "*" }}{{ end }}
+{{- end }}
+{{- toJson $hosts }}
+{{- end }}
+
 {{/* backcast.yaml: the settings that are derived from the values, overridden by the user's `config`. */}}
 {{- define "backcast.config" -}}
 {{- $values := .Values }}
@@ -81,7 +97,7 @@
 {{- $prefect = dict "api_url" $values.prefectServer.external.apiUrl }}
 {{- end }}
 {{- $derived := dict
-  "api" (dict "host" "0.0.0.0")
+  "api" (dict "host" "0.0.0.0" "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray))
   "worker" (dict "host" "0.0.0.0")
   "steward" $steward
   "store" $store

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from backcast import __version__
-from backcast.api import auth, batches, compatibility, health, lanes, problems, runs, tasks
+from backcast.api import auth, batches, compatibility, health, lanes, origins, problems, runs, tasks
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
 from backcast.ledger.connection import Ledger
@@ -30,7 +30,13 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     app.state.backend = Backend(ledger, store, limits)
     app.add_middleware(LimitBody, limit=limits.max_body, longer={batches.PATH: limits.max_batch_body})
     if limits.keys:
-        app.add_middleware(auth.RequireKey, keys=limits.keys)  # the outermost: without a key no body is read
+        app.add_middleware(auth.RequireKey, keys=limits.keys)  # outside of the limit: without a key no body is read
+    else:
+        app.add_middleware(origins.OwnPages, origins=limits.cors_origins)
+    if "*" not in limits.allowed_hosts and (limits.allowed_hosts or not limits.keys):
+        app.add_middleware(origins.OwnHosts, limits=limits)
+    if limits.cors_origins:
+        app.add_middleware(origins.CrossOrigin, origins=limits.cors_origins)  # the outermost: a page may read refusals
     auth.describe(app)
     problems.install(app)
     nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router)

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from backcast.api import problems
-from backcast.api.body import parse_json, validate
+from backcast.api.body import media_type, parse_json, validate
 from backcast.api.deps import Backend, Deps, Known
 from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS
 from backcast.api.submit import check_input, idempotency_key, in_json
@@ -198,8 +198,8 @@ async def _lines(request: Request, digest: Any, longest: int) -> AsyncIterator[t
     openapi_extra={"parameters": [IDEMPOTENCY_KEY], **_BODY},
 )
 async def submit_batch(request: Request, deps: Deps, task: Label | None = None, owner: Label | None = None) -> Response:
-    kind = request.headers.get("content-type", JSON_LINES).partition(";")[0].strip().lower()
-    if kind not in _KINDS:
+    if (kind := media_type(request)) not in _KINDS:
+        kind = kind or "of no stated type"
         raise UnsupportedBody(f"The body is {kind}: send one JSON object per line, with `Content-Type: {JSON_LINES}`.")
     key = idempotency_key(request)
     given = {name: value for name, value in (("task", task), ("owner", owner)) if value is not None}

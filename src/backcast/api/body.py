@@ -46,10 +46,19 @@ class LimitBody:
 
 async def json_body(request: Request) -> JSON:
     """The body as JSON. Raises `MalformedBody` or `UnsupportedBody`."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind != "application/json" and not kind.endswith("+json"):
-        raise UnsupportedBody(f"The body is {kind}: send JSON, with `Content-Type: application/json`.")
+        raise UnsupportedBody(
+            f"The body is {kind or 'of no stated type'}: send JSON, with `Content-Type: application/json`."
+        )
     return parse_json(await request.body())
+
+
+def media_type(request: Request) -> str:
+    """The stated type of the body, or "". Raises `UnsupportedBody`: it is compressed."""
+    if encoding := request.headers.get("content-encoding", "identity").strip().removeprefix("identity"):
+        raise UnsupportedBody(f"The body has `Content-Encoding: {encoding}`: send it as it is, without that header.")
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def parse_json(text: bytes | str) -> JSON:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
 
 from backcast.api import problems
-from backcast.api.body import json_body, validate
+from backcast.api.body import json_body, media_type, validate
 from backcast.api.deps import backend
 from backcast.api.fast_path import RUN_ID, FastRoute, run_id
 from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS, json_request, stored
@@ -52,8 +52,7 @@ class Status(BaseModel):
 
 
 async def _form_or_json(request: Request) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/x-www-form-urlencoded", "multipart/form-data"):
+    if media_type(request) not in ("application/x-www-form-urlencoded", "multipart/form-data"):
         return await json_body(request)
     async with request.form(max_files=0, max_fields=10) as form:
         fields: dict[str, Any] = {name: value for name, value in form.items() if value != "" or name == "payload"}

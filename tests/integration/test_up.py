@@ -4,9 +4,12 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -238,6 +241,79 @@ async def test_a_port_that_is_taken_is_replaced_in_one_line(tmp_path: Path) -> N
             )
             assert found
             assert (await it.http.get(f"http://127.0.0.1:{found[1]}/readyz")).status_code == 200
+
+
+@contextlib.contextmanager
+def _taken(it: Up, name: str, port: int) -> Iterator[None]:
+    """Kill a part, and take its port before it is started again."""
+    it.process.suspend()
+    it.parts()[name].kill()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            try:
+                other.bind(("127.0.0.1", port))
+                break
+            except OSError:  # the killed one still ends
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+        other.listen()
+        it.process.resume()
+        yield
+
+
+async def test_the_lines_to_paste_carry_the_key(tmp_path: Path) -> None:
+    tasks = {
+        "BACKCAST_TASKS": "tests.support.sample_tasks",
+        "BACKCAST_API__KEYS": "it's a key of ours,another one of 16",
+    }
+    async with up(tmp_path, "--no-model", **tasks) as it:
+        text = await it.prints(r"backcast is up(?s:.*)backcast cast .*\n")
+        pasted = re.search(rf"^ *(curl .*{it.url}/tasks .*)\n *(.*backcast cast .*)$", text, re.MULTILINE)
+        assert pasted
+        answer = subprocess.run(pasted[1], shell=True, capture_output=True, check=True).stdout
+        assert json.loads(answer)["task_run_id"]
+        assert shlex.split(pasted[2])[:2] == ["BACKCAST_API_KEY=it's a key of ours", f"BACKCAST_URL={it.url}"]
+
+
+async def test_a_line_that_never_ends_stops_nothing(tmp_path: Path) -> None:
+    tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
+    async with up(tmp_path, "--no-model", **tasks) as it:
+        await it.prints("backcast is up")
+        run = await it.submit("shout", size=40_000_000)
+        assert (await it.run(run, has_ended))["state"] == "completed"
+        it.process.send_signal(signal.SIGTERM)
+        assert await it.ended() == 0
+
+
+async def test_the_death_of_a_worker_is_seen_while_a_process_of_a_task_goes_on(tmp_path: Path) -> None:
+    tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
+    async with up(tmp_path, "--no-model", **tasks) as it:
+        await it.prints("backcast is up")
+        run = await it.submit("leave_a_process")
+        assert (await it.run(run, has_ended))["state"] == "completed"
+        left = psutil.Process(await it.get(f"/v1/runs/{run}/result"))
+        it.parts()["worker"].kill()
+        await it.prints("worker │ was killed by SIGKILL; starting it again in 0.5 s")
+        left.kill()
+
+
+async def test_a_port_that_another_program_takes_later_is_replaced_or_named(tmp_path: Path) -> None:
+    async with up(tmp_path, "--no-model") as it:
+        await it.prints("backcast is up")
+        with contextlib.ExitStack() as others:
+            for name in ("worker", "steward"):
+                [port] = [
+                    each.laddr.port for each in it.parts()[name].net_connections("tcp") if each.status == "LISTEN"
+                ]
+                others.enter_context(_taken(it, name, port))
+                await it.prints(rf"{name} │ another program has taken port {port}, using \d+")
+            others.enter_context(_taken(it, "api", it.port))
+            assert await it.ended() == 2
+        assert f"Another program has taken port {it.port} of api: stop it, or choose another port by --port." in (
+            it.log.read_text()
+        )
 
 
 async def test_two_that_start_at_once_keep_to_themselves(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import signal
+import subprocess
 import time
 from datetime import date
 from pathlib import Path
@@ -185,3 +186,15 @@ async def crowded(name: str, seconds: float) -> int:
     finally:
         mine.unlink()
     return present
+
+
+@task
+def shout(size: int) -> int:
+    """Writes one line, which has no end."""
+    return os.write(2, b"x" * size)
+
+
+@task
+def leave_a_process() -> int:
+    """Starts a process that goes on, outside of the worker's group, with the worker's output as its own."""
+    return subprocess.Popen(["sleep", "3600"], start_new_session=True).pid

@@ -1,6 +1,7 @@
 """The building blocks of `backcast up`, with small programs in the place of its parts."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -8,11 +9,12 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from backcast.errors import ConfigurationError
 from backcast.local import postgres
-from backcast.local.child import Child
+from backcast.local.child import LONGEST, Child
 from backcast.local.ports import Ports, listens
 from backcast.local.up import up
 from tests.support.waiting import PATIENCE, until
@@ -74,11 +76,72 @@ async def test_the_terminal_shows_the_last_line_of_a_traceback_and_the_log_all_o
 
 async def test_very_long_and_broken_lines_do_no_harm(tmp_path: Path) -> None:
     lines: Lines = []
-    program = "import sys, time; sys.stdout.buffer.write(b'x' * 200_000 + b'\\xff\\n\\nend\\n'); time.sleep(3600)"
-    it = part(tmp_path, lines, program).start()
+    output = r"b'x' * 200_000 + b'\xff\n\n' + b'y' * 20_000_000 + b'\nend\n' + b'z' * 20_000_000"
+    it = part(tmp_path, lines, f"import sys, time; sys.stdout.buffer.write({output}); time.sleep(3600)").start()
     await words(lines, "end")
+
+    async def size() -> int:
+        return (tmp_path / "part.log").stat().st_size
+
+    assert await until(size, lambda seen: seen >= 40_200_008) == 40_200_008, "the log file has all of it"
+    async with asyncio.timeout(PATIENCE):
+        await it.stop(PATIENCE)
+    assert [len(words) for _, words, _ in lines] == [200_001, LONGEST, 3]
+
+
+@pytest.mark.parametrize("session", [False, True])
+async def test_a_death_is_seen_while_a_grandchild_holds_the_pipe(tmp_path: Path, session: bool) -> None:
+    """A grandchild in the process's group ends with it: it might hold the port that the next one needs."""
+    lines: Lines = []
+    start = f"subprocess.Popen(['sleep', '3600'], start_new_session={session})"
+    it = part(tmp_path, lines, f"import os, subprocess\nprint('pid', {start}.pid)\nos.kill(os.getpid(), 9)").start()
+    await words(lines, "was killed by SIGKILL; starting it again in 1 s")
     await it.stop(PATIENCE)
-    assert [len(words) for _, words, _ in lines] == [200_001, 3]
+    pids = [int(text.removeprefix("pid ")) for _, text, _ in lines if text.startswith("pid ")]
+    for pid in pids:
+        if session:
+            os.kill(pid, signal.SIGKILL)
+        else:
+            await until(lambda pid=pid: _is_gone(pid))
+
+
+async def _is_gone(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+async def test_a_terminal_that_fails_does_not_stop_the_reading(tmp_path: Path) -> None:
+    lines: Lines = []
+    it = part(tmp_path, lines, "print('on'); print('x' * 1_000_000); print('off')")
+
+    def show(*line: str) -> None:
+        lines.append(line)  # type: ignore[arg-type]
+        if "ended" not in line[1]:
+            raise BrokenPipeError
+
+    it.show = show
+    it.start()
+    await words(lines, "ended with exit code 0")
+    await it.stop(PATIENCE)
+    assert (tmp_path / "part.log").read_text().startswith("on\nx")
+    assert "off" in (tmp_path / "part.log").read_text()
+
+
+async def test_a_part_without_hope_is_given_up(tmp_path: Path) -> None:
+    errors: list[ConfigurationError] = []
+
+    async def prepare() -> None:
+        raise ConfigurationError("the port is gone")
+
+    it = part(tmp_path, [], "", prepare=prepare, give_up=errors.append).start()
+
+    async def look() -> list[ConfigurationError]:
+        return errors
+
+    await until(look)
+    await it.stop(PATIENCE)
+    assert [error.detail for error in errors] == ["the port is gone"]
 
 
 async def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:

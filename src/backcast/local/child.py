@@ -11,16 +11,18 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from backcast.errors import BackcastError
+from backcast.errors import ConfigurationError
 from backcast.local import ports
 
 DELAYS = (0.5, 1, 2, 5, 30)
 """Seconds before a restart, after one, two, … deaths within a minute; the last is for a process with little hope."""
+LONGEST = 1 << 20
+"""Bytes of a line that are shown; the log file has all of it."""
 _OURS = r"(?!Traceback|During handling|The above exception|\s)"  # of a traceback, only the last line
 _WORTH = {  # the lines of a process that a person sees; its log file has them all
     "postgres": r".*(WARNING|ERROR|PANIC|FATAL): (?!.*(starting up|shutting down|not yet acc|administrator command))",
@@ -39,6 +41,14 @@ os.getppid() == int(sys.argv[2]) and os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
+async def _nothing() -> None:
+    pass
+
+
+def _raise(error: ConfigurationError) -> None:
+    raise error
+
+
 @dataclass(slots=True, eq=False)
 class Child:
     """A process that is started again whenever it ends, until it is stopped."""
@@ -50,6 +60,10 @@ class Child:
     show: Callable[[str, str, str], None]
     """Print a line: the process's name, the text, its style."""
     stop_by: signal.Signals = signal.SIGTERM
+    prepare: Callable[[], Awaitable[None]] = _nothing
+    """Awaited before each start."""
+    give_up: Callable[[ConfigurationError], None] = _raise
+    """Called when a start raises this error, which no further start would mend."""
     _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _child: asyncio.subprocess.Process | None = field(default=None, init=False)
     _running: asyncio.Task[None] | None = field(default=None, init=False)
@@ -75,7 +89,7 @@ class Child:
         if not (await asyncio.wait([self._running], timeout=patience))[0]:
             self.show(self.name, f"has not stopped within {patience:g} s: killed", "yellow")
             self.send(signal.SIGKILL)
-        await self._running
+            await asyncio.wait([self._running])
 
     async def _run(self) -> None:
         deaths: deque[float] = deque(maxlen=len(DELAYS))
@@ -83,9 +97,12 @@ class Child:
             last: deque[str] = deque(maxlen=12)
             try:
                 code = await self._run_once(last)
-            except (OSError, BackcastError) as error:  # it could not be started at all
+            except ConfigurationError as error:
+                self.give_up(error)
+                return
+            except Exception as error:  # noqa: BLE001  # it could not be started at all
                 code = 1
-                self.show(self.name, str(error), "red")
+                self.show(self.name, str(error) or repr(error), "red")
             if self._stopping.is_set():
                 return
             deaths.append(time.monotonic())
@@ -100,37 +117,71 @@ class Child:
                 await asyncio.wait_for(self._stopping.wait(), DELAYS[recent - 1])
 
     async def _run_once(self, last: deque[str]) -> int:
+        await self.prepare()
         command = self.command()
         if sys.platform == "linux":
             with_us = signal.SIGKILL if self.stop_by == signal.SIGTERM else self.stop_by
             command = [sys.executable, "-ISc", _TOGETHER, str(int(with_us)), str(os.getpid()), *command]
-        with self.log.open("ab", buffering=0) as log:
-            self._child = await asyncio.create_subprocess_exec(
-                *command,
-                env=self.environ,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,  # the terminal's Ctrl-C is for us: we stop the children in order
-                limit=1 << 24,  # bytes in a line
-            )
-            if self._stopping.is_set():
-                self.send(self.stop_by)
-            reading = asyncio.create_task(self._read(self._child.stdout, log.write, last))
-            code = await self._child.wait()
-            await asyncio.wait([reading], timeout=1)  # a grandchild may keep the pipe open
-            reading.cancel()
-            return code
-
-    async def _read(
-        self, output: asyncio.StreamReader | None, keep: Callable[[bytes], object], last: deque[str]
-    ) -> None:
-        assert output is not None
         worth = re.compile(_WORTH.get(self.name, _OURS))
-        async for raw in output:
-            with contextlib.suppress(OSError):  # a full disk must not stop the reading: the child would hang in print
-                keep(raw)
-            if line := raw.decode(errors="replace").rstrip():
-                last.append(line)
-                if worth.match(line):
-                    self.show(self.name, line.removeprefix("INFO").lstrip(), "")
+
+        def take(line: str) -> None:
+            last.append(line)
+            if worth.match(line):
+                self.show(self.name, line.removeprefix("INFO").lstrip(), "")
+
+        with self.log.open("ab", buffering=0) as log:
+            # A pipe of our own: with asyncio's, the end of the process is reported only after that of the pipe, which a
+            # grandchild may hold for ever (Python 3.11).
+            reads, writes = os.pipe()
+            connect = asyncio.get_running_loop().connect_read_pipe
+            pipe, output = await connect(lambda: _Output(log.write, take), os.fdopen(reads, "rb", 0))
+            try:
+                try:
+                    self._child = await asyncio.create_subprocess_exec(
+                        *command,
+                        env=self.environ,
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=writes,
+                        stderr=asyncio.subprocess.STDOUT,
+                        start_new_session=True,  # the terminal's Ctrl-C is for us: we stop the children in order
+                    )
+                finally:
+                    os.close(writes)
+                if self._stopping.is_set():
+                    self.send(self.stop_by)
+                code = await self._child.wait()
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # what it has left may hold its port
+                    os.killpg(self._child.pid, signal.SIGKILL)
+                await asyncio.wait([output.ended], timeout=1)  # a grandchild in a session of its own may hold the pipe
+                return code
+            finally:
+                pipe.close()
+
+
+class _Output(asyncio.Protocol):
+    """Keeps what a process writes, and takes its lines one by one. It reads whatever comes: a process whose output
+    nobody reads stops in its next print."""
+
+    def __init__(self, keep: Callable[[bytes], object], take: Callable[[str], None]) -> None:
+        self._keep, self._take = keep, take
+        self._line = bytearray()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # a full disk
+            self._keep(data)
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._add(end)
+            if line := self._line.decode(errors="replace").rstrip():
+                with contextlib.suppress(OSError):  # the terminal is gone
+                    self._take(line)
+            self._line.clear()
+        self._add(rest)
+
+    def _add(self, piece: bytes) -> None:
+        self._line += piece[: LONGEST - len(self._line)]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        if not self.ended.done():
+            self.ended.set_result(None)

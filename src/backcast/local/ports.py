@@ -27,11 +27,8 @@ class Ports:
     def take(self, wanted: int, others: Set[int] = frozenset()) -> int:
         """`wanted`, or the next free port that is not in `others`; for 0, any free port."""
         for port in sorted(set(range(wanted, min(wanted + 100, 1 << 16))) - others):
-            with contextlib.ExitStack() as attempt, contextlib.suppress(OSError), socket.socket() as probe:
-                # As servers do: the port may have been used a moment before.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("127.0.0.1", port))
-                free = int(probe.getsockname()[1])
+            with contextlib.ExitStack() as attempt, contextlib.suppress(OSError):
+                free = _bind(port)
                 attempt.enter_context(lock.held(self._locks / str(free)))  # BlockingIOError is an OSError
                 self._held.push(attempt.pop_all())
                 return free
@@ -39,6 +36,23 @@ class Ports:
 
     def release(self) -> None:
         self._held.close()
+
+
+def is_free(port: int) -> bool:
+    try:
+        _bind(port)
+    except OSError:
+        return False
+    return True
+
+
+def _bind(port: int) -> int:
+    """Bind the port for a moment, and return its number."""
+    with socket.socket() as probe:
+        # As servers do: the port may have been used a moment before.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return int(probe.getsockname()[1])
 
 
 def listens(pid: int, port: int) -> bool:

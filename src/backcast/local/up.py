@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import time
@@ -29,9 +30,9 @@ from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
 from backcast.local import lock, postgres, weights
 from backcast.local.child import Child
-from backcast.local.ports import Ports
+from backcast.local.ports import Ports, is_free
 from backcast.process.stop import Stop
-from backcast.settings import URL_VARIABLE, Settings, load
+from backcast.settings import KEY_VARIABLE, URL_VARIABLE, Settings, load
 from backcast.store import open_store
 
 GRACE = 10
@@ -47,6 +48,10 @@ _STYLES = {
     "prefect": "bright_blue",
 }
 _WIDTH = max(map(len, _STYLES))
+_PORT_OPTIONS = {"api": "--port", "prefect": "--prefect-port", "model": "BACKCAST_MODEL__PORT"}
+_PORT_PATIENCE = 3.0
+"""Seconds in which a process of ours that was killed lets go of its port."""
+_LAST_PORT = (1 << 16) - 1
 _HEALTH = {"model": "/health", "prefect": "/api/health"}  # the others have /readyz
 
 
@@ -90,8 +95,11 @@ class _Up:
             self._ports[name] = got = self._taken.take(number, others)
             if got != number != 0:
                 self._show(name, f"port {number} is taken, using {got}", "yellow")
+        self._private = {"api", "worker", "steward"}
+        """The processes whose ports nobody has been told yet."""
+        self._failure: BaseException | None = None
         defaults = {"BACKCAST_STORE__URL": self._store.url, "BACKCAST_STEWARD__KEEP_HISTORY": "P30D"}
-        environ = defaults | os.environ | self._variables()
+        self._environ = defaults | os.environ | self._variables()
         python = [sys.executable, "-m"]
         commands: dict[str, Callable[[], list[str]]] = {
             name: lambda name=name: [*python, "backcast", name] for name in ("worker", "api", "steward", "model")
@@ -99,22 +107,37 @@ class _Up:
         serve = [*python, "prefect", "server", "start", "--host=127.0.0.1", f"--port={self._ports['prefect']}"]
         commands |= {"postgres": partial(postgres.command, data / "postgres"), "prefect": lambda: serve}
         self._children = {
-            name: Child(name, command, environ, data / "log" / f"{name}.log", self._show)
+            name: Child(
+                name,
+                command,
+                self._environ,
+                data / "log" / f"{name}.log",
+                self._show,
+                prepare=partial(self._secure_port, name),
+                give_up=self._fail,
+            )
             for name, command in commands.items()
         }
         self._children["postgres"].stop_by = signal.SIGINT
 
     async def run(self) -> None:
         starting = asyncio.create_task(self._start())
-        starting.add_done_callback(lambda it: it.cancelled() or it.exception() is None or self._stop.asked.set())
+        starting.add_done_callback(lambda it: it.cancelled() or (it.exception() and self._fail(it.exception())))
         await self._stop.asked.wait()
         starting.cancel()
         await asyncio.wait([starting])
         await self._drain()
         await self._http.aclose()
         self._taken.release()
-        if not starting.cancelled():
-            starting.result()
+        if self._failure is not None:
+            raise self._failure
+
+    def _fail(self, failure: BaseException | None) -> None:
+        """Stop everything; the first failure is the reason."""
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+        self._failure = self._failure or failure
+        self._stop.asked.set()
 
     async def _start(self) -> None:
         await asyncio.to_thread(postgres.prepare, self._data / "postgres")
@@ -144,6 +167,28 @@ class _Up:
                 patience += 30
             await asyncio.sleep(0.05)
 
+    async def _secure_port(self, name: str) -> None:
+        """Before a start: another program may have taken the port while nothing of ours listened on it.
+
+        Raises:
+            ConfigurationError: it has, and others already know this port.
+        """
+        port = self._ports.get(name)
+        patience = time.monotonic() + _PORT_PATIENCE
+        while port is not None and not is_free(port):
+            if time.monotonic() < patience:
+                await asyncio.sleep(0.05)
+            elif name in self._private:
+                new = self._ports[name] = self._taken.take(port + 1 if port < _LAST_PORT else 1024)
+                self._environ[f"BACKCAST_{name.upper()}__PORT"] = str(new)
+                self._show(name, f"another program has taken port {port}, using {new}", "yellow")
+                return
+            else:
+                raise ConfigurationError(
+                    f"Another program has taken port {port} of {name}: stop it, or choose another port by"
+                    f" {_PORT_OPTIONS[name]}."
+                )
+
     async def _why_not_ready(self, name: str) -> str | None:
         if name == "postgres":
             return await asyncio.to_thread(provisioning.why_not_ready, self._database("postgres"))
@@ -166,6 +211,7 @@ class _Up:
         if not self._serves_model:
             return
         if weights.find(self._model.cache) is None:
+            await self._secure_port("model")
             async with self._turning_away():
                 while not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # there is no event for the network's return
                     await asyncio.sleep(60)
@@ -242,21 +288,28 @@ class _Up:
     def _welcome(self) -> None:
         """Print the addresses and the next steps; lines to paste stand outside the panel, away from its border."""
         it = weights.MODEL
-        model = f"{it.name}, {it.size / 1e6:.0f} MB, {it.licence}\ndemo quality; kept in {self._model.cache}; "
+        model = (
+            f"{it.name}, {it.size / 1e6:.0f} MB, {it.licence} (loading)\ndemo quality; kept in {self._model.cache}; "
+        )
         model += "--no-model does without"
         if not self._model.embedded:
             model = f"{self._model.name}, by your provider"
         elif not self._serves_model:
             model = "none: casts fail; BACKCAST_MODEL__API_KEY uses a provider's"
         table = Table.grid(padding=(0, 2))
+        self._private.discard("api")
         table.add_row("API", f"{self._url('api')}/docs")
-        table.add_row("Prefect", f"{self._url('prefect')} (in a moment)")
+        table.add_row("Prefect", f"{self._url('prefect')} (starting)")
         table.add_row("Model", model)
         table.add_row("Data", str(self._data))
         title = f"backcast is up ({time.monotonic() - self._began:.1f} s)"
         self._console.print(Panel.fit(table, title=title, border_style="green"))
         where = "" if self._data == Path(".backcast").resolve() else f"{URL_VARIABLE}={self._url('api')} "
-        self._console.print(f"  curl {self._url('api')}/tasks -d target_type=int -d payload='{_EXAMPLE}'")
+        header = ""
+        if self._key is not None:  # or the lines would be answered 401
+            header = f"-H {shlex.quote(f'Authorization: Bearer {self._key}')} "
+            where = f"{KEY_VARIABLE}={shlex.quote(self._key)} {where}"
+        self._console.print(f"  curl {header}{self._url('api')}/tasks -d target_type=int -d payload='{_EXAMPLE}'")
         self._console.print(f"  {where}backcast cast '{_EXAMPLE}' --to int")
 
     def _show(self, name: str, words: str, style: str = "") -> None:

@@ -77,6 +77,9 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 # --- Run --------------------------------------------------------------------------------------------------------------
 
 FROM ${PYTHON} AS runtime
+# The kernel drops a signal to PID 1 that has no handler for it yet. tini has them at once, and passes signals on; it also
+# collects processes that outlive their parents.
+RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 # A name for the id, because some libraries look up the user's name.
 RUN useradd --uid 10001 --user-group --no-log-init --no-create-home --home-dir /tmp --shell /usr/sbin/nologin backcast
 # The processes write only to /tmp: mount something there, and the root can be read-only.
@@ -98,7 +101,7 @@ RUN --mount=type=tmpfs,target=/tmp python -c 'import anyio._backends._asyncio, a
 FROM common AS api
 COPY --from=package /package /app/.venv
 USER 10001:10001
-ENTRYPOINT ["backcast"]
+ENTRYPOINT ["tini", "--", "backcast"]
 CMD ["api"]
 EXPOSE 8000 8082
 ARG VERSION=dev
@@ -115,7 +118,7 @@ RUN --mount=type=tmpfs,target=/tmp python -c 'import genai_prices.data, httpcore
 COPY --from=package /package /app/.venv
 USER 10001:10001
 ENV PYTHONPATH=/app
-ENTRYPOINT ["backcast"]
+ENTRYPOINT ["tini", "--", "backcast"]
 CMD ["worker"]
 EXPOSE 8081
 ARG VERSION=dev
@@ -132,7 +135,7 @@ RUN --mount=type=tmpfs,target=/tmp python -c 'import xllamacpp'
 COPY --from=package /package /app/.venv
 USER 10001:10001
 ENV BACKCAST_MODEL__WEIGHTS=/app/model.gguf
-ENTRYPOINT ["backcast"]
+ENTRYPOINT ["tini", "--", "backcast"]
 CMD ["model"]
 EXPOSE 8083
 ARG VERSION=dev
@@ -150,7 +153,7 @@ RUN --mount=type=tmpfs,target=/tmp python -c 'import alembic.command, anyio._bac
 USER 10001:10001
 # By default it writes its pages into its own package's folder, and reports its use.
 ENV PREFECT_HOME=/tmp/prefect PREFECT_SERVER_UI_STATIC_DIRECTORY=/tmp/prefect/ui PREFECT_SERVER_ANALYTICS_ENABLED=false
-ENTRYPOINT ["prefect"]
+ENTRYPOINT ["tini", "--", "prefect"]
 CMD ["server", "start", "--host", "0.0.0.0", "--port", "4200"]
 EXPOSE 4200
 ARG VERSION=dev
@@ -167,4 +170,4 @@ COPY docker/live /usr/local/bin/live
 COPY src /app/live/src
 COPY examples /app/live/tasks
 ENV PYTHONPATH=/tmp/live/src:/tmp/live/tasks
-ENTRYPOINT ["live"]
+ENTRYPOINT ["tini", "--", "live"]

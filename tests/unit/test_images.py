@@ -21,9 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 @pytest.mark.parametrize("target", [*PARTS, "dev"])
 def test_every_image_runs_unprivileged_and_without_a_shell_around_it(target: str) -> None:
     assert effective(STAGES, target, "USER") == "10001:10001"
-    assert command(STAGES, target, "ENTRYPOINT") == [
-        {"prefect-server": "prefect", "dev": "live"}.get(target, "backcast")
-    ]
+    program = {"prefect-server": "prefect", "dev": "live"}.get(target, "backcast")
+    assert command(STAGES, target, "ENTRYPOINT") == ["tini", "--", program], "Python is not PID 1"
     assert command(STAGES, target, "CMD")
 
 

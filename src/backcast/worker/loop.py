@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
@@ -298,7 +298,8 @@ class Worker:
 
     async def run(self, stop: Stop) -> None:
         """Work until `stop` is asked for, then drain: finish within the grace period, release the rest."""
-        await self._until(stop, self._lease.register())
+        if not await self._registered(stop):
+            return
         self._lease.start()
         settling = asyncio.create_task(self._settler.run())
         pool = self._settings.worker.pool
@@ -346,10 +347,17 @@ class Worker:
                     await self._settler.join()
                 await self._lease.give_up()
 
-    async def _until(self, stop: Stop, work: Awaitable[None]) -> None:
-        task, asked = asyncio.ensure_future(work), asyncio.create_task(stop.asked.wait())
-        done, _ = await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
-        for one in (task, asked):
-            one.cancel()
-        if task in done:
-            task.result()
+    async def _registered(self, stop: Stop) -> bool:
+        """Register; if `stop` is asked for first, take the registration back."""
+        registering, asked = asyncio.create_task(self._lease.register()), asyncio.create_task(stop.asked.wait())
+        await asyncio.wait({registering, asked}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (registering, asked):
+            task.cancel()
+        await asyncio.gather(registering, asked, return_exceptions=True)
+        if not stop.asked.is_set():
+            registering.result()
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await self._lease.give_up()  # its statement may have been committed without our seeing the answer
+        return False

@@ -26,7 +26,6 @@ async def _serve(settings: Settings) -> None:
     from backcast.executor.executor import Executor
     from backcast.history.sink import Sink
 
-    stop = Stop()
     store = open_store(settings.store)
     ledger = Ledger.of(settings.database, name="backcast-worker")
     sink = Sink(settings.prefect)
@@ -41,6 +40,7 @@ async def _serve(settings: Settings) -> None:
         threads=settings.worker.slots,
         publish=sink.publish if sink.is_enabled else None,
     )
+    stop = Stop()  # not before the tasks are imported: until then a signal ends the process at once
     publishing = asyncio.create_task(sink.run(partial(cursors.identity, ledger)))
     try:
         async with executor:

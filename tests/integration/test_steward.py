@@ -295,6 +295,32 @@ async def test_a_steward_that_was_away_catches_up(database: str, tmp_path: Path,
         assert gone not in await states()
 
 
+async def test_churn_does_not_postpone_the_recovery_of_lost_runs(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    """More than a quarter of the fleet is silent, and at each look others are too."""
+
+    async def join(*, silent: bool) -> UUID:
+        run = await add(ledger, "running", ago=10)
+        await ledger.execute(
+            """insert into workers (id, pool, host, version, tasks, slots, heartbeat_at)
+               select worker_id, 'default', 'here', '', '{}', 1, now() + make_interval(hours => $2) from runs
+                where id = $1""",
+            run,
+            -1 if silent else 1,
+        )
+        return run
+
+    await join(silent=False)
+    first = [await join(silent=True) for _ in range(5)]
+
+    async def churn() -> set[str]:
+        await join(silent=True)
+        return {row["state"] for row in await ledger.fetch("select state from runs where id = any($1)", first)}
+
+    async with stack(database, tmp_path, BACKCAST_LEASE="2") as product:
+        await product.start("steward").ready()
+        await until(churn, lambda states: states == {"queued"}, every=0.2)
+
+
 async def test_a_sweep_that_fails_is_made_again(database: str, tmp_path: Path, ledger: Ledger) -> None:
     old = await add(ledger, "failed", ago=3 * DAY)
     env = {"BACKCAST_STEWARD__KEEP_RUNS": "P1D", "BACKCAST_STEWARD__SWEEP": "PT1S"}

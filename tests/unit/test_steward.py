@@ -3,6 +3,8 @@
 from uuid import UUID
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from backcast.ledger.fleet import Fleet
 from backcast.models import uuid7
@@ -16,7 +18,10 @@ APART = 1_000_000.0
 def seen(
     detector: FailureDetector, second: float, *dead: UUID, alive: int = 3, started: float = 1.0, jump: float = 0.0
 ) -> bool:
-    return detector.may_requeue(Fleet(alive, frozenset(dead), started, at=APART + second + jump), second)
+    found = Fleet(alive, frozenset(dead), started, at=APART + second + jump)
+    believed = detector.believed_dead(found, second)
+    assert believed <= found.dead
+    return bool(believed)
 
 
 @pytest.fixture
@@ -53,6 +58,46 @@ def test_after_a_restart_of_the_database_a_lease_is_waited(detector: FailureDete
     assert not seen(detector, 121, A, started=2.0)
     assert not any(seen(detector, 122 + n, A, started=2.0) for n in range(14))
     assert seen(detector, 136, A, started=2.0)
+
+
+def test_under_churn_each_worker_of_a_mass_death_waits_for_one_look_only(detector: FailureDetector) -> None:
+    workers = [uuid7() for _ in range(20)]
+    for n in range(1, 20):  # one more dies each second, and the requeued ones are gone from the next look
+        dead = frozenset(workers[max(0, n - 2) : n])
+        believed = detector.believed_dead(Fleet(1, dead, 1.0, APART + 120 + n), 120.0 + n)
+        assert believed == ({workers[n - 2]} if n > 1 else dead)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    looks=st.lists(st.tuples(st.floats(0.1, 4.9), st.frozensets(st.integers(0, 7))), min_size=1, max_size=40),
+    requeues=st.booleans(),
+    pause=st.none() | st.integers(0, 39),
+)
+def test_whatever_comes_and_goes_a_silent_worker_is_believed_within_a_third_of_a_lease(
+    looks: list[tuple[float, frozenset[int]]], requeues: bool, pause: int | None
+) -> None:
+    """Eight workers; `pause` is the look before which the steward stood still."""
+    workers, lease = [uuid7() for _ in range(8)], 15.0
+    detector, now, watching, gone = FailureDetector(lease), 1000.0, 1000.0, frozenset[UUID]()
+    detector.believed_dead(Fleet(8, frozenset(), 1.0, now), now)
+    since: dict[UUID, float] = {}
+    for number, (seconds, silent) in enumerate(looks):
+        now += 3600.0 if number == pause else seconds
+        if number == pause:
+            watching, since = now, {}
+        dead = frozenset(workers[n] for n in silent) - gone
+        believed = detector.believed_dead(Fleet(8 - len(dead), dead, 1.0, now), now)
+        assert believed <= dead
+        if now - watching < lease:
+            assert not believed, "nobody is believed dead before a whole lease was watched"
+            continue
+        since = {worker: since.get(worker, now) for worker in dead}
+        if len(dead) <= 2:
+            assert believed == dead
+        assert all(since[worker] < now for worker in believed) or len(dead) <= 2, "a mass death takes a second look"
+        assert {worker for worker in dead if since[worker] < now and now - since[worker] >= lease / 3} <= believed
+        gone = (gone | believed) & frozenset(workers[n] for n in silent) if requeues else frozenset()
 
 
 def test_a_mass_death_needs_a_second_look(detector: FailureDetector) -> None:

@@ -103,8 +103,8 @@ class Steward:
             while True:
                 await leadership.beat(connection, self._id)
                 seen = await fleet.observe(connection, self._lease)
-                if detector.may_requeue(seen, time.monotonic()):
-                    await self._requeue(seen.dead)
+                if dead := detector.believed_dead(seen, time.monotonic()):
+                    await self._requeue(dead)
                 await self._round_ends()
 
     async def _round_ends(self) -> None:

@@ -27,7 +27,7 @@ COPY pyproject.toml uv.lock ./
 # than S3 and the ones that give an identity (26 MB), and pages that a worker never serves (16 MB).
 FROM uv AS api-env
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv sync --frozen --no-install-project \
+    uv sync --frozen --no-install-project --extra api \
  && find /app/.venv -name '*.so*' -type f -exec strip --strip-unneeded {} + \
  && cd /app/.venv/lib/python3*/site-packages/botocore/data \
  && find . -mindepth 1 -maxdepth 1 -type d ! -name s3 ! -name sts ! -name 'sso*' ! -name signin -exec rm -r {} +

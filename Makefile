@@ -6,7 +6,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .tools/bin/uv)
 export UV_PROJECT_ENVIRONMENT ?= .venv
 
-.PHONY: help up test chart e2e image lint gen bench eval chaos
+.PHONY: help up test contract chart e2e image lint gen bench eval chaos
 
 help: ## show the verbs
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,15 @@ test: .venv/.synced ## unit, chart and integration tests, on real servers (TEST=
 	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST)
 	@docker info >/dev/null 2>&1 || printf '\n%s\n' \
 	  '*** NOT RUN, for want of Docker: the end-to-end tier (tests/e2e, `make e2e`) on a real cluster. ***' >&2
+
+# An environment of its own, with the newest of everything that the bounds in pyproject.toml allow.
+PREFECT ?= 3.9.1
+
+contract: .venv/.synced ## tests of what we know of Prefect's insides, on another version (PREFECT=3.9.1 PYTHON=python3.14)
+	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-contract
+	@$(UV) pip install --quiet --python .venv-contract -e '.[all]' --group dev 'prefect==$(PREFECT)'
+	@.venv-contract/bin/python -c 'import platform, prefect; print("Python", platform.python_version(), "Prefect", prefect.__version__)'
+	@.venv-contract/bin/python -m pytest $(or $(TEST),tests/integration/test_engine_contract.py)
 
 chart: .venv/.synced ## tests of the Helm chart alone; they need no cluster
 	@.venv/bin/python -m pytest tests/chart $(TEST)

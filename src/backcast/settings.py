@@ -34,13 +34,9 @@ from pydantic_settings import (
 )
 
 from backcast.errors import ConfigurationError, did_you_mean
+from backcast.variables import CONFIG_VARIABLE, KEY_VARIABLE, URL_VARIABLE
 
 PREFIX = "BACKCAST_"
-CONFIG_VARIABLE = "BACKCAST_CONFIG"
-URL_VARIABLE = "BACKCAST_URL"
-"""Read by the command line only: the address of the API."""
-KEY_VARIABLE = "BACKCAST_API_KEY"
-"""Read by the command line only: the key that it sends to the API."""
 
 
 def _split(value: Any) -> Any:

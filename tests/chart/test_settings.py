@@ -13,7 +13,8 @@ import yaml
 from prefect.settings import Settings as PrefectSettings
 
 import backcast.local.up
-from backcast.settings import CONFIG_VARIABLE, Settings, load
+from backcast.settings import Settings, load
+from backcast.variables import CONFIG_VARIABLE
 from tests.chart.rendering import SCENARIOS, Object, Pod, Release, render, scenario
 
 SECRETS = {

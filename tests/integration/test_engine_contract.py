@@ -1,5 +1,6 @@
-"""The facts of Prefect 3.8.8 that prefect_engine.py, capture.py and sink.py rest on, one test each: when a pin moves, a
-failing test names the broken fact. No server runs: nothing listens at `PREFECT_API_URL`."""
+"""The facts of Prefect that prefect_engine.py, capture.py and sink.py rest on, one test each: when a pin moves, a
+failing test names the broken fact. `make contract PREFECT=…` asks another version. No server runs: nothing listens at
+`PREFECT_API_URL`."""
 
 import asyncio
 import collections
@@ -169,7 +170,9 @@ async def test_logs_come_to_the_sink_with_their_run(executor: subject.Executor, 
     assert [line["message"] for line in sink.lines] == ["logged: hello", "printed: hello"]
     assert {line["task_run_id"] for line in sink.lines} == {str(run_id)}
     await run(executor, "fail", 3, run_id=failed, kind="plain")
-    assert "Retries are exhausted" in sink.lines[-1]["message"], "the engine's own lines, which `use_run_logger` is for"
+    last = sink.lines[-1]["message"]
+    assert "Retries are exhausted" in last, "the engine's own lines, which `use_run_logger` is for"
+    assert last.endswith(r"ValueError: as asked \x00 \ud800"), "a line that is not text is kept"
     assert sink.lines[-1]["task_run_id"] == str(failed)
 
 

@@ -126,7 +126,7 @@ def test_the_chart_names_these_images_and_this_version() -> None:
 
 def test_the_server_is_of_the_version_that_workers_speak_to() -> None:
     def pin(requirements: list[str]) -> list[str]:
-        return [it for it in requirements if it.startswith("prefect==")]
+        return [it for it in requirements if it.startswith("prefect>=")]
 
     server = pin(PROJECT["dependency-groups"]["prefect-server"])
     assert server == pin(PROJECT["project"]["optional-dependencies"]["worker"])

@@ -1,7 +1,8 @@
 """The application that commands are declared on. Decides which exit code each error becomes."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -9,6 +10,8 @@ from typer.core import TyperGroup
 from backcast import __version__
 from backcast.cli import output
 from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable, WaitTimeout
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 OK, RUN_FAILED, REFUSED, AWAY, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = (
@@ -31,9 +34,11 @@ class _Readable(TyperGroup):
                     output.complain(f"  {field.pointer}: {field.detail}")
             raise typer.Exit(_exit_code(error)) from None
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("backcast"):
+            command = ctx.invoked_subcommand
+            if error.name is None or error.name.startswith("backcast") or command not in _EXTRAS:
                 raise
-            output.complain(f"{error.name} is not installed, and this command needs it: pip install 'backcast[local]'.")
+            extra = f"pip install 'backcast[{_EXTRAS[command]}]'"
+            output.complain(f"backcast {command} needs {error.name}, which is not installed: {extra}.")
             raise typer.Exit(REFUSED) from None
 
 
@@ -51,7 +56,18 @@ app = typer.Typer(
     name="backcast", cls=_Readable, no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_CODES
 )
 use = partial(app.command, rich_help_panel="Use the service", epilog=EXIT_CODES)
-run = partial(app.command, rich_help_panel="Run the service")
+_EXTRAS: dict[str, str] = {}
+"""By command: the extra of the package that has all that it imports."""
+
+
+def run(extra: str, *, hidden: bool = False) -> Callable[[Command], Command]:
+    """Declare a command that runs the service, and the extra that it needs."""
+
+    def declare(command: Command) -> Command:
+        _EXTRAS[command.__name__.replace("_", "-")] = extra
+        return app.command(rich_help_panel="Run the service", hidden=hidden)(command)
+
+    return declare
 
 
 def _print_version(wanted: bool) -> None:

@@ -19,7 +19,7 @@ def _settings() -> "Settings":
     return load()
 
 
-@run()
+@run("local")
 def up(
     data: Annotated[Path, typer.Option(help="Folder for the database, the results and the logs.")] = Path(".backcast"),
     model: Annotated[bool, typer.Option(help="Serve the embedded model, when no provider is set.")] = True,
@@ -37,7 +37,7 @@ def up(
     raise typer.Exit(up.up(data=data, model=model, port=port, prefect_port=prefect_port, slots=slots))
 
 
-@run()
+@run("api")
 def api() -> None:
     """Run the HTTP API."""
     from backcast.api.main import main
@@ -45,7 +45,7 @@ def api() -> None:
     main(_settings())
 
 
-@run()
+@run("worker")
 def worker() -> None:
     """Run a worker, which claims runs and executes them."""
     from backcast.worker.main import main
@@ -53,7 +53,7 @@ def worker() -> None:
     main(_settings())
 
 
-@run()
+@run("api")
 def steward() -> None:
     """Run the steward, which requeues the runs of dead workers and cleans up."""
     from backcast.steward.main import main
@@ -61,7 +61,7 @@ def steward() -> None:
     main(_settings())
 
 
-@run()
+@run("llm")
 def model() -> None:
     """Run the embedded model's server; its file is downloaded first if it is missing."""
     from backcast.local import model_server, weights
@@ -78,7 +78,7 @@ def model() -> None:
     model_server.main(settings, file)
 
 
-@run()
+@run("api")
 def setup() -> None:
     """Provision roles and databases (with an admin URL), the schema, the store's folder or bucket."""
     from backcast import provision
@@ -86,7 +86,7 @@ def setup() -> None:
     provision.prepare(_settings(), typer.echo)
 
 
-@run()
+@run("api")
 def check() -> None:
     """Try every call that the processes make to the database and the store, and print what to change."""
     from backcast import provision
@@ -95,7 +95,7 @@ def check() -> None:
         raise typer.Exit(RUN_FAILED)
 
 
-@run(hidden=True)
+@run("api", hidden=True)
 def await_database() -> None:
     """Wait until the Prefect server's database can be used: without it that server ends."""
     from backcast import provision

@@ -7,6 +7,8 @@ from uuid import UUID
 
 import typer
 
+from backcast.variables import KEY_VARIABLE, URL_VARIABLE
+
 if TYPE_CHECKING:
     from backcast.client import Client
 
@@ -28,7 +30,6 @@ RunId = Annotated[UUID, typer.Argument(metavar="ID", help="The run's id.")]
 
 def connect(url: str | None) -> "Client":
     from backcast.client import DEFAULT_URL, Client, authorization  # here, and not for --help: 0.1 s of CPU
-    from backcast.settings import KEY_VARIABLE, URL_VARIABLE
 
     stated = url or os.environ.get(URL_VARIABLE)
     address = stated or (_URL_FILE.read_text().strip() if _URL_FILE.is_file() else DEFAULT_URL)

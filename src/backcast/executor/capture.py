@@ -2,12 +2,14 @@
 tasks that tasks call.
 """
 
+import logging
 from typing import Any
 
 from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
-from prefect.logging.handlers import set_api_log_sink
+from prefect.logging.handlers import APILogHandler, set_api_log_sink
 
+from backcast.executor.classification import clean
 from backcast.history.events import RESOURCE
 from backcast.history.sink import Sink
 
@@ -32,6 +34,7 @@ def install(sink: Sink) -> None:
     queue = Queue(sink)
     EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=queue)
     set_api_log_sink(sink.keep_log)
+    APILogHandler.format = _format
     worker = EventsWorker.instance()
     send: Any = worker.send
 
@@ -39,3 +42,8 @@ def install(sink: Sink) -> None:
         queue.put(("event", event)) if event.event.startswith(RESOURCE) else send(event)
 
     worker.send = take  # pyright: ignore[reportAttributeAccessIssue]  # a method is replaced on purpose
+
+
+def _format(self: logging.Handler, record: logging.LogRecord) -> str:
+    """The line as text that JSON and PostgreSQL can hold: Prefect 3.9 loses any other."""
+    return clean(logging.Handler.format(self, record))

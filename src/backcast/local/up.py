@@ -32,8 +32,9 @@ from backcast.local import lock, postgres, weights
 from backcast.local.child import Child
 from backcast.local.ports import Ports, is_free
 from backcast.process.stop import Stop
-from backcast.settings import KEY_VARIABLE, URL_VARIABLE, Settings, load
+from backcast.settings import Settings, load
 from backcast.store import open_store
+from backcast.variables import KEY_VARIABLE, URL_VARIABLE
 
 GRACE = 10
 """Seconds that running work may go on after Ctrl-C, before it is released."""

@@ -107,7 +107,7 @@ class Run(_Noun):
     error: Problem | None = None
     """Set when the state is failed, or when the last attempt failed and another one will be made."""
     usage: dict[str, JSON] | None = None
-    """The cost of the result: `model` (its name), `input_tokens`, `output_tokens`."""
+    """The cost of the run so far, failed attempts included: `model` (its name), `input_tokens`, `output_tokens`."""
     metadata: dict[str, str] = {}
     created_at: datetime
     run_at: datetime
@@ -174,7 +174,6 @@ class Succeeded:
     """An attempt that returned a value; `body` is its plain JSON in UTF-8."""
 
     body: bytes
-    usage: dict[str, JSON] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,8 +208,9 @@ class Prefect(_Section):
 
 
 class Model(_Section):
-    backend: Literal["auto", "openai", "embedded"] = "auto"
-    """`openai`: any compatible provider. `embedded`: the small local model (demo quality). `auto`: by `api_key`."""
+    backend: Literal["auto", "openai", "embedded", "none"] = "auto"
+    """`openai`: any compatible provider. `embedded`: the small local model (demo quality). `auto`: a provider if
+    `api_key` or `base_url` is set, else the embedded one. `none`: casts fail at once."""
     name: str = "gpt-4o-mini"
     """The provider's name of the model; the embedded backend ignores it."""
     base_url: str | None = None
@@ -219,7 +220,10 @@ class Model(_Section):
     timeout: Duration = timedelta(seconds=60)
     """How long one answer of the model may take."""
     max_tokens: int = Field(default=1024, ge=16)
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens; one that is cut is asked for once more, with four times as many."""
+    excerpt: int = Field(default=200, ge=0, le=1000)
+    """Characters of an unusable answer that the error of its run quotes, never with the key in them; 0 quotes nothing.
+    An answer may repeat what was to be cast, and errors are kept in the ledger and shown in Prefect."""
     cache: Path = Field(
         default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "backcast"
     )
@@ -235,7 +239,12 @@ class Model(_Section):
 
     @property
     def embedded(self) -> bool:
-        return self.backend == "embedded" or (self.backend == "auto" and self.api_key is None and self.base_url is None)
+        return self.backend == "embedded" or self.is_unset
+
+    @property
+    def is_unset(self) -> bool:
+        """Nobody has chosen a model: the embedded one is tried, which may not be there."""
+        return self.backend == "auto" and self.api_key is None and self.base_url is None
 
     @property
     def embedded_url(self) -> str:

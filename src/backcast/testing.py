@@ -47,6 +47,10 @@ class Reply:
     """Seconds before the answer."""
     drop: bool = False
     """Close the connection instead of answering."""
+    page: JSON = None
+    """Sent in place of a completion: a text as HTML, anything else as JSON."""
+    envelope: JSON = None
+    """Changes to the completion around the answer, as an object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,15 +192,19 @@ class _Exchange(BaseHTTPRequestHandler):
             error = {"error": {"message": reply.message, "type": reply.code, "code": reply.code, "param": None}}
             after = {} if reply.retry_after is None else {"Retry-After": str(reply.retry_after)}
             self._send(reply.status, error, after)
+        elif reply.page is not None:
+            self._send(200, reply.page)
         elif body.get("stream"):
             self._stream(_completion(request, reply))
         else:
-            self._send(200, _completion(request, reply))
+            self._send(200, _completion(request, reply) | (reply.envelope or {}))
 
     def _send(self, status: int, content: JSON, headers: dict[str, str] | None = None) -> None:
-        payload = json.dumps(content).encode()
+        is_page = isinstance(content, str)
+        payload = content.encode() if is_page else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+        kind = "text/html" if is_page else "application/json"
+        for name, value in {"Content-Type": kind, **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
@@ -242,7 +250,9 @@ def _completion(request: Request, reply: Reply) -> dict[str, Any]:
         "object": "chat.completion",
         "created": int(time.time()),
         "model": request.body.get("model", "scripted"),
-        "choices": [{"index": 0, "message": message, "finish_reason": reply.finish or finish}],
+        "choices": [
+            {"index": 0, "message": message, "finish_reason": finish if reply.finish is None else reply.finish}
+        ],
         "usage": {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered},
     }
 

@@ -43,6 +43,41 @@ async def test_the_example(product: Stack) -> None:
     assert run["usage"]["output_tokens"] > 0
 
 
+async def test_the_tokens_of_failed_attempts_are_counted_and_the_log_names_the_run(
+    database: str, tmp_path: Path
+) -> None:
+    cut = Reply(raw='{"result": 12}', finish="length")
+    with ScriptedModel([cut, cut, Reply(finish="error"), Reply("many"), Reply("many")]) as model:
+        env = {"BACKCAST_MODEL__BASE_URL": model.url, "BACKCAST_MODEL__API_KEY": KEY}
+        async with stack(database, tmp_path, **env) as product:
+            await product.up("api", "worker")
+            cast_of_cut = await cast(product, **CHAIRS)
+            status = await cast(product, **CHAIRS | {"payload": "other chairs"})
+            cut_run, run = [await product.run(str(one["task_run_id"])) for one in (cast_of_cut, status)]
+    assert cut_run["error"]["code"] == "model_answer_too_long"
+    assert cut_run["usage"]["output_tokens"] > 0
+    assert (run["error"]["code"], run["attempts"]) == ("model_answer_invalid", 2)
+    one = cut_run["usage"]["input_tokens"] / 2
+    assert one * 2.5 < run["usage"]["input_tokens"] < one * 4, (
+        "three answers: one of the first attempt, two of the last"
+    )
+    assert "'many' is not of type 'integer'" in str(status["message"])
+    log = product.parts[1].text
+    assert f"run {run['id']} of create_structured_output has failed: model_answer_invalid" in log
+    assert f"run {run['id']} of create_structured_output: Task run failed" in log, (
+        "Prefect's own line, before the retry"
+    )
+    assert "Failed to write result" not in log
+
+
+async def test_without_a_model_a_cast_fails_at_once(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path, BACKCAST_MODEL__BACKEND="none") as product:
+        await product.up("api", "worker")
+        run = await product.run(str((await cast(product, **CHAIRS))["task_run_id"]))
+    assert (run["error"]["code"], run["attempts"]) == ("model_not_set_up", 1)
+    assert "BACKCAST_MODEL__API_KEY" in run["error"]["detail"]
+
+
 async def test_shapes(product: Stack) -> None:
     order = {
         "type": "object",

@@ -55,7 +55,17 @@ def every_kind(first: int, /, second: int = 2, *rest: int, third: int = 3, **mor
     return [first, second, rest, third, more]
 
 
+class Mute(ValueError):
+    """Its message can't be read."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("in __str__")
+
+    __repr__ = __str__
+
+
 KINDS: dict[str, Any] = {
+    "mute": Mute,
     "plain": lambda: ValueError("as asked"),
     "usage": lambda: UsageError("as asked"),
     "fatal": lambda: FatalError("as asked"),
@@ -321,6 +331,13 @@ def busy(way: Way) -> Any:
 @pytest.fixture(params=["a", "s"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+async def test_an_exception_that_can_not_be_shown_keeps_its_retries(way: Way, kind: str) -> None:
+    first, last = [await way.run(f"{kind}_fails", kind="mute", retries=retries) for retries in (0, 2)]
+    assert isinstance(first, Retry)
+    assert isinstance(last, Failed)
+    assert first.problem.detail == last.problem.detail == "Mute: (its message can't be read: RuntimeError)"
 
 
 async def test_a_value_is_by_name_json(way: Way, kind: str) -> None:

@@ -1,6 +1,7 @@
 """Casts over real HTTP, for both kinds of model: a provider's (tool call) and the embedded one (grammar)."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ ITEM = {
     "required": ["name", "quantity"],
     "additionalProperties": False,
 }
+LAMPS = {"name": "lamps", "quantity": 7}
 Connect = Callable[..., None]
 
 
@@ -138,7 +140,17 @@ FAILURES = {
     "filtered prompt": (Reply(status=400, code="content_filter"), UsageError, "model_refused_input"),
     "refusal": (Reply(refusal="I can't help with that."), UsageError, "model_refused_input"),
     "filtered answer": (Reply(raw="", as_text=True, finish="content_filter"), UsageError, "model_refused_input"),
+    "filtered, but readable": (Reply(LAMPS, finish="content_filter"), UsageError, "model_refused_input"),
     "cut": (Reply({"name": "lamps " * 40, "quantity": 1}, finish="length"), UsageError, "model_answer_too_long"),
+    "cut, but readable": (
+        Reply(raw=json.dumps({"result": LAMPS}), finish="max_tokens"),
+        UsageError,
+        "model_answer_too_long",
+    ),
+    "broken off": (Reply(LAMPS, finish="error"), TransientError, "model_unavailable"),
+    "no completion": (Reply(page="<html>Log in</html>"), FatalError, "model_unusable"),
+    "no choices": (Reply(page={"error": {"message": "no capacity", "code": 503}}), TransientError, "model_unavailable"),
+    "unpaid": (Reply(status=402), FatalError, "model_quota"),
     "wrong type": (Reply({"name": 1}), UsageError, "model_answer_invalid"),
     "broken JSON": (Reply(raw='{"result": '), UsageError, "model_answer_invalid"),
     "empty": (Reply(raw="", as_text=True), UsageError, "model_answer_invalid"),
@@ -158,6 +170,108 @@ async def test_every_failure_has_its_kind_and_code(connect: Connect, failure: st
     assert KEY not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
     assert len(model.requests) <= 2  # no client retries by itself; two are an answer and its re-ask
+
+
+@pytest.mark.parametrize("finish", ["length", "content_filter", "MAX_TOKENS", "model_length", "SAFETY"])
+async def test_an_answer_that_was_cut_or_filtered_is_asked_for_once_more_with_more_room(
+    connect: Connect, finish: str
+) -> None:
+    """Although its JSON can be read: 12 of 123."""
+    with ScriptedModel([Reply(raw='{"result": 12}', finish=finish), Reply(123)]) as model, llm.metered() as used:
+        connect(model, max_tokens=50)
+        assert await cast("123 chairs", "int") == 123
+    assert [request.body["max_completion_tokens"] for request in model.requests] == [50, 200]
+    assert len(used) == 2
+
+
+async def test_a_server_that_allows_no_longer_answer(connect: Connect) -> None:
+    with ScriptedModel([Reply(raw='{"result": 12}', finish="length"), Reply(status=400)]) as model:
+        connect(model)
+        with pytest.raises(UsageError, match="BACKCAST_MODEL__MAX_TOKENS") as caught:
+            await cast("123 chairs", "int")
+    assert caught.value.code == "model_answer_too_long"
+
+
+@pytest.mark.parametrize(
+    "finish", ["eos", "end_turn", "STOP", "COMPLETE", "stop_sequence", "function_call", "日本", ""]
+)
+async def test_other_words_for_the_end_of_an_answer_are_understood(connect: Connect, finish: str) -> None:
+    with ScriptedModel([Reply(31, finish=finish)]) as model:
+        connect(model)
+        assert await cast("31 chairs", "int") == 31
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"object": "text_completion", "service_tier": "gold", "system_fingerprint": 7},
+        {"id": None, "created": None, "model": None, "usage": None},
+        {"created": 1.5, "usage": {"prompt_tokens": "many", "completion_tokens": 3.0}},
+        {"usage": {"prompt_tokens": None}},
+    ],
+)
+async def test_the_rest_of_a_right_answer_may_be_loose(connect: Connect, change: dict[str, Any]) -> None:
+    with ScriptedModel([Reply(31, envelope=change)]) as model:
+        connect(model)
+        assert await cast("31 chairs", "int") == 31
+
+
+async def test_a_misfit_has_its_field_and_an_excerpt_of_the_answer(connect: Connect) -> None:
+    answer = {"name": f"lamps {KEY}", "quantity": "seven " * 100}
+    with ScriptedModel([Reply(answer)]) as model:
+        for size in (40, 0):
+            connect(model, excerpt=size)
+            with pytest.raises(UsageError) as caught:
+                await cast("seven lamps", ITEM)
+            assert "/quantity" in caught.value.detail
+            assert KEY not in caught.value.detail
+            assert ("lamps ***" in caught.value.detail) == ("seven" in caught.value.detail) == (size > 0)
+            assert len(caught.value.detail) < 800
+
+
+@pytest.mark.parametrize(("raw", "words"), [("seven lamps", "not JSON"), ("", "empty"), ('{"a": 1}', "`result`")])
+async def test_an_answer_that_can_not_be_read_is_quoted(connect: Connect, raw: str, words: str) -> None:
+    with ScriptedModel([Reply(raw=raw)]) as model:
+        connect(model)
+        with pytest.raises(UsageError) as caught:
+            await cast("seven lamps", ITEM)
+    assert words in caught.value.detail
+    assert raw in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base_url": "ftp://127.0.0.1/v1"}, "no http or https URL"),
+        ({"base_url": "127.0.0.1:9/v1"}, "no http or https URL"),
+        ({"api_key": "sk-a\nb"}, "BACKCAST_MODEL__API_KEY"),
+        ({"api_key": "sk-ä"}, "BACKCAST_MODEL__API_KEY"),
+    ],
+)
+async def test_a_model_that_can_never_be_reached_is_not_asked_again(
+    connect: Connect, change: dict[str, Any], words: str
+) -> None:
+    with ScriptedModel() as model:
+        connect(model, **change)
+        with pytest.raises(FatalError, match=words) as caught:
+            await cast("31", "int")
+    assert caught.value.code == "model_unreachable"
+
+
+async def test_a_server_that_speaks_no_tls(connect: Connect) -> None:
+    with ScriptedModel() as model:
+        connect(model.url.replace("http:", "https:"))
+        with pytest.raises(FatalError, match="http in place of https"):
+            await cast("31", "int")
+
+
+@pytest.mark.parametrize("model", [Model(backend="none"), Model(port=9)])
+async def test_no_model(model: Model) -> None:
+    llm.connect(model)
+    with pytest.raises(FatalError, match="BACKCAST_MODEL__API_KEY") as caught:
+        await cast("31", "int")
+    assert caught.value.code == "model_not_set_up"
+    await llm.aclose()
 
 
 async def test_a_model_that_is_not_there(connect: Connect) -> None:

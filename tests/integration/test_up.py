@@ -218,6 +218,8 @@ async def test_running_work_may_finish_and_a_second_ctrl_c_releases_it(tmp_path:
     async with up(tmp_path, "--no-model", **tasks) as it:
         await it.prints("backcast is up")
         short, long = await it.submit("linger", name="short"), await it.submit("linger", name="long")
+        cast = await it.run(await it.submit("create_structured_output", data="31 chairs", target="int"), has_ended)
+        assert (cast["error"]["code"], cast["attempts"]) == ("model_not_set_up", 1)
         for run_id in (short, long):
             await it.run(run_id, lambda run: run["state"] == "running")
         it.process.send_signal(signal.SIGINT)

@@ -2,8 +2,12 @@
 The rules are the same for both ways of executing a task. Knows neither Prefect nor runs.
 """
 
+from typing import Any, TypeVar, cast
+
 from backcast.errors import RunError
 from backcast.models import Problem
+
+E = TypeVar("E", bound=BaseException)
 
 _DETAIL = 2000
 """Characters of an exception's message that are kept."""
@@ -11,10 +15,28 @@ _DETAIL = 2000
 
 def problem(cause: BaseException | None, message: str | None = None) -> Problem:
     """The problem of a failed attempt: from its exception, or from the message of the failed state that it returned."""
+    if cause is not None:
+        cause = readable(cause)
     if isinstance(cause, RunError):
         return Problem(code=cause.code, title=cause.title, detail=clean(cause.detail)[:_DETAIL])
     detail = message or "" if cause is None else f"{type(cause).__name__}: {cause}"
     return Problem(code=RunError.code, title=RunError.title, detail=clean(detail)[:_DETAIL])
+
+
+def readable(error: E) -> E:
+    """The same exception, with a message and a `repr` of ours if its own raise: whoever shows it must not fail."""
+    try:
+        _ = f"{error}{error!r}"
+    except Exception as failure:  # noqa: BLE001  # whatever the user's code raises
+        words = f"(its message can't be read: {type(failure).__name__})"
+        kind = type(error)
+
+        def repeat(_: BaseException) -> str:
+            return words
+
+        members = {"__str__": repeat, "__repr__": repeat, "__module__": kind.__module__, "__slots__": ()}
+        cast("Any", error).__class__ = type(kind.__name__, (kind,), members)
+    return error
 
 
 def may_retry(cause: object) -> bool:

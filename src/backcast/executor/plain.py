@@ -24,7 +24,7 @@ from prefect.utilities.timeout import timeout, timeout_async
 from pydantic import BaseModel
 
 from backcast.errors import FatalError, RunTimeout
-from backcast.executor.classification import may_retry, problem, retry_after
+from backcast.executor.classification import may_retry, problem, readable, retry_after
 from backcast.executor.registry import RegisteredTask
 from backcast.executor.threads import Overdue, Threads
 from backcast.executor.values import to_json
@@ -179,7 +179,7 @@ async def _in_loop(job: Job, run: TaskRun) -> Ended:
         except TaskRunTimeoutError:
             return job.overdue()
         except Exception as error:  # noqa: BLE001  # any exception of a task becomes the run's problem
-            return error
+            return readable(error)
 
 
 async def _in_thread(job: Job, run: TaskRun, threads: Threads, asked: threading.Event) -> Ended:
@@ -191,7 +191,7 @@ async def _in_thread(job: Job, run: TaskRun, threads: Threads, asked: threading.
             except TaskRunTimeoutError:
                 return job.overdue()
             except BaseException as error:  # noqa: BLE001  # a future can't carry all of them
-                return error
+                return readable(error)
 
     try:
         return await threads.run(work, asked=asked, within=job.within)

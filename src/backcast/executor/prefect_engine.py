@@ -13,6 +13,7 @@ from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.concurrency.context import ConcurrencyContext
+from prefect.context import TaskRunContext
 from prefect.logging import get_logger
 from prefect.logging.loggers import task_run_logger
 from prefect.results import ResultRecord  # pyright: ignore[reportPrivateImportUsage]
@@ -24,7 +25,7 @@ from prefect.utilities.timeout import timeout, timeout_async
 
 from backcast.errors import Unavailable
 from backcast.executor import plain
-from backcast.executor.classification import clean, may_retry, problem, retry_after
+from backcast.executor.classification import clean, may_retry, problem, readable, retry_after
 from backcast.executor.plain import Job
 from backcast.executor.threads import Overdue, Threads
 from backcast.history.events import Change
@@ -135,8 +136,14 @@ class _Ours:
         return not (self.job.template.registered.needs_engine or isinstance(value, State) or is_state_iterable(value))
 
     def note(self, cause: BaseException) -> None:
-        self.cause = self.job.overdue() if isinstance(cause, TaskRunTimeoutError) else cause
+        self.cause = self.job.overdue() if isinstance(cause, TaskRunTimeoutError) else readable(cause)
         self.use_run_logger()
+
+    def unpersisted(self) -> TaskRunContext:
+        """A context in which Prefect does not try to store the exception as if it were a value to be cached."""
+        inner = TaskRunContext.get()
+        assert inner is not None
+        return inner.model_copy(update={"persist_result": False})
 
     def use_run_logger(self) -> None:
         """Give the engine the run's logger, which is made only when there is something to log."""
@@ -181,7 +188,8 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
 
     async def handle_exception(self, exc: Exception) -> None:
         self.note(exc)
-        await super().handle_exception(exc)
+        with self.unpersisted():
+            await super().handle_exception(exc)
 
     async def handle_timeout(self, exc: TimeoutError) -> None:
         self.note(exc)
@@ -254,7 +262,8 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
 
     def handle_exception(self, exc: Exception) -> None:
         self.note(exc)
-        super().handle_exception(exc)
+        with self.unpersisted():
+            super().handle_exception(exc)
 
     def handle_timeout(self, exc: TimeoutError) -> None:
         self.note(exc)

@@ -27,6 +27,7 @@ class Settlement:
     result_key: str | None = None
     error: Problem | None = None
     usage: dict[str, JSON] | None = None
+    """The tokens of this attempt; the ledger adds those of attempts before it."""
     delay: float = 0.0
     """Seconds until a scheduled run is ready again; counted by the database's clock."""
     flight: str | None = None
@@ -58,7 +59,10 @@ update runs r set
     result = case when r.cancel_requested_at is null then d.result end,
     result_key = case when r.cancel_requested_at is null then d.result_key end,
     error = coalesce(d.error, r.error),
-    usage = coalesce(d.usage, r.usage),
+    usage = case when d.usage is null or r.usage is null then coalesce(d.usage, r.usage) else json_build_object(
+        'model', d.usage->'model',
+        'input_tokens', (r.usage->>'input_tokens')::bigint + (d.usage->>'input_tokens')::bigint,
+        'output_tokens', (r.usage->>'output_tokens')::bigint + (d.usage->>'output_tokens')::bigint) end,
     run_at = case when d.state = 'scheduled' then now() + make_interval(secs => d.delay) else r.run_at end,
     attempts_used = r.attempts_used + d.counts,
     retries_used = d.retries,

@@ -26,6 +26,11 @@ os.environ |= {
     "MARVIN_AGENT_MODEL": "openai:gpt-4o",  # never used; a wrong one fails the import
 }
 
+NO_MODEL = (
+    "No model is set up here: set BACKCAST_MODEL__API_KEY (and BACKCAST_MODEL__BASE_URL) for a provider, or serve the"
+    " embedded model (`backcast model`)."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -80,7 +85,9 @@ async def cast(data: JSON, target: Target, instructions: str | None = None) -> J
     global _casting
     if _model is None:
         raise FatalError("No model is set up: call backcast.llm.connect first.", code="model_not_connected")
-    if target.schema == {"type": "string"} and not instructions:
+    if _model.backend == "none":
+        raise FatalError(NO_MODEL, code="model_not_set_up")
+    if target.needs_instructions and not (instructions or "").strip():
         raise UsageError(
             "A cast to str needs instructions: describe the text that you want.", code="instructions_missing"
         )

@@ -1,4 +1,5 @@
-"""Adapts models to Marvin, which forces a call of one "output tool" and streams; here an answer comes in one piece.
+"""Adapts models to Marvin, which forces a call of one "output tool" and streams; here an answer comes in one piece, and
+the tool's schema is ours (`schemas`).
 
 `Whole` is for any provider. `Grammar` is for the embedded model, which can't call tools: the tool's schema becomes a
 grammar (`response_format`) for its text, and Marvin gets the text as that call. Neither knows Marvin's prompts.
@@ -12,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from pydantic_ai import RunContext
+from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.messages import (
     ModelMessage,
     ModelRequest,
@@ -28,18 +30,26 @@ from pydantic_ai.models.wrapper import WrapperModel
 from pydantic_ai.output import OutputObjectDefinition
 from pydantic_ai.settings import ModelSettings
 
-from backcast.llm.compact import Prompt, Schema
+from backcast.llm.compact import Prompt
+from backcast.llm.failures import Unfinished
+from backcast.llm.schemas import Schema, bounded, provided, wrapped
+
+MORE = 4
+"""How many times as many tokens an answer may have when it is asked for again because it was cut."""
 
 
 class Whole(WrapperModel):
     """A model that answers in one piece, so that its time-out bounds the answer and not the gap between two words.
 
-    `meter` gets every answer, useless ones included: they are paid for.
+    An answer that was cut or filtered is no answer, whether or not it can be read: it is asked for once more, with
+    more room, and is then an error. `meter` gets every answer, useless ones included: they are paid for.
     """
 
-    def __init__(self, wrapped: Model, meter: Callable[[ModelResponse], None]) -> None:
+    def __init__(self, wrapped: Model, schema: Schema, meter: Callable[[ModelResponse], None]) -> None:
         super().__init__(wrapped)
-        self._meter = meter
+        self._schema, self._meter = schema, meter
+        self.answer = ""
+        """The latest answer, as it came."""
 
     async def request(
         self,
@@ -47,8 +57,42 @@ class Whole(WrapperModel):
         model_settings: ModelSettings | None,
         model_request_parameters: ModelRequestParameters,
     ) -> ModelResponse:
-        response = await super().request(messages, model_settings, model_request_parameters)
+        (tool,) = model_request_parameters.output_tools
+        parameters, strict = provided(self._schema)
+        tool = replace(tool, parameters_json_schema=parameters, strict=strict)
+        asked = replace(model_request_parameters, output_tools=[tool])
+        return await self._whole(messages, model_settings, asked)
+
+    async def _whole(
+        self, messages: list[ModelMessage], settings: ModelSettings | None, parameters: ModelRequestParameters
+    ) -> ModelResponse:
+        chosen = (settings or ModelSettings()).copy()
+        response = await self._metered(messages, chosen, parameters)
+        if response.finish_reason not in ("length", "content_filter"):
+            return response
+        try:
+            chosen["max_tokens"] = MORE * chosen.get("max_tokens", 1024)
+            response = await self._metered(messages, chosen, parameters)
+        except ModelHTTPError as error:
+            if error.status_code in (400, 422):  # the server does not allow an answer of that length
+                raise Unfinished(response.finish_reason) from None
+            raise
+        if response.finish_reason in ("length", "content_filter"):
+            raise Unfinished(response.finish_reason)
+        return response
+
+    async def _metered(
+        self, messages: list[ModelMessage], settings: ModelSettings, parameters: ModelRequestParameters
+    ) -> ModelResponse:
+        response = await super().request(messages, settings, parameters)
         self._meter(response)
+        if response.finish_reason == "error":
+            raise ModelHTTPError(502, response.model_name or "")  # a router's word for a model that broke off
+        self.answer = "".join(
+            str(part.args or "") if isinstance(part, ToolCallPart) else part.content
+            for part in response.parts
+            if isinstance(part, ToolCallPart | TextPart)
+        )
         return response
 
     @asynccontextmanager
@@ -66,8 +110,8 @@ class Whole(WrapperModel):
 class Grammar(Whole):
     """Asks `prompt` in place of the conversation's first request, and allows only answers that fit the output tool."""
 
-    def __init__(self, wrapped: Model, meter: Callable[[ModelResponse], None], prompt: Prompt) -> None:
-        super().__init__(wrapped, meter)
+    def __init__(self, wrapped: Model, schema: Schema, meter: Callable[[ModelResponse], None], prompt: Prompt) -> None:
+        super().__init__(wrapped, schema, meter)
         self._prompt = prompt
 
     async def request(
@@ -78,7 +122,7 @@ class Grammar(Whole):
     ) -> ModelResponse:
         (tool,) = model_request_parameters.output_tools
         grammar = OutputObjectDefinition(
-            json_schema=bounded(tool.parameters_json_schema, length=max(400, 2 * len(self._prompt.question))),
+            json_schema=bounded(wrapped(self._schema), length=max(400, 2 * len(self._prompt.question))),
             name="result",
             strict=True,
         )
@@ -91,39 +135,9 @@ class Grammar(Whole):
         )
         answered = next((i for i, message in enumerate(messages) if isinstance(message, ModelResponse)), len(messages))
         asked = [*_opening(self._prompt), *map(_without_tools, messages[answered:])]
-        response = await super().request(asked, model_settings, parameters)
-        if response.finish_reason == "content_filter":
-            return response
+        response = await self._whole(asked, model_settings, parameters)
         text = "".join(part.content for part in response.parts if isinstance(part, TextPart))
         return replace(response, parts=[ToolCallPart(tool.name, text)])
-
-
-def bounded(schema: Schema, *, length: int) -> Schema:
-    """The schema as a grammar that ends: greedy decoding may repeat itself for ever in an open string or list.
-
-    `length` is in characters; a list may have a tenth of it in items. Booleans in place of schemas, which llama.cpp
-    refuses, become "anything". Rules that it ignores (patterns, ranges, conditions) are checked later, in the answer.
-    """
-
-    def walk(node: Any) -> Schema:
-        if not isinstance(node, dict):
-            return {}
-        out: Schema = dict(node)
-        for key in {"properties", "$defs"} & out.keys():
-            out[key] = {name: walk(each) for name, each in out[key].items()}
-        for key in {"anyOf", "oneOf", "allOf", "prefixItems"} & out.keys():
-            out[key] = [walk(each) for each in out[key]]
-        if "items" in out:
-            out["items"] = walk(out["items"])
-        if isinstance(out.get("additionalProperties"), dict):
-            out["additionalProperties"] = walk(out["additionalProperties"])
-        if out.get("type") == "array":
-            out["maxItems"] = min(out.get("maxItems", length), max(length // 10, out.get("minItems", 0)))
-        if out.get("type") == "string" and not {"maxLength", "enum", "const", "format", "pattern"} & out.keys():
-            out["maxLength"] = length
-        return out
-
-    return walk(schema)
 
 
 def _opening(prompt: Prompt) -> list[ModelMessage]:

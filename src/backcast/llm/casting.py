@@ -8,6 +8,7 @@ does not fit. The data is untrusted and goes into the prompt: it may mislead the
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Optional
 from weakref import WeakKeyDictionary
 
@@ -15,18 +16,19 @@ import marvin
 import openai
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_ai.messages import ModelResponse
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.profiles.openai import openai_model_profile
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
 
 from backcast.errors import FatalError
 from backcast.llm import Usage, compact
 from backcast.llm.answers import Grammar, Whole
+from backcast.llm.completions import Completions
 from backcast.llm.failures import explain
 from backcast.llm.memory import MemoryThread
 from backcast.models import JSON
 from backcast.settings import Model
-from backcast.targets import Target
+from backcast.targets import Misfit, Target
 
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Model, openai.AsyncOpenAI]] = WeakKeyDictionary()
 """By event loop, as connections die with the loop that made them."""
@@ -46,22 +48,24 @@ async def cast(
     def meter(response: ModelResponse) -> None:
         record(Usage(response.model_name or "", response.usage.input_tokens, response.usage.output_tokens))
 
-    provided = _provided(model)
-    whole = (
-        Grammar(provided, meter, compact.cast(data, target.schema, instructions))
-        if model.embedded
-        else Whole(provided, meter)
-    )
-    agent = marvin.Agent(name="backcast", model=whole, model_settings=_answer_settings(model))
+    misfits: list[Misfit] = []
+    whole: Whole | None = None
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
     try:
-        return await marvin.cast_async(text, _type(target), instructions, agent, MemoryThread())
+        provided = _provided(model)
+        whole = (
+            Grammar(provided, target.schema, meter, compact.cast(data, target.schema, instructions))
+            if model.embedded
+            else Whole(provided, target.schema, meter)
+        )
+        agent = marvin.Agent(name="backcast", model=whole, model_settings=_answer_settings(model))
+        return await marvin.cast_async(text, _type(target, misfits), instructions, agent, MemoryThread())
     except Exception as error:  # noqa: BLE001  # after any error the run must learn whether to retry
-        failure = explain(error)
+        failure = explain(error, model, whole.answer if whole else "", misfits[-1] if misfits else None)
     raise failure  # not inside `except`: the chain would hold the provider's message, which may repeat the key
 
 
-def _provided(model: Model) -> OpenAIChatModel:
+def _provided(model: Model) -> Completions:
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
     if model not in clients:
         clients[model] = openai.AsyncOpenAI(
@@ -71,7 +75,8 @@ def _provided(model: Model) -> OpenAIChatModel:
             max_retries=0,  # the run's own retries are the only ones
         )
     name = "embedded" if model.embedded else model.name
-    return OpenAIChatModel(name, provider=OpenAIProvider(openai_client=clients[model]))
+    profile = replace(openai_model_profile(name), json_schema_transformer=None)  # schemas are ours: see `llm.schemas`
+    return Completions(name, provider=OpenAIProvider(openai_client=clients[model]), profile=profile)
 
 
 def _key(model: Model) -> str:
@@ -89,9 +94,20 @@ def _answer_settings(model: Model) -> ModelSettings:
     return chosen
 
 
-def _type(target: Target) -> Any:
-    """The target for Marvin, which shows the schema to the model, and asks again if an answer does not fit."""
-    shaped = Annotated[Any, WithJsonSchema(target.schema), AfterValidator(target.validate)]
+def _type(target: Target, misfits: list[Misfit]) -> Any:
+    """The target for Marvin, which shows the schema to the model, and asks again if an answer does not fit; the reasons
+    go to `misfits`."""
+
+    def fit(value: Any) -> JSON:
+        try:
+            return target.validate(value)
+        except Misfit as misfit:
+            misfits.append(misfit)
+            raise
+
+    # pydantic looks for the targets of references among its own definitions; the output tool has the whole schema.
+    shown: dict[str, JSON] = {"description": "as in the tool"} if "$defs" in target.schema else target.schema
+    shaped = Annotated[Any, WithJsonSchema(shown), AfterValidator(fit)]
     try:
         target.validate(None)
     except ValueError:

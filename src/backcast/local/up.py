@@ -83,6 +83,8 @@ class _Up:
         here = {"url": f"file://{data}/store"}
         self._store = settings.store if "BACKCAST_STORE__URL" in os.environ else settings.store.model_copy(update=here)
         self._serves_model = model and settings.model.embedded
+        ours = "embedded" if self._serves_model or self._model.base_url else "none"
+        self._backend = ours if self._model.embedded else self._model.backend
         self._stop = Stop()
         self._http = httpx.AsyncClient(trust_env=False, timeout=2)
         self._download: Progress | None = None
@@ -296,7 +298,7 @@ class _Up:
         if not self._model.embedded:
             model = f"{self._model.name}, by your provider"
         elif not self._serves_model:
-            model = "none: casts fail; BACKCAST_MODEL__API_KEY uses a provider's"
+            model = "none: casts fail at once; BACKCAST_MODEL__API_KEY uses a provider's"
         table = Table.grid(padding=(0, 2))
         self._private.discard("api")
         table.add_row("API", f"{self._url('api')}/docs")
@@ -327,6 +329,7 @@ class _Up:
         prefect = f"{self._url('prefect')}/api"
         return {f"BACKCAST_{name.upper()}__PORT": str(port) for name, port in ours.items()} | {
             "BACKCAST_DATABASE__URL": self._database("backcast"),
+            "BACKCAST_MODEL__BACKEND": self._backend,
             "BACKCAST_PREFECT__API_URL": prefect,
             "BACKCAST_WORKER__GRACE": f"PT{GRACE}S",
             "PREFECT_HOME": str(self._data / "prefect"),

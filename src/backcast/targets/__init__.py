@@ -11,9 +11,9 @@ from backcast.models import JSON
 from backcast.targets.names import NAMES, named
 from backcast.targets.refusal import Refused
 from backcast.targets.schemas import described
-from backcast.targets.validation import Target
+from backcast.targets.validation import Misfit, Target
 
-__all__ = ["SIZE", "Target", "parse"]
+__all__ = ["SIZE", "Misfit", "Target", "parse"]
 
 SIZE = 64 * 1024
 """Bytes of a schema as it is sent."""

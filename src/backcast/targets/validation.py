@@ -25,6 +25,18 @@ PATTERNS = 16
 """Different patterns in one schema: compiled, each may take 10 MB."""
 
 
+LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+"""The start of a look-ahead or look-behind in a pattern."""
+
+
+class Misfit(ValueError):
+    """A value does not have the shape: the sentence, its place as a JSON pointer, and the keyword that it breaks."""
+
+    def __init__(self, sentence: str, place: str = "", rule: str = "type") -> None:
+        super().__init__(sentence)
+        self.place, self.rule = place, rule
+
+
 @dataclass(frozen=True)
 class Target:
     """A wanted shape: a label for logs, its plain schema without references, and the check of a value."""
@@ -32,20 +44,27 @@ class Target:
     name: str
     schema: Schema = field(repr=False)
 
+    @property
+    def needs_instructions(self) -> bool:
+        """Any text would do: without instructions there is nothing to look for."""
+        return self.schema == {"type": "string"}
+
     def validate(self, value: JSON) -> JSON:
         """The value as plain JSON (dates become ISO strings, 3.0 stays a valid integer as JSON Schema has it).
 
         Raises:
-            ValueError: it does not have the shape; the sentence names the place.
+            Misfit: it does not have the shape; the sentence names the place.
         """
         try:
             plain = to_jsonable_python(value)
             json.dumps(plain, allow_nan=False, ensure_ascii=False).encode()  # NaN and lone surrogates are no JSON
             error = best_match(self._validator.iter_errors(plain))
         except (RecursionError, OverflowError) as error:
-            raise ValueError(f"The value can't be checked: {error}.") from None
+            raise Misfit(f"The value can't be checked: {error}.") from None
+        except ValueError as error:
+            raise Misfit(f"The value is not plain JSON ({error}).") from None
         if error is not None:
-            raise ValueError(_sentence(error))
+            raise _misfit(error)
         return plain
 
     @functools.cached_property
@@ -119,7 +138,7 @@ _Validator: Any = extend(
 )
 
 
-def _sentence(error: ValidationError) -> str:
+def _misfit(error: ValidationError) -> Misfit:
     place = "".join(f"/{escaped(str(part))}" for part in error.absolute_path)
     message = error.message if len(error.message) <= 300 else f"{error.message[:100]} … {error.message[-200:]}"
-    return f"{place}: {message}." if place else f"{message}."
+    return Misfit(f"{place}: {message}." if place else f"{message}.", place, str(error.validator))

@@ -8,7 +8,6 @@ import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Protocol
 from uuid import UUID
 
@@ -69,6 +68,7 @@ class Execution:
         self._pool, self._worker_id = pool, worker_id
         self._names = {task.name for task in executor.types}
         self._flights: dict[UUID, tuple[str, int]] = {}
+        self._used: dict[UUID, Sequence[Usage]] = {}
 
     async def attempt(self, claim: Claim) -> AttemptResult:
         """Make one attempt. Raises nothing but `CancelledError`, whose message is a `models.Reason`."""
@@ -90,11 +90,8 @@ class Execution:
                 if not await flights.take(self._ledger, key, claim):
                     return Retry(SAME, delay=FOLLOW, retries=claim.retries_used, behind=key)
             with self._meter() as used:
-                result = await self._executor.execute(claim.task, claim.id, given, retries=claim.retries_used)
-            if not used or not isinstance(result, Succeeded):
-                return result
-            tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
-            return replace(result, usage={"model": used[-1].model, **tokens})
+                self._used[claim.id] = used
+                return await self._executor.execute(claim.task, claim.id, given, retries=claim.retries_used)
         except Unavailable as error:
             # Spread, or all runs that met the same outage come back at the same moment.
             return Retry(Problem.from_error(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
@@ -102,6 +99,13 @@ class Execution:
             return _failed(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
         except (ValueError, RecursionError) as error:
             return _failed(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
+
+    def usage(self, run: UUID) -> dict[str, JSON] | None:
+        """The tokens of the attempt of this run that is over, however it has ended: they are paid for."""
+        if not (used := self._used.pop(run, None)):
+            return None
+        tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
+        return {"model": used[-1].model, **tokens}
 
     async def _left_behind(self, claim: Claim) -> AttemptResult | None:
         """The value that the attempt before had stored when its worker was lost. It becomes an object of this attempt:

@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from uuid import UUID
 
@@ -262,10 +262,13 @@ class Worker:
         settlement = (
             results.stopped(claim, held.reason) if result is None else await self._results.settlement(claim, result)
         )
+        if isinstance(result, Failed):  # its detail may quote the caller's data
+            log.info("run %s of %s has failed: %s", claim.id, claim.task, result.problem.code)
+        usage = self._execution.usage(claim.id)
         if settlement is None:
             self._drop(claim.id, claim.fence)
         else:
-            self._settler.put(settlement)
+            self._settler.put(replace(settlement, usage=usage))
 
     async def _recorded(self, batch: Collection[Settlement]) -> None:
         await self._execution.settled([settlement.id for settlement in batch])

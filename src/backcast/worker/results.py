@@ -128,6 +128,5 @@ class Results:
                     state="completed",
                     result=result.body.decode() if len(result.body) <= INLINE_RESULT else None,
                     result_key=key,
-                    usage=result.usage,
                     retries_used=claim.retries_used,
                 )

@@ -82,7 +82,7 @@ class Settler:
                         await self._settle([one])
                     return
                 refused = Problem(code="unstorable_outcome", title="The outcome can't be recorded", detail=str(error))
-                batch = [replace(batch[0], state="failed", result=None, result_key=None, usage=None, error=refused)]
+                batch = [replace(batch[0], state="failed", result=None, result_key=None, error=refused)]
         self.count += sum((e.id, e.fence) in settled.accepted and e.state in ("completed", "failed") for e in batch)
         await self._settled(batch)
         for one in batch:

@@ -1,0 +1,94 @@
+"""Reads the answers of providers that follow OpenAI's protocol loosely: only the parts that a cast needs are looked at,
+and each word for the end of an answer is one of OpenAI's, or the answer has failed.
+"""
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+from openai.types import chat
+from pydantic_ai.exceptions import ModelHTTPError
+from pydantic_ai.messages import ModelResponse
+from pydantic_ai.models.openai import OpenAIChatModel
+
+_ENDS = {
+    "content_filter": r"filter|safety|refus|recitation|block|prohibit|spii|sensitive|moderat|guardrail|toxic",
+    "length": r"length|max|truncat|incomplete|exceed",
+    "error": r"error|abort|cancel|insufficient|timeout|fail",
+    "tool_calls": r"tool|function",
+}
+"""OpenAI's words for the end of an answer, by parts of the words that others use; any other word means `stop`."""
+
+
+class NotCompletions(Exception):
+    """The server answered with something that is no chat completion, such as a web page."""
+
+
+class Completions(OpenAIChatModel):
+    """Any provider's chat completions."""
+
+    def _process_response(self, response: Any) -> ModelResponse:
+        if not isinstance(response, chat.ChatCompletion):
+            raise NotCompletions
+        given = response.to_dict(mode="json", warnings=False)
+        choices = given.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise self._failed(given.get("error"))
+        choice: Any = choices[0]
+        if not isinstance(choice, dict) or not isinstance(message := choice.get("message"), dict):
+            raise NotCompletions
+        reason = _finish_reason(choice.get("finish_reason"))
+        is_failed = reason == "error"
+        created, usage = given.get("created"), given.get("usage")
+        plain = {
+            "id": str(given.get("id") or ""),
+            "object": "chat.completion",
+            "created": int(created) if isinstance(created, int | float) and created > 0 else 1,
+            "model": str(given.get("model") or self.model_name),
+            "choices": [{"index": 0, "finish_reason": "stop" if is_failed else reason, "message": _message(message)}],
+            "usage": _usage(usage) if isinstance(usage, dict) else None,
+        }
+        response = super()._process_response(chat.ChatCompletion.model_validate(plain))
+        return replace(response, finish_reason="error") if is_failed else response
+
+    def _failed(self, error: Any) -> ModelHTTPError:
+        """A failure that came with the status 200, as from a router of models; it passes unless its code says more."""
+        code = error.get("code") if isinstance(error, dict) else None
+        status = code if isinstance(code, int) and 400 <= code < 600 else 502
+        return ModelHTTPError(status, self.model_name, {"error": error})
+
+
+def _finish_reason(given: Any) -> str:
+    word = str(given or "").lower()
+    return next((reason for reason, words in _ENDS.items() if re.search(words, word)), "stop")
+
+
+def _message(given: dict[str, Any]) -> dict[str, Any]:
+    calls: list[dict[str, Any]] = []
+    for call in given.get("tool_calls") or []:
+        function: Any = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and function.get("name"):
+            arguments: Any = function.get("arguments")
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            called = {"name": str(function["name"]), "arguments": text}
+            calls.append({"id": str(call.get("id") or ""), "type": "function", "function": called})
+    content, refusal = given.get("content"), given.get("refusal")
+    if isinstance(content, list):  # parts, as in requests
+        parts: list[Any] = content
+        content = "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+    return {
+        "role": "assistant",
+        "content": content if isinstance(content, str) else None,
+        "refusal": refusal if isinstance(refusal, str) else None,
+        "tool_calls": calls or None,
+    }
+
+
+def _usage(given: dict[str, Any]) -> dict[str, int]:
+    def count(name: str) -> int:
+        value = given.get(name)
+        return int(value) if isinstance(value, int | float) and value > 0 else 0
+
+    asked, answered = count("prompt_tokens"), count("completion_tokens")
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}

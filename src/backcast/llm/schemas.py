@@ -1,0 +1,105 @@
+"""The schema of an answer as a model's server takes it: `provided` for any provider's tool call, `bounded` for the
+embedded model's grammar. Both may allow more than the target does; the answer is checked against the target itself.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from backcast.targets.validation import LOOK_AROUND
+
+Schema = dict[str, Any]
+
+_STRICT = re.compile(
+    r"type|properties|required|additionalProperties|items|enum|const|anyOf|\$ref|\$defs|title|description|pattern|format"
+    r"|minimum|maximum|exclusiveMinimum|exclusiveMaximum|multipleOf|minItems|maxItems"
+)
+"""Keywords that OpenAI's strict mode honours."""
+_STRICT_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
+_GRAMMAR_FORMATS = _STRICT_FORMATS | {"uri"}
+_UNTOLD = re.compile(
+    r"not|if|then|else|contains|minContains|maxContains|propertyNames|patternProperties|dependentRequired|uniqueItems"
+)
+"""Keywords that a grammar can't express."""
+
+
+def wrapped(schema: Schema) -> Schema:
+    """An object with the answer as its `result`, as Marvin's tool has it. Definitions move to the root, where their
+    references look for them."""
+    inner = {key: value for key, value in schema.items() if key != "$defs"}
+    outer = {"type": "object", "properties": {"result": inner}, "required": ["result"], "additionalProperties": False}
+    return outer | ({"$defs": schema["$defs"]} if "$defs" in schema else {})
+
+
+def provided(schema: Schema) -> tuple[Schema, bool]:
+    """The parameters of the output tool, and whether OpenAI's strict mode takes them. Other modes take any keyword, but
+    a list must say what its items are."""
+    strict = True
+
+    def visit(node: Schema) -> Schema:
+        nonlocal strict
+        strict = strict and _is_strict(node)
+        if node.get("type") != "array" or isinstance(node.get("items"), dict):
+            return node
+        places = [place for place in node.get("prefixItems", []) if isinstance(place, dict)]
+        ends = {"maxItems": len(node["prefixItems"])} if node.get("items") is False and "prefixItems" in node else {}
+        return {**node, "items": {"anyOf": places} if places else {}, **ends}
+
+    return _walk(wrapped(schema), visit), strict
+
+
+def _is_strict(node: Schema) -> bool:
+    if not all(map(_STRICT.fullmatch, node)) or not node.keys() & {"type", "anyOf", "$ref"}:
+        return False
+    if node.get("format", "date") not in _STRICT_FORMATS or LOOK_AROUND.search(node.get("pattern", "")):
+        return False
+    kinds = node["type"] if isinstance(node.get("type"), list) else [node.get("type")]
+    if "array" in kinds and not isinstance(node.get("items"), dict):
+        return False
+    properties = node.get("properties", {})
+    return "object" not in kinds or (
+        node.get("additionalProperties") is False
+        and set(properties) == set(node.get("required", []))
+        and all(isinstance(each, dict) for each in properties.values())
+    )
+
+
+def bounded(schema: Schema, *, length: int) -> Schema:
+    """The schema as a grammar that ends: greedy decoding may repeat itself for ever in an open string or list.
+
+    `length` is in characters; a list may have a tenth of it in items. Booleans in place of schemas, which llama.cpp
+    refuses, become "anything". Rules that it ignores (patterns, ranges, conditions) are checked later, in the answer.
+    """
+
+    def visit(node: Schema) -> Schema:
+        out: Schema = {key: value for key, value in node.items() if not _UNTOLD.fullmatch(key)}
+        if out.get("format", "date") not in _GRAMMAR_FORMATS:
+            del out["format"]
+        if LOOK_AROUND.search(out.get("pattern", "")):
+            del out["pattern"]
+        if out.get("type") == "array":
+            out["maxItems"] = min(out.get("maxItems", length), max(length // 10, out.get("minItems", 0)))
+        if out.get("type") == "string" and not {"maxLength", "enum", "const", "format", "pattern"} & out.keys():
+            out["maxLength"] = length
+        return out
+
+    return _walk(schema, visit, lambda _: {})
+
+
+def _walk(schema: Any, visit: Callable[[Schema], Schema], other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Visits every schema in a schema, from the outside in; `other` gets those that are true or false."""
+
+    def walk(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return other(node)
+        out = dict(visit(node))
+        for key in {"properties", "patternProperties", "$defs"} & out.keys():
+            out[key] = {name: walk(each) for name, each in out[key].items()}
+        for key in {"anyOf", "oneOf", "allOf", "prefixItems"} & out.keys():
+            out[key] = [walk(each) for each in out[key]]
+        for key in {"items", "additionalProperties", "not", "contains"} & out.keys():
+            if key == "items" or isinstance(out[key], dict):
+                out[key] = walk(out[key])
+        return out
+
+    return walk(schema)

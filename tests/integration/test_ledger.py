@@ -13,8 +13,8 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from backcast.errors import IdempotencyConflict, LedgerUnavailable, UnknownRun
-from backcast.ledger import claims, dispatch, fleet, history, recovery, runs, settlement, submissions
+from backcast.errors import IdempotencyConflict, LedgerUnavailable, StoreUnavailable, UnknownRun
+from backcast.ledger import batches, claims, dispatch, fleet, history, recovery, runs, settlement, submissions
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import CHANNEL, NOTIFY_INTERVAL, Ledger
 from backcast.ledger.migration import migrate
@@ -59,6 +59,32 @@ def completed(claim: Claim, value: str = "1") -> Settlement:
 async def silence(ledger: Ledger, worker: UUID) -> None:
     """Set the worker's last heartbeat to more than a lease ago."""
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour' where id = $1", worker)
+
+
+async def test_a_run_whose_stored_input_may_have_been_swept_is_not_recorded(ledger: Ledger) -> None:
+    def row(key: str | None, until: datetime | None) -> submissions.New:
+        submission = Submission(input={})
+        kept: dict[str, str | None] = {"input_text": None if key else "{}", "input_key": key}
+        return submissions.new(NOOP, submission, input_hash=b"", stored_until=until, **kept)  # type: ignore[arg-type]
+
+    good = await submissions.stored_until(ledger)
+    late = row("inputs/a.json", good - submissions.RECORDED_WITHIN)
+    group = submissions.Submissions(ledger)
+    answers = await asyncio.gather(
+        group.submit(row("inputs/b.json", good)),
+        group.submit(late),
+        group.submit(row(None, None)),
+        return_exceptions=True,
+    )
+    assert isinstance(answers[1], StoreUnavailable)
+    assert "send the request again" in answers[1].detail
+    with pytest.raises(StoreUnavailable):
+        await batches.submit(ledger, uuid7(), "me", [row(None, None), late], key=None, request_hash=b"")
+    assert {row["id"] for row in await ledger.fetch("select id from runs")} == {
+        answer.run.id for answer in answers if isinstance(answer, submissions.SubmittedRun)
+    }
+    assert len(await ledger.fetch("select 1 from runs")) == 2
+    assert not await ledger.fetch("select 1 from batches")
 
 
 async def test_a_run_from_submit_to_result(ledger: Ledger) -> None:

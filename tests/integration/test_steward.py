@@ -1,6 +1,7 @@
 """The steward: the rows and objects that it removes or leaves, the new leader when one dies or freezes, the work that
 it makes up after time away, and the ends that it publishes to Prefect for killed processes."""
 
+import json
 import signal
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
@@ -15,10 +16,11 @@ from backcast.errors import StoreUnavailable
 from backcast.ledger import cursors, figures, maintenance, task_types
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType, uuid7
+from backcast.steward import orphans
 from backcast.steward.retention import Retention
 from backcast.store import Missing, Store, open_store
 from tests.support.s3 import S3Server, s3_server
-from tests.support.stack import Part, Stack, prefect_server, stack
+from tests.support.stack import ROOT, Part, Stack, prefect_server, stack
 from tests.support.waiting import until
 
 DAY = 24 * 3600.0
@@ -126,7 +128,7 @@ async def test_the_store_of_another_ledger_is_not_swept(
     ledger: Ledger, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     await Retention(ledger, store, KEEP)()  # signs the store
-    theirs = f"results/{uuid7()}/1.json"
+    theirs = f"results/{await add(ledger, 'cancelled', ago=60)}/1.json"
     await store.put(theirs, b"1")
     await ledger.execute(
         "update cursors set value = gen_random_uuid() where name = 'ledger'"
@@ -143,24 +145,80 @@ async def test_the_sweep_removes_objects_that_no_run_needs(ledger: Ledger, store
     done = await add(ledger, "completed", ago=60, fence=3, result_key="results/x/3.json")
     await ledger.execute("update runs set result_key = 'results/' || id || '/3.json' where id = $1", done)
     cancelled, running = await add(ledger, "cancelled", ago=60), await add(ledger, "running", ago=60, fence=3)
-    unknown, late, young = uuid7(10), uuid7(2 * 3600), uuid7(60)
+    unknown, submitted = uuid7(40 * DAY), uuid7(40 * DAY)
     needed = {
         f"results/{done}/3.json",
         f"results/{running}/2.json",  # the attempt that follows may take it over
         f"results/{running}/3.json",
-        f"inputs/{young}.json",  # its submission may be under way
+        f"results/{unknown}/1.json",  # was stored a moment ago, whatever its id says
+        f"inputs/{submitted}.json",  # its submission may be under way
         "results/notes.txt",  # not an object of ours
     }
-    orphans = {
+    removed = {
         f"results/{done}/2.json",
         f"results/{cancelled}/1.json",
-        f"results/{unknown}/1.json",
-        f"inputs/{late}.json",
     }
-    for key in needed | orphans:
+    for key in needed | removed:
         await store.put(key, b"1")
-    await Retention(ledger, store, None)()
-    assert await keys(store) == needed
+    for keep in (None, KEEP):
+        await Retention(ledger, store, keep)()
+        assert await keys(store) == needed
+    await orphans.sweep(
+        ledger, store, timedelta(seconds=-5), inputs_after=timedelta(seconds=-5)
+    )  # as if time had passed
+    assert await keys(store) == needed - {f"results/{unknown}/1.json", f"inputs/{submitted}.json"}
+
+
+async def test_results_that_a_restored_ledger_does_not_know_stay_and_are_reported(
+    ledger: Ledger, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = {f"results/{uuid7(DAY)}/1.json", f"results/{uuid7()}/2.json"}
+    for key in lost:
+        await store.put(key, b"1")
+    retention = Retention(ledger, store, KEEP)
+    for _ in range(3):
+        await retention()
+    assert await keys(store) == lost
+    assert caplog.text.count("2 results belong to runs that the ledger does not know") == 1
+
+
+WRONG = 30 * 3600.0
+"""Seconds, more than any patience of the sweep."""
+
+
+@pytest.mark.parametrize(("api", "steward"), [(0.0, 0.0), (-WRONG, 0.0), (0.0, WRONG), (WRONG, -WRONG)])
+async def test_the_input_of_a_slow_batch_stays_whatever_the_clocks_show(
+    database: str, tmp_path: Path, ledger: Ledger, api: float, steward: float
+) -> None:
+    def clock(shift: float) -> dict[str, str]:
+        return {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support/clock", "TEST_CLOCK_SHIFT": str(shift)}
+
+    store = open_store(settings.Store(url=f"file://{tmp_path}/store"))
+
+    async def swept() -> None:
+        """Two objects that the sweep removes, one after the other: a whole sweep lies between them."""
+        for _ in range(2):
+            decoy = f"results/{await add(ledger, 'cancelled', ago=60)}/1.json"
+            await store.put(decoy, b"1")
+            await until(lambda: keys(store), lambda found, decoy=decoy: decoy not in found)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield json.dumps({"task": "echo", "input": {"value": "x" * 100_000}}).encode() + b"\n"
+        await until(lambda: keys(store), lambda found: any(key.startswith("inputs/") for key in found))
+        await swept()
+        yield json.dumps({"task": "echo", "input": {"value": 1}}).encode() + b"\n"
+
+    async with stack(database, tmp_path) as product:
+        await product.up("worker")
+        await product.up("api", **clock(api))
+        await product.start("steward", BACKCAST_STEWARD__SWEEP="1", **clock(steward)).ready()
+        headers = {"Content-Type": "application/jsonl"}
+        answer = await product.http.post("/v1/batches", content=body(), headers=headers)
+        assert answer.status_code == 202, answer.text
+        await swept()
+        for row in await ledger.fetch("select id from runs where batch_id is not null"):
+            assert await product.result(str(row["id"])) in ("x" * 100_000, 1)
+    await store.aclose()
 
 
 async def test_cached_values_are_removed_by_their_age(ledger: Ledger, store: Store) -> None:

@@ -6,6 +6,7 @@ Lines are read, checked and dropped as they come, a few at a time, so that other
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -77,6 +78,7 @@ class _Reader:
         self._last = 0
         self._known: dict[str, Known | ClientError] = {}
         self._puts: set[asyncio.Task[None]] = set()
+        self._stored_until: datetime | None = None
         self.rows: list[New] = []
         self.owner: str | None = None
         self.wrong: list[tuple[int, ClientError]] = []
@@ -113,6 +115,7 @@ class _Reader:
                 input_key=large,
                 input_hash=b"",
                 batch_id=self._batch_id,
+                stored_until=self._stored_until,
             )
         )
 
@@ -130,6 +133,7 @@ class _Reader:
         return known
 
     async def _store(self, key: str, body: bytes) -> None:
+        self._stored_until = self._stored_until or await submissions.stored_until(self._backend.ledger)
         if len(self._puts) >= _PUTS:
             done, self._puts = await asyncio.wait(self._puts, return_when=asyncio.FIRST_COMPLETED)
             for put in done:

@@ -78,7 +78,9 @@ async def submit(
             raise
     run_id = uuid7()
     large = f"inputs/{run_id}.json" if len(body) > submissions.INLINE_INPUT else None
+    until = None
     if large is not None:
+        until = await submissions.stored_until(backend.ledger)
         await backend.store.put(large, body)
     submitted = await backend.submissions.submit(
         submissions.new(
@@ -89,6 +91,7 @@ async def submit(
             input_key=large,
             input_hash=hashlib.sha256(body).digest() if key is not None else b"",
             idempotency_key=key,
+            stored_until=until,
         )
     )
     if large is not None and not submitted.fresh:

@@ -10,7 +10,7 @@ import asyncpg
 from backcast.errors import IdempotencyConflict, InvalidInput, UnknownBatch
 from backcast.ledger import lanes
 from backcast.ledger.connection import Ledger
-from backcast.ledger.submissions import INSERT, New, columns
+from backcast.ledger.submissions import INSERT, New, columns, too_late
 from backcast.models import Batch, Problem, State
 from backcast.process.outages import backoff
 
@@ -44,6 +44,7 @@ async def submit(
 
     Raises:
         IdempotencyConflict: the key belongs to another batch of this owner.
+        StoreUnavailable: the batch has taken so long that its stored inputs may be gone.
     """
     ready, held = set[str](), set[str]()
     try:
@@ -51,7 +52,10 @@ async def submit(
             row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, len(rows))
             assert row is not None
             for start in range(0, len(rows) if row["fresh"] else 0, SLICE):
-                for run in await connection.fetch(INSERT, *columns(rows[start : start + SLICE])):
+                recorded = await connection.fetch(INSERT, *columns(rows[start : start + SLICE]))
+                if not recorded:
+                    raise too_late()
+                for run in recorded:
                     if run["state"] == "queued":
                         ready.add(run["pool"])
                     elif run["state"] == "held":

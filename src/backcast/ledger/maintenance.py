@@ -72,15 +72,17 @@ async def remove_stale_flights(ledger: Ledger) -> None:
 # An object is needed until its run ends (an attempt may have stored a value that the next one takes over), and
 # afterwards if the run names it. One probe of the primary key for each.
 _ORPHANS = f"""
-select o.key from unnest($1::text[], $2::uuid[]) as o(key, run_id)
+select o.key, not exists (select from runs r where r.id = o.run_id) as is_unknown
+  from unnest($1::text[], $2::uuid[]) as o(key, run_id)
  where not exists (select from runs r where r.id = o.run_id
                       and (r.state not in {_FINAL} or o.key = r.result_key or o.key = r.input_key))"""  # noqa: S608
 
 
-async def orphans(ledger: Ledger, objects: Mapping[str, UUID]) -> list[str]:
-    """Those keys of objects (each given with its run's id) that no run needs, now or later."""
+async def orphans(ledger: Ledger, objects: Mapping[str, UUID]) -> dict[str, bool]:
+    """Those keys of objects (each given with its run's id) that no recorded run needs, now or later, and whether the
+    run is unknown: not recorded yet, removed, or lost with a part of the ledger."""
     rows = await ledger.fetch(_ORPHANS, list(objects), list(objects.values()))
-    return [row["key"] for row in rows]
+    return {row["key"]: row["is_unknown"] for row in rows}
 
 
 async def remove_silent_workers(ledger: Ledger, after: timedelta) -> None:

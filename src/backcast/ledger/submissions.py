@@ -9,13 +9,13 @@ import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
 
-from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable
+from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable, StoreUnavailable, Unavailable
 from backcast.ledger import lanes
 from backcast.ledger.connection import Ledger
 from backcast.ledger.runs import COLUMNS, shown
@@ -23,6 +23,8 @@ from backcast.models import Run, Submission, TaskType, uuid7
 
 INLINE_INPUT = 64 * 1024
 """Bytes of JSON up to which an input lives in its row; a larger one lives in the store."""
+RECORDED_WITHIN = timedelta(hours=12)
+"""A run is recorded so soon after its input was stored, or never: the orphan sweep waits for twice as long."""
 GROUP = 500
 """Most runs that one statement records, in a few milliseconds."""
 
@@ -45,6 +47,8 @@ class New(NamedTuple):
     lane: str | None
     deadline: datetime | None
     batch_id: UUID | None
+    stored_until: datetime | None = None
+    """Of a run with a stored input: see `stored_until`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class SubmittedRun:
 # racing statements insert. The others wait for its commit and then *update* the row, so that RETURNING shows it ("do
 # nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may be
 # in the arrays once, and keys come in one order, so that two statements with the same keys do not deadlock.
+# $16: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
 INSERT = f"""
 insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, idem_key, request_hash, input,
                   input_key, metadata, lane, deadline, batch_id)
@@ -72,13 +77,30 @@ select id, task, pool, owner, priority,
               $15::uuid[])
     as given(id, task, pool, owner, priority, run_at, max_attempts, idem_key, request_hash, input, input_key, metadata,
            lane, deadline, batch_id)
+ where $16::timestamptz is null or now() < $16
 on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
 returning {COLUMNS}, pool, idem_key, request_hash, xmax = 0 as fresh"""  # noqa: S608  # a constant
 
 
-def columns(rows: Sequence[New]) -> list[Sequence[Any]]:
+def columns(rows: Sequence[New]) -> list[Any]:
     """The arguments of `INSERT`."""
-    return list(zip(*rows, strict=True))
+    *values, until = zip(*rows, strict=True)
+    return [*values, min((each for each in until if each is not None), default=None)]
+
+
+async def stored_until(ledger: Ledger) -> datetime:
+    """Asked before an input is stored: the run must be recorded by then. Both times are the database's, so no clock of
+    ours matters, nor for how long this process is stopped in between."""
+    row = await ledger.fetchrow("select now() + $1::interval as until", RECORDED_WITHIN)
+    assert row is not None
+    return row["until"]
+
+
+def too_late() -> StoreUnavailable:
+    return StoreUnavailable(
+        f"Its input was stored more than {RECORDED_WITHIN} before the run could be recorded, and may have been removed"
+        " since: send the request again, a large batch in parts."
+    )
 
 
 def new(
@@ -91,6 +113,7 @@ def new(
     input_hash: bytes,
     idempotency_key: str | None = None,
     batch_id: UUID | None = None,
+    stored_until: datetime | None = None,
 ) -> New:
     """Exactly one of `input_text` and `input_key` is given; `input_hash` is the digest of the input's JSON."""
     request_hash = None
@@ -113,6 +136,7 @@ def new(
         lane=submission.lane or task.lane,
         deadline=submission.deadline,
         batch_id=batch_id,
+        stored_until=stored_until,
     )
 
 
@@ -122,7 +146,7 @@ async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
     return await ledger.fetchrow(sql, owner, key) is not None
 
 
-Answer = SubmittedRun | IdempotencyConflict | LedgerUnavailable | InvalidInput
+Answer = SubmittedRun | IdempotencyConflict | Unavailable | InvalidInput
 
 
 async def submit(ledger: Ledger, task: TaskType, submission: Submission, **how: Any) -> SubmittedRun:
@@ -190,9 +214,10 @@ class Submissions:
             answers, held = await _record(self._ledger, rows)
         except LedgerUnavailable as error:
             return [LedgerUnavailable(error.detail) for _ in rows]
-        except asyncpg.PostgresError as error:  # a refused value: sent one by one, only its own run fails
+        except (asyncpg.PostgresError, StoreUnavailable) as error:  # refused: sent one by one, only its own run fails
             if len(rows) == 1:
-                return [InvalidInput(f"The run can't be stored: {error}.")]
+                late = isinstance(error, StoreUnavailable)
+                return [error if late else InvalidInput(f"The run can't be stored: {error}.")]
             return [answer for row in rows for answer in await self._answers([row])]
         if held:
             self._held |= held
@@ -230,6 +255,8 @@ async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitt
         )
     for pool in ready:
         ledger.wake(pool)
+    if not found:
+        raise too_late()
     return [found[_name(row)] for row in rows], held
 
 

@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from uuid import UUID
 
 from backcast.ledger import cursors, maintenance
 from backcast.ledger.connection import Ledger
-from backcast.models import uuid7
+from backcast.ledger.submissions import RECORDED_WITHIN
 from backcast.store import Missing, Object, Store
 
 log = logging.getLogger("backcast.steward")
 
-SUBMITTED_WITHIN = 3600.0
-"""Seconds after which an input without a run never gets one: its submission is over, with or without success."""
 SIGNATURE = "ledger/id"
 """The object that names the ledger that owns this store."""
 
@@ -35,31 +34,42 @@ async def is_ours(ledger: Ledger, store: Store) -> bool:
     return owner == ours
 
 
-async def sweep(ledger: Ledger, store: Store) -> None:
-    """Remove the orphans of a store that `is_ours`."""
-    for kind in ("results", "inputs"):
-        await _sweep(ledger, store, kind)
-
-
-async def _sweep(ledger: Ledger, store: Store, kind: str) -> None:
-    """Remove the objects that no run needs.
+async def sweep(
+    ledger: Ledger, store: Store, keep: timedelta | None, *, inputs_after: timedelta = 2 * RECORDED_WITHIN
+) -> int:
+    """Remove the orphans of a store that `is_ours`, and return how many results are left of runs that the ledger does
+    not know.
 
     A result is stored while its run is running, and the next attempt reads it only before the run has ended; the
-    ledger is asked after the object was seen. So if the run has ended and names another object, or is gone, no
-    worker can come to name this one: a settlement that does so is refused.
+    ledger is asked after the object was seen. So if a run has ended and names another object, no worker can come to
+    name this one: a settlement that does so is refused, and the object is removed at once.
 
-    An input is stored before its run is recorded. One without a run may belong to a submission that is under way,
-    but for less than an hour.
+    A result of an unknown run may be the only trace of a run that was lost with a part of the ledger, as when an older
+    backup was restored. It is kept for as long as the ledger keeps results; retention removes a run's objects before
+    its row, so few other results have no run.
+
+    An input is stored before its run is recorded, which happens within `RECORDED_WITHIN` or never, by the database's
+    clock. An input without a run is removed after twice that time, by the store's clock. Neither is compared with
+    another clock, so it does not matter how far they are apart.
     """
-    removed = 0
-    async for objects in store.pages(kind):
-        youngest = uuid7(SUBMITTED_WITHIN)
-        candidates = {key: run for key, run in _runs(objects) if kind == "results" or run < youngest}
-        if candidates and (found := await maintenance.orphans(ledger, candidates)):
-            await store.delete(found)
-            removed += len(found)
-    if removed:
-        log.info("removed %d objects from %s that no run needs", removed, kind)
+    now = await store.now()
+    removed, unknown = {"results": 0, "inputs": 0}, 0
+    for kind, after in (("results", keep), ("inputs", inputs_after)):
+        async for objects in store.pages(kind):
+            changed = {each.key: each.changed for each in objects}
+            found = await maintenance.orphans(ledger, dict(_runs(objects)))
+            young = {
+                key
+                for key, is_unknown in found.items()
+                if is_unknown and (after is None or now - changed[key] <= after)
+            }
+            await store.delete(found.keys() - young)
+            removed[kind] += len(found) - len(young)
+            unknown += len(young) if kind == "results" else 0
+    for kind, count in removed.items():
+        if count:
+            log.info("removed %d objects from %s that no run needs", count, kind)
+    return unknown
 
 
 def _runs(objects: list[Object]) -> Iterator[tuple[str, UUID]]:

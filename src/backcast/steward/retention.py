@@ -7,7 +7,7 @@ true when its objects are removed, even by a steward that was stopped in between
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from backcast.history.sink import Sink
@@ -28,18 +28,29 @@ class Retention:
     store: Store
     keep: timedelta | None
     """How long runs, results and cached values are kept after they ended; None: for ever."""
+    _unknown: int = field(default=0, init=False)
+    """Results of unknown runs that the log has reported."""
 
     async def __call__(self) -> None:
         await self.store.check()
+        if await orphans.is_ours(self.ledger, self.store):
+            if self.keep is not None:
+                await self._old_cache(self.keep)
+            await self._sweep()  # before the rows go: the results of their lost attempts have a known run
         if self.keep is not None:
             await self._old_runs(self.keep)
             await maintenance.remove_empty_batches(self.ledger, self.keep)
         await maintenance.remove_stale_flights(self.ledger)
-        if not await orphans.is_ours(self.ledger, self.store):
-            return
-        if self.keep is not None:
-            await self._old_cache(self.keep)
-        await orphans.sweep(self.ledger, self.store)
+
+    async def _sweep(self) -> None:
+        unknown = await orphans.sweep(self.ledger, self.store, self.keep)
+        if unknown > self._unknown:
+            log.warning(
+                "%d results belong to runs that the ledger does not know: was it restored from an older backup?"
+                " They are kept for as long as any result",
+                unknown,
+            )
+        self._unknown = unknown
 
     async def _old_runs(self, keep: timedelta) -> None:
         """Objects first: while the store is away, the rows that name them stay. A request in between is answered that
@@ -56,7 +67,7 @@ class Retention:
 
     async def _old_cache(self, keep: timedelta) -> None:
         """By age only: a value that is used or renewed at this moment is computed once more."""
-        before = datetime.now(UTC) - keep
+        before = await self.store.now() - keep
         async for objects in self.store.pages("cache"):
             await self.store.delete(each.key for each in objects if each.changed < before)
 

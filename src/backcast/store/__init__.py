@@ -6,6 +6,7 @@ Decides whether an object is missing or the store is away, and never confuses th
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ __all__ = ["CHUNK", "PAGE", "Missing", "Object", "Store", "open_store"]
 
 T = TypeVar("T")
 
+_CLOCK = "ledger/clock"
+"""An object that is put to learn the store's time."""
 _BATCH = 16
 """Objects deleted at the same time."""
 
@@ -88,6 +91,16 @@ class Store:
         async with contextlib.aclosing(self._place.pages(_checked(kind))) as pages:
             while (page := await self._within(anext(pages, None))) is not None:
                 yield page
+
+    async def now(self) -> datetime:
+        """The time by the clock that sets `Object.changed`; ours, or the database's, may differ from it by hours."""
+        await self.put(_CLOCK, b"1", is_copied=True)
+        seen = [
+            each.changed async for page in self.pages(_CLOCK.partition("/")[0]) for each in page if each.key == _CLOCK
+        ]
+        if not seen:
+            raise StoreUnavailable(f"{self._place} does not list an object that was just put.")
+        return seen[0]
 
     async def check(self) -> None:
         """Readiness: the folder or bucket is there and lets us in."""

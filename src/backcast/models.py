@@ -1,15 +1,28 @@
 """The nouns: run, task type, submission and others. Values only; no I/O, no HTTP."""
 
+import json
+import re
 import secrets
 import time
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
+from backcast import names
 from backcast.errors import BackcastError
 
 JSON = Any
@@ -45,14 +58,37 @@ def uuid7(ago: float = 0.0) -> UUID:
     return UUID(int=ms << 80 | 7 << 76 | rest * 4096 // 1_000_000 << 64 | 2 << 62 | secrets.randbits(62))
 
 
-def _plain_text(value: str) -> str:
-    if "\x00" in value or not value.isprintable():
-        raise ValueError("only printable characters are allowed")
-    return value
+Name = Annotated[str, AfterValidator(names.check), WithJsonSchema({"type": "string", **names.SCHEMA})]
+"""The name of a task, a lane or an owner."""
 
 
-Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain_text)]
-"""A short name that ends up in a column: an owner, a lane, a key."""
+def _text_only(value: object) -> object:
+    if isinstance(value, datetime) or (isinstance(value, str) and _RFC_3339.fullmatch(value)):
+        return value
+    raise ValueError("a time is written as 2030-01-31T08:00:00Z, with its offset; a number may mean too many things")
+
+
+def _in_range(value: datetime) -> datetime:
+    """In UTC. The driver sends the first and the last microsecond as infinity, of which PostgreSQL has no age."""
+    try:
+        return min(max(value.astimezone(UTC), _FIRST), _LAST)
+    except OverflowError:
+        raise ValueError("the time is outside of the years 1 to 9999 in UTC") from None
+
+
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(:\d\d([.,]\d+)?)?([Zz]|[+-]\d\d:?\d\d)")
+_FIRST = datetime.min.replace(tzinfo=UTC, microsecond=1)
+_LAST = datetime.max.replace(tzinfo=UTC, microsecond=999_998)
+Moment = Annotated[AwareDatetime, BeforeValidator(_text_only), AfterValidator(_in_range)]
+
+METADATA = 16 * 1024
+"""Bytes of JSON that the metadata of a run may have in all: it is part of every answer about the run."""
+
+
+def _bounded(metadata: dict[str, str]) -> dict[str, str]:
+    if len(json.dumps(metadata, ensure_ascii=False).encode(errors="replace")) > METADATA:
+        raise ValueError(f"the metadata may have {METADATA} bytes of JSON in all")
+    return metadata
 
 
 class _Noun(BaseModel):
@@ -77,18 +113,27 @@ class Submission(_Noun):
 
     input: dict[str, JSON] = {}
     """The task's parameters by name; checked against the task's input schema."""
-    owner: Label = "default"
+    owner: Name = "default"
     """The party that the run belongs to; owners take turns in the queue."""
     priority: int = Field(default=0, ge=-100, le=100)
     """Higher runs first, among the runs of the same owner."""
-    run_at: AwareDatetime | None = None
-    """Not before this time (with a time zone)."""
-    deadline: AwareDatetime | None = None
-    """A run that still waits at this time, for a slot or for another attempt, expires; a running one goes on."""
-    lane: Label | None = None
+    run_at: Moment | None = None
+    """Not before this time (RFC 3339, with an offset); a past one means now."""
+    deadline: Moment | None = None
+    """A run that still waits at this time, for a slot or for another attempt, expires; a running one goes on. It must
+    lie in the future, and after `run_at`."""
+    lane: Name | None = None
     """The lane of the run, such as a provider's quota; it may have limits. None: the task's own lane, if any."""
-    metadata: dict[str, str] = Field(default={}, max_length=32)
-    """The caller's own labels; returned with the run, and not read by backcast."""
+    metadata: Annotated[dict[str, str], AfterValidator(_bounded)] = Field(default={}, max_length=32)
+    """The caller's own labels, at most 32, and 16 KiB of JSON in all; returned with the run, not read by backcast."""
+
+    @field_validator("deadline")
+    @classmethod
+    def _is_after_run_at(cls, deadline: datetime | None, info: ValidationInfo) -> datetime | None:
+        run_at: datetime | None = info.data.get("run_at")
+        if deadline is not None and run_at is not None and deadline <= run_at:
+            raise ValueError("the deadline is not after run_at, so the run could never start")
+        return deadline
 
 
 class Run(_Noun):
@@ -142,16 +187,18 @@ class TaskType(_Noun):
 class Limits(_Noun):
     """The limits of a lane; at least one of the two is set."""
 
-    max_running: int | None = Field(default=None, ge=0)
+    max_running: int | None = Field(default=None, ge=0, le=1_000_000)
     """Runs of the lane that may run at the same time; 0 holds them all."""
-    max_per_minute: float | None = Field(default=None, gt=0, le=1_000_000)
+    max_per_minute: float | None = Field(default=None, ge=0.000001, le=1_000_000, allow_inf_nan=False)
     """Attempts that may start in a minute, retries included."""
 
 
-class Lane(Limits):
+class Lane(_Noun):
     """A lane with limits, and how many of its runs are promoted and held."""
 
     name: str
+    max_running: int | None = None
+    max_per_minute: float | None = None
     promoted: int
     """Its runs that are running, or may run as soon as a slot is free."""
     held: int

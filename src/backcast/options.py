@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Never, TypeVar, get_args
 
+from backcast import names
 from backcast.errors import refuse_unknown
 
 History = Literal["full", "none"]
@@ -46,8 +47,11 @@ def options(*, history: History = "full", lane: str | None = None, **unknown: Ne
     refuse_unknown("options", unknown, Options.__slots__)
     if history not in get_args(History):
         raise ValueError(f"history is {history!r}: write 'full' or 'none'.")
-    if lane is not None and not (0 < len(lane) <= 200 and lane.isprintable()):
-        raise ValueError(f"lane is {lane!r}: write 1 to 200 printable characters.")
+    if lane is not None:
+        try:
+            names.check(lane)
+        except ValueError as error:
+            raise ValueError(f"lane is {lane!r}: {error}.") from None
     chosen = Options(history, lane)
 
     def mark(task: T) -> T:

@@ -124,6 +124,9 @@ class Api(_Section):
     them about once a second, so the submissions of that time may exceed the limit."""
     max_waiting_per_owner: int = Field(default=100_000, ge=1)
     """Runs of one owner that may wait."""
+    max_waits: int = Field(default=1000, ge=0)
+    """Requests of one API process that may wait at once for the end of a run (`Prefer: wait=N`); further ones are
+    answered without waiting."""
     keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
     """Keys that open the API, comma-separated: a request sends one as `Authorization: Bearer KEY`. None: it is open."""
     allowed_hosts: Annotated[list[Host], NoDecode, BeforeValidator(_split)] = []

@@ -559,8 +559,9 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
 
 
 async def test_an_expired_run_has_no_result_and_shows_why(api: httpx.AsyncClient, ledger: Ledger) -> None:
-    past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
-    run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, "deadline": past})).json()
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, "deadline": later})).json()
+    await ledger.execute("update runs set deadline = now()")
     assert await dispatch.dispatch_due(ledger) == 1
     assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "expired"
     found = problem(await api.get(f"/v1/runs/{run['id']}/result"), 409, "no_result")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from backcast import __version__
-from backcast.api import auth, batches, compatibility, health, lanes, origins, problems, runs, tasks
+from backcast.api import auth, batches, compatibility, docs, health, lanes, origins, problems, routing, runs, tasks
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
 from backcast.ledger.connection import Ledger
@@ -23,11 +23,20 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        app.state.backend.waits.stop()
         await ledger.aclose()
         await store.aclose()
 
-    app = FastAPI(title="backcast", version=__version__, description=_ABOUT, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="backcast",
+        version=__version__,
+        description=_ABOUT,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        openapi_url=None,  # by docs.py
+    )
     app.state.backend = Backend(ledger, store, limits)
+    app.add_middleware(routing.EncodedPath)
     app.add_middleware(LimitBody, limit=limits.max_body, longer={batches.PATH: limits.max_batch_body})
     if limits.keys:
         app.add_middleware(auth.RequireKey, keys=limits.keys)  # outside of the limit: without a key no body is read
@@ -39,7 +48,8 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         app.add_middleware(origins.CrossOrigin, origins=limits.cors_origins)  # the outermost: a page may read refusals
     auth.describe(app)
     problems.install(app)
-    nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router)
+    nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router, docs.router)
     for router in (runs.hot, compatibility.router, *nouns):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
+    app.router.routes.append(docs.assets)
     return app

@@ -18,8 +18,9 @@ from pydantic_core import to_json
 from backcast.api import problems
 from backcast.api.body import media_type, parse_json, validate
 from backcast.api.deps import Backend, Deps, Known
+from backcast.api.routing import Route
 from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS
-from backcast.api.submit import check_input, idempotency_key, in_json
+from backcast.api.submit import check_input, idempotency_key, in_json, late
 from backcast.errors import (
     BodyTooLarge,
     ClientError,
@@ -36,10 +37,10 @@ from backcast.errors import (
 from backcast.ledger import batches, submissions
 from backcast.ledger.batches import Item
 from backcast.ledger.submissions import New
-from backcast.models import JSON, Batch, Label, Submission, uuid7
+from backcast.models import JSON, Batch, Name, Submission, uuid7
 from backcast.store import Missing
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"])
+router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=Route)
 
 PATH = "/v1/batches"
 JSON_LINES = "application/jsonl"
@@ -65,7 +66,7 @@ _BODY = {
 
 
 class _Line(Submission):
-    task: Label
+    task: Name
 
 
 class _Reader:
@@ -82,14 +83,19 @@ class _Reader:
         self.rows: list[New] = []
         self.owner: str | None = None
         self.wrong: list[tuple[int, ClientError]] = []
+        self.late: list[tuple[int, ClientError]] = []
+        """Lines whose deadline has passed: wrong, unless the batch is sent again."""
 
     async def read(self, number: int, line: bytes) -> None:
         try:
-            await self._read(line)
+            found = await self._read(line)
         except ClientError as error:
             self.wrong.append((number, error))
+        else:
+            if (error := late(found)) is not None:
+                self.late.append((number, error))
 
-    async def _read(self, line: bytes) -> None:
+    async def _read(self, line: bytes) -> Submission:
         given = parse_json(line)
         found = validate(_Line, self._given | given if isinstance(given, dict) else given)
         self.owner = self.owner or found.owner
@@ -118,6 +124,7 @@ class _Reader:
                 stored_until=self._stored_until,
             )
         )
+        return found
 
     async def _task(self, name: str) -> Known:
         """The task, looked up once per batch; an unknown one too."""
@@ -201,7 +208,7 @@ async def _lines(request: Request, digest: Any, longest: int) -> AsyncIterator[t
     responses=SUBMIT_PROBLEMS,
     openapi_extra={"parameters": [IDEMPOTENCY_KEY], **_BODY},
 )
-async def submit_batch(request: Request, deps: Deps, task: Label | None = None, owner: Label | None = None) -> Response:
+async def submit_batch(request: Request, deps: Deps, task: Name | None = None, owner: Name | None = None) -> Response:
     if (kind := media_type(request)) not in _KINDS:
         kind = kind or "of no stated type"
         raise UnsupportedBody(f"The body is {kind}: send one JSON object per line, with `Content-Type: {JSON_LINES}`.")
@@ -218,6 +225,8 @@ async def submit_batch(request: Request, deps: Deps, task: Label | None = None, 
             await reader.read(number, line)
             if len(reader.wrong) >= _WRONG:
                 break
+        if reader.late and not (key and reader.owner and await batches.has_key(deps.ledger, reader.owner, key)):
+            reader.wrong = sorted(reader.wrong + reader.late[:_WRONG], key=lambda wrong: wrong[0])
         reader.check()
         assert reader.owner is not None
         await _admit(deps, reader.owner, len(reader.rows), key)

@@ -11,14 +11,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
 
 from backcast.api import problems
 from backcast.api.body import json_body, media_type, validate
 from backcast.api.deps import backend
 from backcast.api.fast_path import RUN_ID, FastRoute, run_id
-from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS, json_request, stored
+from backcast.api.runs import IDEMPOTENCY_KEY, PREFER, SUBMIT_PROBLEMS, json_request, stored
 from backcast.api.submit import idempotency_key, submit
-from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun
+from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun, UnsupportedBody
 from backcast.ledger import runs
 from backcast.models import CAST, JSON, State, Submission
 
@@ -54,6 +55,9 @@ class Status(BaseModel):
 async def _form_or_json(request: Request) -> dict[str, Any]:
     if media_type(request) not in ("application/x-www-form-urlencoded", "multipart/form-data"):
         return await json_body(request)
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").lower()
+    if charset not in (b"utf-8", b"utf8"):
+        raise UnsupportedBody(f"The form is in {charset.decode('latin-1')!r}: send it in UTF-8.")
     async with request.form(max_files=0, max_fields=10) as form:
         fields: dict[str, Any] = {name: value for name, value in form.items() if value != "" or name == "payload"}
     for name in ("payload", "target_type"):  # a form has only text; text that parses as JSON is JSON
@@ -72,14 +76,16 @@ async def _form_or_json(request: Request) -> dict[str, Any]:
     summary="Cast a payload into a wanted type",
     response_model=Accepted,
     responses=SUBMIT_PROBLEMS,
-    openapi_extra={"parameters": [IDEMPOTENCY_KEY], **json_request(CastRequest)},
+    openapi_extra={"parameters": [IDEMPOTENCY_KEY, PREFER], **json_request(CastRequest)},
 )
 async def create_task(request: Request) -> Response:
     cast = validate(CastRequest, await _form_or_json(request))
     submission = Submission(input={"data": cast.payload, "target": cast.target_type, "instructions": cast.instructions})
-    submitted = await submit(backend(request), CAST, submission, key=idempotency_key(request), places=_PLACES)
-    headers = {"Location": f"/tasks/{submitted.run.id}/status", "Retry-After": "1"}
-    return Response(f'{{"task_run_id":"{submitted.run.id}"}}', 202, headers, "application/json")
+    deps = backend(request)
+    submitted = await submit(deps, CAST, submission, key=idempotency_key(request), places=_PLACES)
+    run, headers = await deps.waits.until_ended(request, submitted.run)
+    headers |= {"Location": f"/tasks/{run.id}/status", "Retry-After": "1"}
+    return Response(f'{{"task_run_id":"{run.id}"}}', 202, headers, "application/json")
 
 
 @router.get(
@@ -87,18 +93,21 @@ async def create_task(request: Request) -> Response:
     summary="Get the status of a task",
     response_model=Status,
     responses=problems.responses(UnknownRun, LedgerUnavailable, StoreUnavailable),
-    openapi_extra={"parameters": [RUN_ID]},
+    openapi_extra={"parameters": [RUN_ID, PREFER]},
 )
 async def get_status(request: Request) -> Response:
     deps = backend(request)
     found = await runs.result(deps.ledger, run_id(request))
+    ended, headers = await deps.waits.until_ended(request, found.run)
+    if ended.state is not found.run.state:
+        found = await runs.result(deps.ledger, ended.id)
     match found.run.state:
         case State.COMPLETED:
             head = f'{{"task_run_id":"{found.run.id}","status":"completed","result":'
             if found.text is not None:
-                return Response(f"{head}{found.text}}}", media_type="application/json")
+                return Response(f"{head}{found.text}}}", 200, headers, "application/json")
             chunks = await stored(deps, found)
-            return StreamingResponse(_wrapped(head.encode(), chunks), media_type="application/json")
+            return StreamingResponse(_wrapped(head.encode(), chunks), 200, headers, "application/json")
         case State.QUEUED | State.RUNNING:
             status, message = "pending", f"The run is {found.run.state.value}."
         case State.FAILED | State.CANCELLED | State.EXPIRED:
@@ -106,7 +115,7 @@ async def get_status(request: Request) -> Response:
             status = "error"
             message = error.detail if error else f"The run is {found.run.state.value}."
     body = {"task_run_id": str(found.run.id), "status": status, "message": message}
-    headers = {"Retry-After": "1"} if status == "pending" else {}
+    headers |= {"Retry-After": "1"} if status == "pending" else {}
     return Response(json.dumps(body), 200, headers, "application/json")
 
 

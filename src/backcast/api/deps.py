@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from jsonschema import Draft202012Validator
 
 from backcast import settings
+from backcast.api.waits import Waits
 from backcast.ledger import task_types
 from backcast.ledger.admission import Admission
 from backcast.ledger.connection import Ledger
@@ -38,6 +39,7 @@ class Backend:
         self.limits = limits
         self.submissions = Submissions(ledger)
         self.admission = Admission(ledger, most=limits.max_waiting, most_per_owner=limits.max_waiting_per_owner)
+        self.waits = Waits(ledger, limits.max_waits)
         self._known: dict[str, Known] = {}
 
     async def known(self, name: str) -> Known:

@@ -7,13 +7,14 @@ from typing import Any
 from uuid import UUID
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
+from backcast import names
+from backcast.api.routing import Route
 from backcast.errors import UnknownRun
 
 
-class FastRoute(APIRoute):
+class FastRoute(Route):
     def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **declared: Any) -> None:
         super().__init__(path, endpoint, **declared)
 
@@ -35,6 +36,7 @@ def in_header(name: str, description: str) -> dict[str, Any]:
 
 
 RUN_ID = in_path("run_id", format="uuid")
+NAME = in_path("name", **names.SCHEMA)
 
 
 def run_id(request: Request) -> UUID:

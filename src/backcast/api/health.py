@@ -6,9 +6,10 @@ from fastapi import APIRouter
 
 from backcast.api import problems
 from backcast.api.deps import Deps
+from backcast.api.routing import Route
 from backcast.errors import LedgerUnavailable, StoreUnavailable
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=Route)
 
 
 @router.get("/livez", summary="The process is alive")

@@ -8,14 +8,15 @@ from pydantic import BaseModel
 from backcast.api import problems
 from backcast.api.body import JSONBody, validate
 from backcast.api.deps import Deps
+from backcast.api.routing import Route
 from backcast.api.runs import json_request
 from backcast.errors import FieldError, InvalidInput, LedgerUnavailable, MalformedBody, UnknownLane, UnsupportedBody
 from backcast.ledger import lanes
-from backcast.models import Label, Lane, Limits
+from backcast.models import Lane, Limits, Name
 
-router = APIRouter(prefix="/v1/lanes", tags=["lanes"])
+router = APIRouter(prefix="/v1/lanes", tags=["lanes"], route_class=Route)
 
-Name = Annotated[Label, Path()]
+LaneName = Annotated[Name, Path()]
 
 
 class LaneList(BaseModel):
@@ -27,19 +28,19 @@ async def list_lanes(deps: Deps) -> LaneList:
     return LaneList(items=await lanes.limited(deps.ledger))
 
 
-@router.get("/{name}", summary="Get a lane", responses=problems.responses(UnknownLane, LedgerUnavailable))
-async def get_lane(name: Name, deps: Deps) -> Lane:
+@router.get("/{name:name}", summary="Get a lane", responses=problems.responses(UnknownLane, LedgerUnavailable))
+async def get_lane(name: LaneName, deps: Deps) -> Lane:
     return await lanes.get(deps.ledger, name)
 
 
 @router.put(
-    "/{name}",
+    "/{name:name}",
     summary="Limit a lane",
     description="Replaces both limits. They hold for runs that are submitted from then on.",
     responses=problems.responses(MalformedBody, UnsupportedBody, InvalidInput, LedgerUnavailable),
     openapi_extra=json_request(Limits),
 )
-async def limit_lane(name: Name, body: JSONBody, deps: Deps) -> Lane:
+async def limit_lane(name: LaneName, body: JSONBody, deps: Deps) -> Lane:
     limits = validate(Limits, body)
     if limits.max_running is None and limits.max_per_minute is None:
         raise InvalidInput(
@@ -50,12 +51,12 @@ async def limit_lane(name: Name, body: JSONBody, deps: Deps) -> Lane:
 
 
 @router.delete(
-    "/{name}",
+    "/{name:name}",
     status_code=204,
     summary="Lift the limits of a lane",
     description="Runs that wait for the lane go on.",
     responses=problems.responses(UnknownLane, LedgerUnavailable),
 )
-async def lift_lane(name: Name, deps: Deps) -> Response:
+async def lift_lane(name: LaneName, deps: Deps) -> Response:
     await lanes.lift(deps.ledger, name)
     return Response(status_code=204)

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from backcast.api.routing import Route
 from backcast.errors import (
     BackcastError,
     ClientError,
@@ -92,13 +93,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:  # pyright: ignore[reportUnusedFunction]
         if error.status_code == 404:
-            return respond(NotFound(f"There is no {request.url.path} here: see /docs."))
+            return respond(NotFound(f"There is no {request.scope['path']} here: see /docs."))
         body = document(error.status_code, "http_error", error.detail, f"{error.detail}: see /docs.")
         return Response(json.dumps(body), error.status_code, error.headers, MEDIA_TYPE)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:  # pyright: ignore[reportUnusedFunction]
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
         body = document(500, BackcastError.code, BackcastError.title, "Please report this; the log has the details.")
         return Response(json.dumps(body), 500, media_type=MEDIA_TYPE)
 
@@ -109,7 +110,7 @@ def _all(kind: type[BackcastError]) -> Iterator[type[BackcastError]]:
         yield from _all(sub)
 
 
-router = APIRouter(tags=["problems"])
+router = APIRouter(tags=["problems"], route_class=Route)
 
 
 @router.get("/problems/{code}", summary="Explain a problem")

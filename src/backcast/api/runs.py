@@ -1,8 +1,5 @@
 """Runs: submit, get, wait, fetch the result, cancel."""
 
-import asyncio
-import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, TypeVar
 from uuid import UUID
@@ -14,8 +11,10 @@ from pydantic import BaseModel
 from backcast.api import problems
 from backcast.api.body import json_body, validate
 from backcast.api.deps import Backend, Deps, backend
-from backcast.api.fast_path import RUN_ID, FastRoute, in_header, in_path, run_id
+from backcast.api.fast_path import NAME, RUN_ID, FastRoute, in_header, run_id
+from backcast.api.routing import Route
 from backcast.api.submit import idempotency_key, submit
+from backcast.api.waits import LONGEST
 from backcast.errors import (
     BodyTooLarge,
     IdempotencyConflict,
@@ -35,22 +34,18 @@ from backcast.errors import (
 )
 from backcast.ledger import runs
 from backcast.ledger.runs import Result
-from backcast.models import Run, State, Submission
-from backcast.process.outages import backoff
+from backcast.models import Name, Run, State, Submission
 from backcast.store import Missing
 
 T = TypeVar("T")
 
-router = APIRouter(prefix="/v1", tags=["runs"])
+router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
 """The routes that every run uses: submit, get."""
 
-LONGEST_WAIT = 50.0
-"""The most seconds that `Prefer: wait` may ask for: proxies cut a request off after 60."""
-_WAIT = re.compile(r"\bwait\s*=\s*\"?(\d{1,6})\"?")
-
-_PREFER = in_header(
-    "Prefer", f"`wait=N`: answer once the run has ended, or after N seconds (at most {LONGEST_WAIT:.0f})."
+PREFER = in_header(
+    "Prefer",
+    f"`wait=N`: answer once the run has ended, or after N seconds (at most {LONGEST}), or at once if too many wait.",
 )
 IDEMPOTENCY_KEY = in_header("Idempotency-Key", "Repeat a request safely: same key, same run.")
 
@@ -76,20 +71,23 @@ def json_request(model: type[BaseModel]) -> dict[str, object]:
 
 
 @hot.post(
-    "/tasks/{name}/runs",
+    "/tasks/{name:name}/runs",
     status_code=202,
     summary="Submit a run",
     response_model=Run,
     responses=problems.responses(UnknownTask) | SUBMIT_PROBLEMS,
-    openapi_extra={"parameters": [in_path("name"), IDEMPOTENCY_KEY], **json_request(Submission)},
+    openapi_extra={"parameters": [NAME, IDEMPOTENCY_KEY, PREFER], **json_request(Submission)},
 )
 async def submit_run(request: Request) -> Response:
-    submission = validate(Submission, await json_body(request))
-    submitted = await submit(backend(request), request.path_params["name"], submission, key=idempotency_key(request))
-    headers = {"Location": f"/v1/runs/{submitted.run.id}", "Retry-After": "1"}
+    submission, deps = validate(Submission, await json_body(request)), backend(request)
+    submitted = await submit(deps, request.path_params["name"], submission, key=idempotency_key(request))
+    run, headers = await deps.waits.until_ended(request, submitted.run)
+    headers |= {"Location": f"/v1/runs/{run.id}"}
     if not submitted.fresh:
         headers["Idempotent-Replayed"] = "true"
-    return Response(submitted.run.model_dump_json(), 202, headers, "application/json")
+    if run.state.is_final:
+        return Response(run.model_dump_json(), 200, headers, "application/json")
+    return Response(run.model_dump_json(), 202, headers | {"Retry-After": "1"}, "application/json")
 
 
 class RunList(BaseModel):
@@ -105,15 +103,12 @@ class RunList(BaseModel):
 async def list_runs(
     deps: Deps,
     state: State | None = None,
-    task: Annotated[str | None, Query(max_length=200)] = None,
-    owner: Annotated[str | None, Query(max_length=200)] = None,
+    task: Name | None = None,
+    owner: Name | None = None,
     batch: UUID | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: UUID | None = None,
 ) -> RunList:
-    for name, value in (("task", task), ("owner", owner)):
-        if value is not None and "\x00" in value:
-            raise InvalidInput(f"query/{name}: NUL is not allowed.")
     found, following = await runs.find(
         deps.ledger, limit=limit, before=cursor, state=state, task=task, owner=owner, batch=batch
     )
@@ -125,26 +120,14 @@ async def list_runs(
     summary="Get a run",
     response_model=Run,
     responses=problems.responses(UnknownRun, LedgerUnavailable),
-    openapi_extra={"parameters": [RUN_ID, _PREFER]},
+    openapi_extra={"parameters": [RUN_ID, PREFER]},
 )
 async def get_run(request: Request) -> Response:
-    asked = _WAIT.search(request.headers.get("prefer", ""))
-    run = await _ended(backend(request), run_id(request), min(float(asked[1]), LONGEST_WAIT) if asked else 0.0)
-    headers = {"Preference-Applied": f"wait={asked[1]}"} if asked else {}
+    deps = backend(request)
+    run, headers = await deps.waits.until_ended(request, await runs.get(deps.ledger, run_id(request)))
     if not run.state.is_final:
         headers["Retry-After"] = "1"
     return Response(run.model_dump_json(), 200, headers, "application/json")
-
-
-async def _ended(deps: Backend, run_id: UUID, wait: float) -> Run:
-    """The run, once it has ended or `wait` seconds have passed; it is read seldom enough for many to wait at once."""
-    deadline, delays = time.monotonic() + wait, backoff(0.02, 1.0, factor=1.5)
-    while True:
-        run = await runs.get(deps.ledger, run_id)
-        left = deadline - time.monotonic()
-        if run.state.is_final or left <= 0:
-            return run
-        await asyncio.sleep(min(next(delays), left))
 
 
 @router.get(

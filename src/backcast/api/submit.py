@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 
 from fastapi import Request
 from jsonschema.exceptions import ValidationError
-from pydantic import BaseModel
 
 from backcast import targets
 from backcast.api.deps import Backend, Known
 from backcast.errors import FieldError, InvalidInput, TooManyWaiting
 from backcast.ledger import submissions
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import JSON, Label, Submission, uuid7
+from backcast.models import JSON, Submission, uuid7
 
 TARGET_FORMAT = "target"
 """A task parameter of this JSON Schema format holds a wanted shape, which is checked here before a run is accepted."""
@@ -22,8 +24,7 @@ _MESSAGE = 300
 """Characters of a validator's message that are returned; it quotes the input."""
 
 
-class _Key(BaseModel):
-    key: Label
+_KEY = re.compile(r"[\x20-\x7e\xa0-\xff]{1,200}")
 
 
 def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] = _NOWHERE_ELSE) -> None:
@@ -50,30 +51,56 @@ def idempotency_key(request: Request) -> str | None:
     header = request.headers.get("idempotency-key")
     if header is None:
         return None
-    try:
-        return _Key(key=header.strip().removeprefix('"').removesuffix('"')).key
-    except ValueError:
-        raise InvalidInput("An Idempotency-Key has 1 to 200 printable characters.") from None
+    key = header.strip().removeprefix('"').removesuffix('"')
+    if not _KEY.fullmatch(key):
+        raise InvalidInput("An Idempotency-Key has 1 to 200 printable characters.")
+    return key
 
 
 def in_json(given: dict[str, JSON]) -> bytes:
-    """An input as it is stored. Raises `InvalidInput`."""
+    """An input as it is stored: integers exactly, other numbers as the nearest IEEE double. Raises `InvalidInput`."""
     try:
-        return json.dumps(given, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(given, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (UnicodeEncodeError, RecursionError, ValueError) as error:
-        raise InvalidInput(f"The input can't be stored: {error}.", errors=(FieldError("", str(error)),)) from None
+        if (where := _not_finite(given)) is not None:
+            why = "this number is beyond the range of IEEE doubles; send it as text"
+            raise InvalidInput(f"/input{where}: {why}.", errors=(FieldError(f"/input{where}", why),)) from None
+        raise InvalidInput(f"The input can't be stored: {error}.", errors=(FieldError("/input", str(error)),)) from None
+
+
+def _not_finite(value: JSON) -> str | None:
+    """The pointer to the first number that JSON can't carry (1e400 is read as infinity)."""
+    left: list[tuple[str, JSON]] = [("", value)]
+    while left:
+        where, each = left.pop()
+        if isinstance(each, float) and not math.isfinite(each):
+            return where
+        inner = each.items() if isinstance(each, dict) else enumerate(each) if isinstance(each, list) else ()
+        left += [(f"{where}/{name}", item) for name, item in inner]
+    return None
+
+
+def late(submission: Submission) -> InvalidInput | None:
+    """The refusal of a submission whose deadline has passed: its run could only expire."""
+    if submission.deadline is None or submission.deadline > datetime.now(UTC):
+        return None
+    why = "the deadline has passed; send a later one, or none"
+    return InvalidInput(f"/deadline: {why}.", errors=(FieldError("/deadline", why),))
 
 
 async def submit(
     backend: Backend, name: str, submission: Submission, *, key: str | None, places: Mapping[str, str] = _NOWHERE_ELSE
 ) -> SubmittedRun:
-    """Check and record a run; see `Submissions.submit` for the errors."""
+    """Check and record a run; see `Submissions.submit` for the errors. A request that was accepted before, under its
+    key, is refused neither because its deadline has passed nor because the queue is full."""
     known = await backend.known(name)
     check_input(known, submission.input, places)
     body = in_json(submission.input)
     try:
+        if (refusal := late(submission)) is not None:
+            raise refusal
         await backend.admission.admit(submission.owner)
-    except TooManyWaiting:
+    except (InvalidInput, TooManyWaiting):
         if key is None or not await submissions.has_key(backend.ledger, submission.owner, key):
             raise
     run_id = uuid7()

@@ -1,15 +1,18 @@
 """Task types: the tasks that can be run, and their input."""
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Path
 from pydantic import BaseModel
 
 from backcast.api import problems
 from backcast.api.deps import Deps
+from backcast.api.routing import Route
 from backcast.errors import LedgerUnavailable, UnknownTask
 from backcast.ledger import task_types
-from backcast.models import TaskType
+from backcast.models import Name, TaskType
 
-router = APIRouter(prefix="/v1/tasks", tags=["tasks"])
+router = APIRouter(prefix="/v1/tasks", tags=["tasks"], route_class=Route)
 
 
 class TaskList(BaseModel):
@@ -21,6 +24,6 @@ async def list_tasks(deps: Deps) -> TaskList:
     return TaskList(items=await task_types.all_(deps.ledger))
 
 
-@router.get("/{name}", summary="Get a task", responses=problems.responses(UnknownTask, LedgerUnavailable))
-async def get_task(name: str, deps: Deps) -> TaskType:
+@router.get("/{name:name}", summary="Get a task", responses=problems.responses(UnknownTask, LedgerUnavailable))
+async def get_task(name: Annotated[Name, Path()], deps: Deps) -> TaskType:
     return await task_types.get(deps.ledger, name)

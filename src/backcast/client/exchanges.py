@@ -23,6 +23,7 @@ from backcast.client.wire import (
     read,
     read_json,
     run_path,
+    task_path,
 )
 from backcast.errors import RunError, WaitTimeout, refuse_unknown
 from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
@@ -92,7 +93,7 @@ def submit(
     task: str, submission: Submission | Mapping[str, JSON], options: SubmitOptions, key: str | None, patience: float
 ) -> Flow[Run]:
     refuse_unknown("submit", options, _SUBMITTING)
-    ask = Ask("POST", f"/v1/tasks/{quote(task, safe='')}/runs", {}, body_of(submission, options), post_headers(key))
+    ask = Ask("POST", f"{task_path(task)}/runs", {}, body_of(submission, options), post_headers(key))
     return read(Run, (yield from answered(ask, patience)))
 
 
@@ -181,7 +182,7 @@ def cancel(run_id: UUID | str, patience: float) -> Flow[Run]:
 
 
 def task(name: str, patience: float) -> Flow[TaskType]:
-    return read(TaskType, (yield from answered(Ask("GET", f"/v1/tasks/{quote(name, safe='')}"), patience)))
+    return read(TaskType, (yield from answered(Ask("GET", task_path(name)), patience)))
 
 
 def tasks(patience: float) -> Flow[Sequence[TaskType]]:

@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from backcast import names
 from backcast.errors import (
     BackcastError,
     ClientError,
@@ -105,7 +106,19 @@ def run_path(run_id: UUID | str) -> str:
 
 
 def lane_path(name: str) -> str:
-    return f"/v1/lanes/{quote(name, safe='')}"
+    return f"/v1/lanes/{segment(name)}"
+
+
+def task_path(name: str) -> str:
+    return f"/v1/tasks/{segment(name)}"
+
+
+def segment(name: str) -> str:
+    """A name in a path. Raises `InvalidInput`."""
+    try:
+        return quote(names.check(name), safe="")
+    except ValueError as error:
+        raise InvalidInput(f"{name!r} is no name: {error}.") from None
 
 
 def post_headers(key: str | None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from prefect.tasks import MaterializingTask
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 
+from backcast import names
 from backcast.errors import ConfigurationError, UsageError
 from backcast.executor.cache import PlainJSON
 from backcast.models import JSON, TaskType
@@ -96,7 +97,15 @@ class RegisteredTask:
 def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: WritableFileSystem) -> RegisteredTask:
     """Describe this task for callers, and copy it for execution. The user's object stays as it is. The copy has our
     storage (otherwise each run asks the server for one), no tags (each costs a call, and fails without the server) and,
-    unless a cache policy needs it, no persistence: we write results ourselves."""
+    unless a cache policy needs it, no persistence: we write results ourselves.
+
+    Raises:
+        ConfigurationError: its name is none that a run can be submitted by.
+    """
+    try:
+        names.check(task.name)
+    except ValueError as error:
+        raise ConfigurationError(f"The task {task.name!r} can't be served: {error}.") from None
     hints: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # annotations may name types that exist for type checkers only
         hints = typing.get_type_hints(task.fn, include_extras=True)

@@ -166,6 +166,7 @@ async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
             if row["due"] < AT_ONCE:
                 break
             after = row["last"]
+        ledger.report_ends()
         if not skipped:
             break
         await asyncio.sleep(delay)  # the statements that lock them end within milliseconds

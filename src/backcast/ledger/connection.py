@@ -16,6 +16,9 @@ from backcast.settings import Database
 CHANNEL = "backcast_ready"
 NOTIFY_INTERVAL = 0.01
 """Seconds between two notifications of one pool: NOTIFY serialises commits, so it is sent rarely and by itself."""
+ENDED = "backcast_ended"
+ENDED_INTERVAL = 0.05
+"""Seconds between two notifications that runs have ended. They name none: who waits for some looks for all of them."""
 
 
 @contextlib.contextmanager
@@ -90,8 +93,8 @@ class Ledger:
             "statement_timeout": "30s",
         }
         self._pool: asyncpg.Pool | None = None
-        self._dirty: set[str] = set()
-        self._notifiers: dict[str, asyncio.Task[None]] = {}
+        self._dirty: set[tuple[str, str]] = set()
+        self._notifiers: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     @classmethod
     def of(cls, database: Database, *, name: str, pool: int | None = None) -> Self:
@@ -183,20 +186,27 @@ class Ledger:
 
         The notification is a hint, sent after the commit and outside of its transaction; workers also poll.
         """
-        self._dirty.add(pool)
-        if pool not in self._notifiers:
-            self._notifiers[pool] = asyncio.create_task(self._notify(pool))
+        self._hint(CHANNEL, pool, NOTIFY_INTERVAL)
 
-    async def _notify(self, pool: str) -> None:
-        while pool in self._dirty:
-            self._dirty.discard(pool)
+    def report_ends(self) -> None:
+        """Notify those who wait for the end of a run that some have ended; a hint as well."""
+        self._hint(ENDED, "", ENDED_INTERVAL)
+
+    def _hint(self, channel: str, payload: str, interval: float) -> None:
+        self._dirty.add((channel, payload))
+        if (channel, payload) not in self._notifiers:
+            self._notifiers[channel, payload] = asyncio.create_task(self._notify(channel, payload, interval))
+
+    async def _notify(self, channel: str, payload: str, interval: float) -> None:
+        while (channel, payload) in self._dirty:
+            self._dirty.discard((channel, payload))
             with contextlib.suppress(LedgerUnavailable):
                 # A hint need not be durable; without this, its commit would wait for the disk like a run's.
                 await self.execute(
-                    "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", CHANNEL, pool
+                    "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", channel, payload
                 )
-            await asyncio.sleep(NOTIFY_INTERVAL)
-        del self._notifiers[pool]
+            await asyncio.sleep(interval)
+        del self._notifiers[channel, payload]
 
     async def listen(self, pool: str, ready: Callable[[], None]) -> None:
         """Call `ready` whenever a run of `pool` may be ready, for ever; a lost connection is opened again."""

@@ -56,6 +56,8 @@ async def dispatch_due(ledger: Ledger) -> int:
         expired += row["expired"]
         if row["expired"] < AT_ONCE:
             break
+    if expired:
+        ledger.report_ends()
     due = await ledger.fetch(_DUE)
     for pool in {row["pool"] for row in due if row["state"] == "queued"}:
         ledger.wake(pool)

@@ -7,6 +7,7 @@ that changes a run's state; only limited lanes have a row that a statement may w
 
 import contextlib
 from collections.abc import Iterable
+from urllib.parse import quote
 
 import asyncpg
 
@@ -113,7 +114,7 @@ async def get(ledger: Ledger, name: str) -> Lane:
     """Raises `UnknownLane`."""
     row = await ledger.fetchrow(f"select *, {_HELD} from lanes l where name = $1 and limited", name)  # noqa: S608
     if row is None:
-        raise UnknownLane(f"The lane {name!r} has no limits: set some with PUT /v1/lanes/{name}.")
+        raise UnknownLane(f"The lane {name!r} has no limits: set some with PUT /v1/lanes/{quote(name, safe='')}.")
     return _lane(row)
 
 

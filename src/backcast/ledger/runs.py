@@ -142,6 +142,7 @@ async def cancel(ledger: Ledger, run_id: UUID) -> Run:
     row = await ledger.fetchrow(_CANCEL, run_id)
     if row is None:
         return await get(ledger, run_id)
+    ledger.report_ends()
     if row["freed"]:
         await lanes.try_promote(ledger, {row["lane"]})
     return shown(row)

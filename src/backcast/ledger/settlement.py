@@ -132,6 +132,8 @@ async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlem
         rows = await ledger.fetch(_SETTLE_FREE, *values)
     for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
         ledger.wake(pool)
+    if any(row["state"] in ("completed", "failed", "cancelled") for row in rows):
+        ledger.report_ends()
     states = {(row["id"], row["fence"]): row["state"] for row in rows}
     if missing := [e for e in settlements if (e.id, e.fence) not in states]:
         before = await ledger.fetch(_SETTLED_BEFORE, worker_id, [e.id for e in missing], [e.fence for e in missing])

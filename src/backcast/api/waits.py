@@ -1,0 +1,109 @@
+"""Holds requests until their run has ended: a bounded number at once, woken by the ledger, ended with their client."""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Collection
+from uuid import UUID
+
+from fastapi import Request
+
+from backcast.errors import BackcastError
+from backcast.ledger import endings, runs
+from backcast.ledger.connection import Ledger
+from backcast.models import Run
+
+LONGEST = 50
+"""The most seconds that `Prefer: wait` is honoured for: proxies cut a request off after 60."""
+_LINGER = 30.0
+"""Seconds without a wait after which the process's listening connection is closed."""
+_PREFER = re.compile(r"\bwait\s*=\s*\"?(\d{1,9})")
+
+
+def asked(request: Request) -> int | None:
+    """The seconds of the request's `Prefer: wait=N` that are honoured; None: it has none."""
+    found = _PREFER.search(request.headers.get("prefer", ""))
+    return min(int(found[1]), LONGEST) if found else None
+
+
+class Waits:
+    """The waits of one process: at most `most` at once; a further one is answered without waiting."""
+
+    def __init__(self, ledger: Ledger, most: int) -> None:
+        self._ledger, self._most = ledger, most
+        self._held = 0
+        self._waiting: dict[UUID, set[asyncio.Future[Run]]] = {}
+        self._look = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._stopped = False
+
+    async def until_ended(self, request: Request, run: Run) -> tuple[Run, dict[str, str]]:
+        """The run once it has ended, or as it is when the time that the request asks for is over; and the headers that
+        tell so. Returns early when the client is gone, at a stop, and when too many wait."""
+        seconds = asked(request)
+        if seconds is None:
+            return run, {}
+        if seconds and not run.state.is_final:
+            if self._held >= self._most or self._stopped:
+                return run, {}
+            run = await self._ended(request, run.id, seconds) or await runs.get(self._ledger, run.id)
+        return run, {"Preference-Applied": f"wait={seconds}"}
+
+    async def _ended(self, request: Request, run_id: UUID, seconds: int) -> Run | None:
+        ended: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
+        self._held += 1
+        self._waiting.setdefault(run_id, set()).add(ended)
+        self._watch()
+        gone = asyncio.create_task(_gone(request))
+        try:
+            await asyncio.wait({ended, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            self._held -= 1
+            if not ended.done():
+                ended.cancel()
+            self._forget(run_id, ended)
+        return None if ended.cancelled() else ended.result()
+
+    def _forget(self, run_id: UUID, ended: "asyncio.Future[Run]") -> None:
+        others = self._waiting.get(run_id, set())
+        others.discard(ended)
+        if not others:
+            self._waiting.pop(run_id, None)
+
+    def _watch(self) -> None:
+        self._look.set()
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._deliver())
+
+    async def _deliver(self) -> None:
+        """Deliver ends to the waits, until there have been none for a while. An outage of the database ends no wait."""
+        while True:
+            with contextlib.suppress(BackcastError):
+                await endings.watch(self._ledger, self._wanted, self._found, self._look, idle=_LINGER)
+                return
+            await asyncio.sleep(1)
+
+    def _wanted(self) -> Collection[UUID]:
+        return self._waiting.keys()
+
+    def _found(self, run: Run) -> None:
+        for ended in self._waiting.pop(run.id, set()):
+            if not ended.done():
+                ended.set_result(run)
+
+    def stop(self) -> None:
+        """Answer all waits now, and hold no further ones."""
+        self._stopped = True
+        for waits in self._waiting.values():
+            for ended in waits:
+                ended.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed its connection, or sends a body that is not wanted."""
+    with contextlib.suppress(BackcastError):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass

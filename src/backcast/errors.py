@@ -17,8 +17,10 @@
     │   └── BodyTooLarge        413
     ├── Unavailable             503     a needed service is away; the same request may succeed later
     │   ├── LedgerUnavailable
+    │   │   └── LedgerFull
     │   ├── StoreUnavailable
     │   └── NoWorkerYet
+    ├── LedgerFault             500     the database refuses a statement of ours: no wait will help
     ├── WaitTimeout                     a client has waited for its whole timeout; the run goes on
     ├── ConfigurationError              an operator must change a setting; the sentence names it
     └── RunError                        the reason why an attempt failed; its class decides about a retry
@@ -213,10 +215,42 @@ class Unavailable(BackcastError):
     status = 503
     retry_after = timedelta(seconds=2)
 
+    def __init__(self, detail: str, *, reason: str = "") -> None:
+        super().__init__(f"{detail} ({reason})" if reason else detail)
+        self._detail = detail
+        self.reason = reason
+        """The service's own words: for operators, as they may name its files and addresses."""
+
+    @property
+    def detail(self) -> str:
+        return self._detail
+
 
 class LedgerUnavailable(Unavailable):
     code = "ledger_unavailable"
     title = "The database can't be reached"
+
+
+class LedgerFull(LedgerUnavailable):
+    """The database can't store anything more until its disk has room again. Reading still works."""
+
+    code = "ledger_full"
+    title = "The database's disk is full"
+
+
+class LedgerFault(BackcastError):
+    """The database refuses a statement of this release: a right or a column is missing, or it is damaged. An operator
+    must act; the log has the reason."""
+
+    code = "ledger_fault"
+    title = "The database refuses a statement"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The database refuses a statement of this release: {reason}. See `backcast check`.")
+
+    @property
+    def detail(self) -> str:
+        return "The database refuses a statement of this release: its operator finds the reason in the log."
 
 
 class StoreUnavailable(Unavailable):

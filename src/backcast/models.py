@@ -203,6 +203,8 @@ class Lane(_Noun):
     """Its runs that are running, or may run as soon as a slot is free."""
     held: int
     """Its runs that wait for the lane; counted up to 10,000."""
+    problem: str | None = None
+    """What is wrong with its limits, if they were not set by this interface."""
 
 
 class Batch(_Noun):

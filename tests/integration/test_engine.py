@@ -278,7 +278,37 @@ async def a_quiet_cached(name: str) -> int:
     return calls[name]
 
 
+@task
+async def a_breaks() -> None:
+    raise ValueError("as asked")
+
+
+@task
+def s_breaks() -> None:
+    raise ValueError("as asked")
+
+
+YEAR = 365 * 24 * 3600
+ODD: list[tuple[dict[str, Any], float]] = [
+    ({"retry_delay_seconds": 1e12}, YEAR),
+    ({"retry_delay_seconds": 1e14}, YEAR),
+    ({"retry_delay_seconds": [1e300]}, YEAR),
+    ({"retry_delay_seconds": 10**400}, YEAR),
+    ({"retry_delay_seconds": float("inf")}, YEAR),
+    ({"retry_delay_seconds": [float("nan"), 1]}, 0),
+    ({"retry_delay_seconds": -1e12}, 0),
+    ({"retry_delay_seconds": 5, "retry_jitter_factor": float("nan")}, 5),
+    ({"retry_delay_seconds": 5, "timeout_seconds": 1e14}, 5),
+    ({"retry_delay_seconds": 5, "timeout_seconds": float("inf")}, 5),
+    ({"retry_delay_seconds": 5, "timeout_seconds": float("nan")}, 5),
+]
+"""Numbers of a task that no clock can keep, and the delay that follows."""
 TASKS = {one.name: one for one in list(vars().values()) if isinstance(one, type(a_value))}
+TASKS |= {
+    f"{one.name}_{n}": one.with_options(name=f"{one.name}_{n}", retries=2**40, **odd)
+    for one in (a_breaks, s_breaks)
+    for n, (odd, _) in enumerate(ODD)
+}
 
 
 class Way:
@@ -389,6 +419,17 @@ async def test_delays_are_the_tasks(way: Way, kind: str) -> None:
     ended = await way.run(f"{kind}_fails", kind="wait")
     assert isinstance(ended, Retry)
     assert ended.delay == 77, "the delay of a refusal beats the backoff"
+
+
+async def test_a_number_that_no_clock_can_keep_is_bounded(way: Way, kind: str) -> None:
+    for n, (_, delay) in enumerate(ODD):
+        way.executor.registered[f"{kind}_breaks_{n}"].task.retries = 2
+        ended = await way.run(f"{kind}_breaks_{n}", 0)
+        if delay:
+            assert isinstance(ended, Retry)
+            assert ended.delay == pytest.approx(delay, abs=4)
+        assert not isinstance(ended, Succeeded)
+        assert ended.problem.detail == "ValueError: as asked", "the task's own error is not masked"
 
 
 async def test_without_a_delay_the_next_attempt_is_made_at_once(way: Way, kind: str) -> None:

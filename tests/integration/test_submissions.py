@@ -222,7 +222,7 @@ async def test_a_full_disk_is_reported_and_heals(api: httpx.AsyncClient, ledger:
     run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()
     await ledger.execute(
         """create function full_disk() returns trigger language plpgsql as
-           $$ begin raise exception 'could not extend file: No space left on device' using errcode = '53100'; end $$"""
+           $$ begin raise exception 'could not extend file "base/5/16397"' using errcode = '53100'; end $$"""
     )
     await ledger.execute("create trigger no_space before insert or update on runs execute function full_disk()")
     for answer in (
@@ -230,12 +230,15 @@ async def test_a_full_disk_is_reported_and_heals(api: httpx.AsyncClient, ledger:
         await api.post("/v1/batches?task=echo", content='{"input": {"value": 2}}', headers=JSONL),
         await api.post(f"/v1/runs/{run['id']}/cancel"),
     ):
-        found = problem(answer, 503, "ledger_unavailable")
-        assert "No space left" in str(found["detail"])
+        found = problem(answer, 503, "ledger_full")
+        assert found["title"] == "The database's disk is full"
+        assert "base/5" not in answer.text
     assert (await api.get(f"/v1/runs/{run['id']}")).json()["state"] == "queued"
+    problem(await api.get("/readyz"), 503, "ledger_full")
     await ledger.execute("drop trigger no_space on runs")
     assert (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 2}})).status_code == 202
     assert (await api.post(f"/v1/runs/{run['id']}/cancel")).json()["state"] == "cancelled"
+    assert (await api.get("/readyz")).status_code == 200, "the write that found the disk full has succeeded"
     assert await count(ledger) == 2
 
 
@@ -542,7 +545,7 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
         problem(await api.put("/v1/lanes/gpu", json=wrong), 422, "invalid_input")
     problem(await api.put(f"/v1/lanes/{'x' * 201}", json={"max_running": 1}), 422, "invalid_input")
     lane = (await api.put("/v1/lanes/gpu", json={"max_running": 1})).json()
-    assert lane == {"name": "gpu", "max_running": 1, "max_per_minute": None, "promoted": 0, "held": 0}
+    assert lane == {"name": "gpu", "max_running": 1, "max_per_minute": None, "promoted": 0, "held": 0, "problem": None}
     for n in range(3):
         body = {"input": {"value": n}, "lane": "gpu"}
         assert (await api.post("/v1/tasks/echo/runs", json=body)).json()["lane"] == "gpu"

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,8 @@ from backcast.errors import (
 
 log = logging.getLogger("backcast.api")
 MEDIA_TYPE = "application/problem+json"
+EVERY = 10.0
+"""Seconds between two lines in the log about one service that is away."""
 
 
 class ProblemField(BaseModel):
@@ -75,9 +78,16 @@ def respond(error: BackcastError) -> Response:
 
 def install(app: FastAPI) -> None:
     """The one place where errors become responses."""
+    reported = dict[type[Unavailable], float]()
 
     @app.exception_handler(BackcastError)
-    async def ours(_: Request, error: BackcastError) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def ours(request: Request, error: BackcastError) -> Response:  # pyright: ignore[reportUnusedFunction]
+        if isinstance(error, Unavailable):
+            if time.monotonic() - reported.get(type(error), -EVERY) >= EVERY:
+                reported[type(error)] = time.monotonic()
+                log.warning("answering 503: %s", error)  # with the reason, which the caller does not see
+        elif error.status >= 500:
+            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return respond(error)
 
     @app.exception_handler(RequestValidationError)

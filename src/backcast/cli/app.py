@@ -28,7 +28,7 @@ class _Readable(TyperGroup):
         try:
             return super().invoke(ctx)
         except BackcastError as error:
-            output.complain(error.detail)
+            output.complain(str(error))  # with the reason, which callers of the API do not see
             for field in error.errors if isinstance(error, ClientError) else ():
                 if field.detail not in error.detail:
                     output.complain(f"  {field.pointer}: {field.detail}")

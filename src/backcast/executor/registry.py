@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from backcast import names
 from backcast.errors import ConfigurationError, UsageError
+from backcast.executor import numbers
 from backcast.executor.cache import PlainJSON
 from backcast.models import JSON, TaskType
 from backcast.options import Options, options_of
@@ -119,6 +120,7 @@ def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Wr
         if hints.get(name, Any) not in _PLAIN:
             adapters[name] = TypeAdapter(hints[name])
     cached, options = _is_cached(task.cache_policy), options_of(task)
+    ours = _copy(task, cached, storage)
     return RegisteredTask(
         type=TaskType(
             name=task.name,
@@ -127,20 +129,20 @@ def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Wr
             description=inspect.cleandoc(task.description or ""),
             input_schema=schema,
             output_schema=output,
-            retries=task.retries or 0,
-            timeout=timedelta(seconds=task.timeout_seconds) if task.timeout_seconds else None,
+            retries=ours.retries or 0,
+            timeout=timedelta(seconds=ours.timeout_seconds) if ours.timeout_seconds else None,
             max_attempts=max_attempts,
             lane=options.lane,
             history=options.history == "full",
         ),
-        task=_copy(task, cached, storage),
+        task=ours,
         parameters=adapters,
         options=options,
         is_cached=cached,
         needs_engine=cached or bool(task.task_run_name) or _has_assets(task) or any(getattr(task, on) for on in _HOOKS),
         is_by_name=all(p.kind in _BY_NAME for p in inspect.signature(task.fn).parameters.values()),
         log_prints=PREFECT_LOGGING_LOG_PRINTS.value() if task.log_prints is None else task.log_prints,
-        policy={"retries": task.retries, "retry_delay": task.retry_delay_seconds} if task.retries else {},
+        policy={"retries": ours.retries, "retry_delay": ours.retry_delay_seconds} if ours.retries else {},
     )
 
 
@@ -161,6 +163,7 @@ def _input_schema(task: "Task[..., Any]") -> dict[str, JSON]:
 
 def _copy(task: "Task[..., Any]", cached: bool, storage: WritableFileSystem) -> "Task[..., Any]":
     ours = copy.copy(task)
+    numbers.bound(ours)
     ours.tags = set()
     ours.cache_policy = task.cache_policy if cached else NO_CACHE
     ours.persist_result = cached

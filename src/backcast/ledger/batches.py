@@ -8,8 +8,8 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import IdempotencyConflict, InvalidInput, UnknownBatch
-from backcast.ledger import lanes
-from backcast.ledger.connection import Ledger
+from backcast.ledger import lanes, reading
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.submissions import INSERT, New, columns, too_late
 from backcast.models import Batch, Problem, State
 from backcast.process.outages import backoff
@@ -31,10 +31,10 @@ class SubmittedBatch:
 
 # As for runs: the unique index on (owner, idem_key) lets one of any number of racing requests insert; the others wait
 # until it has committed the whole batch.
-_RECORD = """
+_RECORD = f"""
 insert into batches (id, owner, idem_key, request_hash, size) values ($1, $2, $3, $4, $5)
 on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
-returning id, owner, size, created_at, request_hash, xmax = 0 as fresh"""
+returning id, owner, size, {reading.time("created_at")}, request_hash, xmax = 0 as fresh"""  # noqa: S608  # constants
 
 
 async def submit(
@@ -60,7 +60,7 @@ async def submit(
                         ready.add(run["pool"])
                     elif run["state"] == "held":
                         held.add(run["lane"])
-    except asyncpg.PostgresError as error:
+    except REFUSED as error:
         raise InvalidInput(f"The batch can't be stored: {error}.") from None
     if not row["fresh"]:
         if row["request_hash"] != request_hash:
@@ -87,7 +87,10 @@ def _batch(row: asyncpg.Record, states: dict[State, int]) -> Batch:
 
 async def get(ledger: Ledger, batch_id: UUID) -> Batch:
     """With its runs counted by state (index runs_in_batch). Raises `UnknownBatch`."""
-    row = await ledger.fetchrow("select * from batches where id = $1", batch_id)
+    row = await ledger.fetchrow(
+        f"select id, owner, size, {reading.time('created_at')} from batches where id = $1",  # noqa: S608  # constants
+        batch_id,
+    )
     if row is None:
         raise UnknownBatch(f"There is no batch {batch_id}: it was never accepted here, or it has been removed.")
     counts = await ledger.fetch(
@@ -123,7 +126,7 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
         )
         for row in rows:
             state = State.QUEUED if row["state"] in ("held", "scheduled") else State(row["state"])
-            error = Problem.model_validate_json(row["error"]) if row["error"] and state.is_final else None
+            error = reading.problem(row["error"]) if row["error"] and state.is_final else None
             yield Item(row["id"], state, row["result"], row["result_key"], error)
         if len(rows) < PAGE:
             return
@@ -148,7 +151,7 @@ cancelled as (
          finished_at = case when state = 'running' then null else now() end
    where id = any(array(select id from mine)) returning lane, promoted, state),
 freed as (
-  update lanes set promoted = lanes.promoted - n
+  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
     from (select lane, count(*) as n from cancelled where promoted and state = 'cancelled' group by lane) c
    where lanes.name = c.lane returning name)
 select (select count(*) from due) as due, (select max(id::text)::uuid from due) as last,

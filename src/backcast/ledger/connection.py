@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import asyncpg
 
-from backcast.errors import LedgerUnavailable
+from backcast.errors import ConfigurationError, LedgerFault, LedgerFull, LedgerUnavailable
+from backcast.ledger import session
 from backcast.settings import Database
 
 CHANNEL = "backcast_ready"
@@ -21,35 +24,56 @@ ENDED_INTERVAL = 0.05
 """Seconds between two notifications that runs have ended. They name none: who waits for some looks for all of them."""
 
 
+REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
+"""A value that the database does not take, in an argument or in a row that the statement met."""
+_FULL = "The database's disk is full: nothing can be stored until it has room again."
+_AWAY = "The database can't be used right now."
+_READ_ONLY = "The database is read-only: look at its disk, or for the primary server."
+_NO_SCHEMA = "The database has no schema of this release: run `backcast setup`."
+NEWEST = max(path.name[:4] for path in (Path(__file__).parent / "migrations/versions").glob("0*.py"))
+"""The schema's version in this release."""
+FULL_FOR = 30.0
+"""Seconds for which a process whose write found the disk full is not ready, unless the same write succeeds earlier."""
+LISTENS_FOR = 10.0
+"""Seconds after which a connection that listens is tried: a firewall or a lost machine ends it without a word."""
+
+
 @contextlib.contextmanager
 def _reaching() -> Iterator[None]:
-    """Turn every error of a database that is away, full or not ready into `LedgerUnavailable`."""
+    """Turn every error of a database that is away, full or not ready into `LedgerUnavailable`, which a wait may end,
+    and every error that no wait ends into `LedgerFault`. `REFUSED` stays: it depends on a value."""
     try:
         yield
-    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidCatalogNameError) as error:
-        raise LedgerUnavailable(
-            f"The database has no schema of this release ({error}): run `backcast setup`."
-        ) from None
+    except session.LOST_STATEMENTS:
+        raise ConfigurationError(session.POOLED) from None
+    except asyncpg.DiskFullError as error:
+        raise LedgerFull(_FULL, reason=_words(error)) from None
+    except asyncpg.ReadOnlySQLTransactionError as error:
+        raise LedgerUnavailable(_READ_ONLY, reason=_words(error)) from None
+    except (asyncpg.SyntaxOrAccessError, asyncpg.InternalServerError) as error:  # classes 42 and XX
+        raise LedgerFault(_words(error)) from error
     except (
         OSError,
         TimeoutError,
         asyncpg.InterfaceError,
         asyncpg.InternalClientError,
         asyncpg.PostgresConnectionError,  # class 08
+        asyncpg.InvalidTransactionStateError,  # class 25: idle for too long
+        asyncpg.InvalidAuthorizationSpecificationError,  # class 28
+        asyncpg.TransactionRollbackError,  # class 40: a deadlock
+        asyncpg.InsufficientResourcesError,  # class 53: too many connections, out of memory
+        asyncpg.ObjectNotInPrerequisiteStateError,  # class 55: a database that takes no connections, a lock not given
         asyncpg.OperatorInterventionError,  # class 57: shutting down, starting up, cancelled by time-out
-        asyncpg.InsufficientResourcesError,  # class 53: disk full, too many connections, out of memory
-        asyncpg.ReadOnlySQLTransactionError,
-        asyncpg.DeadlockDetectedError,
-        asyncpg.InvalidAuthorizationSpecificationError,
-        asyncpg.InsufficientPrivilegeError,  # of the role: to connect, or to a table
-        asyncpg.ObjectNotInPrerequisiteStateError,  # a database that takes no connections
         asyncpg.PostgresSystemError,  # class 58: I/O errors of the server's disk
-        asyncpg.InternalServerError,  # class XX
+        asyncpg.InvalidCatalogNameError,
     ) as error:
         if isinstance(error, asyncpg.InterfaceError) and "arguments for this query" in str(error):
-            raise  # a bug of ours: no wait would end it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LedgerUnavailable(f"The database can't be used right now: {reason}") from None
+            raise LedgerFault(_words(error)) from error
+        raise LedgerUnavailable(_AWAY, reason=_words(error)) from None
+
+
+def _words(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _closed(lost: asyncio.Future[None], _connection: object) -> None:
@@ -81,17 +105,9 @@ class Ledger:
         self._url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)
         self._size = pool
         self.timeout = timeout.total_seconds()
-        self._server_settings = {
-            "application_name": name,
-            "search_path": "backcast",
-            # Every statement on the hot path is an index probe; planning it anew costs more than running it, and a
-            # plan made while a table was empty must not become a scan of a million rows.
-            "plan_cache_mode": "force_generic_plan",
-            "enable_seqscan": "off",
-            "jit": "off",
-            "idle_in_transaction_session_timeout": "10s",
-            "statement_timeout": "30s",
-        }
+        self._name = {"application_name": name}
+        self._keeps_sessions = False
+        self._full: tuple[str, float] | None = None
         self._pool: asyncpg.Pool | None = None
         self._dirty: set[tuple[str, str]] = set()
         self._notifiers: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -109,17 +125,57 @@ class Ledger:
                 min_size=0,
                 max_size=self._size,
                 connection_class=_Stateless,
-                server_settings=self._server_settings,
+                server_settings=self._name,
+                init=self._set_up,
                 timeout=min(5.0, self.timeout),
                 max_inactive_connection_lifetime=60,
             )
             await self._pool
         return self._pool
 
+    async def _connect(self) -> asyncpg.Connection:
+        return await asyncpg.connect(self._url, server_settings=self._name, command_timeout=self.timeout, timeout=5)
+
+    async def _set_up(self, connection: Any) -> None:
+        if not self._keeps_sessions:  # before anything is set, which another client's session might get
+            await session.keeps(connection, self._connect)
+            self._keeps_sessions = True
+        await connection.execute(session.settings(connection.get_server_version().major, hurried=True))
+
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Any]:
+    async def _reached(self, sql: str = "") -> AsyncIterator[None]:
+        """`_reaching`, and what only this process knows: whether the schema is there, and which statement last found
+        the disk full."""
+        try:
+            with _reaching():
+                yield
+        except LedgerFull:
+            self._full = sql, time.monotonic()
+            raise
+        except LedgerFault:
+            if await self._lacks_schema():
+                raise LedgerUnavailable(_NO_SCHEMA) from None
+            raise
+        if self._full is not None and self._full[0] == sql:
+            self._full = None
+
+    async def _lacks_schema(self) -> bool:
+        """Whether the database has no schema yet, or that of an older release. One that can't be read is a fault."""
+        try:
+            with _reaching():
+                connection = await self._connect()
+                try:
+                    version = await connection.fetchval("select version_num from backcast.alembic_version")
+                    return version is None or version < NEWEST
+                finally:
+                    connection.terminate()
+        except LedgerFault as fault:
+            return isinstance(fault.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError)
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, sql: str = "") -> AsyncIterator[Any]:
         """A pooled connection, for `timeout` in all: the wait for it counts."""
-        with _reaching():
+        async with self._reached(sql):
             try:
                 async with asyncio.timeout(self.timeout):
                     pool = await self._connections()
@@ -137,15 +193,15 @@ class Ledger:
                 raise LedgerUnavailable(f"The database did not answer within {self.timeout:g} s.") from None
 
     async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
-        async with self._connection() as connection:
+        async with self._connection(sql) as connection:
             return await connection.fetch(sql, *values)
 
     async def fetchrow(self, sql: str, *values: Any) -> asyncpg.Record | None:
-        async with self._connection() as connection:
+        async with self._connection(sql) as connection:
             return await connection.fetchrow(sql, *values)
 
     async def execute(self, sql: str, *values: Any) -> str:
-        async with self._connection() as connection:
+        async with self._connection(sql) as connection:
             return await connection.execute(sql, *values)
 
     @contextlib.asynccontextmanager
@@ -163,23 +219,26 @@ class Ledger:
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[asyncpg.Connection]:
         """A connection of its own, outside of the pool: for listening, heartbeats and advisory locks."""
-        with _reaching():
-            connection = await asyncpg.connect(
-                self._url, server_settings=self._server_settings, command_timeout=self.timeout, timeout=5
-            )
-        try:
-            with _reaching():
+        async with self._reached():
+            connection = await self._connect()
+            try:
+                await self._set_up(connection)
                 yield connection
-        finally:
-            connection.terminate()
+            finally:
+                connection.terminate()
 
     async def check(self) -> None:
-        """Readiness: reachable, writable, and the schema is there. Raises `LedgerUnavailable`."""
+        """Readiness: reachable, writable, and the schema is there. Raises `LedgerUnavailable`.
+
+        Nothing but a write finds a full disk, so this repeats what the latest one found.
+        """
+        if self._full is not None and time.monotonic() - self._full[1] < FULL_FOR:
+            raise LedgerFull(_FULL)
         row = await self.fetchrow(
             "select current_setting('transaction_read_only')::bool as read_only, exists (select from task_types)"
         )
         if row is not None and row["read_only"]:
-            raise LedgerUnavailable("The database is read-only: look at its disk, or for the primary server.")
+            raise LedgerUnavailable(_READ_ONLY)
 
     def wake(self, pool: str) -> None:
         """Notify idle workers of `pool` that runs are ready: the first time at once, then at most every 10 ms.
@@ -222,7 +281,9 @@ class Ledger:
                     connection.add_termination_listener(partial(_closed, lost))
                     await connection.add_listener(CHANNEL, notified)
                     ready()  # runs may have become ready while no connection listened
-                    await lost
+                    while not lost.done():
+                        await asyncio.wait({lost}, timeout=LISTENS_FOR)
+                        await connection.execute("select")  # an end that was not announced shows only here
             await asyncio.sleep(1)
 
     async def aclose(self) -> None:

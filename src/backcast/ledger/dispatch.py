@@ -1,7 +1,7 @@
 """Makes the changes that are due by time alone: to scheduled runs, late runs, and lanes with room."""
 
 from backcast.ledger import lanes
-from backcast.ledger.connection import Ledger
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
 
 AT_ONCE = 1000
@@ -34,7 +34,7 @@ expired as (
   update runs set state = 'expired', finished_at = now(), error = $1::json
    where id = any(array(select id from late)) returning lane, promoted),
 freed as (
-  update lanes set promoted = lanes.promoted - n
+  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
     from (select lane, count(*) as n from expired where promoted group by lane) e where lanes.name = e.lane)
 select count(*) as expired from expired"""
 
@@ -49,8 +49,20 @@ async def dispatch_due(ledger: Ledger) -> int:
     """Queue scheduled runs whose time has come, expire late ones, and promote from lanes that have room again.
 
     Every worker and the steward call this on their polls, so that no run waits for one of them. Returns how many runs
-    expired.
+    expired. A step that meets a refused value does not keep the next ones from being taken; its error is raised last.
     """
+    expired, refused = 0, None
+    for step in (_expire, _queue, _promote):
+        try:
+            expired += await step(ledger)
+        except REFUSED as error:
+            refused = error
+    if refused is not None:
+        raise refused
+    return expired
+
+
+async def _expire(ledger: Ledger) -> int:
     expired = 0
     while row := await ledger.fetchrow(_EXPIRE, EXPIRED.model_dump_json()):
         expired += row["expired"]
@@ -58,8 +70,17 @@ async def dispatch_due(ledger: Ledger) -> int:
             break
     if expired:
         ledger.report_ends()
+    return expired
+
+
+async def _queue(ledger: Ledger) -> int:
     due = await ledger.fetch(_DUE)
     for pool in {row["pool"] for row in due if row["state"] == "queued"}:
         ledger.wake(pool)
+    return 0
+
+
+async def _promote(ledger: Ledger) -> int:
+    await lanes.repair(ledger)
     await lanes.promote(ledger, {row["name"] for row in await ledger.fetch(_OPEN)})
-    return expired
+    return 0

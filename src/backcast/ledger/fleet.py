@@ -86,7 +86,8 @@ async def retire(ledger: Ledger, worker_id: UUID) -> None:
 async def busy(ledger: Ledger) -> dict[str, int]:
     """The hosts of workers with a heartbeat in the last 15 seconds, and how many runs execute on each."""
     rows = await ledger.fetch(
-        "select host, sum(busy)::int as busy from workers where heartbeat_at > now() - interval '15 seconds' group by 1"
+        """select host, least(sum(busy), 1000000)::int as busy from workers
+            where heartbeat_at > now() - interval '15 seconds' group by 1"""
     )
     return {row["host"]: row["busy"] for row in rows}
 

@@ -10,8 +10,8 @@ from uuid import UUID
 
 import asyncpg
 
+from backcast.ledger import reading
 from backcast.ledger.connection import Ledger
-from backcast.models import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,11 @@ class Entry:
 def _entry(row: asyncpg.Record) -> Entry:
     waits = row["finished_at"] is None
     names: list[str] = []
-    with contextlib.suppress(ValueError, AttributeError):  # a large input is in the store, a damaged one has no names
-        names = list(json.loads(row["input"] or "{}").keys())
-    problem = Problem.model_validate_json(row["error"]) if row["error"] and row["state"] == "failed" else None
+    with contextlib.suppress(
+        ValueError, TypeError, RecursionError
+    ):  # a large input is in the store, a damaged one has no names
+        names = list(json.loads(row["input"] or "{}"))
+    problem = reading.problem(row["error"]) if row["error"] and row["state"] == "failed" else None
     return Entry(
         id=row["id"],
         task=row["task"],
@@ -52,7 +54,8 @@ def _entry(row: asyncpg.Record) -> Entry:
     )
 
 
-_COLUMNS = "id, task, state, input, error, created_at, run_at, started_at, finished_at, attempts_used"
+_TIMES = ("created_at", "run_at", "started_at", "finished_at")
+_COLUMNS = f"id, task, state, input, error, attempts_used, {', '.join(map(reading.time, _TIMES))}"
 _SHOWN = "not exists (select from task_types t where t.name = runs.task and not t.history)"
 """Tasks may switch their history off."""
 
@@ -66,7 +69,7 @@ select {_COLUMNS}, null as reported_at from runs
 _ENDED_BADLY = f"""
 select {_COLUMNS}, null as reported_at from runs
  where state in ('failed', 'cancelled', 'expired') and finished_at > $1
-   and finished_at <= now() - interval '1 second' and {_SHOWN} order by finished_at limit $2"""  # noqa: S608  # constants
+   and finished_at <= now() - interval '1 second' and {_SHOWN} order by runs.finished_at limit $2"""  # noqa: S608  # constants
 
 # By the primary key, a page; `ended` drops the runs that need no check afterwards, so that the last id is known.
 _ENDED = f"""

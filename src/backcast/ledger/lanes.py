@@ -6,19 +6,26 @@ that changes a run's state; only limited lanes have a row that a statement may w
 """
 
 import contextlib
+import logging
 from collections.abc import Iterable
 from urllib.parse import quote
 
 import asyncpg
 
-from backcast.errors import LedgerUnavailable, UnknownLane
-from backcast.ledger.connection import Ledger
+from backcast.errors import LedgerFault, LedgerUnavailable, UnknownLane
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Lane, Limits
+
+log = logging.getLogger("backcast.ledger")
 
 AT_ONCE = 1000
 """Runs promoted by one statement."""
 BURST = 2.0
 """Seconds' worth of a rate that may start at once; more than the time between two polls, to reach the rate."""
+
+_HIGHEST = 1e6
+_RATE = f"case when max_per_minute is not null then least(greatest(max_per_minute, 1e-6), {_HIGHEST}) end"
+"""Runs per minute. A row may have any number that SQL can write; NaN and infinity count as the highest rate."""
 
 # The lane's row lock allows one promotion at a time, on the newest numbers. SKIP LOCKED: the statement that holds the
 # row changes the count and promotes right after. Held runs are taken round by owner like ready ones, from the owner
@@ -27,11 +34,11 @@ _PROMOTE = f"""
 with recursive
 lane as materialized (
   select name, served, tokens_now,
-         greatest(0, least({AT_ONCE}, max_running - promoted, floor(tokens_now)::int)) as room
+         greatest(0, least({AT_ONCE}, max_running::float8 - promoted, floor(tokens_now)))::int as room
     from (select name, served, max_running, promoted,  -- now(), when this began, may be before refilled_at
-                 case when max_per_minute > 0 then least(greatest(1, max_per_minute / 60 * {BURST}), tokens
-                   + max_per_minute / 60 * greatest(0, extract(epoch from now() - refilled_at))) end as tokens_now
-            from lanes where name = $1 for update skip locked) l),
+                 case when rate is not null then least(greatest(1, rate * {BURST}), tokens
+                   + rate * greatest(0, extract(epoch from now() - refilled_at))) end as tokens_now
+            from (select *, {_RATE} / 60 as rate from lanes where name = $1 for update skip locked) l) l),
 a(owner_key, n) as (
   (select x.owner_key, 1 from lane cross join lateral (select owner_key from runs where lane = $1
     and state = 'held' and owner_key > lane.served order by owner_key limit 1) x where lane.room > 0)
@@ -56,7 +63,7 @@ pick as materialized (
 promoted as (
   update runs set state = 'queued', promoted = true where id = any(array(select id from pick)) returning pool),
 counted as (
-  update lanes set promoted = lanes.promoted + (select count(*) from promoted),
+  update lanes set promoted = least(lanes.promoted + (select count(*) from promoted), 2000000000),
          refilled_at = greatest(lanes.refilled_at, now()),
          tokens = coalesce(lane.tokens_now - (select count(*) from promoted), lanes.tokens),
          served = coalesce((select owner_key from pick order by n desc limit 1), lanes.served)
@@ -65,28 +72,65 @@ select pool, count(*) over () as promoted from promoted"""  # noqa: S608  # cons
 
 
 async def promote(ledger: Ledger, names: Iterable[str]) -> None:
-    """Move as many held runs of these lanes into the queue as their limits allow."""
+    """Move as many held runs of these lanes into the queue as their limits allow. A lane whose row is refused is passed
+    over, and reported."""
     for name in sorted(names):
         pools = set[str]()
-        while rows := await ledger.fetch(_PROMOTE, name):
-            pools |= {row["pool"] for row in rows}
-            if len(rows) < AT_ONCE:
-                break
+        try:
+            while rows := await ledger.fetch(_PROMOTE, name):
+                pools |= {row["pool"] for row in rows}
+                if len(rows) < AT_ONCE:
+                    break
+        except REFUSED as error:
+            log.error("lane %r promotes nothing, its row has an impossible value: %s", name, error)
         for pool in pools:
             ledger.wake(pool)
 
 
 async def try_promote(ledger: Ledger, names: Iterable[str]) -> None:
     """`promote` after a change that has been committed. When it fails, the next poll of any worker makes up for it."""
-    with contextlib.suppress(LedgerUnavailable):
+    with contextlib.suppress(LedgerUnavailable, LedgerFault):
         await promote(ledger, names)
+
+
+_ODD = """(promoted not between 0 and 1000000000 or tokens not between -1000000 and 1000000
+   or refilled_at not between '2000-01-01' and now() + interval '1 hour')"""
+
+
+async def repair(ledger: Ledger) -> None:
+    """Count the runs of a lane anew, and refill it, if its row has numbers that no statement of ours writes.
+
+    Two statements: the second sees every change that was made before the first had locked the lane.
+    """
+    for row in await ledger.fetch(f"select name from lanes where {_ODD}"):  # noqa: S608  # a constant
+        async with ledger.transaction() as connection:
+            await connection.execute("select from lanes where name = $1 for update", row["name"])
+            await connection.execute(
+                """update lanes set tokens = 1, refilled_at = now(), promoted = (
+                      select count(*) from runs where lane = $1 and runs.promoted and state in ('queued', 'running'))
+                    where name = $1""",
+                row["name"],
+            )
+        log.error("lane %r had impossible numbers: its runs were counted anew", row["name"])
 
 
 _HELD = "(select count(*) from (select from runs where state = 'held' and lane = l.name limit 10000) h) as held"
 
 
 def _lane(row: asyncpg.Record) -> Lane:
-    return Lane(**{key: row[key] for key in ("name", "max_running", "max_per_minute", "promoted", "held")})
+    """Any row can be read: a rate that SQL alone can write is shown as the rate that it counts as."""
+    rate, problem = row["max_per_minute"], None
+    if rate is not None and not 1e-6 <= rate <= _HIGHEST:
+        problem, rate = f"The rate {rate:g} counts as", 1e-6 if rate < 1e-6 else _HIGHEST
+        problem = f"{problem} {rate:g}: set another one."
+    return Lane.model_construct(
+        name=row["name"],
+        max_running=row["max_running"],
+        max_per_minute=rate,
+        promoted=row["promoted"],
+        held=row["held"],
+        problem=problem,
+    )
 
 
 async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:

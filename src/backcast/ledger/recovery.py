@@ -49,7 +49,7 @@ requeued as (
    where r.id = c.id and r.id = any(array(select id from lost))
   returning r.id, r.state, r.pool, r.lane, r.promoted),
 freed as (
-  update lanes set promoted = lanes.promoted - n
+  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
     from (select lane, count(*) as n from requeued where promoted and state <> 'queued' group by lane) s
    where lanes.name = s.lane)
 select id, state, pool, case when promoted then lane end as lane from requeued"""

@@ -5,19 +5,19 @@ version of the row decides a `where` on state, fence and worker. Locks are taken
 A statement that takes many runs skips the locked ones, or takes only runs that its own worker holds.
 """
 
-import json
 from dataclasses import dataclass
 from uuid import UUID
 
 import asyncpg
 
 from backcast.errors import UnknownRun
-from backcast.ledger import lanes
+from backcast.ledger import lanes, reading
 from backcast.ledger.connection import Ledger
-from backcast.models import Problem, Run, State
+from backcast.models import Run, State
 
-COLUMNS = """id, task, state, owner, priority, lane, batch_id, attempts_used, error, usage, metadata, created_at,
-    run_at, deadline, started_at, finished_at"""
+_TIMES = ("created_at", "run_at", "deadline", "started_at", "finished_at")
+COLUMNS = f"""id, task, state, owner, priority, lane, batch_id, attempts_used, error, usage, metadata,
+    {", ".join(map(reading.time, _TIMES))}"""
 
 
 def shown(row: asyncpg.Record) -> Run:
@@ -33,9 +33,9 @@ def shown(row: asyncpg.Record) -> Run:
         lane=row["lane"],
         batch_id=row["batch_id"],
         attempts=row["attempts_used"] + running,
-        error=Problem.model_validate_json(row["error"]) if row["error"] and state != "completed" else None,
-        usage=json.loads(row["usage"]) if row["usage"] else None,
-        metadata=json.loads(row["metadata"]),
+        error=reading.problem(row["error"]) if row["error"] and state != "completed" else None,
+        usage=reading.mapping(row["usage"]) if row["usage"] else None,
+        metadata={name: str(value) for name, value in reading.mapping(row["metadata"]).items()},
         created_at=row["created_at"],
         run_at=row["run_at"],
         deadline=row["deadline"],
@@ -132,7 +132,7 @@ cancelled as (
    where id = $1 and state in ('held', 'scheduled', 'queued', 'running') and (select count(*) from lane) >= 0
   returning {COLUMNS}, promoted),
 freed as (
-  update lanes set promoted = lanes.promoted - 1 from cancelled c
+  update lanes set promoted = greatest(lanes.promoted, -1000000000) - 1 from cancelled c
    where lanes.name = c.lane and c.promoted and c.state = 'cancelled' returning name)
 select c.*, (select count(*) from freed) as freed from cancelled c"""  # noqa: S608  # a constant
 

@@ -10,6 +10,8 @@ from backcast.ledger import lanes
 from backcast.ledger.connection import Ledger
 from backcast.models import JSON, Problem
 
+LONGEST_DELAY = 365 * 24 * 3600
+"""Seconds: a longer delay, or one that is no number, counts as this one."""
 INLINE_RESULT = 32 * 1024
 """Bytes of JSON up to which a result is copied into its row, beside the object in the store."""
 
@@ -63,7 +65,8 @@ update runs r set
         'model', d.usage->'model',
         'input_tokens', (r.usage->>'input_tokens')::bigint + (d.usage->>'input_tokens')::bigint,
         'output_tokens', (r.usage->>'output_tokens')::bigint + (d.usage->>'output_tokens')::bigint) end,
-    run_at = case when d.state = 'scheduled' then now() + make_interval(secs => d.delay) else r.run_at end,
+    run_at = case when d.state = 'scheduled'
+                  then now() + make_interval(secs => least(greatest(d.delay, 0), {longest})) else r.run_at end,
     attempts_used = r.attempts_used + d.counts,
     retries_used = d.retries,
     flight = d.flight,
@@ -76,14 +79,16 @@ update runs r set
                                                 {locked_first} order by id for update))
    and r.id = d.id and r.fence = d.fence and r.worker_id = $1 and r.state = 'running'"""
 _LANES_FIRST = "and (select count(*) from lane) >= 0"
-_SETTLE_FREE = f"{_SETTLE.format(locked_first='')} returning r.id, r.fence, r.state, r.pool"
+_SETTLE_FREE = f"{_SETTLE.format(locked_first='', longest=LONGEST_DELAY)} returning r.id, r.fence, r.state, r.pool"
 
 # For runs that are counted in lanes: their lanes' rows are locked first, by name, as everywhere, then the runs.
 _SETTLE_COUNTED = f"""
 with lane as materialized (select name from lanes where name = any($13::text[]) order by name for update),
-settled as ({_SETTLE.format(locked_first=_LANES_FIRST)} returning r.id, r.fence, r.state, r.pool, r.lane),
+settled as (
+{_SETTLE.format(locked_first=_LANES_FIRST, longest=LONGEST_DELAY)}
+returning r.id, r.fence, r.state, r.pool, r.lane),
 freed as (
-  update lanes set promoted = lanes.promoted - n
+  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
     from (select lane, count(*) as n from settled where state <> 'queued' group by lane) s where lanes.name = s.lane)
 select id, fence, state, pool from settled"""  # noqa: S608  # constants
 

@@ -13,11 +13,16 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
 
-import asyncpg
-
-from backcast.errors import IdempotencyConflict, InvalidInput, LedgerUnavailable, StoreUnavailable, Unavailable
+from backcast.errors import (
+    IdempotencyConflict,
+    InvalidInput,
+    LedgerFault,
+    LedgerUnavailable,
+    StoreUnavailable,
+    Unavailable,
+)
 from backcast.ledger import lanes
-from backcast.ledger.connection import Ledger
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.runs import COLUMNS, shown
 from backcast.models import Run, Submission, TaskType, uuid7
 
@@ -146,7 +151,7 @@ async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
     return await ledger.fetchrow(sql, owner, key) is not None
 
 
-Answer = SubmittedRun | IdempotencyConflict | Unavailable | InvalidInput
+Answer = SubmittedRun | IdempotencyConflict | Unavailable | LedgerFault | InvalidInput
 
 
 async def submit(ledger: Ledger, task: TaskType, submission: Submission, **how: Any) -> SubmittedRun:
@@ -212,9 +217,11 @@ class Submissions:
     async def _answers(self, rows: list[New]) -> Sequence[Answer]:
         try:
             answers, held = await _record(self._ledger, rows)
-        except LedgerUnavailable as error:
-            return [LedgerUnavailable(error.detail) for _ in rows]
-        except (asyncpg.PostgresError, StoreUnavailable) as error:  # refused: sent one by one, only its own run fails
+        except LedgerUnavailable as error:  # an exception for each, as each gets a traceback
+            return [type(error)(error.detail, reason=error.reason) for _ in rows]
+        except LedgerFault as error:
+            return [error for _ in rows]
+        except (*REFUSED, StoreUnavailable) as error:  # refused: sent one by one, only its own run fails
             if len(rows) == 1:
                 late = isinstance(error, StoreUnavailable)
                 return [error if late else InvalidInput(f"The run can't be stored: {error}.")]

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import asyncpg
 
 from backcast.errors import NoWorkerYet, UnknownTask
+from backcast.ledger import reading
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType
 
@@ -38,11 +40,16 @@ async def register(ledger: Ledger, tasks: Sequence[TaskType]) -> None:
 
 
 def _task(row: asyncpg.Record) -> TaskType:
-    return TaskType(**dict(row) | {name: json.loads(row[name]) for name in ("input_schema", "output_schema")})
+    """Any row can be read. A schema that can't takes every input."""
+    given: dict[str, Any] = dict(row)
+    for name in ("input_schema", "output_schema"):
+        schema = reading.loaded(row[name])
+        given[name] = schema if isinstance(schema, dict) else {}
+    return TaskType(**given)
 
 
-_TASK_COLUMNS = """name, pool, version, description, input_schema, output_schema, retries, timeout, max_attempts, lane,
-    history"""
+_TASK_COLUMNS = """name, pool, version, description, input_schema, output_schema, retries,
+    least(timeout, interval '1000 years') as timeout, max_attempts, lane, history"""
 
 
 async def get(ledger: Ledger, name: str) -> TaskType:

@@ -14,7 +14,7 @@ def backoff(first: float, longest: float, *, factor: float = 2) -> Iterator[floa
 class Outage:
     """A service that may be away. While it is, each reason is reported once, however often it is tried."""
 
-    def __init__(self, report: Callable[[str], object]) -> None:
+    def __init__(self, report: Callable[..., object]) -> None:
         self._report = report
         self._reasons = set[str]()
 
@@ -22,10 +22,11 @@ class Outage:
         """Whether it is away."""
         return bool(self._reasons)
 
-    def failed(self, reason: object) -> None:
+    def failed(self, reason: object, **how: object) -> None:
+        """`how` goes to the report, such as `exc_info=True` for a reason that is nobody's outage."""
         text = str(reason) or type(reason).__name__
         if text not in self._reasons:
-            self._report(text)
+            self._report(text, **how)
         self._reasons.add(text)
 
     def ended(self) -> None:

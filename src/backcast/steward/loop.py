@@ -18,11 +18,11 @@ import asyncpg
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from backcast.errors import LedgerUnavailable, Unavailable
+from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable
 from backcast.history.reconciliation import Reconciliation
 from backcast.history.sink import Sink
-from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery
-from backcast.ledger.connection import Ledger
+from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery, unusable
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import uuid7
 from backcast.process.outages import Outage
 from backcast.settings import Settings
@@ -53,6 +53,7 @@ class Steward:
         self._id = uuid7()
         self._leading = False
         self._last_round = 0.0
+        self._refusals = dict[str, Outage]()
         self.registry = CollectorRegistry()
         self._metrics()
 
@@ -94,6 +95,8 @@ class Steward:
                     await self._lead(connection)
             except LedgerUnavailable as error:
                 outage.failed(error)
+            except (*REFUSED, LedgerFault) as error:
+                outage.failed(error, exc_info=True)
             await asyncio.sleep(ROUND)
 
     async def _lead(self, connection: asyncpg.Connection) -> None:
@@ -104,14 +107,26 @@ class Steward:
                 await leadership.beat(connection, self._id)
                 seen = await fleet.observe(connection, self._lease)
                 if dead := detector.believed_dead(seen, time.monotonic()):
-                    await self._requeue(dead)
+                    await self._done(self._requeue(dead), "requeue the runs of lost workers")
                 await self._round_ends()
 
     async def _round_ends(self) -> None:
         """Dispatch due runs, then wait for the next round. This needs no lead, so every steward does it."""
-        await dispatch.dispatch_due(self._ledger)
-        self._last_round = time.monotonic()
+        if await self._done(dispatch.dispatch_due(self._ledger), "dispatch due runs"):
+            self._last_round = time.monotonic()
         await asyncio.sleep(ROUND)
+
+    async def _done(self, work: Awaitable[object], name: str) -> bool:
+        """Whether it was done; if not, the round goes on. The row of a refused value is set aside."""
+        outage = self._refusals.setdefault(name, Outage(partial(log.error, f"can't {name}: %s", exc_info=True)))
+        try:
+            await work
+        except (*REFUSED, LedgerFault) as error:
+            outage.failed(error)
+            await unusable.set_aside(self._ledger, error)
+            return False
+        outage.ended()
+        return True
 
     async def _requeue(self, dead: Collection[UUID]) -> None:
         states = await recovery.requeue(self._ledger, self._lease, dead)
@@ -188,6 +203,6 @@ async def _repeat(name: str, step: Callable[[], Awaitable[object]], every: float
             outage.ended()
         except (Unavailable, httpx.HTTPError) as error:
             outage.failed(error)
-        except Exception:
-            log.exception("can't %s, trying again", name)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other duties go on, and this one tries again
+            outage.failed(error, exc_info=True)
         await asyncio.sleep(every)

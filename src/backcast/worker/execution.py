@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 from uuid import UUID
 
-from backcast.errors import LedgerUnavailable, Unavailable, UsageError
+from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable, UsageError
 from backcast.ledger import claims, fleet, flights
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
@@ -92,7 +92,7 @@ class Execution:
             with self._meter() as used:
                 self._used[claim.id] = used
                 return await self._executor.execute(claim.task, claim.id, given, retries=claim.retries_used)
-        except Unavailable as error:
+        except (Unavailable, LedgerFault) as error:
             # Spread, or all runs that met the same outage come back at the same moment.
             return Retry(Problem.from_error(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
         except Missing:
@@ -133,7 +133,7 @@ class Execution:
         if landed:
             try:
                 await flights.land(self._ledger, landed)
-            except LedgerUnavailable:
+            except (LedgerUnavailable, LedgerFault):
                 log.info("%d flights are not landed; the runs behind them become ready by their own time", len(landed))
 
 

@@ -109,6 +109,7 @@ class Lease:
 
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
         async def beat() -> None:
+            outage = Outage(partial(log.error, "heartbeats fail, trying again: %s", exc_info=True))
             while not self._stopped.is_set():
                 try:
                     async with self._ledger.session() as connection:
@@ -123,8 +124,8 @@ class Lease:
                     pass  # the statements that fail log it; the lease decides what follows
                 except RuntimeError:
                     return  # the loop is closed: the process ends
-                except Exception:
-                    log.exception("heartbeats failed, trying again")
+                except Exception as error:  # noqa: BLE001  # whatever it is, the lease is worth another try
+                    outage.failed(error)
                 await asyncio.sleep(BEAT / 2)
 
         asyncio.run(beat())

@@ -17,10 +17,10 @@ from uuid import UUID
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from backcast.errors import FatalError, LedgerUnavailable
-from backcast.ledger import claims, dispatch, fleet
+from backcast.errors import FatalError, LedgerFault, LedgerUnavailable
+from backcast.ledger import claims, dispatch, fleet, unusable
 from backcast.ledger.claims import Claim
-from backcast.ledger.connection import Ledger
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Failed, Problem, Reason
 from backcast.process.outages import Outage
@@ -88,6 +88,7 @@ class Worker:
         self._works: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._draining = False
+        self._fault: Exception | None = None
         self._claims, self._claiming = 0, False
         self.registry = CollectorRegistry()
         self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=self.registry)
@@ -108,6 +109,8 @@ class Worker:
         """Readiness: the lease is good and the store is reachable."""
         if not self._lease.is_good:
             raise LedgerUnavailable("This worker has no lease: its heartbeats do not reach the database.")
+        if self._fault is not None:
+            raise LedgerUnavailable("This worker can't claim runs: see its log.", reason=str(self._fault))
         await self._store.check()
 
     def _report(self) -> Heartbeat:
@@ -196,8 +199,13 @@ class Worker:
                         lease=self._settings.lease,
                     )
                     outage.ended()
+                    self._fault = None
                 except LedgerUnavailable as error:
                     outage.failed(error)
+                except (*REFUSED, LedgerFault) as error:  # no wait ends it, but a person may
+                    outage.failed(error, exc_info=True)
+                    self._fault = error
+                    await unusable.set_aside(self._ledger, error)
             for claim in taken:
                 held = self._held[claim.id] = _Claimed(claim)
                 if claim.is_quarantined:
@@ -216,10 +224,17 @@ class Worker:
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 
     async def _dispatch_due(self) -> None:
+        outage = Outage(partial(log.error, "can't dispatch due runs: %s", exc_info=True))
         while True:
             await asyncio.sleep(self._settings.worker.poll.total_seconds())
-            with contextlib.suppress(LedgerUnavailable):
+            try:
                 await dispatch.dispatch_due(self._ledger)
+                outage.ended()
+            except LedgerUnavailable:
+                pass  # claims report it
+            except (*REFUSED, LedgerFault) as error:
+                outage.failed(error)
+                await unusable.set_aside(self._ledger, error)
 
     # -- executing --------------------------------------------------------------------------------------------------
 

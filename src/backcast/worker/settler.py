@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
-import asyncpg
 from prometheus_client import CollectorRegistry, Counter
 
-from backcast.errors import LedgerUnavailable, StoreUnavailable
-from backcast.ledger import settlement
-from backcast.ledger.connection import Ledger
+from backcast.errors import LedgerFault, LedgerUnavailable, StoreUnavailable
+from backcast.ledger import settlement, unusable
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Problem
 from backcast.process.outages import Outage, backoff
@@ -21,6 +20,7 @@ from backcast.store import Store
 
 log = logging.getLogger("backcast.worker")
 
+_REFUSED = "unstorable_outcome"
 MOST = 200
 """Settlements in one statement."""
 
@@ -69,19 +69,29 @@ class Settler:
     async def _settle(self, batch: list[Settlement]) -> None:
         settled, delays = None, backoff(0.1, 2.0)
         outage = Outage(partial(log.warning, "can't settle %d runs, trying again: %s", len(batch)))
+        faults = Outage(partial(log.error, "can't settle %d runs, trying again: %s", len(batch), exc_info=True))
         while settled is None:
             try:
                 settled = await settlement.settle(self._ledger, self._worker_id, batch)
+            except LedgerFault as error:
+                faults.failed(error)
+                await asyncio.sleep(next(delays))
             except LedgerUnavailable as error:  # it may have been recorded; the fence makes it safe to send again
                 outage.failed(error)
                 await asyncio.sleep(next(delays))
-            except asyncpg.PostgresError as error:  # a refused settlement must not hold up the others
+            except REFUSED as error:  # a refused settlement must not hold up the others
                 log.error("the database refused a settlement: %s", error)
                 if len(batch) > 1:
                     for one in batch:
                         await self._settle([one])
                     return
-                refused = Problem(code="unstorable_outcome", title="The outcome can't be recorded", detail=str(error))
+                await unusable.set_aside(self._ledger, error)
+                if batch[0].usage is not None:  # it is added to the usage before, which may be what was refused
+                    batch = [replace(batch[0], usage=None)]
+                    continue
+                if batch[0].error is not None and batch[0].error.code == _REFUSED:  # its row is, and not its outcome
+                    await asyncio.sleep(next(delays))
+                refused = Problem(code=_REFUSED, title="The outcome can't be recorded", detail=str(error))
                 batch = [replace(batch[0], state="failed", result=None, result_key=None, error=refused)]
         self.count += sum((e.id, e.fence) in settled.accepted and e.state in ("completed", "failed") for e in batch)
         await self._settled(batch)

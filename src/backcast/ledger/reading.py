@@ -1,0 +1,56 @@
+"""Reads the columns that SQL, or an older release, may have filled with anything: one row that can't be shown must not
+hide the others.
+"""
+
+import json
+import math
+from typing import Any
+
+from backcast.models import JSON, Problem
+
+# The times that a Python datetime can hold, with the zone that asyncpg omits at infinity.
+_FIRST, _LAST = "'0001-01-01 00:00:00+00'::timestamptz", "'9999-12-31 23:59:59+00'::timestamptz"
+
+
+def time(column: str) -> str:
+    """SQL for a column of times, within what can be shown."""
+    within = f"when {column} < {_FIRST} then {_FIRST} when {column} > {_LAST} then {_LAST}"
+    return f"case {within} else {column} end as {column}"
+
+
+def loaded(text: str) -> JSON:
+    """JSON that UTF-8 and JSON can carry on: without lone surrogates, NaN and infinity. What can't be read is None."""
+    try:
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _number(text: str) -> float | None:
+    return value if math.isfinite(value := float(text)) else None
+
+
+def _nothing(_: str) -> None:
+    return None
+
+
+_DECODER = json.JSONDecoder(parse_float=_number, parse_constant=_nothing)
+
+
+def mapping(text: str | None) -> dict[str, Any]:
+    """The plain values of an object; it has no others."""
+    value = loaded(text) if text else None
+    if not isinstance(value, dict):
+        return {}
+    return {name: each for name, each in value.items() if not isinstance(each, dict | list)}
+
+
+def problem(text: str) -> Problem:
+    given = mapping(text)
+    code, title, detail = (given.get(name) for name in ("code", "title", "detail"))
+    if isinstance(code, str) and isinstance(title, str) and isinstance(detail, str):
+        return Problem(code=code, title=title, detail=detail)
+    return Problem(code="unreadable_error", title="The recorded error can't be read", detail=text[:300])

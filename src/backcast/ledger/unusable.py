@@ -1,0 +1,50 @@
+"""Sets aside runs whose row has a value that statements can't compute with, such as the largest fence there is.
+
+Every statement of a poll takes many rows, and fails for all of them when one such row is among them. No release writes
+such values; a person or a damaged backup can. So they are looked for only after a statement has been refused.
+"""
+
+import json
+import logging
+
+from backcast.ledger.connection import REFUSED, Ledger
+from backcast.models import Problem
+
+log = logging.getLogger("backcast.ledger")
+
+_COUNT = "between 0 and 1000000000"
+UNUSABLE = Problem(
+    code="unusable_row",
+    title="The run's row has an impossible value",
+    detail="Its fence, its attempts or its times are out of range, so no worker can claim it: submit the run again.",
+)
+
+# Lanes first, then runs, as everywhere. It reads all live rows: seconds for a million, which happens only after an
+# error. A worker that executes such a run can't settle it: the row is no longer running.
+_SET_ASIDE = f"""
+with bad as materialized (
+  select id, lane from runs where state in ('held', 'scheduled', 'queued', 'running')
+     and not (fence between 0 and 1000000000000000000 and attempts_used {_COUNT} and retries_used {_COUNT}
+              and max_attempts {_COUNT} and run_at between '1900-01-01' and '9999-12-31')),
+lane as materialized (
+  select name from lanes where name = any(array(select lane from bad)) order by name for update),
+failed as (
+  update runs set state = 'failed', finished_at = now(), error = $1::json
+   where id = any(array(select id from bad)) and state in ('held', 'scheduled', 'queued', 'running')
+     and (select count(*) from lane) >= 0
+  returning id, lane, promoted),
+freed as (
+  update lanes set promoted = greatest(lanes.promoted - n, 0)
+    from (select lane, count(*) as n from failed where promoted group by lane) f where lanes.name = f.lane)
+select id from failed"""  # noqa: S608  # constants
+
+
+async def set_aside(ledger: Ledger, error: Exception) -> None:
+    """Fail the runs that may have caused this error, if it was about a value. Raises nothing."""
+    if not isinstance(error, REFUSED):
+        return
+    try:
+        for row in await ledger.fetch(_SET_ASIDE, json.dumps(UNUSABLE.model_dump())):
+            log.error("run %s is set aside as failed: its row has an impossible value", row["id"])
+    except Exception:
+        log.exception("can't look for runs with impossible values")

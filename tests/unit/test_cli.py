@@ -66,6 +66,17 @@ def test_cast_prints_the_value(cli: Cli, service: Service, value: Any, plain: st
 
 
 @pytest.mark.parametrize(
+    "name", ["BACKCAST_ULR", "BACKCAST_URI", "backcast_url", "BACKCAST_APIKEY", "BACKCAST_API_KEYS"]
+)
+def test_a_misspelt_variable_is_refused(cli: Cli, service: Service, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("BACKCAST_API__KEYS", "those of the service")
+    monkeypatch.setenv("BACKCAST_TASKS", "shop")
+    assert cli("tasks").exit_code == 0
+    monkeypatch.setenv(name, "x")
+    fails(cli("tasks"), 2, f"{name} is not read. Did you mean BACKCAST_")
+
+
+@pytest.mark.parametrize(
     ("to", "target"),
     [("int", "int"), ("list[str]", "list[str]"), ('{"type": "object"}', {"type": "object"}), ("@s.json", {"a": 1})],
 )

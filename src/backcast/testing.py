@@ -97,8 +97,9 @@ def extract(request: Request) -> Reply:
     Numbers are taken in order, lists are the text's words or numbers, strings are the text, a label is one that the
     text mentions, else the first.
     """
-    schema = (request.schema or {}).get("properties", {}).get("result", {"type": "string"})
-    return Reply(_fill(schema, request.text, iter(_numbers(request.text))))
+    whole = request.schema or {}
+    schema = whole.get("properties", {}).get("result", {"type": "string"})
+    return Reply(_fill(_resolved(schema, whole.get("$defs", {})), request.text, iter(_numbers(request.text))))
 
 
 class ScriptedModel:
@@ -286,6 +287,28 @@ _FORMATS = {
 }
 
 
+def _resolved(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with each definition in the place of its reference, once; after that anything will do."""
+    match schema:
+        case {"$ref": str(reference)}:
+            name = reference.rpartition("/")[2]
+            others = {key: value for key, value in definitions.items() if key != name}
+            return _resolved(definitions.get(name, False), others)
+        case dict():
+            resolved = {key: _resolved(value, definitions) for key, value in schema.items() if key != "properties"}
+            fields = schema.get("properties", {}).items()
+            needed = {
+                name: _resolved(field, definitions)
+                for name, field in fields
+                if name in schema.get("required", ()) or "$ref" not in json.dumps(field)
+            }
+            return resolved | {"properties": needed} if fields else resolved
+        case list():
+            return [one for each in schema if (one := _resolved(each, definitions)) is not False]
+        case _:
+            return schema
+
+
 def _fill(schema: Any, text: str, numbers: Iterator[float]) -> JSON:
     match schema:
         case {"const": value}:
@@ -320,6 +343,8 @@ def _fill(schema: Any, text: str, numbers: Iterator[float]) -> JSON:
 
 def _fill_list(schema: dict[str, Any], text: str, numbers: Iterator[float]) -> list[JSON]:
     items = schema.get("items", {})
+    if items is False or "prefixItems" in schema:
+        return [_fill(place, text, numbers) for place in schema.get("prefixItems", [])]
     match items:
         case {"type": "integer" | "number"}:
             values = [_fill(items, text, iter([n])) for n in numbers]

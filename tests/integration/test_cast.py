@@ -85,13 +85,33 @@ async def test_shapes(product: Stack) -> None:
         "required": ["lines"],
         "$defs": {"line": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}},
     }
-    for target in ("list[str]", "builtins.float", "typing.List[int]", "date", order, {"enum": ["a", "b"]}):
+    tree = {"type": "object", "properties": {"n": {"type": "integer"}, "sub": {"items": {"$ref": "#"}}}}
+    nullable = {"type": "string", "nullable": True, "format": "colour"}
+    for target in (
+        tree,
+        nullable,
+        "list[str]",
+        "builtins.float",
+        "typing.List[int]",
+        "date",
+        order,
+        {"enum": ["a", "b"]},
+    ):
         status = await cast(product, payload="2024-05-01: 12 boxes", instructions="what", target_type=target)
         assert status["status"] == "completed", status
 
 
 async def test_targets_are_checked_before_a_run_is_accepted(product: Stack) -> None:
     """By the real task's registered schema, not by a copy of it in a test."""
+    for body, place in (
+        ({"payload": "x", "target_type": "str"}, "/instructions"),
+        ({"payload": "x", "target_type": {"type": "string"}, "instructions": " "}, "/instructions"),
+    ):
+        answer = await product.http.post("/tasks", json=body)
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, place)
+    given = {"input": {"data": "x", "target": "str", "instructions": None}}
+    answer = await product.http.post("/v1/tasks/create_structured_output/runs", json=given)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/input/instructions")
     for target in ("subprocess.Popen", "os", {"$ref": "#"}):
         for path, body, place in (
             ("/tasks", {"payload": "x", "target_type": target}, "/target_type"),

@@ -99,6 +99,58 @@ async def test_the_embedded_model_is_asked_briefly_at_temperature_zero_with_a_gr
     assert request.questions[-1] == "Text: seven lamps\nWanted: JSON with name, quantity\n"
 
 
+NODE = {"type": "object", "properties": {"n": {"type": "integer"}, "sub": {"type": "array", "items": {"$ref": "#"}}}}
+
+
+@pytest.mark.parametrize(
+    ("target", "is_strict", "shown"),
+    [
+        ("int", True, {"type": "integer"}),
+        ("list[str]", True, {"type": "array", "items": {"type": "string"}}),
+        (ITEM, True, ITEM),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, True, None),
+        ("Any", False, {}),
+        ("dict", False, {"type": "object"}),
+        ("list", False, {"type": "array", "items": {}}),
+        (
+            {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": False},
+            False,
+            {
+                "type": "array",
+                "prefixItems": [{"type": "integer"}, {"type": "string"}],
+                "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+                "maxItems": 2,
+            },
+        ),
+        ({"oneOf": [{"type": "integer"}, {"type": "boolean"}]}, False, None),
+        ({"type": "string", "pattern": "^(?!x)"}, False, None),
+        ({"type": "string", "format": "colour"}, False, None),
+        ({"type": "object", "properties": {"a": {"type": "integer"}}}, False, None),
+        (NODE, False, {"$ref": "#/$defs/root"}),
+    ],
+)
+async def test_a_provider_is_asked_strictly_only_for_what_its_strict_mode_knows(
+    target: Any, is_strict: bool, shown: Any
+) -> None:
+    with ScriptedModel() as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY))  # type: ignore[arg-type]
+        await cast("31 chairs, two lamps", target)
+        await llm.aclose()
+    function = model.requests[0].body["tools"][0]["function"]
+    assert function.get("strict", False) is is_strict
+    if shown is not None:
+        assert function["parameters"]["properties"]["result"] == shown
+    assert ("$defs" in function["parameters"]) == (target is NODE)
+
+
+async def test_a_target_that_leads_back_to_itself(connect: Connect) -> None:
+    tree = {"n": 1, "sub": [{"n": 2, "sub": []}]}
+    with ScriptedModel([Reply(tree | {"sub": [{"n": "two"}]}), Reply(tree)]) as model:
+        connect(model)
+        assert await cast("one over two", NODE) == tree
+    assert "/sub/0/n" in str(model.requests[1].body["messages"][-1])
+
+
 async def test_an_answer_that_does_not_fit_is_asked_for_once_more(connect: Connect) -> None:
     with ScriptedModel(
         [Reply({"name": "lamps", "quantity": "seven"}), Reply({"name": "lamps", "quantity": 7})]

@@ -15,7 +15,7 @@ from backcast.api.deps import Backend, Known
 from backcast.errors import FieldError, InvalidInput, TooManyWaiting
 from backcast.ledger import submissions
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import JSON, Submission, uuid7
+from backcast.models import CAST, JSON, Submission, uuid7
 
 TARGET_FORMAT = "target"
 """A task parameter of this JSON Schema format holds a wanted shape, which is checked here before a run is accepted."""
@@ -43,7 +43,11 @@ def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] 
         raise InvalidInput(f"{errors[0].pointer}: {errors[0].detail}.", errors=errors)
     for name, schema in known.task.input_schema.get("properties", {}).items():
         if isinstance(schema, dict) and schema.get("format") == TARGET_FORMAT and name in given:
-            targets.parse(given[name], pointer=place([name]))
+            wanted = targets.parse(given[name], pointer=place([name]))
+            if known.task.name == CAST and wanted.needs_instructions and not (given.get("instructions") or "").strip():
+                why = "a cast to str needs instructions: describe the text that you want"
+                where = place(["instructions"])
+                raise InvalidInput(f"{where}: {why}.", errors=(FieldError(where, why),))
 
 
 def idempotency_key(request: Request) -> str | None:

@@ -34,6 +34,7 @@ class Prompt:
 
 def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
     """The prompt for casting `data` to a (self-contained) JSON Schema."""
+    schema = _unrolled(schema, schema.get("$defs", {}))
     text, hints = _quote(data), _quote(instructions or "")
     if labels := _labels(schema):
         listed = ", ".join(labels)
@@ -57,6 +58,21 @@ def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
         tuple((_question(about, ask or shape), answer) for about, ask, answer in _examples(schema)),
         _question(text, asked),
     )
+
+
+def _unrolled(schema: Any, definitions: Schema) -> Any:
+    """The schema with each definition in the place of its reference, once: a tree is described by its first nodes."""
+    match schema:
+        case {"$ref": str(reference), **beside}:
+            name = reference.removeprefix("#/$defs/")
+            others = {key: value for key, value in definitions.items() if key != name}
+            return _unrolled({**definitions.get(name, {}), **beside}, others)
+        case dict():
+            return {key: _unrolled(value, definitions) for key, value in schema.items() if key != "$defs"}
+        case list():
+            return [_unrolled(each, definitions) for each in schema]
+        case _:
+            return schema
 
 
 def wanted(schema: Schema, plural: bool = False) -> str:

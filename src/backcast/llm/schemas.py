@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from backcast.targets.validation import LOOK_AROUND
+from backcast.targets.patterns import LOOK_AROUND
 
 Schema = dict[str, Any]
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from fractions import Fraction
@@ -15,18 +16,19 @@ from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import ValidationError, best_match
 from jsonschema.validators import extend
 from pydantic import AnyUrl
-from pydantic_core import SchemaValidator, core_schema, to_jsonable_python
+from pydantic_core import to_jsonable_python
 
 from backcast.models import JSON
+from backcast.targets.patterns import compiled_pattern
+from backcast.targets.refusal import escaped
 
 Schema = dict[str, JSON]
+_definitions: ContextVar[Schema] = ContextVar("backcast_target_definitions")
+_followed: ContextVar[list[None]] = ContextVar("backcast_target_followed")
 
-PATTERNS = 16
-"""Different patterns in one schema: compiled, each may take 10 MB."""
-
-
-LOOK_AROUND = re.compile(r"\(\?<?[=!]")
-"""The start of a look-ahead or look-behind in a pattern."""
+_STEPS = 20_000
+"""References that the check of one value may follow: a schema that leads back to itself in several ways could otherwise
+be made to take for ever by a deep value."""
 
 
 class Misfit(ValueError):
@@ -39,7 +41,8 @@ class Misfit(ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """A wanted shape: a label for logs, its plain schema without references, and the check of a value."""
+    """A wanted shape: a label for logs, its plain schema, and the check of a value. References in the schema lead to
+    its `$defs`, from places that lead back to themselves."""
 
     name: str
     schema: Schema = field(repr=False)
@@ -58,9 +61,13 @@ class Target:
         try:
             plain = to_jsonable_python(value)
             json.dumps(plain, allow_nan=False, ensure_ascii=False).encode()  # NaN and lone surrogates are no JSON
+            _definitions.set(self.schema.get("$defs", {}))
+            _followed.set([])
             error = best_match(self._validator.iter_errors(plain))
         except (RecursionError, OverflowError) as error:
             raise Misfit(f"The value can't be checked: {error}.") from None
+        except Misfit:
+            raise
         except ValueError as error:
             raise Misfit(f"The value is not plain JSON ({error}).") from None
         if error is not None:
@@ -76,22 +83,37 @@ def is_number(value: Any) -> bool:
     return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
-def escaped(part: str) -> str:
-    """A part of a JSON pointer."""
-    return part.replace("~", "~0").replace("/", "~1")
-
-
-def compile_pattern(pattern: str) -> SchemaValidator:
-    """A Rust regular expression: linear time, unanchored and `$` at the very end only, as JSON Schema has it."""
-    return SchemaValidator(core_schema.str_schema(pattern=pattern, strict=True))
-
-
-_compiled = functools.lru_cache(maxsize=PATTERNS)(compile_pattern)
-
-
 def _pattern(_: Any, pattern: str, value: JSON, __: Any) -> Any:
-    if isinstance(value, str) and not _compiled(pattern).isinstance_python(value):
+    if isinstance(value, str) and not compiled_pattern(pattern)(value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Schema, value: JSON, _: Any) -> Any:
+    for pattern, schema in patterns.items():
+        for name in value if isinstance(value, dict) else ():
+            if compiled_pattern(pattern)(name):
+                yield from validator.descend(value[name], schema, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, schema: JSON, value: JSON, beside: Schema) -> Any:
+    """The stock one would match the names with Python's own engine."""
+    patterns = [compiled_pattern(pattern) for pattern in beside.get("patternProperties", ())]
+    for name in value if isinstance(value, dict) else ():
+        if name in beside.get("properties", ()) or any(matches(name) for matches in patterns):
+            continue
+        if schema is False:
+            yield ValidationError(f"Additional properties are not allowed ({name!r} was unexpected)")
+        else:
+            yield from validator.descend(value[name], schema, path=name)
+
+
+def _reference(validator: Any, reference: str, value: JSON, _: Any) -> Any:
+    steps = _followed.get()
+    if len(steps) >= _STEPS:
+        raise Misfit(f"The value can't be checked: it leads through more than {_STEPS} references of the schema.")
+    steps.append(None)
+    definition = _definitions.get()[reference.removeprefix("#/$defs/")]
+    yield from validator.descend(value, definition)
 
 
 def _multiple_of(_: Any, step: float, value: JSON, __: Any) -> Any:
@@ -106,8 +128,13 @@ def _shaped(shape: str, check: Callable[[str], Any] = bool) -> Callable[[str], A
     return lambda value: expression.fullmatch(value) and check(value)
 
 
+def _is_version(version: int) -> Callable[[str], bool]:
+    return lambda value: value[14] == str(version)
+
+
 _CLOCK = r"\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?"  # texts seldom name the zone
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_UUID = r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 FORMATS: Mapping[str, Callable[[str], Any]] = {
     "date": _shaped(r"\d{4}-\d\d-\d\d", date.fromisoformat),
     "date-time": _shaped(r"\d{4}-\d\d-\d\d[T ]" + _CLOCK, datetime.fromisoformat),
@@ -115,11 +142,13 @@ FORMATS: Mapping[str, Callable[[str], Any]] = {
     "duration": _shaped(r"-?P(?=[\dT])(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+(\.\d+)?S)?)?)"),
     "email": _shaped(rf"(?=.{{3,254}}$)[\w.!#$%&'*+/=?^`{{|}}~-]{{1,64}}@{_LABEL}(\.{_LABEL})*"),  # as in HTML forms
     "uri": _shaped(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s\x00-\x1f]+", AnyUrl),
-    "uuid": _shaped(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"),
+    "uuid": _shaped(_UUID),
+    **{f"uuid{version}": _shaped(_UUID, _is_version(version)) for version in range(1, 9)},  # as pydantic has them
     "hostname": _shaped(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*"),
     "ipv4": _shaped(r"[\d.]+", ipaddress.IPv4Address),
     "ipv6": _shaped(r"[\dA-Fa-f:.]+", ipaddress.IPv6Address),
 }
+"""The formats that are checked; any other one is an annotation, as the standard has it."""
 
 
 def _format_checker() -> FormatChecker:
@@ -133,7 +162,13 @@ def _format_checker() -> FormatChecker:
 
 _Validator: Any = extend(
     Draft202012Validator,
-    {"pattern": _pattern, "multipleOf": _multiple_of},
+    {
+        "$ref": _reference,
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "multipleOf": _multiple_of,
+    },
     format_checker=_format_checker(),
 )
 

@@ -1,5 +1,6 @@
 """Builds the API from its routes and the given collaborators. Never imports prefect, marvin or users' code."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -22,8 +23,10 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        reporting = asyncio.create_task(health.report(app.state.backend))
         yield
         app.state.backend.waits.stop()
+        reporting.cancel()
         await ledger.aclose()
         await store.aclose()
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 from backcast.errors import InvalidInput, LedgerUnavailable, TooManyWaiting
 from backcast.ledger.connection import Ledger
+from backcast.process.background import OnDemand
 
 INTERVAL = 1.0
 """Seconds between two counts, or more when they take long: see `BURDEN`."""
@@ -81,8 +82,8 @@ class Admission:
         self._owners: OrderedDict[str, _Waiting] = OrderedDict()
         self._due: set[str | None] = set()
         self._counting = asyncio.Lock()
-        self._counter: asyncio.Task[None] | None = None
         self._pause = INTERVAL
+        self._counter = OnDemand("count the waiting runs", self._count_due, lambda: self._pause)
         self._settled: deque[tuple[float, float]] = deque(maxlen=100)
 
     async def admit(self, owner: str, runs: int = 1) -> None:
@@ -100,7 +101,7 @@ class Admission:
             waiting.since += runs
             if waiting.is_near:
                 self._due.add(scope)
-                self._counter = self._counter or asyncio.create_task(self._keep_counting())
+                self._counter.ask()
 
     def _waiting(self, scope: str | None) -> _Waiting:
         if scope is None:
@@ -117,16 +118,13 @@ class Admission:
             if time.monotonic() - self._waiting(scope).at > self._pause:
                 await self._count([scope])
 
-    async def _keep_counting(self) -> None:
-        try:
-            while self._due:
-                due = [self._due.pop() for _ in range(min(len(self._due), 1000))]
-                async with self._counting:
-                    with contextlib.suppress(LedgerUnavailable):
-                        await self._count(due)
-                await asyncio.sleep(self._pause)
-        finally:
-            self._counter = None
+    async def _count_due(self) -> None:
+        due = [self._due.pop() for _ in range(min(len(self._due), 1000))]
+        if self._due:
+            self._counter.ask()
+        async with self._counting:
+            with contextlib.suppress(LedgerUnavailable):
+                await self._count(due)
 
     async def _count(self, scopes: Collection[str | None]) -> None:
         start = time.monotonic()

@@ -14,6 +14,7 @@ import asyncpg
 
 from backcast.errors import ConfigurationError, LedgerFault, LedgerFull, LedgerUnavailable
 from backcast.ledger import session
+from backcast.process.background import OnDemand
 from backcast.settings import Database
 
 CHANNEL = "backcast_ready"
@@ -109,8 +110,7 @@ class Ledger:
         self._keeps_sessions = False
         self._full: tuple[str, float] | None = None
         self._pool: asyncpg.Pool | None = None
-        self._dirty: set[tuple[str, str]] = set()
-        self._notifiers: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._notifiers: dict[tuple[str, str], OnDemand] = {}
 
     @classmethod
     def of(cls, database: Database, *, name: str, pool: int | None = None) -> Self:
@@ -252,20 +252,17 @@ class Ledger:
         self._hint(ENDED, "", ENDED_INTERVAL)
 
     def _hint(self, channel: str, payload: str, interval: float) -> None:
-        self._dirty.add((channel, payload))
         if (channel, payload) not in self._notifiers:
-            self._notifiers[channel, payload] = asyncio.create_task(self._notify(channel, payload, interval))
+            notify = partial(self._notify, channel, payload)
+            self._notifiers[channel, payload] = OnDemand("notify by PostgreSQL", notify, lambda: interval)
+        self._notifiers[channel, payload].ask()
 
-    async def _notify(self, channel: str, payload: str, interval: float) -> None:
-        while (channel, payload) in self._dirty:
-            self._dirty.discard((channel, payload))
-            with contextlib.suppress(LedgerUnavailable):
-                # A hint need not be durable; without this, its commit would wait for the disk like a run's.
-                await self.execute(
-                    "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", channel, payload
-                )
-            await asyncio.sleep(interval)
-        del self._notifiers[channel, payload]
+    async def _notify(self, channel: str, payload: str) -> None:
+        with contextlib.suppress(LedgerUnavailable):
+            # A hint need not be durable; without this, its commit would wait for the disk like a run's.
+            await self.execute(
+                "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", channel, payload
+            )
 
     async def listen(self, pool: str, ready: Callable[[], None]) -> None:
         """Call `ready` whenever a run of `pool` may be ready, for ever; a lost connection is opened again."""
@@ -287,8 +284,8 @@ class Ledger:
             await asyncio.sleep(1)
 
     async def aclose(self) -> None:
-        for task in [*self._notifiers.values()]:
-            task.cancel()
+        for notifier in self._notifiers.values():
+            notifier.cancel()
         if self._pool is not None:
             self._pool.terminate()
             self._pool = None

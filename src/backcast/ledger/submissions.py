@@ -25,6 +25,7 @@ from backcast.ledger import lanes
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.runs import COLUMNS, shown
 from backcast.models import Run, Submission, TaskType, uuid7
+from backcast.process.background import OnDemand
 
 INLINE_INPUT = 64 * 1024
 """Bytes of JSON up to which an input lives in its row; a larger one lives in the store."""
@@ -171,7 +172,7 @@ class Submissions:
         self._waiting: deque[tuple[New, asyncio.Future[Answer]]] = deque()
         self._recording: asyncio.Task[None] | None = None
         self._held: set[str] = set()
-        self._promoting: asyncio.Task[None] | None = None
+        self._promoting = OnDemand("promote from the lanes of new runs", self._promote)
 
     async def submit(self, row: New) -> SubmittedRun:
         """When this returns, the run is durable; a caller that goes away meanwhile does not affect the others.
@@ -192,7 +193,13 @@ class Submissions:
     async def _record_all(self) -> None:
         try:
             while group := self._next():
-                answers = await self._answers([row for row, _ in group])
+                try:
+                    answers = await self._answers([row for row, _ in group])
+                except Exception as error:  # noqa: BLE001  # a bug costs its group only, whose callers raise it
+                    for _, waiting in group:
+                        if not waiting.done():
+                            waiting.set_exception(error)
+                    continue
                 for (_, waiting), answer in zip(group, answers, strict=True):
                     if not waiting.done():
                         waiting.set_result(answer)
@@ -228,14 +235,12 @@ class Submissions:
             return [answer for row in rows for answer in await self._answers([row])]
         if held:
             self._held |= held
-            self._promoting = self._promoting or asyncio.create_task(self._promote())
+            self._promoting.ask()
         return answers
 
     async def _promote(self) -> None:
-        while self._held:
-            held, self._held = self._held, set()
-            await lanes.try_promote(self._ledger, held)
-        self._promoting = None
+        held, self._held = self._held, set()
+        await lanes.try_promote(self._ledger, held)
 
 
 async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[SubmittedRun | IdempotencyConflict], set[str]]:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from backcast.errors import ConfigurationError, Unavailable
+from backcast.process import background
 
 
 class _Server(uvicorn.Server):
@@ -43,15 +44,24 @@ async def probes(
 
     app = Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)])
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
-    server = _Server(config)
     try:
         socket = config.bind_socket()
     except SystemExit:
         raise ConfigurationError(f"Port {port} on {host} is taken: set {setting} to another one.") from None
-    serving = asyncio.create_task(server.serve(sockets=[socket]))
+    servers: list[_Server] = []
+
+    async def serve() -> None:
+        servers.append(_Server(config))
+        await servers[-1].serve(sockets=[socket.dup()])
+        if not servers[-1].should_exit:
+            raise RuntimeError("the server has ended by itself")
+
+    serving = asyncio.create_task(background.keep("serve the probes", serve))
     try:
         yield socket.getsockname()[1]
     finally:
-        server.should_exit = True
-        await serving
+        if servers:
+            servers[-1].should_exit = True
+        await asyncio.wait({serving}, timeout=1)
+        serving.cancel()
         socket.close()

@@ -24,6 +24,7 @@ from backcast.history.sink import Sink
 from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery, unusable
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import uuid7
+from backcast.process import background
 from backcast.process.outages import Outage
 from backcast.settings import Settings
 from backcast.steward.failure_detector import ROUND, FailureDetector
@@ -42,6 +43,8 @@ MARK_EVERY = 5.0
 REMOVE_WORKERS_EVERY = 60.0
 REMOVE_WORKERS_AFTER = timedelta(hours=1)
 
+_repeat = partial(background.repeat, outages=(Unavailable, httpx.HTTPError))
+
 Duty = tuple[str, Callable[[], Awaitable[object]], float]
 """The duty's name ("can't <name>" in the log), its function, and the seconds between two calls."""
 
@@ -52,7 +55,7 @@ class Steward:
         self._lease = settings.lease
         self._id = uuid7()
         self._leading = False
-        self._last_round = 0.0
+        self._last_round = self._last_dispatch = 0.0
         self._refusals = dict[str, Outage]()
         self.registry = CollectorRegistry()
         self._metrics()
@@ -78,7 +81,7 @@ class Steward:
 
     async def check(self) -> None:
         """Ready: this steward leads or stands by, and the database has answered lately."""
-        if time.monotonic() - self._last_round > 10 * ROUND:
+        if time.monotonic() - min(self._last_round, self._last_dispatch) > 10 * ROUND:
             raise LedgerUnavailable("The steward's rounds do not reach the database.")
 
     # -- leading ----------------------------------------------------------------------------------------------------
@@ -86,18 +89,23 @@ class Steward:
     async def run(self) -> None:
         """Lead whenever no other steward leads, for ever."""
         outage = Outage(partial(log.warning, "waiting for the database: %s"))
-        while True:
-            try:
-                async with self._ledger.session() as connection:  # it holds the lead, and its end gives it up
-                    outage.ended()
-                    while not await leadership.take_lead(connection):
-                        await self._round_ends()
-                    await self._lead(connection)
-            except LedgerUnavailable as error:
-                outage.failed(error)
-            except (*REFUSED, LedgerFault) as error:
-                outage.failed(error, exc_info=True)
-            await asyncio.sleep(ROUND)
+        # Every steward does this, and it may take long: a million runs may be due.
+        dispatching = asyncio.create_task(_repeat("dispatch due runs", self._dispatch, ROUND))
+        try:
+            while True:
+                try:
+                    async with self._ledger.session() as connection:  # it holds the lead, and its end gives it up
+                        outage.ended()
+                        while not await leadership.take_lead(connection):
+                            await self._round_ends()
+                        await self._lead(connection)
+                except LedgerUnavailable as error:
+                    outage.failed(error)
+                except (*REFUSED, LedgerFault) as error:
+                    outage.failed(error, exc_info=True)
+                await asyncio.sleep(ROUND)
+        finally:
+            dispatching.cancel()
 
     async def _lead(self, connection: asyncpg.Connection) -> None:
         """Check the leases each second. All other duties run beside this, so that none of them delays it."""
@@ -111,10 +119,12 @@ class Steward:
                 await self._round_ends()
 
     async def _round_ends(self) -> None:
-        """Dispatch due runs, then wait for the next round. This needs no lead, so every steward does it."""
-        if await self._done(dispatch.dispatch_due(self._ledger), "dispatch due runs"):
-            self._last_round = time.monotonic()
+        self._last_round = time.monotonic()
         await asyncio.sleep(ROUND)
+
+    async def _dispatch(self) -> None:
+        if await self._done(dispatch.dispatch_due(self._ledger), "dispatch due runs"):
+            self._last_dispatch = time.monotonic()
 
     async def _done(self, work: Awaitable[object], name: str) -> bool:
         """Whether it was done; if not, the round goes on. The row of a refused value is set aside."""
@@ -192,17 +202,3 @@ class Steward:
         self._oldest_xmin.set(0)
         for gauge in (self._ready, self._running, self._oldest):
             gauge.clear()
-
-
-async def _repeat(name: str, step: Callable[[], Awaitable[object]], every: float) -> None:
-    """Do the duty for ever, even if it fails; the same failure is logged once."""
-    outage = Outage(partial(log.warning, "can't %s, trying again: %s", name))
-    while True:
-        try:
-            await step()
-            outage.ended()
-        except (Unavailable, httpx.HTTPError) as error:
-            outage.failed(error)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the other duties go on, and this one tries again
-            outage.failed(error, exc_info=True)
-        await asyncio.sleep(every)

@@ -7,6 +7,7 @@ from functools import partial
 from backcast.history.sink import Sink
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
+from backcast.process import background
 from backcast.process.logs import configure_logging
 from backcast.process.probes import probes
 from backcast.process.stop import Stop
@@ -28,9 +29,10 @@ async def _serve(settings: Settings) -> None:
         ready=steward.check,
         registry=steward.registry,
     ):
+        identify = partial(cursors.identity, ledger)
         running, publishing = (
-            asyncio.create_task(steward.run()),
-            asyncio.create_task(sink.run(partial(cursors.identity, ledger))),
+            asyncio.create_task(background.keep("lead or stand by", steward.run)),
+            asyncio.create_task(background.keep("publish history", partial(sink.run, identify))),
         )
         asked = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import secrets
@@ -92,7 +93,11 @@ class Folder:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            working = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except RuntimeError as error:  # can't start new thread
+            raise OSError(errno.EAGAIN, str(error)) from None
+        return await working
 
     def _place(self, key: str) -> str:
         kind, slash, rest = key.partition("/")

@@ -20,6 +20,7 @@ from backcast.ledger import fleet
 from backcast.ledger.connection import Ledger
 from backcast.ledger.fleet import Held
 from backcast.models import TaskType, uuid7
+from backcast.process import background
 from backcast.process.outages import Outage
 from backcast.settings import Settings
 
@@ -122,20 +123,25 @@ class Lease:
                             await asyncio.sleep(BEAT)
                 except LedgerUnavailable:
                     pass  # the statements that fail log it; the lease decides what follows
-                except RuntimeError:
-                    return  # the loop is closed: the process ends
                 except Exception as error:  # noqa: BLE001  # whatever it is, the lease is worth another try
+                    if loop.is_closed():
+                        return  # the process ends
                     outage.failed(error)
                 await asyncio.sleep(BEAT / 2)
 
-        asyncio.run(beat())
+        while not (self._stopped.is_set() or loop.is_closed()):
+            try:
+                asyncio.run(beat())
+            except Exception:  # there may be no memory for a loop, or no thread
+                log.exception("heartbeats failed, trying again")
+                self._stopped.wait(BEAT / 2)
 
     def _answered(self, at: float, sent: Heartbeat, held: dict[UUID, Held] | None) -> None:
         if held is not None:
             self._last = at
         elif self._registering is None or self._registering.done():
             # Removed from the fleet after a long silence: the ledger holds no run for this worker any more.
-            self._registering = asyncio.create_task(self.register())
+            self._registering = asyncio.create_task(background.keep("register again", self.register))
         self._acknowledged(sent, held or {})
 
     async def give_up(self) -> None:

@@ -22,7 +22,8 @@ from backcast.ledger import claims, dispatch, fleet, unusable
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
-from backcast.models import Failed, Problem, Reason
+from backcast.models import AttemptResult, Failed, Problem, Reason
+from backcast.process import background
 from backcast.process.outages import Outage
 from backcast.process.stop import Stop
 from backcast.settings import Settings
@@ -44,6 +45,11 @@ PREFETCH = 0.1
 MOST_PREFETCHED = 50
 LONGEST_PREFETCHED = 1.0
 """Seconds after which a prefetched run is released, because no slot has become free as expected."""
+
+
+_BUG = Failed(
+    Problem.from_error(FatalError("The worker failed on this run; its log has the details.", code="internal_error"))
+)
 
 
 @dataclass(slots=True)
@@ -265,8 +271,7 @@ class Worker:
                 held.work.uncancel()
         except Exception:
             log.exception("run %s could not be executed", claim.id)
-            bug = FatalError("The worker failed on this run; its log has the details.", code="internal_error")
-            result = Failed(Problem.from_error(bug))
+            result = _BUG
         finally:
             held.is_executing = False
             self._busy -= 1
@@ -274,9 +279,7 @@ class Worker:
             self._ends.append(time.monotonic())
             self._fill()
             self._wake.set()
-        settlement = (
-            results.stopped(claim, held.reason) if result is None else await self._results.settlement(claim, result)
-        )
+        settlement = results.stopped(claim, held.reason) if result is None else await self._settlement(claim, result)
         if isinstance(result, Failed):  # its detail may quote the caller's data
             log.info("run %s of %s has failed: %s", claim.id, claim.task, result.problem.code)
         usage = self._execution.usage(claim.id)
@@ -284,6 +287,14 @@ class Worker:
             self._drop(claim.id, claim.fence)
         else:
             self._settler.put(replace(settlement, usage=usage))
+
+    async def _settlement(self, claim: Claim, result: AttemptResult) -> Settlement:
+        """However storing the value fails, the run is settled: its lease would never end."""
+        try:
+            return await self._results.settlement(claim, result)
+        except Exception:
+            log.exception("the result of run %s could not be stored", claim.id)
+            return await self._results.settlement(claim, _BUG)
 
     async def _recorded(self, batch: Collection[Settlement]) -> None:
         await self._execution.settled([settlement.id for settlement in batch])
@@ -322,7 +333,11 @@ class Worker:
         settling = asyncio.create_task(self._settler.run())
         pool = self._settings.worker.pool
         claiming = asyncio.create_task(self._claim())
-        others = (self._dispatch_due(), self._watch_lease(), self._ledger.listen(pool, self._wake.set))
+        others = (
+            background.keep("dispatch due runs", self._dispatch_due),
+            self._watch_lease(),
+            background.keep("listen for runs", partial(self._ledger.listen, pool, self._wake.set)),
+        )
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
         log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(self._names))
         asked = asyncio.create_task(stop.asked.wait())

@@ -11,6 +11,7 @@ from prometheus_client import Gauge
 
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
+from backcast.process import background
 from backcast.process.logs import configure_logging
 from backcast.process.probes import probes
 from backcast.process.stop import Stop
@@ -41,7 +42,8 @@ async def _serve(settings: Settings) -> None:
         publish=sink.publish if sink.is_enabled else None,
     )
     stop = Stop()  # not before the tasks are imported: until then a signal ends the process at once
-    publishing = asyncio.create_task(sink.run(partial(cursors.identity, ledger)))
+    publish = partial(sink.run, partial(cursors.identity, ledger))
+    publishing = asyncio.create_task(background.keep("publish history", publish))
     try:
         async with executor:
             worker = Worker(settings, ledger, store, executor, llm.metered)

@@ -113,8 +113,8 @@ async def _check(settings: Settings, report: Report) -> bool:
     async with aclosing(ledger), aclosing(store):
         fine = True
         for step in (
-            _step("database: reachable, writable, of this schema", ledger.check(), report),
-            _step("store: there, and lets us in", store.check(), report),
+            _step("database (BACKCAST_DATABASE__URL): reachable, writable, of this schema", ledger.check(), report),
+            _step("store (BACKCAST_STORE__URL): there, and lets us in", store.check(), report),
             _try(store, report),
         ):
             try:
@@ -156,7 +156,7 @@ async def _step(name: str, step: Awaitable[T], report: Report) -> T:
     try:
         value = await step
     except (BackcastError, Missing) as error:
-        why = error.detail if isinstance(error, BackcastError) else "the object that was just stored is not there"
+        why = str(error) if isinstance(error, BackcastError) else "the object that was just stored is not there"
         report(f"FAILED {name}: {why}")
         raise error if isinstance(error, BackcastError) else StoreUnavailable(why) from None
     report(f"ok     {name}")

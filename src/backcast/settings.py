@@ -1,8 +1,8 @@
 """Every setting of every process: one model, unknown keys refused, read at the composition root only.
 
 Sources, later ones win: defaults, the YAML file named by `BACKCAST_CONFIG`, environment variables
-(`BACKCAST_WORKER__SLOTS=20`; two underscores go one level down; an empty one is not set). Secrets belong in the
-environment.
+(`BACKCAST_WORKER__SLOTS=20`; two underscores go one level down; an empty one is not set, and `none` means no value).
+Secrets belong in the environment.
 """
 
 import os
@@ -274,6 +274,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX,
         env_nested_delimiter="__",
         env_ignore_empty=True,  # a variable that a template leaves empty is not set: an empty key is no key
+        env_parse_none_str="none",
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,

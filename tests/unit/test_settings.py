@@ -125,6 +125,16 @@ def test_a_wrong_duration_is_explained(monkeypatch: pytest.MonkeyPatch, text: st
         load()
 
 
+def test_a_variable_can_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BACKCAST_STEWARD__KEEP_RUNS", "BACKCAST_PREFECT__API_URL", "BACKCAST_STORE__REGION"):
+        monkeypatch.setenv(name, "none")
+    settings = load()
+    assert (settings.steward.keep_runs, settings.prefect.api_url, settings.store.region) == (None, None, None)
+    monkeypatch.setenv("BACKCAST_LEASE", "none")
+    with pytest.raises(ConfigurationError, match="BACKCAST_LEASE: "):
+        load()
+
+
 def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BACKCAST_MODEL__API_KEY", "BACKCAST_MODEL__BASE_URL", "BACKCAST_API__KEYS", "BACKCAST_LEASE"):
         monkeypatch.setenv(name, "")

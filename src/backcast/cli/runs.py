@@ -109,7 +109,9 @@ def get(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run, or print its result."""
+    """Show a run, or print its result. A run that failed is shown like any other, with exit code 0; `wait` and
+    `--result` end with 1 for it.
+    """
     with connect(url) as service:
         if result:
             output.print_value(service.result(run_id), as_json)

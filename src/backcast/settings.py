@@ -193,6 +193,9 @@ class Prefect(_Section):
     """Key of Prefect Cloud."""
     history: bool = True
     """Publish every run to the Prefect server."""
+    spool: int = Field(default=128 * 1024 * 1024, ge=0)
+    """Bytes of events that one process keeps in temporary files while the server is away and 16 MiB of memory are full;
+    the oldest are dropped first. The steward publishes the ends of their runs again later."""
 
     def environment(self) -> dict[str, str]:
         """Prefect's own variables for a worker; they must be set before prefect is imported."""

@@ -347,7 +347,8 @@ async def test_events_wait_while_the_server_is_away_and_none_is_lost(tmp_path: P
         resource = {"prefect.resource.id": f"prefect.task-run.{n}"}
         event = Event(event=f"prefect.task-run.{kind}", resource=resource, occurred=datetime.now(UTC))
         capture.Queue(sink).put(("event", event))
-    assert sink.waiting < module.IN_MEMORY, "some are in the file"
+    assert sink._spool.count > 0
+    assert sink.waiting == total
     with pytest.raises(httpx.HTTPStatusError):
         await sink._flush()
     await sink._flush()

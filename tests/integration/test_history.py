@@ -12,8 +12,10 @@ import httpx
 import pytest
 
 from backcast.history.sink import Sink
+from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.history import Entry
+from backcast.local import postgres
 from backcast.models import uuid7
 from backcast.settings import Prefect
 from tests.support.stack import Stack, free_port, prefect_server, stack
@@ -224,3 +226,29 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
         with pytest.raises(httpx.HTTPError):
             await sink.server.delete_ended(str(sink.tag), now, 1)
         await sink.aclose(1)
+
+
+async def test_text_that_prefect_cant_take_costs_its_neighbours_nothing(
+    server: postgres.Postgres, database: str, tmp_path: Path
+) -> None:
+    provisioning.create_database(server.url(), "prefect_of_odd_text")
+    async with (
+        prefect_server(tmp_path, server.url("prefect_of_odd_text")) as prefect,
+        stack(database, tmp_path, BACKCAST_PREFECT__API_URL=prefect.url, BACKCAST_PREFECT__HISTORY="true") as product,
+    ):
+        await product.up("api", "worker")
+        kinds = ["surrogate", "plain", "nul", "plain", "long", "plain"]
+        ran = [(kind, await product.submit("oddly", kind=kind)) for kind in kinds]
+        talked = [await product.submit("talk", words=f"hello {n}") for n in range(10)]
+        for kind, run in ran:
+            assert await product.result(run) == kind
+            shown = await seen(prefect.url, run, "COMPLETED")
+            assert shown["name"]
+            assert (shown["name"] == "plain") == (kind == "plain")
+        for n, run in enumerate(talked):
+            await product.result(run)
+            assert await logs(prefect.url, run) == [f"logged: hello {n}", f"printed: hello {n}"]
+        worker = product.parts[1]
+        metrics = (await product.http.get(f"{worker.url}/metrics")).text
+        assert "backcast_history_spooled_bytes 0.0" in metrics
+        assert 'backcast_history_dropped_total{why="refused"}' not in metrics

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger, runtime, task
 from prefect.cache_policies import INPUTS, TASK_SOURCE
 from pydantic import BaseModel
 
@@ -198,3 +198,18 @@ def shout(size: int) -> int:
 def leave_a_process() -> int:
     """Starts a process that goes on, outside of the worker's group, with the worker's output as its own."""
     return subprocess.Popen(["sleep", "3600"], start_new_session=True).pid
+
+
+ODD = {"surrogate": "\ud800", "nul": "a\x00b", "long": "x" * 500_000, "plain": "plain"}
+
+
+@task(task_run_name=lambda: ODD[runtime.task_run.parameters["kind"]], log_prints=True)
+async def oddly(kind: str) -> str:
+    """Has a name and prints a line that Prefect's server can't take."""
+    print(ODD[kind])
+    return await oddly_child(kind)
+
+
+@task(task_run_name=lambda: ODD[runtime.task_run.parameters["kind"]])
+async def oddly_child(kind: str) -> str:
+    return kind

@@ -7,15 +7,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Self
 from uuid import UUID, uuid5
 
+from backcast.history.cleaning import NAME, TEXT, text
 from backcast.ledger.history import Entry
 from backcast.models import JSON
 
 RESOURCE = "prefect.task-run."
-MESSAGE = 10_000
-"""Characters of a message that are shown; the server refuses events beyond 1.5 MB."""
+PARAMETERS = 100
+"""Names of parameters that are shown."""
 
 
 def state_type(state: str) -> str:
@@ -77,20 +79,21 @@ class Change:
 def event(change: Change, tag: str | None = None) -> bytes:
     """The JSON that `POST /api/events` takes, in a list. The run gets the tag in Prefect."""
     at = change.at.isoformat()
-    message = change.message and change.message[:MESSAGE]
+    message = change.message and change.message[:TEXT]
+    name, label, task = text(change.name, NAME), change.label[:NAME], change.task[:NAME]
     shown: dict[str, JSON] = {
-        "name": change.label,
-        "task_key": change.task,
-        "dynamic_key": f"{change.task}-{change.run}",
+        "name": label,
+        "task_key": task,
+        "dynamic_key": f"{task}-{change.run}",
         "empirical_policy": change.policy,
-        "task_inputs": {name: [] for name in change.parameters},
+        "task_inputs": {each[:NAME]: [] for each in islice(change.parameters, PARAMETERS)},
         "run_count": change.attempts,
         "expected_start_time": change.due.isoformat(),
         "total_run_time": change.busy.total_seconds(),
         "tags": [tag] if tag else [],
     }
     if change.version is not None:
-        shown["task_version"] = change.version
+        shown["task_version"] = change.version[:NAME]
     if change.started_at is not None:
         shown["start_time"] = change.started_at.isoformat()
     if change.ended_at is not None:
@@ -99,15 +102,15 @@ def event(change: Change, tag: str | None = None) -> bytes:
     body: dict[str, JSON] = {
         # Becomes the state's id. A change that is published again has the same id: the server's recorder ignores it.
         # With another id it would be the run's second state of one time: the recorder fails on that, and stops.
-        "id": str(uuid5(change.run, f"{change.name} {at}")),
+        "id": str(uuid5(change.run, f"{name} {at}")),
         "occurred": at,
-        "event": f"{RESOURCE}{change.name}",
+        "event": f"{RESOURCE}{name}",
         "resource": {
             "prefect.resource.id": f"{RESOURCE}{change.run}",
-            "prefect.resource.name": change.label,
+            "prefect.resource.name": label,
             "prefect.orchestration": "client",  # otherwise the server's recorder skips it
             "prefect.state-type": change.type,
-            "prefect.state-name": change.name,
+            "prefect.state-name": name,
             "prefect.state-message": message or "",
             "prefect.state-timestamp": at,
             "prefect.run-count": str(change.attempts),
@@ -117,7 +120,7 @@ def event(change: Change, tag: str | None = None) -> bytes:
             "initial_state": None,
             "validated_state": {
                 "type": change.type,
-                "name": change.name,
+                "name": name,
                 "message": message,
                 "state_details": details,
                 "data": None,

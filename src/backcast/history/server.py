@@ -33,20 +33,13 @@ class PrefectServer:
         await self._client.aclose()
 
     async def post(self, path: str, batch: list[bytes]) -> None:
-        """Post a list of JSON texts; one that the server refuses is dropped, the others are not.
+        """Post a list of JSON texts.
 
         Raises:
-            httpx.HTTPError: the server is away.
+            httpx.HTTPError: the server is away, or refuses it.
         """
         response = await self._client.post(path, content=b"[" + b",".join(batch) + b"]")
-        if response.status_code == 422 and len(batch) > 1:  # one of them is refused: find it
-            middle = len(batch) // 2
-            await self.post(path, batch[:middle])
-            await self.post(path, batch[middle:])
-        elif response.status_code == 422:
-            log.warning("Prefect refused one of %s: %s", path, response.text[:300])
-        else:
-            response.raise_for_status()
+        response.raise_for_status()
 
     async def count(self, ids: list[UUID], state_type: str) -> int:
         """The number of these runs (up to 1,000) that the server has in this state; costs a thirtieth of `states`.

@@ -1,24 +1,28 @@
 """The history sink: keeps the latest event of each run, and the log lines of tasks, and publishes them in bulk. No run
-waits for it, and it retries for as long as the server is away.
+waits for it, and it retries for as long as the server is away. Its memory and its file are bounded.
 """
 
 import asyncio
 import contextlib
 import json
 import logging
-import tempfile
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
 import httpx
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from backcast.errors import LedgerUnavailable
+from backcast.history import cleaning
+from backcast.history.delivery import Delivery, Refused, Undelivered
 from backcast.history.events import RESOURCE, Change, event
 from backcast.history.server import PrefectServer
+from backcast.history.spool import Spool
 from backcast.ledger.history import Entry
 from backcast.process.outages import Outage, backoff
 from backcast.settings import Prefect
@@ -29,39 +33,70 @@ class Event(Protocol):
 
     def model_dump_json(self) -> str: ...
 
+    def model_dump(self) -> dict[str, Any]: ...
+
 
 log = logging.getLogger("backcast.history")
 
 INTERVAL = 0.5
 """Seconds between two posts: a run that starts and ends within them costs the server one event, not two."""
 BATCH = 200
-"""Events or log lines in one post (events: 200 KB)."""
+"""Events or log lines in one post."""
+BATCH_BYTES = 512 * 1024
+"""Bytes of one post, unless its first item has more: proxies often refuse more than 1 MiB."""
 IN_MEMORY = 20_000
-"""Events kept in memory while the server is away, about 14 MB; more go to a temporary file."""
-LOGS = 16 * 1024 * 1024
-"""Bytes of log lines kept while the server is away; the oldest are dropped first."""
+"""Events kept in memory while the server is away, about 14 MB; more go to the spool."""
+MEMORY = 16 * 1024 * 1024
+"""Bytes of events kept in memory, and bytes of log lines; the oldest lines are dropped first."""
+SPILLED = 1000
+"""Events that go to the spool at a time, in about 20 ms."""
+
+Item = bytes | Change | dict[str, Any]
+"""JSON; a change, which becomes JSON only when it is posted, as most are replaced by the next one of their run; or an
+event of Prefect's own, which may still need the tag."""
 
 
 class Sink:
     """Any thread may call `publish`, `record`, `keep_event` and `keep_log`; `run` belongs to one event loop."""
 
     def __init__(self, settings: Prefect) -> None:
-        # A change becomes JSON only when it is posted: most are replaced by the next change of their run.
-        self._waiting: OrderedDict[str, bytes | Change | Event] = OrderedDict()
+        self._waiting: OrderedDict[str, tuple[Item, int]] = OrderedDict()
+        self._bytes = 0
         self._logs: deque[bytes] = deque()
         self._log_bytes = 0
         self._lock = threading.Lock()
-        self._spool: IO[bytes] | None = None
+        self._spool = Spool(settings.spool)
+        self._numbers = iter(range(1 << 62))
         self.tag: str | None = None
         """Every run that this ledger publishes carries it: retention deletes no other run. None: not known yet."""
         self.server = PrefectServer(settings)
+        self._events, self._lines = Delivery(self.server, "/events"), Delivery(self.server, "/logs/")
         self.is_enabled = settings.api_url is not None and settings.history
+        self.dropped = Counter(
+            "backcast_history_dropped",
+            "Events and log lines that Prefect never gets: it refuses them, or they found no room",
+            ["why"],
+            registry=None,
+        )
+        self._is_full = Outage(partial(log.warning, "history is dropped until Prefect is back: %s"))
+
+    def measure(self, registry: CollectorRegistry) -> None:
+        """Show the sink's figures among the metrics of its process."""
+        registry.register(self.dropped)
+        for name, text, value in (
+            ("waiting", "Events not yet published to Prefect, the spooled ones included", lambda: self.waiting),
+            ("waiting_bytes", "Bytes of events and log lines in memory", lambda: self._bytes + self._log_bytes),
+            ("spooled_bytes", "Bytes of events on the disk", lambda: self._spool.size),
+        ):
+            Gauge(f"backcast_history_{name}", text, registry=registry).set_function(value)
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
     def publish(self, change: Change) -> None:
         if self.is_enabled:
-            self._keep(f"{RESOURCE}{change.run}", change)
+            if change.message and len(change.message) > cleaning.TEXT:
+                change = replace(change, message=cleaning.text(change.message))
+            self._keep(f"{RESOURCE}{change.run}", change, 1000 + len(change.message or ""))
 
     def record(self, entry: Entry) -> None:
         """Publish the ledger's state of a run: that it waits, or how it ended. It overrides an engine's events."""
@@ -70,46 +105,75 @@ class Sink:
     def keep_event(self, key: str, event: Event) -> None:
         """Publish an event that Prefect itself has made; of two with one key, the later one."""
         if self.is_enabled:
-            self._keep(key, event)
+            try:
+                body = json.loads(event.model_dump_json())
+            except ValueError:  # its text is no UTF-8
+                body = event.model_dump()
+            cleaned = cleaning.clean(body)
+            self._keep(key, cleaned, len(cleaning.dumps(cleaned)))
 
     def keep_log(self, line: dict[str, Any]) -> None:
         line.pop("__payload_size__", None)  # Prefect's own note
         if self.is_enabled:
-            body = json.dumps(line).encode()
+            body = cleaning.line(line)
             with self._lock:
                 self._logs.append(body)
                 self._log_bytes += len(body)
-                while self._log_bytes > LOGS:
-                    self._log_bytes -= len(self._logs.popleft())
+                self._shed_logs()
 
-    def _keep(self, key: str, item: bytes | Change | Event) -> None:
+    def _shed_logs(self) -> None:
+        shed = 0
+        while self._log_bytes > MEMORY:
+            self._log_bytes -= len(self._logs.popleft())
+            shed += 1
+        self._shed(shed, "log lines")
+
+    def _shed(self, count: int, of: str) -> None:
+        if count:
+            self.dropped.labels("no_room").inc(count)
+            self._is_full.failed(f"there is no more room for {of}")
+
+    def _keep(self, key: str, item: Item, size: int) -> None:
         with self._lock:
-            self._waiting.pop(key, None)
-            self._waiting[key] = item
-            if len(self._waiting) > IN_MEMORY:
-                self._spill()
+            self._put(key, item, size)
+            if len(self._waiting) > IN_MEMORY or self._bytes > MEMORY:
+                oldest = [self._pop()[1] for _ in range(min(SPILLED, len(self._waiting)))]
+                self._shed(self._spool.write(filter(None, map(self._written, oldest))), "events")
 
-    def _spill(self) -> None:
-        self._spool = self._spool or tempfile.TemporaryFile("w+b", prefix="backcast-events-")  # noqa: SIM115  # lives until unspilled
-        self._spool.seek(0, 2)
-        for _ in range(IN_MEMORY // 2):
-            self._spool.write(_written(self._waiting.popitem(last=False)[1], self.tag) + b"\n")
+    def _put(self, key: str, item: Item, size: int, *, first: bool = False) -> None:
+        if key in self._waiting:
+            self._bytes -= self._waiting.pop(key)[1]
+        self._waiting[key] = item, size
+        self._bytes += size
+        if first:
+            self._waiting.move_to_end(key, last=False)
+
+    def _pop(self) -> tuple[str, Item, int]:
+        key, (item, size) = self._waiting.popitem(last=False)
+        self._bytes -= size
+        return key, item, size
+
+    def _written(self, item: Item) -> bytes | None:
+        try:
+            return _written(item, self.tag)
+        except Exception:
+            log.exception("dropped from history, because it can't be written as JSON")
+            self.dropped.labels("refused").inc()
+            return None
 
     def _unspill(self) -> None:
+        """Take back the oldest piece of the spool once nothing else waits. The server keeps the newest state of a run
+        by its time, so the order of posting does not matter."""
         with self._lock:
-            if self._spool is None or self._waiting:
-                return
-            spool, self._spool = self._spool, None
-            spool.seek(0)
-            # The server keeps the newest state of a run by its time, so the order of posting does not matter.
-            self._waiting.update((f"spooled-{n}", line.rstrip(b"\n")) for n, line in enumerate(spool))
-            spool.close()
+            if not self._waiting:
+                for body in self._spool.read():
+                    self._put(f"spooled-{next(self._numbers)}", body, len(body))
 
     # -- posting ------------------------------------------------------------------------------------------------------
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + self._spool.count
 
     async def run(self, identify: Callable[[], Awaitable[UUID]]) -> None:
         """Post for ever; while the server is away, the newest event of each run waits. `identify` asks the ledger for
@@ -142,47 +206,84 @@ class Sink:
                 await self._flush()
         except (TimeoutError, httpx.HTTPError):
             log.warning("%d events were not published to Prefect before the process ended", self.waiting)
+        self._spool.close()
         await self.server.aclose()
 
     async def _flush(self) -> None:
-        while True:
-            self._unspill()
-            with self._lock:
-                batch = [self._waiting.popitem(last=False) for _ in range(min(BATCH, len(self._waiting)))]
-            if not batch:
-                break
+        """Post all that waits. Raises `httpx.HTTPError`; a server that takes no events may still take log lines."""
+        failed = None
+        for post in (self._post_events, self._post_logs):
             try:
-                await self.server.post("/events", [_written(item, self.tag) for _, item in batch])
-            except BaseException:
-                with self._lock:
-                    for key, item in reversed(batch):
-                        if key not in self._waiting:  # otherwise a newer event of the same run has come
-                            self._waiting[key] = item
-                            self._waiting.move_to_end(key, last=False)
-                raise
-        while True:
+                while await post():
+                    pass
+            except Undelivered as error:
+                if not isinstance(error.__cause__, httpx.HTTPError):  # cancelled
+                    raise asyncio.CancelledError from error
+                failed = failed or error.__cause__
+        if failed is not None:
+            raise failed
+        self._is_full.ended()
+
+    async def _post_events(self) -> bool:
+        """Whether there was anything to post."""
+        self._unspill()
+        kept, bodies = dict[bytes, tuple[str, Item, int]](), list[bytes]()
+        with self._lock:
+            if not self._waiting:
+                return False
+            room = BATCH_BYTES
+            while self._waiting and len(bodies) < BATCH and room > 0:
+                key, item, size = self._pop()
+                if (body := self._written(item)) is not None:
+                    bodies.append(body)
+                    kept[body] = key, item, size
+                    room -= len(body)
+        try:
+            self._drop(await self._events.send(bodies))
+        except Undelivered as error:
+            self._drop(error.refused)
             with self._lock:
-                lines = [self._logs.popleft() for _ in range(min(BATCH, len(self._logs)))]
-                self._log_bytes -= sum(map(len, lines))
-            if not lines:
-                return
-            try:
-                await self.server.post("/logs/", lines)
-            except BaseException:
-                with self._lock:
-                    self._logs.extendleft(reversed(lines))
-                    self._log_bytes += sum(map(len, lines))
-                raise
+                for key, item, size in [kept[body] for body in reversed(error.rest)]:
+                    if key not in self._waiting:  # otherwise a newer event of the same run has come
+                        self._put(key, item, size, first=True)
+            raise
+        return True
+
+    async def _post_logs(self) -> bool:
+        lines = list[bytes]()
+        with self._lock:
+            room = BATCH_BYTES
+            while self._logs and len(lines) < BATCH and room > 0:
+                lines.append(self._logs.popleft())
+                room -= len(lines[-1])
+            self._log_bytes -= BATCH_BYTES - room
+        if not lines:
+            return False
+        try:
+            self._drop(await self._lines.send(lines))
+        except Undelivered as error:
+            self._drop(error.refused)
+            with self._lock:
+                self._logs.extendleft(reversed(error.rest))
+                self._log_bytes += sum(map(len, error.rest))
+                self._shed_logs()
+            raise
+        return True
+
+    def _drop(self, refused: list[Refused]) -> None:
+        for body, why in refused:
+            self.dropped.labels("refused").inc()
+            log.warning("dropped from history, because Prefect refuses it (%s): %s", why, body[:300].decode())
 
 
-def _written(item: bytes | Change | Event, tag: str | None) -> bytes:
+def _written(item: Item, tag: str | None) -> bytes:
     match item:
         case bytes():
             return item
         case Change():
-            return event(item, tag)
+            return cleaning.plain(event(item, tag))
         case _:
-            body = json.loads(item.model_dump_json())
-            if tag and isinstance(run := body["payload"].get("task_run"), dict):  # of a task that a task has called
+            run = item["payload"].get("task_run") if isinstance(item.get("payload"), dict) else None
+            if tag and isinstance(run, dict) and tag not in run.get("tags", ()):  # of a task that a task has called
                 run["tags"] = [*run.get("tags", ()), tag]
-            return json.dumps(body).encode()
+            return cleaning.dumps(item)

@@ -22,6 +22,7 @@ async def _serve(settings: Settings) -> None:
     store = open_store(settings.store)
     sink = Sink(settings.prefect)
     steward = Steward(settings, ledger, store, sink)
+    sink.measure(steward.registry)
     async with probes(
         settings.steward.host,
         settings.steward.port,

@@ -7,7 +7,6 @@ import threading
 from functools import partial
 
 import uvloop
-from prometheus_client import Gauge
 
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
@@ -47,9 +46,7 @@ async def _serve(settings: Settings) -> None:
     try:
         async with executor:
             worker = Worker(settings, ledger, store, executor, llm.metered)
-            Gauge(
-                "backcast_worker_history_waiting", "Events not yet published to Prefect", registry=worker.registry
-            ).set_function(lambda: sink.waiting)
+            sink.measure(worker.registry)
             async with probes(
                 settings.worker.host,
                 settings.worker.port,

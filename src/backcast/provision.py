@@ -18,7 +18,7 @@ from backcast.ledger.migration import migrate
 from backcast.models import uuid7
 from backcast.process.outages import Outage
 from backcast.settings import Settings
-from backcast.store import Missing, Store, open_store
+from backcast.store import Missing, Store, copying, open_store
 
 Report = Callable[[str], object]
 T = TypeVar("T")
@@ -107,6 +107,22 @@ def check(settings: Settings, report: Report) -> bool:
     return asyncio.run(_check(settings, report))
 
 
+def copy_objects(settings: Settings, report: Report) -> None:
+    """Copy the objects that only the fallback has into the store.
+
+    Raises:
+        ConfigurationError: there is no fallback.
+        StoreUnavailable: one of the two is away.
+    """
+
+    async def run() -> tuple[int, int]:
+        async with aclosing(open_store(settings.store)) as store:
+            return await copying.copy(store)
+
+    copied, there = asyncio.run(run())
+    report(f"Copied {copied} objects; {there} were there already.")
+
+
 async def _check(settings: Settings, report: Report) -> bool:
     ledger = Ledger.of(settings.database, name="backcast-check", pool=2)
     store = open_store(settings.store)
@@ -116,6 +132,11 @@ async def _check(settings: Settings, report: Report) -> bool:
             _step("database (BACKCAST_DATABASE__URL): reachable, writable, of this schema", ledger.check(), report),
             _step("store (BACKCAST_STORE__URL): there, and lets us in", store.check(), report),
             _try(store, report),
+            *(
+                []
+                if store.fallback is None
+                else [_step("store: the fallback is there", store.fallback.check(), report)]
+            ),
         ):
             try:
                 await step

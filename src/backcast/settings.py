@@ -84,6 +84,24 @@ class Database(_Section):
     """How long a statement may take, including the wait for a connection, before the database counts as unavailable."""
 
 
+class Fallback(_Section):
+    url: str | None = None
+    """An older store, as in `store.url`. Objects that the store lacks are read here, while they are copied; nothing is
+    written or removed here. None: there is none."""
+    endpoint: str | None = None
+    """As `store.endpoint`."""
+    region: str | None = None
+    """As `store.region`."""
+    path_style: bool = True
+    """As `store.path_style`."""
+    ca_bundle: Path | None = None
+    """As `store.ca_bundle`."""
+    access_key: SecretStr | None = None
+    """As `store.access_key`."""
+    secret_key: SecretStr | None = None
+    """As `store.secret_key`."""
+
+
 class Store(_Section):
     url: str = "file://./.backcast/store"
     """`file:///folder`, or `s3://bucket/prefix` for any S3."""
@@ -106,6 +124,7 @@ class Store(_Section):
     """How long one call may take before the store counts as unavailable."""
     patience: Duration = timedelta(minutes=5)
     """How long a worker keeps trying to store a finished result before it gives up, and the run is executed again."""
+    fallback: Fallback = Fallback()
 
 
 class Api(_Section):

@@ -50,7 +50,14 @@ def test_setup_and_tests_can_be_left_out() -> None:
 def test_services_and_ingresses_lead_to_ports_that_are_there(name: str) -> None:
     release = scenario(name)
     for service in release.of("Service"):
-        chosen = [pod for pod in release.pods if service["spec"]["selector"].items() <= pod.metadata["labels"].items()]
+        selector = dict(service["spec"]["selector"])
+        first = selector.pop("statefulset.kubernetes.io/pod-name", None)  # which Kubernetes sets
+        chosen = [
+            pod
+            for pod in release.pods
+            if selector.items() <= pod.metadata["labels"].items()
+            and first in (None, f"{pod.owner['metadata']['name']}-0")
+        ]
         assert {pod.component for pod in chosen} == {service["metadata"]["labels"][COMPONENT]}
         [port] = service["spec"]["ports"]
         assert all(port["targetPort"] in [each["containerPort"] for each in pod.main["ports"]] for pod in chosen)
@@ -107,7 +114,7 @@ def test_what_is_kept_on_volumes() -> None:
 def test_what_the_steward_may() -> None:
     release = scenario("defaults")
     [rule] = release.the("Role")["rules"]
-    assert rule == {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "patch"]}
+    assert rule == {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}
     binding = release.the("RoleBinding")
     [subject] = binding["subjects"]
     assert binding["roleRef"]["name"] == release.the("Role")["metadata"]["name"]
@@ -115,6 +122,12 @@ def test_what_the_steward_may() -> None:
     others = {pod.spec["serviceAccountName"] for pod in release.pods if pod.component != "steward"}
     assert others == {"demo-backcast"}
     assert all(account["automountServiceAccountToken"] is False for account in release.of("ServiceAccount"))
+    policy = release.the("ValidatingAdmissionPolicy")
+    assert release.the("ValidatingAdmissionPolicyBinding")["spec"]["policyName"] == policy["metadata"]["name"]
+    [condition] = policy["spec"]["matchConditions"]
+    assert f"system:serviceaccount:team:{subject['name']}'" in condition["expression"]
+    for rbac in ({"create": False}, {"admissionPolicy": False}):
+        assert not render({"rbac": rbac}).of("ValidatingAdmissionPolicy")
 
 
 def test_an_account_of_ones_own() -> None:

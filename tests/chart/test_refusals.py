@@ -138,6 +138,14 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         bucket(bucket="b", accessKey="a"),
         "store.external.accessKey and secretKey belong together: set both, or neither for the pods' own identity.",
     ),
+    "a store that is its own fallback": (
+        {"store": {"fallback": {"mode": "bundled"}}},
+        "store.fallback is the store itself (minio): name the kind that the release had before, or set",
+    ),
+    "a fallback without a bucket": (
+        {"store": {"fallback": {"mode": "external"}}},
+        "store.fallback.mode is external: set store.fallback.external.bucket.",
+    ),
     "no Prefect": (
         {"prefectServer": {"mode": "external"}},
         "prefectServer.mode is external: set prefectServer.external.apiUrl.",
@@ -196,7 +204,9 @@ def secrets(model: type[BaseModel] = Settings, above: str = "") -> Iterator[str]
 
 @pytest.mark.parametrize("path", [*secrets()])
 def test_a_secret_in_the_config_is_refused(path: str) -> None:
-    section, _, name = path.partition(".")
-    sentence = refusal({"config": {section: {name: ["hunter2"] if name == "keys" else "hunter2"}}})
+    values: Any = ["hunter2"] if path.endswith("keys") else "hunter2"
+    for name in reversed(path.split(".")):
+        values = {name: values}
+    sentence = refusal({"config": values})
     assert f"config.{path} is a secret, and the chart writes config into a ConfigMap: use " in sentence
     assert "hunter2" not in sentence

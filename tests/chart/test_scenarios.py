@@ -8,7 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.chart.rendering import KEDA, SCENARIOS, render, scenario
+from tests.chart.rendering import KEDA, NAMESPACE, SCENARIOS, render, scenario
 from tests.support import chart
 from tests.support.chart import CHART
 
@@ -45,6 +45,7 @@ def test_names_and_labels_fit(name: str, release: str) -> None:
     for kind, called in names:
         # A StatefulSet's pods carry its name and a hash of eleven in a label.
         assert len(called) <= (52 if kind == "StatefulSet" else 63), f"{kind} {called}"
+        called = called.removeprefix(f"{NAMESPACE}.") if kind.startswith("ValidatingAdmission") else called
         assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", called), f"{kind} {called}"
     for labels in _labels(objects):
         assert all(LABEL.fullmatch(value) for value in labels.values()), labels

@@ -70,6 +70,77 @@ def test_an_old_volume_without_its_passwords_is_refused(live: Cluster) -> None:
     render({}, cluster=live)
 
 
+# Moves
+
+
+def installed(live: Cluster, values: Values) -> None:
+    """Let the cluster have what an install of these values makes."""
+    for each in render(values, cluster=live).objects:
+        if each["kind"] in ("ConfigMap", "Secret", "StatefulSet"):
+            content = {name: each[name] for name in ("data", "spec") if name in each}
+            live.add(each["kind"], each["metadata"]["name"], **content)
+
+
+MINIO, WEED = "s3://backcast at http://demo-backcast-minio:9000", "s3://backcast at http://demo-backcast-seaweedfs:8333"
+AT_AWS: Values = {"store": {"mode": "external", "external": {"bucket": "b", "prefix": "p"}}}
+SEAWEEDFS: Values = {"store": {"bundled": {"kind": "seaweedfs"}}}
+FALLBACK: Values = {"store": {"bundled": {"kind": "seaweedfs"}, "fallback": {"mode": "bundled"}}}
+ONE = {"url": "postgresql://b:secret@one/b", "prefectUrl": "postgresql://p:p@one/p"}
+OTHER = {"url": "postgresql://b:secret@other:6432/b", "prefectUrl": "postgresql://p:p@other/p"}
+
+
+def postgres(**external: str) -> Values:
+    return {"postgres": {"mode": "external", "external": external}}
+
+
+# What is installed, what comes, and the name of what would be lost.
+MOVES: dict[str, tuple[Values, Values, str]] = {
+    "another kind": ({}, SEAWEEDFS, MINIO),
+    "back again": (SEAWEEDFS, {}, WEED),
+    "a bucket elsewhere": ({}, AT_AWS, MINIO),
+    "from elsewhere": (AT_AWS, {}, "s3://b/p at AWS"),
+    "another prefix": (AT_AWS, {"store": {"mode": "external", "external": {"bucket": "b"}}}, "s3://b/p at AWS"),
+    "another bucket inside": ({}, {"store": {"bundled": {"bucket": "other"}}}, MINIO),
+    "by a setting": ({}, {"config": {"store": {"url": "s3://other"}}}, MINIO),
+    "a fallback that is dropped": (FALLBACK, SEAWEEDFS, MINIO),
+    "a database elsewhere": ({}, postgres(**ONE), "bundled"),
+    "a database from elsewhere": (postgres(**ONE), {}, "one/b"),
+    "another host": (postgres(**ONE), postgres(**OTHER), "one/b"),
+    "a Secret for the database": ({"postgres": {"mode": "external", "external": ONE}}, {}, "one/b"),
+}
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_an_upgrade_that_would_lose_runs_is_refused(live: Cluster, case: str) -> None:
+    before, after, name = MOVES[case]
+    installed(live, before)
+    render(before, cluster=live, revision=2)
+    sentence = refusal(after, live)
+    section = "store" if name.startswith("s3:") else "postgres"
+    assert f'set {section}.movedFrom to "{name}"' in sentence
+    assert "secret" not in sentence.replace("Secret", "")
+    told = {**after, section: {**after.get(section, {}), "movedFrom": name}}
+    render(told, cluster=live, revision=2)
+
+
+def test_a_store_may_be_moved_while_its_objects_can_be_read(live: Cluster) -> None:
+    installed(live, {})
+    key = live.objects[f"/api/v1/namespaces/team/secrets/{OWN}"]["data"]["s3-access-key"]
+    for values in (FALLBACK, {"store": {**AT_AWS["store"], "fallback": {"mode": "bundled"}}}):
+        release = render(values, cluster=live, revision=2)
+        assert release.config["store"]["fallback"]["endpoint"] == "http://demo-backcast-minio:9000"
+        assert release.the("Secret")["data"]["fallback-s3-access-key"] == key
+        [minio] = [each for each in release.of("StatefulSet", "store") if each["metadata"]["name"].endswith("minio")]
+        environment = {each["name"]: each for each in minio["spec"]["template"]["spec"]["containers"][0]["env"]}
+        assert environment["MINIO_ROOT_USER"]["valueFrom"]["secretKeyRef"]["key"] == "fallback-s3-access-key"
+
+
+def test_a_secret_may_take_the_place_of_a_url(live: Cluster) -> None:
+    installed(live, postgres(**ONE))
+    live.add("Secret", "theirs", data=dict.fromkeys(["database-url", "prefect-database-url"], "eA=="))
+    render(postgres(existingSecret="theirs"), cluster=live, revision=2)
+
+
 # Secrets of others
 
 EXISTING: dict[str, tuple[Values, list[str]]] = {

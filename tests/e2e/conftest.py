@@ -16,7 +16,19 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.programs import run
 from tests.e2e.release import Release, merged, small
 
-ORDER = ("images", "values", "defaults", "access", "scaling", "faults", "upgrade", "second", "external", "drain")
+ORDER = (
+    "images",
+    "values",
+    "defaults",
+    "access",
+    "scaling",
+    "faults",
+    "upgrade",
+    "second",
+    "external",
+    "moves",
+    "drain",
+)
 """The cheap ones first; `defaults` leaves volumes behind that the shared release is installed onto."""
 NAMESPACE, NAME = "backcast-e2e", "backcast"
 KEEP = bool(os.environ.get("E2E_KEEP"))

@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+import json
+import ssl
 from typing import Any
 
 import httpx
@@ -10,7 +12,7 @@ import pytest_asyncio
 from tests.e2e.cluster import Cluster
 from tests.e2e.images import NOW, REGISTRY
 from tests.e2e.programs import run
-from tests.e2e.release import Release
+from tests.e2e.release import Release, merged
 from tests.e2e.scripted import NAMESPACE as MODEL_NAMESPACE
 from tests.e2e.scripted import PORT, RESTRICTED, RESTRICTED_POD
 
@@ -92,10 +94,62 @@ async def test_only_the_steward_has_a_token(shared: Release) -> None:
     account = shared.pods("steward")[0].spec.service_account_name
     as_steward = f"--as=system:serviceaccount:{shared.namespace}:{account}"
     may = {}
-    for verb, what in (("patch", "pods"), ("create", "pods"), ("get", "secrets"), ("patch", "deployments")):
+    for verb, what in (("patch", "pods"), ("get", "pods"), ("create", "pods"), ("get", "secrets")):
         command = ("kubectl", "auth", "can-i", verb, what, "-n", shared.namespace, as_steward)
         may[f"{verb} {what}"] = (await run(*command, check=False)).out.strip()
-    assert may == {"patch pods": "yes", "create pods": "no", "get secrets": "no", "patch deployments": "no"}
+    assert may == {"patch pods": "yes", "get pods": "no", "create pods": "no", "get secrets": "no"}
+
+
+_COST = {"metadata": {"annotations": {"controller.kubernetes.io/pod-deletion-cost": "7"}}}
+_OWNER = {"apiVersion": "v1", "kind": "ConfigMap", "name": "kube-root-ca.crt", "uid": "1"}
+_PATCHES: dict[str, dict[str, Any]] = {
+    "another annotation": {"metadata": {"annotations": {"e2e/note": "x"}}},
+    "another annotation beside it": merged(_COST, {"metadata": {"annotations": {"e2e/note": "x"}}}),
+    "an annotation less": {"metadata": {"annotations": {"e2e/there": None}}},
+    "a label": {"metadata": {"labels": {"e2e": "x"}}},
+    "a label less": {"metadata": {"labels": {"backcast/pool": None}}},
+    "an owner": {"metadata": {"ownerReferences": [_OWNER]}},
+    "a finalizer": {"metadata": {"finalizers": ["e2e/finalizer"]}},
+    "an image": {"spec": {"containers": [{"name": "worker", "image": "busybox"}]}},
+    "a deadline": {"spec": {"activeDeadlineSeconds": 1}},
+    "a toleration": {"spec": {"tolerations": [{"key": "e2e", "operator": "Exists"}]}},
+}
+
+
+async def test_the_stewards_token_changes_the_deletion_cost_of_its_workers_only(
+    shared: Release, rogues: list[tuple[str, str]]
+) -> None:
+    account = shared.pods("steward")[0].spec.service_account_name
+    command = ("kubectl", "create", "token", account, "-n", shared.namespace)
+    token = (await run(*command)).out.strip()
+    cluster, config = shared.cluster, shared.cluster.api.configuration
+    worker = shared.pod("worker", "default")
+    await run("kubectl", "annotate", "pod", worker, "e2e/there=x", "-n", shared.namespace, "--overwrite")
+    stranger = shared.pods("worker")[0].metadata.labels | {"app.kubernetes.io/instance": "another"}
+    await cluster.apply(shared.namespace, _rogue("rogue-release", stranger))
+
+    async with httpx.AsyncClient(
+        base_url=f"{config.host}/api/v1/namespaces/{shared.namespace}/pods",
+        verify=ssl.create_default_context(cafile=config.ssl_ca_cert),
+        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/strategic-merge-patch+json"},
+        trust_env=False,
+    ) as api:
+
+        async def patch(pod: str, body: dict[str, Any]) -> tuple[int, str]:
+            answer = await api.patch(f"/{pod}", content=json.dumps(body), params={"dryRun": "All"})
+            return answer.status_code, answer.json().get("message", "")
+
+        refused = {what: await patch(worker, body) for what, body in _PATCHES.items()}
+        others = [pod.metadata.name for pod in shared.pods() if "worker" not in pod.metadata.name]
+        refused |= {pod: await patch(pod, _COST) for pod in (*others, "rogue", "rogue-release")}
+        passed = {
+            what: answer for what, answer in refused.items() if answer[0] != 422 or "steward may" not in answer[1]
+        }
+        assert not passed
+        assert len(refused) > len(_PATCHES) + 5
+        assert (await patch(f"{worker}/status", _COST))[0] == 403
+        assert (await api.delete(f"/{worker}", params={"dryRun": "All"})).status_code == 403
+        assert (await patch(worker, _COST))[0] == 200
 
 
 def _rogue(name: str, labels: dict[str, str]) -> dict[str, Any]:

@@ -82,3 +82,30 @@ async def test_everything_restarts(shared: Release) -> None:
         await until(old, lambda left: not left, timeout=120, every=1)
         await work.more(20)
     await work.verify()
+
+
+@pytest.mark.parametrize("component", ["worker", "api", "steward", "prefect-server"])
+async def test_a_pod_that_starts_is_deleted(shared: Release, component: str) -> None:
+    """At several moments of its start. It ends at once, though it has five minutes, and no worker stays registered."""
+    gone = set[str]()
+
+    async def present() -> set[str]:
+        return {pod.metadata.name for pod in shared.pods(component, leaving=True)}
+
+    async def started() -> str:
+        """A pod whose container has just begun to run."""
+        for pod in shared.pods(component):
+            if pod.metadata.name not in gone and any(it.state.running for it in pod.status.container_statuses or []):
+                return str(pod.metadata.name)
+        return ""
+
+    for moment in range(6):
+        pod = await until(started, timeout=120, every=0.1)
+        await asyncio.sleep(moment * 0.5)  # the moment under test
+        shared.cluster.delete_pod(shared.namespace, pod, grace=300)
+        gone.add(pod)
+        await until(present, lambda names, pod=pod: pod not in names, timeout=120, every=0.5)
+    await shared.settled()
+    rows = await shared.sql("select host from backcast.workers")
+    assert not gone & {host for [host] in rows}
+    assert await shared.do("add", key=component, a=1, b=2) == [component, 3]

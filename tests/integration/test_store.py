@@ -19,7 +19,7 @@ import pytest
 
 from backcast import settings
 from backcast.errors import ConfigurationError, StoreUnavailable
-from backcast.store import CHUNK, PAGE, Missing, Object, Store, open_store
+from backcast.store import CHUNK, PAGE, Missing, Object, Store, copying, open_store
 from tests.support.s3 import S3Server, free_ports, s3_server
 from tests.support.waiting import until
 
@@ -569,3 +569,45 @@ async def test_an_object_and_its_name_are_on_the_disk_before_put_returns(
     synced.clear()
     await store.put("results/run/1.json", b"1", is_copied=True)
     assert not synced, "the ledger has a durable copy"
+
+
+async def test_a_fallback_is_read_and_never_written(s3: S3Server, opened: Opening, tmp_path: Path) -> None:
+    older = opened(f"file://{tmp_path}/older")
+    store = opened("s3://newer", fallback={"url": f"file://{tmp_path}/older"}, public_endpoint=s3.url)
+    await older.ensure()
+    await store.ensure()
+    await older.put("results/a/1.json", LARGE)
+    assert await store.get("results/a/1.json") == LARGE
+    assert b"".join([chunk async for chunk in await store.stream("results/a/1.json")]) == LARGE
+    assert await store.link("results/a/1.json") is None, "callers can't reach it there"
+    with pytest.raises(Missing):
+        await store.get("results/a/2.json")
+    await store.put("results/b/1.json", b"1")
+    assert await store.link("results/b/1.json")
+    await store.delete(["results/a/1.json"])
+    assert [each.key async for page in store.pages("results") for each in page] == ["results/b/1.json"]
+    assert [each.key async for page in older.pages("results") for each in page] == ["results/a/1.json"]
+    (tmp_path / "older").rename(tmp_path / "away")
+    with pytest.raises(StoreUnavailable):
+        await store.get("results/a/1.json")
+    assert await store.get("results/b/1.json") == b"1"
+    await store.check()
+
+
+async def test_the_objects_of_a_fallback_are_copied(s3: S3Server, opened: Opening, tmp_path: Path) -> None:
+    older = opened(f"file://{tmp_path}/older")
+    store = opened("s3://copy", fallback={"url": f"file://{tmp_path}/older"})
+    await older.ensure()
+    await store.ensure()
+    for number in range(9):
+        await older.put(f"inputs/{number}.json", f"{number}".encode())
+    await older.put("ledger/id", b"somebody")
+    await store.put("inputs/0.json", b"newer")
+    assert await copying.copy(store) == (8, 1)
+    assert await copying.copy(store) == (0, 9)
+    alone = opened("s3://copy")
+    assert [await alone.get(f"inputs/{number}.json") for number in range(9)] == [b"newer", *b"1 2 3 4 5 6 7 8".split()]
+    with pytest.raises(Missing):
+        await alone.get("ledger/id")
+    with pytest.raises(ConfigurationError):
+        await copying.copy(alone)

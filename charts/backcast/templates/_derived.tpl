@@ -39,12 +39,47 @@
 {{- range include "backcast.pools" . | fromYaml }}{{ if eq .autoscaling.mode "keda" }}true{{ end }}{{ end }}
 {{- end }}
 
-{{- define "backcast.store.endpoint" -}}
-{{- if eq .Values.store.mode "external" }}{{ .Values.store.external.endpoint }}
-{{- else }}http://{{ include "backcast.name.store" . }}:{{ include "backcast.store.port" . }}{{ end }}
+{{/* Kubernetes has such policies since 1.30, the oldest that this chart takes. */}}
+{{- define "backcast.uses.policy" -}}
+{{- with .Values.rbac }}{{ if and .create .admissionPolicy }}true{{ end }}{{ end }}
 {{- end }}
 
-{{- define "backcast.store.port" -}}{{ eq .Values.store.bundled.kind "minio" | ternary 9000 8333 }}{{- end }}
+{{/* The port of a bundled server, by its kind. */}}
+{{- define "backcast.store.port" -}}{{ eq . "minio" | ternary 9000 8333 }}{{- end }}
+
+{{/* The store and its fallback, as far as they are used: a list of (dict "mode" … "kind" … "external" VALUES), as YAML. */}}
+{{- define "backcast.stores" -}}
+{{- with .Values.store }}
+{{- $stores := list (dict "mode" .mode "kind" .bundled.kind "external" .external) }}
+{{- if ne .fallback.mode "off" }}
+{{- $stores = append $stores (dict "mode" .fallback.mode "kind" .fallback.kind "external" .fallback.external) }}
+{{- end }}
+{{- toYaml $stores }}
+{{- end }}
+{{- end }}
+
+{{/* Where one of them is, in the words of the settings: (dict "root" . "store" …). */}}
+{{- define "backcast.store.place" -}}
+{{- if eq .store.mode "bundled" }}
+{{- $name := include "backcast.name.store" (dict "root" .root "kind" .store.kind) }}
+url: s3://{{ .root.Values.store.bundled.bucket }}
+endpoint: http://{{ $name }}:{{ include "backcast.store.port" .store.kind }}
+{{- else }}
+{{- with .store.external }}
+url: s3://{{ list .bucket .prefix | compact | join "/" }}
+path_style: {{ .pathStyle }}
+{{- if .endpoint }}
+endpoint: {{ .endpoint }}
+{{- end }}
+{{- if .region }}
+region: {{ .region }}
+{{- end }}
+{{- if (.caBundle | default dict).configMap }}
+ca_bundle: /etc/backcast-ca/ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 
 {{/* The port of a URL. */}}
 {{- define "backcast.port" -}}
@@ -72,15 +107,9 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{/* backcast.yaml: the settings that are derived from the values, overridden by the user's `config`. */}}
 {{- define "backcast.config" -}}
 {{- $values := .Values }}
-{{- $store := dict "url" (printf "s3://%s" $values.store.bundled.bucket) "endpoint" (include "backcast.store.endpoint" .) }}
-{{- if eq $values.store.mode "external" }}
-{{- with $values.store.external }}
-{{- $store = dict "url" (printf "s3://%s" (list .bucket .prefix | compact | join "/")) "path_style" .pathStyle }}
-{{- if .endpoint }}{{ $_ := set $store "endpoint" .endpoint }}{{ end }}
-{{- if .region }}{{ $_ := set $store "region" .region }}{{ end }}
-{{- if .caBundle.configMap }}{{ $_ := set $store "ca_bundle" "/etc/backcast-ca/ca.crt" }}{{ end }}
-{{- end }}
-{{- end }}
+{{- $stores := include "backcast.stores" . | fromYamlArray }}
+{{- $store := include "backcast.store.place" (dict "root" . "store" (first $stores)) | fromYaml }}
+{{- range rest $stores }}{{ $_ := set $store "fallback" (include "backcast.store.place" (dict "root" $ "store" .) | fromYaml) }}{{ end }}
 {{- with $values.store.publicEndpoint }}{{ $_ := set $store "public_endpoint" . }}{{ end }}
 {{- $model := dict "backend" (include "backcast.model.backend" .) "name" $values.model.name "host" "0.0.0.0" }}
 {{- if and (eq $model.backend "embedded") (include "backcast.uses.llm" .) }}

@@ -58,6 +58,25 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
 {{- include "backcast.env.from" (list .root "BACKCAST_STORE__ACCESS_KEY" "s3-access-key" $existing) }}
 {{ include "backcast.env.from" (list .root "BACKCAST_STORE__SECRET_KEY" "s3-secret-key" $existing) }}
 {{- end }}
+{{- with .root.Values.store }}
+{{- if eq .fallback.mode "bundled" }}
+{{ include "backcast.env.bundled" (list $.root .fallback.kind "BACKCAST_STORE__FALLBACK__ACCESS_KEY" "BACKCAST_STORE__FALLBACK__SECRET_KEY") }}
+{{- else if and (eq .fallback.mode "external") (or .fallback.external.accessKey .fallback.external.existingSecret) }}
+{{ include "backcast.env.from" (list $.root "BACKCAST_STORE__FALLBACK__ACCESS_KEY" "fallback-s3-access-key" .fallback.external.existingSecret) }}
+{{ include "backcast.env.from" (list $.root "BACKCAST_STORE__FALLBACK__SECRET_KEY" "fallback-s3-secret-key" .fallback.external.existingSecret) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The keys of a bundled server: (list ROOT KIND NAME NAME). As a fallback it has keys of its own, because those of the
+store may become those of a bucket elsewhere. */}}
+{{- define "backcast.env.bundled" -}}
+{{- $root := first . }}
+{{- $store := $root.Values.store }}
+{{- $existing := $store.bundled.existingSecret }}
+{{- $older := and (eq $store.fallback.mode "bundled") (eq $store.fallback.kind (index . 1)) (not $existing) | ternary "fallback-" "" }}
+{{- include "backcast.env.from" (list $root (index . 2) (printf "%ss3-access-key" $older) $existing) }}
+{{ include "backcast.env.from" (list $root (index . 3) (printf "%ss3-secret-key" $older) $existing) }}
 {{- end }}
 
 {{/* Whether the store has keys; without them the pods' own identity is used. */}}
@@ -180,8 +199,7 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
 {{- end }}
 
 {{- define "backcast.env.minio" -}}
-{{ include "backcast.env.from" (list .root "MINIO_ROOT_USER" "s3-access-key" .part.existingSecret) }}
-{{ include "backcast.env.from" (list .root "MINIO_ROOT_PASSWORD" "s3-secret-key" .part.existingSecret) }}
+{{ include "backcast.env.bundled" (list .root "minio" "MINIO_ROOT_USER" "MINIO_ROOT_PASSWORD") }}
 - name: MINIO_BROWSER
   value: "off"
 - name: HOME
@@ -189,8 +207,7 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
 {{- end }}
 
 {{- define "backcast.env.seaweedfs" -}}
-{{ include "backcast.env.from" (list .root "AWS_ACCESS_KEY_ID" "s3-access-key" .part.existingSecret) }}
-{{ include "backcast.env.from" (list .root "AWS_SECRET_ACCESS_KEY" "s3-secret-key" .part.existingSecret) }}
+{{ include "backcast.env.bundled" (list .root "seaweedfs" "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY") }}
 - name: HOME
   value: /tmp
 {{- end }}

@@ -30,9 +30,11 @@ cut ends in a hash of the whole name, so that two long releases stay apart.
 {{- define "backcast.name.prefect" -}}{{ include "backcast.fullname" . }}-prefect{{- end }}
 {{- define "backcast.name.llm" -}}{{ include "backcast.fullname" . }}-llm{{- end }}
 {{- define "backcast.name.postgres" -}}{{ include "backcast.fullname" . }}-postgres{{- end }}
-{{- define "backcast.name.store" -}}{{ include "backcast.fullname" . }}-{{ .Values.store.bundled.kind }}{{- end }}
+{{- define "backcast.name.store" -}}{{ include "backcast.fullname" .root }}-{{ .kind }}{{- end }}
 {{- define "backcast.name.config" -}}{{ include "backcast.fullname" . }}{{- end }}
 {{- define "backcast.name.secret" -}}{{ include "backcast.fullname" . }}{{- end }}
+{{/* Of a cluster-wide object: no namespace and no release's name has a dot, so no two of these are the same. */}}
+{{- define "backcast.name.policy" -}}{{ list .Release.Namespace (include "backcast.name.steward" .) | compact | join "." }}{{- end }}
 {{- define "backcast.name.test" -}}{{ include "backcast.fullname" .root }}-test-{{ .test }}{{- end }}
 
 {{/* A Job can't be changed, so its name holds everything that may change it. A rollback makes the old one again. */}}
@@ -63,10 +65,12 @@ backcast/pool: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* A resource's metadata: (dict "root" . "name" … ["pool" …] ["labels" …] ["annotations" …]). */}}
+{{/* A resource's metadata: (dict "root" . "name" … ["pool" …] ["labels" …] ["annotations" …] ["clusterWide" BOOL]). */}}
 {{- define "backcast.metadata" -}}
 name: {{ .name }}
+{{- if not .clusterWide }}
 namespace: {{ .root.Release.Namespace }}
+{{- end }}
 labels:
   {{- include "backcast.selector" . | nindent 2 }}
   app.kubernetes.io/part-of: backcast

@@ -61,11 +61,14 @@ spec:
 {{- end }}
 {{- end }}
 
+{{/* To the store and its fallback. */}}
 {{- define "backcast.to.store" -}}
-{{- if eq .Values.store.mode "bundled" }}
-{{- include "backcast.to" (list . (include "backcast.store.port" .) "store") }}
-{{- else -}}
-- ports: [{port: {{ include "backcast.port" (.Values.store.external.endpoint | default "https://aws") }}}]
+{{- range include "backcast.stores" . | fromYamlArray }}
+{{- if eq .mode "bundled" }}
+{{ include "backcast.to" (list $ (include "backcast.store.port" .kind) "store") }}
+{{- else }}
+- ports: [{port: {{ include "backcast.port" (.external.endpoint | default "https://aws") }}}]
+{{- end }}
 {{- end }}
 {{- end }}
 

@@ -14,6 +14,11 @@
 {{- $given = merge $given (dict "s3-access-key" .accessKey "s3-secret-key" .secretKey) }}
 {{- end }}
 {{- end }}
+{{- if eq .Values.store.fallback.mode "external" }}
+{{- with .Values.store.fallback.external }}
+{{- $given = merge $given (dict "fallback-s3-access-key" .accessKey "fallback-s3-secret-key" .secretKey) }}
+{{- end }}
+{{- end }}
 {{- range $key, $value := $given }}
 {{- if $value }}
 {{ $key }}: {{ $value | quote }}
@@ -42,6 +47,10 @@ prefect-auth-string: admin:{{ randAlphaNum 32 }}
 s3-access-key: {{ randAlphaNum 20 }}
 s3-secret-key: {{ randAlphaNum 40 }}
 {{- end }}
+{{- if and (eq .Values.store.fallback.mode "bundled") (not .Values.store.bundled.existingSecret) }}
+fallback-s3-access-key: {{ randAlphaNum 20 }}
+fallback-s3-secret-key: {{ randAlphaNum 40 }}
+{{- end }}
 {{- end }}
 
 {{/* Existing Secrets and the keys they must have, as YAML. */}}
@@ -62,6 +71,8 @@ s3-secret-key: {{ randAlphaNum 40 }}
 {{- end }}
 {{- with $values.store }}
 {{- $wanted = append $wanted (list true (index . .mode "existingSecret") "s3-access-key" "s3-secret-key") }}
+{{- $wanted = append $wanted (list (eq .fallback.mode "bundled") .bundled.existingSecret "s3-access-key" "s3-secret-key") }}
+{{- $wanted = append $wanted (list (eq .fallback.mode "external") .fallback.external.existingSecret "fallback-s3-access-key" "fallback-s3-secret-key") }}
 {{- end }}
 {{- with $values.prefectServer }}
 {{- $wanted = append $wanted (list (and (eq .mode "bundled") .auth.enabled) .auth.existingSecret "prefect-auth-string") }}
@@ -86,6 +97,8 @@ setup.admin_url: postgres.external.existingSecret
 setup.prefect_url: postgres.external.existingSecret
 setup.scaler_url: postgres.external.existingSecret
 store.access_key: store.external.existingSecret
+store.fallback.access_key: store.fallback.external.existingSecret
+store.fallback.secret_key: store.fallback.external.existingSecret
 store.secret_key: store.external.existingSecret
 {{- end }}
 

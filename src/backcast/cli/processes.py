@@ -95,6 +95,14 @@ def check() -> None:
         raise typer.Exit(RUN_FAILED)
 
 
+@run("api")
+def copy_objects() -> None:
+    """Copy the objects that only the fallback has (BACKCAST_STORE__FALLBACK__URL) into the store."""
+    from backcast import provision
+
+    provision.copy_objects(_settings(), typer.echo)
+
+
 @run("api", hidden=True)
 def await_database() -> None:
     """Wait until the Prefect server's database can be used: without it that server ends."""

@@ -8,7 +8,7 @@ from uuid import UUID
 from backcast.ledger import cursors, maintenance
 from backcast.ledger.connection import Ledger
 from backcast.ledger.submissions import RECORDED_WITHIN
-from backcast.store import Missing, Object, Store
+from backcast.store import Object, Store
 
 log = logging.getLogger("backcast.steward")
 
@@ -20,11 +20,8 @@ async def is_ours(ledger: Ledger, store: Store) -> bool:
     """Whether the store belongs to this ledger alone. The runs of another ledger are unknown here, so their objects
     would look like orphans. The first ledger that sweeps a store signs it; of two at once, one does."""
     ours = str(await cursors.identity(ledger)).encode()
-    try:
-        owner = await store.get(SIGNATURE)
-    except Missing:
-        await store.create(SIGNATURE, ours)
-        owner = await store.get(SIGNATURE)
+    await store.create(SIGNATURE, ours)  # first: of a fallback, the signature would be read too
+    owner = await store.get(SIGNATURE)
     if owner != ours:
         log.error(
             "the store belongs to another ledger, so nothing is swept: give each its own bucket or prefix, or"

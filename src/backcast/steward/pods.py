@@ -55,6 +55,7 @@ class Pods:
         ) as http:
             for host, cost in changed.items():
                 answer = await http.patch(f"/{host}", json={"metadata": {"annotations": {_COST: str(cost)}}})
-                if answer.status_code != 404:  # 404: not a pod of this namespace, or gone
+                # 404: not a pod of this namespace, or gone. 422: for the chart's policy, no worker of this release.
+                if answer.status_code not in (404, 422):
                     answer.raise_for_status()
                 self._marked[host] = cost

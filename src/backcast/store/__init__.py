@@ -28,21 +28,34 @@ _BATCH = 16
 
 def open_store(settings: settings.Store) -> "Store":
     """The store that the settings name; nothing is opened before the first use."""
+    older = settings.fallback
+    if older.url is None:
+        return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds())
+    there = settings.model_copy(update={"public_endpoint": None, **dict(older)})
+    fallback = Store(_place(there, "BACKCAST_STORE__FALLBACK__URL"), settings.timeout.total_seconds())
+    return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds(), fallback)
+
+
+def _place(settings: settings.Store, variable: str) -> Folder | Bucket:
     scheme, _, rest = settings.url.partition("://")
     if scheme == "file" and rest:
-        return Store(Folder(Path(rest).expanduser().absolute()), settings.timeout.total_seconds())
+        return Folder(Path(rest).expanduser().absolute())
     bucket, _, prefix = rest.partition("/")
     if scheme == "s3" and bucket:
-        return Store(Bucket(settings, bucket, prefix.strip("/")), settings.timeout.total_seconds())
-    raise ConfigurationError("BACKCAST_STORE__URL must be `file:///folder` or `s3://bucket/prefix`.")
+        return Bucket(settings, bucket, prefix.strip("/"))
+    raise ConfigurationError(f"{variable} must be `file:///folder` or `s3://bucket/prefix`.")
 
 
 class Store:
-    """Objects by key, such as `results/<run id>/<fence>.json`. Every method may raise `StoreUnavailable`."""
+    """Objects by key, such as `results/<run id>/<fence>.json`. Every method may raise `StoreUnavailable`.
 
-    def __init__(self, place: Folder | Bucket, timeout: float) -> None:
+    What a `fallback` holds can be read too; all else concerns the store itself.
+    """
+
+    def __init__(self, place: Folder | Bucket, timeout: float, fallback: "Store | None" = None) -> None:
         self._place = place
         self._timeout = timeout
+        self.fallback = fallback
 
     async def put(self, key: str, body: bytes, *, is_copied: bool = False) -> None:
         """Store an object, or replace it; when this returns, it can be read. `is_copied`: the ledger will hold a
@@ -60,7 +73,12 @@ class Store:
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         """The object in chunks, the first of which is read before this returns. Raises `Missing`."""
-        first, size = await self._within(self._place.read(_checked(key), 0))
+        try:
+            first, size = await self._within(self._place.read(_checked(key), 0))
+        except Missing:
+            if self.fallback is None:
+                raise
+            return await self.fallback.stream(key)
 
         async def chunks() -> AsyncIterator[bytes]:
             chunk, at = first, 0
@@ -77,8 +95,13 @@ class Store:
 
     async def link(self, key: str) -> str | None:
         """A URL that lets its bearer read the object for five minutes, where callers can reach the store themselves;
-        None where they can't. Raises `Missing`."""
-        return await self._within(self._place.link(_checked(key)))
+        None where they can't, and where the fallback may have it. Raises `Missing`."""
+        try:
+            return await self._within(self._place.link(_checked(key)))
+        except Missing:
+            if self.fallback is None:
+                raise
+            return None
 
     async def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; those that are not there are no error."""
@@ -112,6 +135,8 @@ class Store:
 
     async def aclose(self) -> None:
         await self._place.aclose()
+        if self.fallback is not None:
+            await self.fallback.aclose()
 
     async def _within(self, work: Awaitable[T]) -> T:
         try:

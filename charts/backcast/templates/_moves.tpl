@@ -1,0 +1,47 @@
+{{/*
+Refuses an upgrade after which accepted runs would be without their row or their objects. What is installed is read from
+the cluster: the ConfigMap says where the objects are, the StatefulSet and the Secret where the rows are.
+*/}}
+{{- define "backcast.moves" -}}
+{{- $installed := lookup "v1" "ConfigMap" .Release.Namespace (include "backcast.name.config" .) }}
+{{- if $installed }}
+{{- $next := list (include "backcast.config" . | fromYaml).store }}
+{{- with (first $next).fallback }}{{ $next = append $next . }}{{ end }}
+{{- $reached := list .Values.store.movedFrom }}
+{{- range $next }}{{ $reached = append $reached (include "backcast.moves.store" .) }}{{ end }}
+{{- $store := (get $installed.data "backcast.yaml" | fromYaml).store }}
+{{- range list $store ($store.fallback | default dict) }}
+{{- $place := include "backcast.moves.store" . }}
+{{- if and .url (not (has $place $reached)) }}
+{{- fail (printf "This release keeps objects of its runs in %s, and these values name that store no more. Keep it as store.fallback and copy the objects (docs/operations.md, \"Move the store\"), then set store.movedFrom to %s." $place (quote $place)) }}
+{{- end }}
+{{- end }}
+{{- $rows := include "backcast.moves.database" . }}
+{{- $target := "bundled" }}
+{{- if eq .Values.postgres.mode "external" }}
+{{- $target = include "backcast.moves.url" .Values.postgres.external.url | default "external" }}
+{{- end }}
+{{- $same := or (eq $rows $target) (and (ne $rows "bundled") (ne $target "bundled") (has "external" (list $rows $target))) }}
+{{- if not (or $same (eq $rows .Values.postgres.movedFrom)) }}
+{{- fail (printf "This release keeps its runs in PostgreSQL %q, and these values name %q: the API would know none of the accepted runs. Copy the database (docs/operations.md, \"Move the database\"), then set postgres.movedFrom to %q." $rows $target $rows) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The name of a store, of its settings. */}}
+{{- define "backcast.moves.store" -}}{{ .url }} at {{ .endpoint | default "AWS" }}{{- end }}
+
+{{/* The name of the database that is installed: `bundled`, host and name, or `external` if only a Secret of the user's knows it. */}}
+{{- define "backcast.moves.database" -}}
+{{- if lookup "apps/v1" "StatefulSet" .Release.Namespace (include "backcast.name.postgres" .) -}}
+bundled
+{{- else -}}
+{{- $secret := lookup "v1" "Secret" .Release.Namespace (include "backcast.name.secret" .) }}
+{{- include "backcast.moves.url" (get ($secret.data | default dict) "database-url" | b64dec) | default "external" }}
+{{- end }}
+{{- end }}
+
+{{/* Host and name of a database in its URL, without user and password. */}}
+{{- define "backcast.moves.url" -}}
+{{- with . }}{{ $url := urlParse . }}{{ $url.host }}{{ $url.path }}{{ end }}
+{{- end }}

@@ -77,9 +77,14 @@ def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
     with asyncio.Runner() as runner:
         store = open_store(settings.store)
 
+        async def ensure() -> None:
+            await store.ensure()
+            if store.fallback is not None and settings.store.fallback.create:
+                await store.fallback.ensure()
+
         def why_not() -> str | None:
             try:
-                runner.run(store.ensure())
+                runner.run(ensure())
             except StoreUnavailable as error:
                 return error.detail
             return None

@@ -86,8 +86,10 @@ class Database(_Section):
 
 class Fallback(_Section):
     url: str | None = None
-    """An older store, as in `store.url`. Objects that the store lacks are read here, while they are copied; nothing is
-    written or removed here. None: there is none."""
+    """Another store, as in `store.url`: objects that the store lacks are read here, while the one moves to the other.
+    Nothing is written or removed here. None: there is none."""
+    create: bool = False
+    """Whether `backcast setup` creates the folder or bucket, as for one that will become the store."""
     endpoint: str | None = None
     """As `store.endpoint`."""
     region: str | None = None

@@ -84,7 +84,7 @@ def installed(live: Cluster, values: Values) -> None:
 MINIO, WEED = "s3://backcast at http://demo-backcast-minio:9000", "s3://backcast at http://demo-backcast-seaweedfs:8333"
 AT_AWS: Values = {"store": {"mode": "external", "external": {"bucket": "b", "prefix": "p"}}}
 SEAWEEDFS: Values = {"store": {"bundled": {"kind": "seaweedfs"}}}
-FALLBACK: Values = {"store": {"bundled": {"kind": "seaweedfs"}, "fallback": {"mode": "bundled"}}}
+EXCHANGED: Values = {"store": {"bundled": {"kind": "seaweedfs"}, "fallback": {"mode": "bundled"}}}
 ONE = {"url": "postgresql://b:secret@one/b", "prefectUrl": "postgresql://p:p@one/p"}
 OTHER = {"url": "postgresql://b:secret@other:6432/b", "prefectUrl": "postgresql://p:p@other/p"}
 
@@ -102,7 +102,7 @@ MOVES: dict[str, tuple[Values, Values, str]] = {
     "another prefix": (AT_AWS, {"store": {"mode": "external", "external": {"bucket": "b"}}}, "s3://b/p at AWS"),
     "another bucket inside": ({}, {"store": {"bundled": {"bucket": "other"}}}, MINIO),
     "by a setting": ({}, {"config": {"store": {"url": "s3://other"}}}, MINIO),
-    "a fallback that is dropped": (FALLBACK, SEAWEEDFS, MINIO),
+    "a fallback that is dropped": (EXCHANGED, SEAWEEDFS, MINIO),
     "a database elsewhere": ({}, postgres(**ONE), "bundled"),
     "a database from elsewhere": (postgres(**ONE), {}, "one/b"),
     "another host": (postgres(**ONE), postgres(**OTHER), "one/b"),
@@ -123,16 +123,23 @@ def test_an_upgrade_that_would_lose_runs_is_refused(live: Cluster, case: str) ->
     render(told, cluster=live, revision=2)
 
 
-def test_a_store_may_be_moved_while_its_objects_can_be_read(live: Cluster) -> None:
+@pytest.mark.parametrize("mode", ["bundled", "external"])
+def test_a_store_moves_while_every_pod_can_read_both(live: Cluster, mode: str) -> None:
+    external = {"bucket": "b", "accessKey": "a", "secretKey": "s"}
+    into = {"mode": mode, "kind": "seaweedfs"} | ({"external": external} if mode == "external" else {})
+    both: Values = {"store": {"fallback": into}}
+    new = {"bundled": {"kind": "seaweedfs"}} if mode == "bundled" else {"mode": mode, "external": external}
+    exchanged: Values = {"store": {**new, "fallback": {"mode": "bundled"}}}
     installed(live, {})
     key = live.objects[f"/api/v1/namespaces/team/secrets/{OWN}"]["data"]["s3-access-key"]
-    for values in (FALLBACK, {"store": {**AT_AWS["store"], "fallback": {"mode": "bundled"}}}):
-        release = render(values, cluster=live, revision=2)
-        assert release.config["store"]["fallback"]["endpoint"] == "http://demo-backcast-minio:9000"
-        assert release.the("Secret")["data"]["fallback-s3-access-key"] == key
-        [minio] = [each for each in release.of("StatefulSet", "store") if each["metadata"]["name"].endswith("minio")]
-        environment = {each["name"]: each for each in minio["spec"]["template"]["spec"]["containers"][0]["env"]}
-        assert environment["MINIO_ROOT_USER"]["valueFrom"]["secretKeyRef"]["key"] == "fallback-s3-access-key"
+    assert "make it store.fallback first, and exchange the two by the next upgrade" in refusal(exchanged, live)
+    installed(live, both)
+    release = render(exchanged, cluster=live, revision=3)
+    assert release.config["store"]["fallback"]["endpoint"] == "http://demo-backcast-minio:9000"
+    assert release.the("Secret")["data"]["bundled-s3-access-key"] == key
+    [minio] = [each for each in release.of("StatefulSet", "store") if each["metadata"]["name"].endswith("minio")]
+    environment = {each["name"]: each for each in minio["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert environment["MINIO_ROOT_USER"]["valueFrom"]["secretKeyRef"]["key"] == "bundled-s3-access-key"
 
 
 def test_a_secret_may_take_the_place_of_a_url(live: Cluster) -> None:

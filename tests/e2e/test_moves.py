@@ -55,8 +55,11 @@ async def test_from_minio_to_seaweedfs(moving: Release, model: str) -> None:
     await _refused(moving, merged(idle, SEAWEEDFS), f'set store.movedFrom to "{MINIO}"')
     assert [pod.spec.containers[0].name for pod in moving.pods("store")] == ["minio"], "nothing has changed"
 
-    both = merged(_values(model), SEAWEEDFS, FALLBACK)
-    await moving.install(both)
+    exchanged = merged(_values(model), SEAWEEDFS, FALLBACK)
+    await _refused(moving, exchanged, "make it store.fallback first")
+    await moving.install(merged(idle, {"store": {"fallback": {"mode": "bundled", "kind": "seaweedfs"}}}))
+    assert sorted(pod.spec.containers[0].name for pod in moving.pods("store")) == ["minio", "seaweedfs"]
+    await moving.install(exchanged)
     assert await moving.result(done) == large, "read from the fallback"
     assert (await moving.result(queued))[0] == "queued", "its input too"
     after = await moving.submit("enlarge", key="after", word="cast", times=100_000)

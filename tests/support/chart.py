@@ -3,9 +3,12 @@
 The comment above a key is its documentation. A line `# @schema …` in it states what the default can't show:
 
     enum:a,b  min:1  max:9       what a value may be, besides being of the default's type
-    items:string,object          what a list holds
+    items:string,name            what a list holds: types, or names of `_KINDS`
     values:string                a map with free keys, and what they hold
-    free                         a structure of Kubernetes' own
+    is:host                      what a text is: a name of `_KINDS`
+    k8s:ResourceRequirements     a structure of Kubernetes' own
+    k8s-items:Volume             a list of them
+    env                          environment variables, as a map or as a list
     open                         a map that lets unknown keys through; all others refuse them
     image                        a map that may have `registry`, `repository`, `tag`, `digest`
     shared                       a key at the top that each part takes too
@@ -23,13 +26,30 @@ from typing import Any
 import yaml
 
 from backcast.settings import Settings
+from tests.support import kubernetes_schema
 
 CHART = Path(__file__).parents[2] / "charts" / "backcast"
 Schema = dict[str, Any]
 
 _TYPES: dict[type, str] = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
-_IMAGE = ("registry", "repository", "tag", "digest")
-_LEAVES = {"free", "image", "like", "settings", "values"}
+_LEAVES = {"env", "image", "k8s", "like", "settings", "values"}
+_DNS = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_KINDS: dict[str, Schema] = {
+    "host": {
+        "pattern": rf"^((\*\.)?{_DNS}(\.{_DNS})*)?$",
+        "not": {"pattern": "^[0-9]+([.][0-9]+){3}$"},
+        "maxLength": 253,
+    },
+    "path": {"pattern": "^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$"},
+    "url": {"pattern": "^(https?://[^/ ]+(/[^ ]*)?)?$"},
+    "database": {"pattern": "^(postgres(ql)?([+]asyncpg)?://[^ ]+)?$"},
+    "cidr": {"pattern": "^[0-9a-fA-F.:]+/[0-9]{1,3}$"},
+    "label": {"pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"},
+    "digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
+    "tag": {"pattern": "^([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$"},
+    "quantity": {"pattern": kubernetes_schema.QUANTITY["pattern"]},
+}
+_IMAGE = {"registry": {}, "repository": {}, "tag": _KINDS["tag"], "digest": _KINDS["digest"]}
 _ALSO = "It also takes the keys of [every pod](#every-pod)."
 
 
@@ -86,7 +106,7 @@ def _keys(node: yaml.MappingNode, defaults: dict[str, Any], above: str, lines: l
             key.keys.extend(_keys(value, default, f"{path}.", lines))
             if not key.keys:
                 raise ValueError(f"{path} in values.yaml is an empty map: describe what it holds.")
-        if isinstance(value, yaml.SequenceNode) and "items" not in marks:
+        if isinstance(value, yaml.SequenceNode) and not {"items", "k8s-items"} & marks.keys():
             raise ValueError(f"{path} in values.yaml is a list: describe what it holds.")
         yield key
 
@@ -114,15 +134,18 @@ def schema(keys: list[Key]) -> Schema:
     everything = [each for key in keys for each in (key, *key.below)]
     models = {key.marks["like"] for key in everything if "like" in key.marks}
     definitions = {key.path: _schema(key, shared, settings) for key in everything if key.path in models}
-    return {
+    found: Schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "$comment": "Generated from values.yaml and src/backcast/settings.py by `make gen`.",
         "type": "object",
         "properties": {key.name: _schema(key, shared, settings) for key in keys},
         "additionalProperties": False,
-        "definitions": settings.pop("$defs")
-        | {path: found | {"type": ["object", "null"]} for path, found in definitions.items()},
     }
+    found["definitions"] = settings.pop("$defs") | {
+        path: found | {"type": ["object", "null"]} for path, found in definitions.items()
+    }
+    found["definitions"] |= kubernetes_schema.definitions(found)
+    return found
 
 
 def _schema(key: Key, shared: Schema, settings: Schema) -> Schema:
@@ -130,9 +153,23 @@ def _schema(key: Key, shared: Schema, settings: Schema) -> Schema:
     if "settings" in marks:
         found |= {name: settings[name] for name in ("properties", "additionalProperties")}
     elif "image" in marks:
-        found |= {"properties": {name: {"type": "string"} for name in _IMAGE}, "additionalProperties": False}
+        properties = {name: {"type": "string", **kind} for name, kind in _IMAGE.items()}
+        found |= {"properties": properties, "additionalProperties": False}
     elif "like" in marks:
         found["additionalProperties"] = {"$ref": f"#/definitions/{marks['like']}"}
+    elif "env" in marks:
+        del found["type"]
+        source = {"type": "object", "properties": {"valueFrom": kubernetes_schema.reference("EnvVarSource")}}
+        of_object = {**source, "additionalProperties": False}
+        value = {"if": {"type": "object"}, "then": of_object, "else": _any_of("string,number,boolean,null")}
+        listed = {"type": "array", "items": kubernetes_schema.reference("EnvVar")}
+        found |= {"if": {"type": "array"}, "then": listed, "else": {"type": "object", "additionalProperties": value}}
+    elif "k8s" in marks:
+        found |= kubernetes_schema.definition(marks["k8s"])
+    elif "k8s-items" in marks:
+        found["items"] = kubernetes_schema.reference(marks["k8s-items"])
+    elif "is" in marks:
+        found |= _KINDS[marks["is"]]
     elif "values" in marks:
         found["additionalProperties"] = _any_of(marks["values"])
     elif "items" in marks:
@@ -150,6 +187,11 @@ def _schema(key: Key, shared: Schema, settings: Schema) -> Schema:
 
 
 def _any_of(names: str) -> Schema:
+    if names in _KINDS:
+        return {"type": "string", **_KINDS[names]}
+    if names == "string,name":
+        named = {"required": ["name"], "properties": {"name": {"type": "string"}}, "additionalProperties": False}
+        return {"type": ["string", "object"], **named}
     return {"type": names.split(",")} if "," in names else {"type": names}
 
 

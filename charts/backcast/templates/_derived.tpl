@@ -109,7 +109,7 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{- $values := .Values }}
 {{- $stores := include "backcast.stores" . | fromYamlArray }}
 {{- $store := include "backcast.store.place" (dict "root" . "store" (first $stores)) | fromYaml }}
-{{- range rest $stores }}{{ $_ := set $store "fallback" (include "backcast.store.place" (dict "root" $ "store" .) | fromYaml) }}{{ end }}
+{{- range rest $stores }}{{ $_ := set $store "fallback" (merge (dict "create" (eq .mode "bundled")) (include "backcast.store.place" (dict "root" $ "store" .) | fromYaml)) }}{{ end }}
 {{- with $values.store.publicEndpoint }}{{ $_ := set $store "public_endpoint" . }}{{ end }}
 {{- $model := dict "backend" (include "backcast.model.backend" .) "name" $values.model.name "host" "0.0.0.0" }}
 {{- if and (eq $model.backend "embedded") (include "backcast.uses.llm" .) }}

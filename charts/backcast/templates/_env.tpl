@@ -5,7 +5,21 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
 
 {{/* The environment of a container: the concerns in "env", then the user's variables, which replace ours. */}}
 {{- define "backcast.env" -}}
-{{- $given := mergeOverwrite (deepCopy .root.Values.extraEnv) (.part.extraEnv | default dict) (.part.env | default dict) }}
+{{- $given := dict }}
+{{- $order := list }}
+{{- range $source := list .root.Values.extraEnv .part.extraEnv .part.env }}
+{{- if kindIs "slice" $source }}
+{{- range $source }}
+{{- $_ := set $given .name (hasKey . "valueFrom" | ternary (pick . "valueFrom") (get . "value")) }}
+{{- $order = append $order .name }}
+{{- end }}
+{{- else }}
+{{- range $name, $value := $source }}
+{{- $_ := set $given $name $value }}
+{{- $order = append $order $name }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- range $concern := .env }}
 {{- range include (printf "backcast.env.%s" $concern) $ | fromYamlArray }}
 {{- if not (hasKey $given .name) }}
@@ -13,7 +27,8 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
 {{- end }}
 {{- end }}
 {{- end }}
-{{- range $name, $value := $given }}
+{{- range $name := uniq $order }}
+{{- $value := get $given $name }}
 {{- if kindIs "map" $value }}
 - {{ merge (dict "name" $name) $value | toYaml | nindent 2 | trim }}
 {{- else if not (kindIs "invalid" $value) }}
@@ -74,7 +89,7 @@ store may become those of a bucket elsewhere. */}}
 {{- $root := first . }}
 {{- $store := $root.Values.store }}
 {{- $existing := $store.bundled.existingSecret }}
-{{- $older := and (eq $store.fallback.mode "bundled") (eq $store.fallback.kind (index . 1)) (not $existing) | ternary "fallback-" "" }}
+{{- $older := and (eq $store.fallback.mode "bundled") (eq $store.fallback.kind (index . 1)) (not $existing) | ternary "bundled-" "" }}
 {{- include "backcast.env.from" (list $root (index . 2) (printf "%ss3-access-key" $older) $existing) }}
 {{ include "backcast.env.from" (list $root (index . 3) (printf "%ss3-secret-key" $older) $existing) }}
 {{- end }}

@@ -10,16 +10,20 @@ spec:
   {{- end }}
   {{- if .ingress.tls.enabled }}
   tls:
-    - hosts: [{{ .ingress.host | quote }}]
+    - hosts: {{ prepend (.ingress.hosts | default list) .ingress.host | compact | uniq | toJson }}
       secretName: {{ .ingress.tls.secretName | default (printf "%s-tls" .name) }}
   {{- end }}
   rules:
+    {{- range prepend (.ingress.hosts | default list | compact) .ingress.host | uniq }}
+    {{- if or . (not $.ingress.hosts) }}
     - http:
         paths:
-          - path: /
+          - path: {{ $.ingress.path | default "/" }}
             pathType: Prefix
-            backend: {service: {name: {{ .name }}, port: {number: {{ .port }}}}}
-      {{- with .ingress.host }}
+            backend: {service: {name: {{ $.name }}, port: {number: {{ $.port }}}}}
+      {{- with . }}
       host: {{ . | quote }}
       {{- end }}
+    {{- end }}
+    {{- end }}
 {{- end }}

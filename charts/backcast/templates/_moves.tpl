@@ -7,14 +7,18 @@ the cluster: the ConfigMap says where the objects are, the StatefulSet and the S
 {{- if $installed }}
 {{- $next := list (include "backcast.config" . | fromYaml).store }}
 {{- with (first $next).fallback }}{{ $next = append $next . }}{{ end }}
-{{- $reached := list .Values.store.movedFrom }}
-{{- range $next }}{{ $reached = append $reached (include "backcast.moves.store" .) }}{{ end }}
 {{- $store := (get $installed.data "backcast.yaml" | fromYaml).store }}
-{{- range list $store ($store.fallback | default dict) }}
-{{- $place := include "backcast.moves.store" . }}
-{{- if and .url (not (has $place $reached)) }}
-{{- fail (printf "This release keeps objects of its runs in %s, and these values name that store no more. Keep it as store.fallback and copy the objects (docs/operations.md, \"Move the store\"), then set store.movedFrom to %s." $place (quote $place)) }}
+{{- $before := list }}
+{{- range list $store ($store.fallback | default dict) }}{{ if .url }}{{ $before = append $before (include "backcast.moves.store" .) }}{{ end }}{{ end }}
+{{- $after := list }}
+{{- range $next }}{{ $after = append $after (include "backcast.moves.store" .) }}{{ end }}
+{{- range $place := without $before .Values.store.movedFrom }}
+{{- if not (has $place $after) }}
+{{- fail (printf "This release keeps objects of its runs in %q, and these values name that store no more: keep it as store.fallback until its objects are copied (docs/operations.md, \"Move the store\"), then set store.movedFrom to %q." $place $place) }}
 {{- end }}
+{{- end }}
+{{- if not (or (has (first $after) $before) (has .Values.store.movedFrom $before)) }}
+{{- fail (printf "The pods that run now can't read %q, where the new ones would write: make it store.fallback first, and exchange the two by the next upgrade (docs/operations.md, \"Move the store\")." (first $after)) }}
 {{- end }}
 {{- $rows := include "backcast.moves.database" . }}
 {{- $target := "bundled" }}

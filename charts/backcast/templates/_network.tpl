@@ -57,7 +57,7 @@ spec:
 {{- if eq .Values.postgres.mode "bundled" }}
 {{- include "backcast.to" (list . 5432 "postgres") }}
 {{- else -}}
-- ports: [{port: {{ .Values.postgres.external.port }}}]
+{{- include "backcast.to.port" (list . .Values.postgres.external.port) }}
 {{- end }}
 {{- end }}
 
@@ -67,7 +67,7 @@ spec:
 {{- if eq .mode "bundled" }}
 {{ include "backcast.to" (list $ (include "backcast.store.port" .kind) "store") }}
 {{- else }}
-- ports: [{port: {{ include "backcast.port" (.external.endpoint | default "https://aws") }}}]
+{{ include "backcast.to.port" (list $ (include "backcast.port" (.external.endpoint | default "https://aws"))) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -76,18 +76,34 @@ spec:
 {{- if eq .Values.prefectServer.mode "bundled" }}
 {{- include "backcast.to" (list . 4200 "prefect-server") }}
 {{- else if eq .Values.prefectServer.mode "external" -}}
-- ports: [{port: {{ include "backcast.port" .Values.prefectServer.external.apiUrl }}}]
+{{- include "backcast.to.port" (list . (include "backcast.port" .Values.prefectServer.external.apiUrl)) }}
 {{- end }}
 {{- end }}
 
-{{/* To everywhere but the blocked addresses: (dict "root" . ["ports" …]). */}}
-{{- define "backcast.to.outside" -}}
+{{- define "backcast.to.model" -}}
+{{- if include "backcast.uses.llm" . }}
+{{- include "backcast.to" (list . 8083 "llm") }}
+{{- else if eq (include "backcast.model.backend" .) "openai" -}}
+{{- include "backcast.to.port" (list . (include "backcast.port" (.Values.model.baseUrl | default "https://openai"))) }}
+{{- end }}
+{{- end }}
+
+{{/* To a server outside of the release, whose address is unknown here: (list ROOT PORT). It may be in a blocked network, so
+only the link-local addresses stay blocked, where no such server is and clouds serve credentials. */}}
+{{- define "backcast.to.port" -}}
+{{- $link := list }}
+{{- range (first .).Values.networkPolicy.blockedCidrs }}{{ if regexMatch "^(169\\.254\\.|fe80:|fd00:ec2:)" . }}{{ $link = append $link . }}{{ end }}{{ end }}
+{{- include "backcast.to.all" (dict "blocked" $link "ports" (list (dict "port" (index . 1 | int)))) }}
+{{- end }}
+
+{{/* To everywhere but some addresses: (dict "blocked" (list CIDR …) ["ports" …]). */}}
+{{- define "backcast.to.all" -}}
 - to:
     {{- range $all := list "0.0.0.0/0" "::/0" }}
     - ipBlock:
         cidr: {{ $all }}
         {{- $blocked := list }}
-        {{- range $.root.Values.networkPolicy.blockedCidrs }}
+        {{- range $.blocked }}
         {{- if eq (contains ":" .) (contains ":" $all) }}{{ $blocked = append $blocked . }}{{ end }}
         {{- end }}
         {{- with $blocked }}

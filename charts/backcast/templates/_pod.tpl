@@ -5,12 +5,12 @@
 labels:
   {{- include "backcast.selector" . | nindent 2 }}
   app.kubernetes.io/part-of: backcast
-  {{- with mergeOverwrite (deepCopy .root.Values.podLabels) (.part.podLabels | default dict) }}
+  {{- with mergeOverwrite (deepCopy .root.Values.commonLabels) .root.Values.podLabels (.part.podLabels | default dict) }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- $annotations := mergeOverwrite (deepCopy .root.Values.podAnnotations) (.part.podAnnotations | default dict) }}
+{{- $annotations := mergeOverwrite (deepCopy .root.Values.commonAnnotations) .root.Values.podAnnotations (.part.podAnnotations | default dict) }}
 {{- if .config }}
-{{- $_ := set $annotations "checksum/config" (include "backcast.config" .root | sha256sum) }}
+{{- $_ := set $annotations "checksum/config" (include "backcast.config.read" .  | toJson | sha256sum) }}
 {{- end }}
 {{- $env := include "backcast.env" . }}
 {{- $read := dict }}
@@ -24,6 +24,18 @@ labels:
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end }}
+
+{{/* The settings that the pods of a component read. Those of all processes are not in a section. */}}
+{{- define "backcast.config.read" -}}
+{{- $config := include "backcast.config" .root | fromYaml }}
+{{- $sections := dict "api" (list "api" "store") "worker" (list "worker" "store" "model" "prefect") "steward" (list "steward" "store" "prefect")
+  "llm" (list "model") }}
+{{- $mine := append (get $sections (include "backcast.component" .root) | default list) "database" }}
+{{- range $name := list "api" "worker" "steward" "store" "model" "prefect" "setup" }}
+{{- if not (has $name $mine) }}{{ $_ := unset $config $name }}{{ end }}
+{{- end }}
+{{- toJson $config }}
 {{- end }}
 
 {{/* A pod's spec without containers and volumes: "uid" NUMBER, and "account" NAME for the one pod with a token. */}}
@@ -44,7 +56,7 @@ securityContext:
 {{- with $values.imagePullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - {{ kindIs "map" . | ternary . (dict "name" .) | toJson }}
   {{- end }}
 {{- end }}
 {{- range $key := list "nodeSelector" "tolerations" "affinity" "priorityClassName" }}

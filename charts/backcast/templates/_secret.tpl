@@ -48,9 +48,23 @@ s3-access-key: {{ randAlphaNum 20 }}
 s3-secret-key: {{ randAlphaNum 40 }}
 {{- end }}
 {{- if and (eq .Values.store.fallback.mode "bundled") (not .Values.store.bundled.existingSecret) }}
-fallback-s3-access-key: {{ randAlphaNum 20 }}
-fallback-s3-secret-key: {{ randAlphaNum 40 }}
+bundled-s3-access-key: {{ randAlphaNum 20 }}
+bundled-s3-secret-key: {{ randAlphaNum 40 }}
 {{- end }}
+{{- end }}
+
+{{/* The value that replaces each generated key. */}}
+{{- define "backcast.secret.sources" -}}
+api-key: auth.existingSecret
+postgres-password: postgres.bundled.existingSecret
+backcast-password: postgres.bundled.existingSecret
+prefect-password: postgres.bundled.existingSecret
+scaler-password: postgres.bundled.existingSecret
+prefect-auth-string: prefectServer.auth.existingSecret
+s3-access-key: store.bundled.existingSecret
+s3-secret-key: store.bundled.existingSecret
+bundled-s3-access-key: store.bundled.existingSecret
+bundled-s3-secret-key: store.bundled.existingSecret
 {{- end }}
 
 {{/* Existing Secrets and the keys they must have, as YAML. */}}

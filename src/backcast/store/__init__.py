@@ -31,7 +31,7 @@ def open_store(settings: settings.Store) -> "Store":
     older = settings.fallback
     if older.url is None:
         return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds())
-    there = settings.model_copy(update={"public_endpoint": None, **dict(older)})
+    there = settings.model_copy(update={"public_endpoint": None, **older.model_dump(exclude={"create"})})
     fallback = Store(_place(there, "BACKCAST_STORE__FALLBACK__URL"), settings.timeout.total_seconds())
     return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds(), fallback)
 

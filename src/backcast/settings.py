@@ -134,6 +134,8 @@ class Api(_Section):
     """Address that the API listens on; 0.0.0.0 in a cluster."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port that the API listens on."""
+    prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
+    """Path below which the API is served too, such as `/backcast`: what a proxy in front of it sends on unchanged."""
     max_body: int = Field(default=1024 * 1024, ge=1024)
     """Largest request body, in bytes; more is refused before it is read."""
     max_batch: int = Field(default=10_000, ge=1, le=100_000)

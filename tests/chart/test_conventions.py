@@ -63,6 +63,14 @@ def test_several_hosts() -> None:
     assert "host" not in render({}).the("Ingress", "api")["spec"]["rules"][0]
 
 
+def test_a_path_is_known_to_the_api() -> None:
+    release = render({"ingress": {"path": "/casts"}})
+    assert release.the("Ingress", "api")["spec"]["rules"][0]["http"]["paths"][0]["path"] == "/casts"
+    assert release.config["api"]["prefix"] == "/casts"
+    for values in ({}, {"ingress": {"enabled": False, "path": "/casts"}}):
+        assert render(values).config["api"]["prefix"] == ""
+
+
 NAMED = {
     "auth": {"existingSecret": "s"},
     "prefectServer": {"auth": {"existingSecret": "s"}},

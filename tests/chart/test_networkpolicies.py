@@ -7,6 +7,8 @@ import pytest
 from tests.chart.rendering import COMPONENT, NAMESPACE, SCENARIOS, Object, Pod, Release, render, scenario
 
 Labels = dict[str, str]
+PODS = "10.0.0.0/8"
+"""The network of the pods, where a policy names it."""
 
 
 def _matches(selector: Object, labels: Labels) -> bool:
@@ -25,7 +27,9 @@ def _lets(rule: Object, side: str, port: int, labels: Labels | None, namespace: 
         return False
     for peer in rule.get(side, []):
         if "ipBlock" in peer:
-            if peer["ipBlock"]["cidr"] == "0.0.0.0/0":
+            if peer["ipBlock"]["cidr"] == "0.0.0.0/0" and not (
+                labels is not None and PODS in peer["ipBlock"].get("except", [])
+            ):
                 return True
         elif labels is not None:
             there = {"kubernetes.io/metadata.name": namespace}
@@ -201,3 +205,29 @@ def test_releases_in_one_namespace_keep_to_themselves() -> None:
     for policy in ours.of("NetworkPolicy"):
         chosen = [pod.name for pod in theirs.pods if _matches(policy["spec"]["podSelector"], pod.metadata["labels"])]
         assert not chosen, policy["metadata"]["name"]
+
+
+def test_blocked_networks_do_not_cut_workers_off_their_servers() -> None:
+    blocked = ["169.254.169.254/32", PODS, "172.16.0.0/12", "192.168.0.0/16"]
+    release = render({"networkPolicy": {"blockedCidrs": blocked}})
+    pods = {pod.component: pod for pod in release.pods if pod.runs_on}
+    for source, targets in EDGES.items():
+        for target in targets if source in ("worker", "steward") else ():
+            assert reaches(release, pods[source], pods[target], _port(pods[target])), f"{source} to {target}"
+    assert not _open(release, "Egress", pods["worker"], 9999, {"app": "another"}), "what tasks reach is still blocked"
+    elsewhere = {
+        "networkPolicy": {"blockedCidrs": blocked},
+        "postgres": {"mode": "external", "external": {"url": "postgresql://b:p@h:6432/b", "port": 6432}},
+        "prefectServer": {"mode": "external", "external": {"apiUrl": "http://prefect.example.org:4200/api"}},
+        "store": {"mode": "external", "external": {"bucket": "b", "endpoint": "http://s3.example.org:9000"}},
+        "model": {"baseUrl": "http://models.example.org:8080/v1"},
+    }
+    release = render(elsewhere)
+    for component, ports in (("worker", (6432, 4200, 9000, 8080)), ("steward", (6432, 4200, 9000, 443, 6443))):
+        pod = release.pod(component)
+        for port in ports:
+            assert _open(release, "Egress", pod, port, {"app": "theirs"}), f"{component} to port {port}"
+    for policy in release.of("NetworkPolicy", "worker"):
+        for rule in policy["spec"]["egress"]:
+            blocks = [peer["ipBlock"] for peer in rule.get("to", []) if "ipBlock" in peer]
+            assert all("169.254.169.254/32" in block["except"] for block in blocks if ":" not in block["cidr"])

@@ -45,6 +45,15 @@ def test_a_request_for_every_exposure(exposure: str) -> None:
     assert notes.count('-H "Authorization: Bearer $KEY"') == 2
 
 
+def test_there_is_a_way_past_the_ingress() -> None:
+    """Its controller may have another port than 80, and its host no DNS entry yet."""
+    for ingress in ({}, {"host": "b.example.org", "path": "/casts"}):
+        notes = render({"ingress": ingress}).notes
+        assert "kubectl -n team port-forward service/demo-backcast-api 8000 &\n" in notes
+        assert 'curl -s http://127.0.0.1:8000/tasks -H "Authorization: Bearer ${KEY}" -d target_type=int' in notes
+    assert "curl -s http://b.example.org/casts/tasks " in notes
+
+
 def test_the_key_of_others_and_no_key() -> None:
     assert "get secret theirs -o jsonpath='{.data.api-key}'" in render({"auth": {"existingSecret": "theirs"}}).notes
     notes = render({"auth": OFF}).notes

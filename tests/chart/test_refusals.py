@@ -160,6 +160,41 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         {**external(**EXTERNAL), **pools(default={"autoscaling": KEDA})},
         "KEDA reads the backlog with a role of its own: set postgres.external.scalerUrl, or autoscaling.mode to",
     ),
+    "an external database beside the bundled one": (
+        {"postgres": {"external": {"url": EXTERNAL["url"]}}},
+        (
+            "postgres.external.url is set, but postgres.mode is bundled, so it would be ignored: remove it, or set "
+            "postgres.mode to external."
+        ),
+    ),
+    "a bundled database beside the external one": (
+        {"postgres": {"mode": "external", "external": EXTERNAL, "bundled": {"storage": {"size": "20Gi"}}}},
+        "postgres.bundled.storage.size is set, but postgres.mode is external, so it would be ignored",
+    ),
+    "an external store beside the bundled one": (
+        {"store": {"external": {"bucket": "b"}}},
+        "store.external.bucket is set, but store.mode is bundled, so it would be ignored",
+    ),
+    "a bundled store beside the external one": (
+        {"store": {"mode": "external", "external": {"bucket": "b"}, "bundled": {"kind": "seaweedfs"}}},
+        "store.bundled.kind is set, but store.mode is external, so it would be ignored",
+    ),
+    "a fallback that is off": (
+        {"store": {"fallback": {"external": {"bucket": "b"}}}},
+        "store.fallback.external.bucket is set, but store.fallback.mode is off, so it would be ignored",
+    ),
+    "an external Prefect beside the bundled one": (
+        {"prefectServer": {"external": {"apiUrl": "https://p.example.org/api"}}},
+        "prefectServer.external.apiUrl is set, but prefectServer.mode is bundled, so it would be ignored",
+    ),
+    "a provider beside the embedded model": (
+        {"model": {"backend": "embedded", "existingSecret": "s"}},
+        "model.existingSecret is set, but model.backend is embedded, so it would be ignored",
+    ),
+    "a scaler that is off": (
+        pools(default={"autoscaling": {"maxReplicas": 9}}),
+        "workers.pools.default.autoscaling.maxReplicas is set, but its mode is off, so it would be ignored",
+    ),
     "no bucket": (bucket(), "store.mode is external: set store.external.bucket."),
     "two keys of the store": (
         bucket(bucket="b", accessKey="a", secretKey="s", existingSecret="s"),

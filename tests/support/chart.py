@@ -1,4 +1,4 @@
-"""Writes two files of the chart from `values.yaml` and its comments: `values.schema.json` and `README.md`.
+"""Writes files of the chart from `values.yaml` and its comments: `values.schema.json`, `defaults.json` and `README.md`.
 
 The comment above a key is its documentation. A line `# @schema …` in it states what the default can't show:
 
@@ -50,6 +50,11 @@ _KINDS: dict[str, Schema] = {
     "quantity": {"pattern": kubernetes_schema.QUANTITY["pattern"]},
 }
 _IMAGE = {"registry": {}, "repository": {}, "tag": _KINDS["tag"], "digest": _KINDS["digest"]}
+_BY_MODE = {
+    "postgres": ("external", "bundled"),
+    "prefectServer": ("external",),
+    "store": ("external", "bundled", "fallback"),
+}
 _ALSO = "It also takes the keys of [every pod](#every-pod)."
 
 
@@ -78,9 +83,16 @@ def files() -> dict[Path, str]:
     """The generated files by path, each with the text that it should hold."""
     keys = read((CHART / "values.yaml").read_text())
     return {
+        CHART / "defaults.json": json.dumps(_inactive(), indent=1) + "\n",
         CHART / "values.schema.json": json.dumps(schema(keys), indent=1, ensure_ascii=False) + "\n",
         CHART / "README.md": readme(keys, (CHART / "README.md.tmpl").read_text()),
     }
+
+
+def _inactive() -> dict[str, Any]:
+    """The sections of which a mode uses one."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    return {part: {key: values[part][key] for key in keys} for part, keys in _BY_MODE.items()}
 
 
 # The values

@@ -126,7 +126,7 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{- $prefect = dict "api_url" $values.prefectServer.external.apiUrl }}
 {{- end }}
 {{- $derived := dict
-  "api" (dict "host" "0.0.0.0" "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray))
+  "api" (dict "host" "0.0.0.0" "prefix" (and .Values.ingress.enabled .Values.ingress.path | default "" | trimSuffix "/") "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray))
   "worker" (dict "host" "0.0.0.0")
   "steward" $steward
   "store" $store

@@ -10,6 +10,7 @@ from backcast import __version__
 from backcast.api import auth, batches, compatibility, docs, health, lanes, origins, problems, routing, runs, tasks
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
+from backcast.api.prefix import Prefix
 from backcast.ledger.connection import Ledger
 from backcast.settings import Api
 from backcast.store import Store
@@ -48,7 +49,11 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     if "*" not in limits.allowed_hosts and (limits.allowed_hosts or not limits.keys):
         app.add_middleware(origins.OwnHosts, limits=limits)
     if limits.cors_origins:
-        app.add_middleware(origins.CrossOrigin, origins=limits.cors_origins)  # the outermost: a page may read refusals
+        app.add_middleware(
+            origins.CrossOrigin, origins=limits.cors_origins
+        )  # outside of both: a page may read refusals
+    if limits.prefix:
+        app.add_middleware(Prefix, prefix=limits.prefix)
     auth.describe(app)
     problems.install(app)
     nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router, docs.router)

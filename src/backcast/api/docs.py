@@ -9,6 +9,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.staticfiles import StaticFiles
 from starlette.routing import Mount
 
+from backcast.api.prefix import of_links
 from backcast.api.routing import Route
 
 router = APIRouter(route_class=Route, include_in_schema=False)
@@ -31,4 +32,5 @@ async def docs() -> Response:
 
 @router.get("/openapi.json")
 async def document(request: Request) -> dict[str, Any]:
-    return request.app.openapi()
+    prefix = of_links.get()
+    return request.app.openapi() | ({"servers": [{"url": prefix}]} if prefix else {})

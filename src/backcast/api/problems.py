@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from backcast.api.prefix import of_links
 from backcast.api.routing import Route
 from backcast.errors import (
     BackcastError,
@@ -53,7 +54,7 @@ class ProblemDocument(BaseModel):
 
 def document(status: int, code: str, title: str, detail: str, errors: tuple[FieldError, ...] = ()) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "type": f"/problems/{code}",
+        "type": f"{of_links.get()}/problems/{code}",
         "title": title,
         "status": status,
         "detail": detail,

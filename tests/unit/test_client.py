@@ -299,6 +299,14 @@ def test_an_unknown_option_is_refused_before_anything_is_sent(
     assert service.seen == []
 
 
+@pytest.mark.parametrize("form", [Client, AsyncClient])
+def test_an_unknown_option_of_a_client_is_refused(form: type[Client] | type[AsyncClient]) -> None:
+    with pytest.raises(TypeError, match=r"Client\(\) takes no option 'pateince'. Did you mean patience\?"):
+        form(pateince=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"'api_key'\. It takes headers, patience"):
+        form(api_key="k")  # type: ignore[arg-type]
+
+
 def test_many_are_one_request(call: Call, service: Service) -> None:
     service.troubles.append(503)
     batch = call("submit_many", "add", [{"a": 1}, Submission(input={"a": 2}, priority=3)], owner="ana")

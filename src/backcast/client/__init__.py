@@ -7,7 +7,7 @@ Every request may be sent twice without harm, submissions by their Idempotency-K
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar, Unpack, overload
+from typing import Any, Never, Self, TypeVar, Unpack, overload
 from uuid import UUID
 
 import httpx
@@ -15,7 +15,7 @@ import httpx
 from backcast.client import exchanges
 from backcast.client.exchanges import Filters, Progress, Waiting, raise_for_state
 from backcast.client.wire import Ask, Flow, SubmitOptions, connection, to_httpx
-from backcast.errors import WaitTimeout
+from backcast.errors import WaitTimeout, refuse_unknown
 from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, Submission, TaskType
 
 __all__ = [
@@ -38,8 +38,14 @@ class Client:
     """The service at `url`. `headers` go with every request; `patience` is in seconds."""
 
     def __init__(
-        self, url: str = DEFAULT_URL, *, headers: Mapping[str, str] | None = None, patience: float = 10.0
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        patience: float = 10.0,
+        **unknown: Never,
     ) -> None:
+        refuse_unknown("Client", unknown, ("headers", "patience"))
         self._patience = patience
         self._http = httpx.Client(**connection(url, headers))
 
@@ -173,8 +179,14 @@ class AsyncClient:
     """`Client` for asyncio; the methods are the same."""
 
     def __init__(
-        self, url: str = DEFAULT_URL, *, headers: Mapping[str, str] | None = None, patience: float = 10.0
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        patience: float = 10.0,
+        **unknown: Never,
     ) -> None:
+        refuse_unknown("AsyncClient", unknown, ("headers", "patience"))
         self._patience = patience
         self._http = httpx.AsyncClient(**connection(url, headers))
 

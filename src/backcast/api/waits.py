@@ -12,6 +12,7 @@ from backcast.errors import BackcastError
 from backcast.ledger import endings, runs
 from backcast.ledger.connection import Ledger
 from backcast.models import Run
+from backcast.process import background
 
 LONGEST = 50
 """The most seconds that `Prefer: wait` is honoured for: proxies cut a request off after 60."""
@@ -74,7 +75,7 @@ class Waits:
     def _watch(self) -> None:
         self._look.set()
         if self._watching is None or self._watching.done():
-            self._watching = asyncio.create_task(self._deliver())
+            self._watching = asyncio.create_task(background.keep("watch for the ends of runs", self._deliver))
 
     async def _deliver(self) -> None:
         """Deliver ends to the waits, until there have been none for a while. An outage of the database ends no wait."""

@@ -1,5 +1,6 @@
 """The commands that run the service. Each imports its process when it is called, so that none loads another's."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,8 +66,12 @@ def steward() -> None:
 def model() -> None:
     """Run the embedded model's server; its file is downloaded first if it is missing."""
     from backcast.local import model_server, weights
+    from backcast.process.logs import configure_logging
 
-    settings = _settings().model
+    configure_logging((everything := _settings()).log_level)
+    settings = everything.model
+    if settings.weights is None and weights.find(settings.cache) is None:
+        logging.getLogger("backcast.model").info("downloading the model's file to %s", settings.cache)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=output.err, transient=True, disable=not output.err.is_terminal) as bars:
         bar = bars.add_task("model", total=None)

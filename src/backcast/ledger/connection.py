@@ -71,6 +71,10 @@ def _reaching() -> Iterator[None]:
         if isinstance(error, asyncpg.InterfaceError) and "arguments for this query" in str(error):
             raise LedgerFault(_words(error)) from error
         raise LedgerUnavailable(_AWAY, reason=_words(error)) from None
+    except REFUSED:
+        raise
+    except asyncpg.PostgresError as error:  # such as a trigger's own: no process may end because of it
+        raise LedgerFault(_words(error)) from error
 
 
 def _words(error: BaseException) -> str:

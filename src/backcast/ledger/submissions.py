@@ -240,7 +240,7 @@ class Submissions:
 
     async def _promote(self) -> None:
         held, self._held = self._held, set()
-        await lanes.try_promote(self._ledger, held)
+        await lanes.promote(self._ledger, held)
 
 
 async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[SubmittedRun | IdempotencyConflict], set[str]]:

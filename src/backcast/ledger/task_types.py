@@ -48,8 +48,9 @@ def _task(row: asyncpg.Record) -> TaskType:
     return TaskType(**given)
 
 
-_TASK_COLUMNS = """name, pool, version, description, input_schema, output_schema, retries,
-    least(timeout, interval '1000 years') as timeout, max_attempts, lane, history"""
+# `least` alone would ignore a null: every task would have a time-out.
+_TASK_COLUMNS = """name, pool, version, description, input_schema, output_schema, retries, max_attempts, lane, history,
+    case when timeout is not null then least(timeout, interval '1000 years') end as timeout"""
 
 
 async def get(ledger: Ledger, name: str) -> TaskType:

@@ -3,6 +3,7 @@
 Knows a file and a port, and nothing of prompts.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 
 from backcast.errors import ConfigurationError
 from backcast.settings import Model
+
+log = logging.getLogger("backcast.model")
 
 ALIAS = "embedded"
 """The model's name in requests and answers."""
@@ -31,7 +34,9 @@ def main(model: Model, weights: Path) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
+    log.info("loading %s", weights)
     server = _start(model, weights)
+    log.info("serving the model on %s:%d", model.host, model.port)
     stop.wait()
     del server
 

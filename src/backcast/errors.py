@@ -2,19 +2,20 @@
 
     BackcastError
     ├── ClientError                     the caller must change the request; becomes a 4xx problem document
-    │   ├── MalformedBody       400     ├── UnsupportedBody     415
-    │   ├── Unauthorized        401     │
+    │   ├── MalformedBody       400     ├── BodyTooLarge        413
+    │   ├── Unauthorized        401     ├── UnsupportedBody     415
     │   ├── ForeignHost         403     ├── InvalidInput        422
     │   ├── ForeignOrigin       403     │   └── InvalidTarget   422
     │   ├── NotFound            404     ├── IdempotencyConflict 422
     │   │   ├── UnknownTask             ├── TooManyWaiting      429
-    │   │   ├── UnknownRun              │
-    │   │   ├── UnknownBatch            │
-    │   │   └── UnknownLane             │
+    │   │   ├── UnknownRun              └── HeadTooLarge        431
+    │   │   ├── UnknownBatch
+    │   │   └── UnknownLane
+    │   ├── MethodNotAllowed    405
+    │   ├── RequestTooSlow      408
     │   ├── NotFinished         409
     │   ├── NoResult            409
-    │   ├── ResultGone          410
-    │   └── BodyTooLarge        413
+    │   └── ResultGone          410
     ├── Unavailable             503     a needed service is away; the same request may succeed later
     │   ├── LedgerUnavailable
     │   │   └── LedgerFull
@@ -64,7 +65,7 @@ class FieldError:
 
 
 class BackcastError(Exception):
-    """Root of the tree; never raised itself."""
+    """Root of the tree. As a problem it is a bug of ours: the log of the API has the details."""
 
     code: ClassVar[str] = "internal_error"
     title: ClassVar[str] = "Something went wrong on our side"
@@ -141,6 +142,14 @@ class UnknownLane(NotFound):
     title = "This lane has no limits"
 
 
+class MethodNotAllowed(ClientError):
+    """The path is right and the method is not; the header `Allow` has those that it takes."""
+
+    code = "method_not_allowed"
+    title = "This path does not take this method"
+    status = 405
+
+
 class NotFinished(ClientError):
     """The run has no result yet; ask again after `retry_after`."""
 
@@ -162,6 +171,20 @@ class ResultGone(ClientError):
     code = "result_gone"
     title = "The result is no longer stored"
     status = 410
+
+
+class RequestTooSlow(ClientError):
+    """The head or the body of a request took too long to arrive; the connection is closed."""
+
+    code = "request_too_slow"
+    title = "The request arrives too slowly"
+    status = 408
+
+
+class HeadTooLarge(ClientError):
+    code = "head_too_large"
+    title = "Request line and headers are too large"
+    status = 431
 
 
 class BodyTooLarge(ClientError):

@@ -81,6 +81,15 @@ _FIRST = datetime.min.replace(tzinfo=UTC, microsecond=1)
 _LAST = datetime.max.replace(tzinfo=UTC, microsecond=999_998)
 Moment = Annotated[AwareDatetime, BeforeValidator(_text_only), AfterValidator(_in_range)]
 
+
+def _number(value: object) -> object:
+    if isinstance(value, bool | str):
+        raise ValueError("a number is wanted")  # pydantic would take true for 1
+    return value
+
+
+_Number = BeforeValidator(_number)
+"""After the bounds of its type, which then are part of the JSON Schema."""
 METADATA = 16 * 1024
 """Bytes of JSON that the metadata of a run may have in all: it is part of every answer about the run."""
 
@@ -115,7 +124,7 @@ class Submission(_Noun):
     """The task's parameters by name; checked against the task's input schema."""
     owner: Name = "default"
     """The party that the run belongs to; owners take turns in the queue."""
-    priority: int = Field(default=0, ge=-100, le=100)
+    priority: Annotated[int, Field(ge=-100, le=100), _Number] = 0
     """Higher runs first, among the runs of the same owner."""
     run_at: Moment | None = None
     """Not before this time (RFC 3339, with an offset); a past one means now."""
@@ -184,12 +193,27 @@ class TaskType(_Noun):
     """Whether Prefect shows its runs."""
 
 
+MOST = 1_000_000
+"""The highest limit of a lane."""
+SLOWEST = 0.000001
+"""The lowest rate of a lane, about one run in two years: computing with a lower one would underflow."""
+
+
 class Limits(_Noun):
     """The limits of a lane; at least one of the two is set."""
 
-    max_running: int | None = Field(default=None, ge=0, le=1_000_000)
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": [name], "not": {"properties": {name: {"type": "null"}}}}
+                for name in ("max_running", "max_per_minute")
+            ]
+        }
+    )
+
+    max_running: Annotated[int, Field(ge=0, le=MOST), _Number] | None = None
     """Runs of the lane that may run at the same time; 0 holds them all."""
-    max_per_minute: float | None = Field(default=None, ge=0.000001, le=1_000_000, allow_inf_nan=False)
+    max_per_minute: Annotated[float, Field(ge=SLOWEST, le=MOST), _Number] | None = None
     """Attempts that may start in a minute, retries included."""
 
 

@@ -147,6 +147,10 @@ class Api(_Section):
     them about once a second, so the submissions of that time may exceed the limit."""
     max_waiting_per_owner: int = Field(default=100_000, ge=1)
     """Runs of one owner that may wait."""
+    header_timeout: Duration = Field(default=timedelta(seconds=10), gt=timedelta(0))
+    """How long request line and headers may take to arrive before the connection is closed."""
+    body_timeout: Duration = Field(default=timedelta(seconds=30), gt=timedelta(0))
+    """How long a request body may take to arrive; each 16 KiB of it add a second."""
     max_waits: int = Field(default=1000, ge=0)
     """Requests of one API process that may wait at once for the end of a run (`Prefer: wait=N`); further ones are
     answered without waiting."""

@@ -11,9 +11,10 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from backcast.api.app import create_app
+from backcast.api.server import protocol
 from backcast.ledger import claims, fleet, runs, settlement, submissions
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
@@ -165,8 +166,6 @@ async def test_a_form_may_send_a_schema(api: httpx.AsyncClient) -> None:
         {"type": "objekt"},
         {"$ref": "https://example.com/schema.json"},
         {"$ref": "#"},
-        {"type": "array", "items": {"$ref": "#"}},
-        {"type": "string", "pattern": "(?=x)"},
         {"type": "object", "properties": {f"p{n}": {"type": "string", "title": "x" * 50} for n in range(2000)}},
     ],
     ids=lambda target: str(target)[:40],
@@ -398,7 +397,7 @@ async def test_a_database_that_is_away_is_503(store: Store) -> None:
 
 
 def test_http_is_read_by_the_fast_parser() -> None:
-    assert AutoHTTPProtocol.__name__ == "HttpToolsProtocol"
+    assert issubclass(protocol(Api()), HttpToolsProtocol)
 
 
 def test_the_api_never_imports_prefect_marvin_or_the_workers_side() -> None:

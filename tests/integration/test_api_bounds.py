@@ -240,7 +240,7 @@ async def test_a_time_comes_back_with_its_zone(api: httpx.AsyncClient, ledger: L
     for seen in (run, (await api.get(f"/v1/runs/{run['id']}")).json(), (await api.get("/v1/runs")).json()["items"][0]):
         came = datetime.fromisoformat(seen["run_at"])
         assert came.tzinfo is not None
-        assert abs(came - datetime.fromisoformat(time.upper())) < timedelta(microseconds=2)
+        assert abs(came - datetime.fromisoformat(time.upper())) < timedelta(seconds=1)
     await ledger.fetch("select * from backlog")  # which an autoscaler reads: no age is beyond all bounds
 
 

@@ -7,7 +7,20 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from backcast import __version__
-from backcast.api import auth, batches, compatibility, docs, health, lanes, origins, problems, routing, runs, tasks
+from backcast.api import (
+    auth,
+    batches,
+    compatibility,
+    docs,
+    health,
+    lanes,
+    openapi,
+    origins,
+    problems,
+    routing,
+    runs,
+    tasks,
+)
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
 from backcast.api.prefix import Prefix
@@ -49,12 +62,11 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     if "*" not in limits.allowed_hosts and (limits.allowed_hosts or not limits.keys):
         app.add_middleware(origins.OwnHosts, limits=limits)
     if limits.cors_origins:
-        app.add_middleware(
-            origins.CrossOrigin, origins=limits.cors_origins
-        )  # outside of both: a page may read refusals
+        # Outside of both: a page may read refusals.
+        app.add_middleware(origins.CrossOrigin, origins=limits.cors_origins)
     if limits.prefix:
         app.add_middleware(Prefix, prefix=limits.prefix)
-    auth.describe(app)
+    openapi.describe(app)
     problems.install(app)
     nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router, docs.router)
     for router in (runs.hot, compatibility.router, *nouns):

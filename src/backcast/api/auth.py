@@ -3,9 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Iterable
-from typing import Any
 
-from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,6 +14,10 @@ OPEN = ("/livez", "/readyz", "/docs", "/openapi.json", "/problems")
 """Paths that need no key: for probes, and for people who have none yet."""
 
 
+def is_open(path: str) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in OPEN)
+
+
 class RequireKey:
     """Middleware that answers 401 unless the request carries `Authorization: Bearer KEY` with a key of ours."""
 
@@ -24,13 +26,10 @@ class RequireKey:
         self._keys = [_digest(key.get_secret_value().encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_open(scope["path"]) or self._is_known(scope):
+        if scope["type"] != "http" or is_open(scope["path"]) or self._is_known(scope):
             return await self._app(scope, receive, send)
         refusal = Unauthorized("Send a key of this service as `Authorization: Bearer KEY`.")
         return await problems.respond(refusal)(scope, receive, send)
-
-    def _is_open(self, path: str) -> bool:
-        return any(path == place or path.startswith(f"{place}/") for place in OPEN)
 
     def _is_known(self, scope: Scope) -> bool:
         kind, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
@@ -41,16 +40,3 @@ class RequireKey:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def describe(app: FastAPI) -> None:
-    """State in the OpenAPI document that a key may be needed, which gives /docs its `Authorize` button."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{}, {"key": []}]
-        return document
-
-    app.openapi = openapi

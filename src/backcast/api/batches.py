@@ -57,8 +57,10 @@ _BODY = {
         "required": True,
         "content": {
             JSON_LINES: {
-                "schema": {"type": "string"},
-                "example": '{"task": "echo", "input": {"value": 1}}\n{"task": "echo", "input": {"value": 2}}\n',
+                "schema": {
+                    "type": "string",
+                    "description": 'One JSON object per line: `{"task": "echo", "input": {"value": 1}, "priority": 5}`',
+                },
             }
         },
     }

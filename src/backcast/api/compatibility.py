@@ -25,6 +25,7 @@ from backcast.models import CAST, JSON, State, Submission
 
 router = APIRouter(tags=["as in Prefect's example"], route_class=FastRoute)
 
+FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _PLACES = {"data": "/payload", "target": "/target_type", "instructions": "/instructions"}
 
 
@@ -37,6 +38,20 @@ class CastRequest(BaseModel):
     """The wanted shape: a name such as `int` or `list[str]`, or a JSON Schema."""
     instructions: str | None = None
     """The thing to look for, in words."""
+
+
+_FORM = {
+    "type": "object",
+    "properties": {
+        "payload": {"type": "string", "description": "Text; text that parses as JSON is JSON."},
+        "target_type": {"type": "string", "description": "A name such as `int`, or a JSON Schema."},
+        "instructions": {"type": "string", "description": "The thing to look for, in words."},
+    },
+    "required": ["payload", "target_type"],
+    "additionalProperties": False,
+}
+_BODY = json_request(CastRequest)
+_BODY["requestBody"]["content"] |= {kind: {"schema": _FORM} for kind in FORMS}
 
 
 class Accepted(BaseModel):
@@ -53,7 +68,7 @@ class Status(BaseModel):
 
 
 async def _form_or_json(request: Request) -> dict[str, Any]:
-    if media_type(request) not in ("application/x-www-form-urlencoded", "multipart/form-data"):
+    if media_type(request) not in FORMS:
         return await json_body(request)
     charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").lower()
     if charset not in (b"utf-8", b"utf8"):
@@ -76,7 +91,7 @@ async def _form_or_json(request: Request) -> dict[str, Any]:
     summary="Cast a payload into a wanted type",
     response_model=Accepted,
     responses=SUBMIT_PROBLEMS,
-    openapi_extra={"parameters": [IDEMPOTENCY_KEY, PREFER], **json_request(CastRequest)},
+    openapi_extra={"parameters": [IDEMPOTENCY_KEY, PREFER], **_BODY},
 )
 async def create_task(request: Request) -> Response:
     cast = validate(CastRequest, await _form_or_json(request))

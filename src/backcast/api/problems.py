@@ -8,20 +8,25 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from backcast.api.prefix import of_links
 from backcast.api.routing import Route
+from backcast.api.run_codes import RUN_CODES
 from backcast.errors import (
     BackcastError,
     ClientError,
     FieldError,
     InvalidInput,
+    MalformedBody,
+    MethodNotAllowed,
     NotFinished,
     NotFound,
     RunError,
@@ -31,6 +36,7 @@ from backcast.errors import (
     UnknownBatch,
     UnknownRun,
 )
+from backcast.models import Name
 
 log = logging.getLogger("backcast.api")
 MEDIA_TYPE = "application/problem+json"
@@ -103,10 +109,19 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:  # pyright: ignore[reportUnusedFunction]
+        path = request.scope["path"]
         if error.status_code == 404:
-            return respond(NotFound(f"There is no {request.scope['path']} here: see /docs."))
-        body = document(error.status_code, "http_error", error.detail, f"{error.detail}: see /docs.")
-        return Response(json.dumps(body), error.status_code, error.headers, MEDIA_TYPE)
+            return respond(NotFound(f"There is no {path} here: see /docs."))
+        if error.status_code == 405:
+            allowed = ", ".join(_methods(request))
+            answer = respond(MethodNotAllowed(f"{path} does not take {request.method}: it takes {allowed}; see /docs."))
+            answer.headers["Allow"] = allowed
+            return answer
+        return respond(MalformedBody(f"{error.detail}: see /docs."))  # of a form
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, __: ClientDisconnect) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return respond(MalformedBody("The connection was closed before the body was complete."))  # nobody reads it
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -115,30 +130,54 @@ def install(app: FastAPI) -> None:
         return Response(json.dumps(body), 500, media_type=MEDIA_TYPE)
 
 
+def _methods(request: Request) -> list[str]:
+    """The methods of all routes with this path."""
+    found = set[str]()
+    for route in request.app.router.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found | {"HEAD"} if "GET" in found else found)
+
+
 def _all(kind: type[BackcastError]) -> Iterator[type[BackcastError]]:
     yield kind
     for sub in kind.__subclasses__():
         yield from _all(sub)
 
 
-router = APIRouter(tags=["problems"], route_class=Route)
-
-
-@router.get("/problems/{code}", summary="Explain a problem")
-async def explain(code: str) -> dict[str, str]:
-    for kind in _all(BackcastError):
-        if kind.code == code:
-            about = inspect.cleandoc(kind.__doc__ or kind.title)
-            where = "the error of a failed run" if issubclass(kind, RunError) else f"HTTP {kind.status}"
-            return {"code": code, "title": kind.title, "seen_in": where, "about": about}
-    raise NotFound(f"{code} is a task's own error code, or none at all.")
-
-
-def responses(*kinds: type[ClientError | Unavailable]) -> dict[int | str, dict[str, Any]]:
+def responses(*kinds: type[BackcastError]) -> dict[int | str, dict[str, Any]]:
     """For a route's declaration: the problems that it answers with."""
     found: dict[int | str, dict[str, Any]] = {}
+    content = {MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{ProblemDocument.__name__}"}}}
     for kind in kinds:
-        entry = found.setdefault(kind.status, {"model": ProblemDocument, "description": kind.title})
+        entry = found.setdefault(kind.status, {"description": kind.title, "content": content})
         if kind.title not in entry["description"]:
             entry["description"] += f"; {kind.title}"
     return found
+
+
+def schemas() -> dict[str, Any]:
+    """The components of the OpenAPI document that `responses` refers to."""
+    schema = ProblemDocument.model_json_schema(ref_template="#/components/schemas/{model}")
+    return schema.pop("$defs") | {ProblemDocument.__name__: schema}
+
+
+router = APIRouter(tags=["problems"], route_class=Route)
+
+
+class ProblemPage(BaseModel):
+    code: str
+    title: str
+    seen_in: str
+    about: str
+
+
+@router.get("/problems/{code:name}", summary="Explain a problem", responses=responses(NotFound))
+async def explain(code: Annotated[Name, Path()]) -> ProblemPage:
+    for kind in _all(BackcastError):
+        if kind.code == code and not issubclass(kind, RunError):
+            about = inspect.cleandoc(kind.__doc__ or f"{kind.title}.")
+            return ProblemPage(code=code, title=kind.title, seen_in=f"HTTP {kind.status}", about=about)
+    if (page := RUN_CODES.get(code)) is not None:
+        return ProblemPage(code=code, title=page[0], seen_in="the error of a run", about=page[1])
+    raise NotFound(f"{code} is a task's own error code, or none at all.")

@@ -1,7 +1,7 @@
 """Runs: submit, get, wait, fetch the result, cancel."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
@@ -63,7 +63,7 @@ SUBMIT_PROBLEMS = problems.responses(
 )
 
 
-def json_request(model: type[BaseModel]) -> dict[str, object]:
+def json_request(model: type[BaseModel]) -> dict[str, Any]:
     """For the OpenAPI document: bodies are read by `body.py`, so FastAPI does not see their shape."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
@@ -75,7 +75,9 @@ def json_request(model: type[BaseModel]) -> dict[str, object]:
     status_code=202,
     summary="Submit a run",
     response_model=Run,
-    responses=problems.responses(UnknownTask) | SUBMIT_PROBLEMS,
+    responses={200: {"model": Run, "description": "The run has ended: only with `Prefer: wait`"}}
+    | problems.responses(UnknownTask)
+    | SUBMIT_PROBLEMS,
     openapi_extra={"parameters": [NAME, IDEMPOTENCY_KEY, PREFER], **json_request(Submission)},
 )
 async def submit_run(request: Request) -> Response:

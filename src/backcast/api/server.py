@@ -1,0 +1,122 @@
+"""The HTTP server: uvicorn, with deadlines for the head and the body of a request, so that no client can hold a
+connection by sending slowly, and with a stop that answers the requests that wait for a run.
+"""
+
+import asyncio
+import json
+import socket
+from typing import Any, Literal
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from backcast.api import problems
+from backcast.errors import ClientError, HeadTooLarge, RequestTooSlow
+from backcast.settings import Api
+
+LARGEST_HEAD = 64 * 1024
+"""Bytes of request line and headers; httptools itself has no limit."""
+SLOWEST = 16 * 1024
+"""Bytes of a body that earn a further second."""
+
+
+class Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.backend.waits.stop()
+        await super().shutdown(sockets)
+
+
+def protocol(limits: Api) -> type[asyncio.Protocol]:
+    """uvicorn's protocol with these deadlines. A request that arrives in one piece costs no timer."""
+    head_timeout, body_timeout = limits.header_timeout.total_seconds(), limits.body_timeout.total_seconds()
+
+    class Protocol(HttpToolsProtocol):
+        _part: Literal["head", "body"] | None = None
+        """The part of a request that has begun to arrive and is not complete."""
+        _began = 0.0
+        _received = 0
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._begin(None)
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._part is None and self._is_idle():
+                self._begin("head")
+            super().data_received(data)
+            if self._part is None:
+                return
+            self._received += len(data)
+            if self._part == "head" and self._received > LARGEST_HEAD:
+                self._refuse(HeadTooLarge(f"Request line and headers may have {LARGEST_HEAD} bytes: send less."))
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(self._left(), self._check)
+
+        def on_message_begin(self) -> None:
+            self._begin("head")
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._begin("body")
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._begin(None)
+            super().on_message_complete()
+
+        def _begin(self, part: Literal["head", "body"] | None) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._part, self._received, self._deadline = part, 0, None
+            if part is not None:
+                self._began = self.loop.time()
+
+        def _is_idle(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
+
+        def _left(self) -> float:
+            allowed = head_timeout if self._part == "head" else body_timeout + self._received / SLOWEST
+            return self._began + allowed - self.loop.time()
+
+        def _check(self) -> None:
+            if self._part == "head" and not self._is_idle():
+                self._began = self.loop.time()  # the next request may come slowly while the one before is answered
+            if (left := self._left()) > 0:
+                self._deadline = self.loop.call_later(left, self._check)
+            else:
+                allowed = f"{head_timeout:g} s" if self._part == "head" else f"{body_timeout:g} s, and 1 s per 16 KiB,"
+                self._refuse(RequestTooSlow(f"The {self._part} of a request has {allowed} to arrive: send it again."))
+
+        def _refuse(self, error: ClientError) -> None:
+            """Answer, unless an answer has begun, and close."""
+            part = self._part
+            self._begin(None)
+            if self._is_idle() if part == "head" else not self.cycle.response_started:
+                self.transport.write(_raw(error))
+            if not self._is_idle():
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.close()
+
+    return Protocol
+
+
+def _raw(error: ClientError) -> bytes:
+    """The problem document as a whole answer."""
+    body = json.dumps(problems.document(error.status, error.code, error.title, error.detail)).encode()
+    head = f"HTTP/1.1 {error.status} {error.title}\r\ncontent-type: {problems.MEDIA_TYPE}\r\nconnection: close\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def config(app: FastAPI, limits: Api, **more: Any) -> uvicorn.Config:
+    return uvicorn.Config(app, http=protocol(limits), ws="none", **more)

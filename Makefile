@@ -6,7 +6,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .tools/bin/uv)
 export UV_PROJECT_ENVIRONMENT ?= .venv
 
-.PHONY: help up test contract chart e2e image lint gen bench eval chaos
+.PHONY: help up cluster test contract chart e2e image lint gen bench eval chaos
 
 help: ## show the verbs
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -75,6 +75,12 @@ image: $(IMAGES:%=image-%) ## the container images (IMAGES="api worker" builds s
 image-%:
 	DOCKER_BUILDKIT=1 $(DOCKER) build --target $* --tag $(REGISTRY)/$*:$(IMAGE_TAG) --build-arg VERSION=$(IMAGE_TAG) \
 	  --build-arg REVISION=$(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null) $(BUILD_ARGS) .
+
+# The cluster of kubectl's current context, else one of kind. NAMESPACE and PORT (on this machine) may be set, HELM adds
+# options ("-f mine.yaml"), and a REGISTRY that ends in /backcast is pushed to.
+cluster: image ## the whole product on Kubernetes: images built and loaded, chart installed, address and key printed
+	@DOCKER="$(DOCKER)" REGISTRY="$(REGISTRY)" IMAGE_TAG="$(IMAGE_TAG)" NAMESPACE="$(or $(NAMESPACE),backcast)" \
+	  PORT="$(or $(PORT),8000)" HELM="$(HELM)" charts/cluster
 
 .env: # for compose.yaml: made once, never overwritten
 	@umask 077 && { for name in DATABASE POSTGRES PREFECT STORE; do \

@@ -123,6 +123,28 @@ def test_an_upgrade_that_would_lose_runs_is_refused(live: Cluster, case: str) ->
     render(told, cluster=live, revision=2)
 
 
+@pytest.mark.parametrize(
+    ("reason", "revision", "refused"),
+    [
+        ("ReplicaSetUpdated", "1", False),
+        ("ProgressDeadlineExceeded", "1", False),
+        ("NewReplicaSetAvailable", "1", True),
+        ("ProgressDeadlineExceeded", "2", True),
+    ],
+)
+def test_values_may_be_corrected_until_the_api_was_ready(
+    live: Cluster, reason: str, revision: str, refused: bool
+) -> None:
+    installed(live, {})
+    live.add("Deployment", "demo-backcast-api", spec={"replicas": 2}, status={"conditions": [{"reason": reason}]})
+    for each in live.objects.values():
+        each["metadata"]["annotations"] = {"deployment.kubernetes.io/revision": revision}
+    if refused:
+        assert "This release keeps objects of its runs in" in refusal(AT_AWS, live)
+    else:
+        render(AT_AWS, cluster=live, revision=2)
+
+
 @pytest.mark.parametrize("mode", ["bundled", "external"])
 def test_a_store_moves_while_every_pod_can_read_both(live: Cluster, mode: str) -> None:
     external = {"bucket": "b", "accessKey": "a", "secretKey": "s"}

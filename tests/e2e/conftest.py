@@ -21,6 +21,7 @@ ORDER = (
     "values",
     "defaults",
     "access",
+    "switches",
     "scaling",
     "faults",
     "upgrade",

@@ -4,6 +4,7 @@ import re
 import subprocess
 import tomllib
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,15 @@ def test_make_image_builds_them_all() -> None:
         assert re.search(rf"podman build --target {part} --tag registry.example/team/{part}:9.9.9 ", commands)
     default = subprocess.run(["make", "-n", "image"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert f"docker build --target api --tag ghcr.io/backcast/api:{__version__} " in default
+
+
+def test_make_cluster_names_the_program_that_it_lacks(tmp_path: Path) -> None:
+    """tests/e2e has no run of it, because it takes the current context; what it makes is what they install."""
+    command = subprocess.run(["make", "-n", "cluster"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--target worker" in command
+    assert command.rstrip().endswith("charts/cluster")
+    (tmp_path / "docker").symlink_to("/bin/true")
+    env = {"PATH": str(tmp_path), "DOCKER": "docker", "REGISTRY": "r", "IMAGE_TAG": "1"}
+    done = subprocess.run(["/bin/sh", "charts/cluster"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "make cluster needs kubectl on the PATH: https://kubernetes.io/docs/tasks/tools\n"

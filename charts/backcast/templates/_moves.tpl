@@ -3,13 +3,13 @@ Refuses an upgrade after which accepted runs would be without their row or their
 the cluster: the ConfigMap says where the objects are, the StatefulSet and the Secret where the rows are.
 */}}
 {{- define "backcast.moves" -}}
-{{- $installed := lookup "v1" "ConfigMap" .Release.Namespace (include "backcast.name.config" .) }}
-{{- if $installed }}
-{{- $next := list (include "backcast.config" . | fromYaml).store }}
-{{- with (first $next).fallback }}{{ $next = append $next . }}{{ end }}
-{{- $store := (get $installed.data "backcast.yaml" | fromYaml).store }}
+{{- if not (include "backcast.moves.unserved" .) }}
+{{- $installed := (lookup "v1" "ConfigMap" .Release.Namespace (include "backcast.name.config" .)).data | default dict }}
+{{- $store := (get $installed "backcast.yaml" | fromYaml).store | default dict }}
 {{- $before := list }}
 {{- range list $store ($store.fallback | default dict) }}{{ if .url }}{{ $before = append $before (include "backcast.moves.store" .) }}{{ end }}{{ end }}
+{{- $next := list (include "backcast.config" . | fromYaml).store }}
+{{- with (first $next).fallback }}{{ $next = append $next . }}{{ end }}
 {{- $after := list }}
 {{- range $next }}{{ $after = append $after (include "backcast.moves.store" .) }}{{ end }}
 {{- range $place := without $before .Values.store.movedFrom }}
@@ -17,31 +17,42 @@ the cluster: the ConfigMap says where the objects are, the StatefulSet and the S
 {{- fail (printf "This release keeps objects of its runs in %q, and these values name that store no more: keep it as store.fallback until its objects are copied (docs/operations.md, \"Move the store\"), then set store.movedFrom to %q." $place $place) }}
 {{- end }}
 {{- end }}
-{{- if not (or (has (first $after) $before) (has .Values.store.movedFrom $before)) }}
+{{- if and $before (not (or (has (first $after) $before) (has .Values.store.movedFrom $before))) }}
 {{- fail (printf "The pods that run now can't read %q, where the new ones would write: make it store.fallback first, and exchange the two by the next upgrade (docs/operations.md, \"Move the store\")." (first $after)) }}
 {{- end }}
-{{- $rows := include "backcast.moves.database" . }}
+{{- $rows := include "backcast.moves.database" . | default ($installed | empty | ternary "" "external") }}
 {{- $target := "bundled" }}
 {{- if eq .Values.postgres.mode "external" }}
 {{- $target = include "backcast.moves.url" .Values.postgres.external.url | default "external" }}
 {{- end }}
-{{- $same := or (eq $rows $target) (and (ne $rows "bundled") (ne $target "bundled") (has "external" (list $rows $target))) }}
+{{- $same := or (not $rows) (eq $rows $target) (and (ne $rows "bundled") (ne $target "bundled") (has "external" (list $rows $target))) }}
 {{- if not (or $same (eq $rows .Values.postgres.movedFrom)) }}
 {{- fail (printf "This release keeps its runs in PostgreSQL %q, and these values name %q: the API would know none of the accepted runs. Copy the database (docs/operations.md, \"Move the database\"), then set postgres.movedFrom to %q." $rows $target $rows) }}
 {{- end }}
 {{- end }}
 {{- end }}
 
+{{/* Whether the API has never been ready: then no run was accepted, and the values may be corrected. */}}
+{{- define "backcast.moves.unserved" -}}
+{{- with lookup "apps/v1" "Deployment" .Release.Namespace (include "backcast.name.api" .) }}
+{{- $first := eq "1" (dig "annotations" "deployment.kubernetes.io/revision" "" .metadata) }}
+{{- $reasons := list }}
+{{- range dig "conditions" list (.status | default dict) }}{{ $reasons = append $reasons .reason }}{{ end }}
+{{- if and $first $reasons (not (has "NewReplicaSetAvailable" $reasons)) }}true{{ end }}
+{{- end }}
+{{- end }}
+
 {{/* The name of a store, of its settings. */}}
 {{- define "backcast.moves.store" -}}{{ .url }} at {{ .endpoint | default "AWS" }}{{- end }}
 
-{{/* The name of the database that is installed: `bundled`, host and name, or `external` if only a Secret of the user's knows it. */}}
+{{/* The name of the database that is installed: `bundled`, or host and name; empty if there is none, or if only a Secret of the
+user's knows it. */}}
 {{- define "backcast.moves.database" -}}
 {{- if lookup "apps/v1" "StatefulSet" .Release.Namespace (include "backcast.name.postgres" .) -}}
 bundled
 {{- else -}}
 {{- $secret := lookup "v1" "Secret" .Release.Namespace (include "backcast.name.secret" .) }}
-{{- include "backcast.moves.url" (get ($secret.data | default dict) "database-url" | b64dec) | default "external" }}
+{{- include "backcast.moves.url" (get ($secret.data | default dict) "database-url" | b64dec) }}
 {{- end }}
 {{- end }}
 

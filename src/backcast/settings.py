@@ -1,8 +1,8 @@
 """Every setting of every process: one model, unknown keys refused, read at the composition root only.
 
 Sources, later ones win: defaults, the YAML file named by `BACKCAST_CONFIG`, environment variables
-(`BACKCAST_WORKER__SLOTS=20`; two underscores go one level down; an empty one is not set, and `none` means no value).
-Secrets belong in the environment.
+(`BACKCAST_WORKER__SLOTS=20`; two underscores go one level down; an empty one is not set, and `none` means no value
+where a setting may have none). Secrets belong in the environment.
 """
 
 import os
@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -73,6 +74,16 @@ Origin = Annotated[str, AfterValidator(_origin)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none(cls, given: Any) -> Any:
+        """`none`, where a setting may be none: the environment has no other way to say it."""
+        if not isinstance(given, dict):
+            return given
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        values: dict[Any, Any] = given
+        return {name: None if name in optional and value == "none" else value for name, value in values.items()}
 
 
 class Database(_Section):
@@ -304,7 +315,6 @@ class Settings(BaseSettings):
         env_prefix=PREFIX,
         env_nested_delimiter="__",
         env_ignore_empty=True,  # a variable that a template leaves empty is not set: an empty key is no key
-        env_parse_none_str="none",
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,

@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -246,6 +247,22 @@ async def test_many_may_make_sure_at_the_same_time(place: Place) -> None:
     place.take_away()
     await asyncio.gather(*(place.store.ensure() for _ in range(10)))
     await place.store.check()
+
+
+async def test_without_a_thread_a_folder_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(settings.Store(url=f"file://{tmp_path}/store"))
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StoreUnavailable, match="can't start new thread"):
+            await store.check()
+    await store.ensure()
+    await store.put("a/b", b"1")
+    assert await store.get("a/b") == b"1"
+    await store.aclose()
 
 
 async def test_many_puts_at_the_same_time(store: Store) -> None:

@@ -38,11 +38,12 @@ async def words(lines: Lines, wanted: str, *, times: int = 1) -> Lines:
 
 async def test_a_part_that_dies_is_started_again_and_the_terminal_shows_it(tmp_path: Path) -> None:
     lines: Lines = []
-    it = part(tmp_path, lines, "print('INFO    hello'); raise SystemExit(3)").start()
+    it = part(tmp_path, lines, "print('INFO    hello'); print('no end', end=''); raise SystemExit(3)").start()
     await words(lines, "hello", times=2)
     await it.stop(PATIENCE)
-    assert lines[:3] == [
+    assert lines[:4] == [
         ("api", "hello", ""),
+        ("api", "no end", ""),
         ("api", "ended with exit code 3; starting it again in 0.5 s", "red"),
         ("api", "hello", ""),
     ]
@@ -86,7 +87,7 @@ async def test_very_long_and_broken_lines_do_no_harm(tmp_path: Path) -> None:
     assert await until(size, lambda seen: seen >= 40_200_008) == 40_200_008, "the log file has all of it"
     async with asyncio.timeout(PATIENCE):
         await it.stop(PATIENCE)
-    assert [len(words) for _, words, _ in lines] == [200_001, LONGEST, 3]
+    assert [len(words) for _, words, _ in lines] == [200_001, LONGEST, 3, LONGEST]
 
 
 @pytest.mark.parametrize("session", [False, True])

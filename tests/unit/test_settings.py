@@ -128,8 +128,10 @@ def test_a_wrong_duration_is_explained(monkeypatch: pytest.MonkeyPatch, text: st
 def test_a_variable_can_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BACKCAST_STEWARD__KEEP_RUNS", "BACKCAST_PREFECT__API_URL", "BACKCAST_STORE__REGION"):
         monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("BACKCAST_MODEL__BACKEND", "none")
     settings = load()
     assert (settings.steward.keep_runs, settings.prefect.api_url, settings.store.region) == (None, None, None)
+    assert settings.model.backend == "none", "its own value, where none is not allowed"
     monkeypatch.setenv("BACKCAST_LEASE", "none")
     with pytest.raises(ConfigurationError, match="BACKCAST_LEASE: "):
         load()

@@ -183,5 +183,6 @@ class _Output(asyncio.Protocol):
         self._line += piece[: LONGEST - len(self._line)]
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.data_received(b"\n" if self._line else b"")  # a last line without an end
         if not self.ended.done():
             self.ended.set_result(None)

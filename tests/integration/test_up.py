@@ -147,6 +147,10 @@ async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: di
         prefect = re.findall(r"is up: (http\S+)", await it.prints("prefect │ is up: http"))[0]
         assert (await it.http.get(f"{prefect}/api/health")).json() is True
         assert "<html" in (await it.http.get(prefect, follow_redirects=True)).text
+        for service in (it.url, prefect):
+            answer = await it.http.get(f"{service}/api/health", headers={"Origin": "https://evil.example"})
+            assert "access-control-allow-origin" not in answer.headers, "no web page may read it"
+        assert (await it.http.get("/v1/runs", headers={"Host": "evil.example"})).status_code == 403
 
         second = subprocess.run(
             [sys.executable, "-m", "backcast", "up", "--data", it.data], capture_output=True, text=True, check=False

@@ -337,6 +337,8 @@ class _Up:
             "PREFECT_UI_API_URL": prefect,
             # Otherwise it writes into the folder where it is installed.
             "PREFECT_UI_STATIC_DIRECTORY": str(self._data / "prefect" / "ui"),
+            # Otherwise any web page may read and change the history.
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{self._url('prefect')},http://localhost:{self._ports['prefect']}",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
             # Less CPU per run: the services that are off serve flows, automations and the feed of raw events only.

@@ -20,6 +20,7 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 
 from backcast import names
@@ -28,6 +29,9 @@ from backcast.errors import BackcastError
 JSON = Any
 """A plain JSON value: None, bool, int, float, str, list, dict with string keys."""
 
+
+WARNINGS = "x-warnings"
+"""The keyword of an input schema with the warnings of its task type: an annotation, so the ledger keeps them there."""
 
 CAST = "create_structured_output"
 """The name of the built-in task, as in Prefect's example."""
@@ -191,6 +195,18 @@ class TaskType(_Noun):
     """The lane of runs that do not name one."""
     history: bool = True
     """Whether Prefect shows its runs."""
+    warnings: list[str] = []
+    """What of the task has no effect here, or why it can't be run; also in the input schema, as `x-warnings`."""
+
+    @model_validator(mode="after")
+    def _reads_warnings(self) -> Self:
+        self.warnings = self.warnings or list(self.input_schema.get(WARNINGS, ()))
+        return self
+
+    @property
+    def is_served(self) -> bool:
+        """Whether its runs can be executed; a task that can't be run is listed all the same."""
+        return self.input_schema.get("not") != {}
 
 
 MOST = 1_000_000

@@ -126,6 +126,32 @@ async def test_targets_are_checked_before_a_run_is_accepted(product: Stack) -> N
             assert answer.json()["errors"][0]["pointer"].startswith(place)
 
 
+async def test_tasks_that_can_not_be_run_as_in_prefect_are_listed_with_the_reason(product: Stack) -> None:
+    listed = {each["name"]: each["warnings"] for each in (await product.http.get("/v1/tasks")).json()["items"]}
+    assert listed["echo"] == []
+    for name, words in (("stream", "generator"), ("over_a_lock", "'lock'")):
+        assert words in listed[name][0]
+        refused = await product.http.post(f"/v1/tasks/{name}/runs", json={"input": {"length": 3}})
+        assert (refused.status_code, words in refused.json()["detail"]) == (422, True)
+        assert f"task {name}: {listed[name][0]}" in product.parts[1].text
+    assert [words in warning for words, warning in zip(["default", "gpu"], listed["tagged"], strict=True)] == [True] * 2
+    assert await product.result(await product.submit("tagged")) is True
+
+
+async def test_a_task_that_takes_a_type_takes_a_target(product: Stack) -> None:
+    line = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    for data, target, wanted in (
+        ("7", "int", 7),
+        ({"n": 1}, line, {"n": 1}),
+        (["2024-05-01"], "list[date]", ["2024-05-01"]),
+    ):
+        assert await product.result(await product.submit("shaped", data=data, target=target)) == wanted
+    failed = await product.ended(await product.submit("shaped", data={"n": "one"}, target=line))
+    assert "/n: 'one' is not of type 'integer'" in failed["error"]["detail"]
+    refused = await product.http.post("/v1/tasks/shaped/runs", json={"input": {"data": 1, "target": "os.system"}})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_target")
+
+
 async def test_the_same_question_asks_the_model_once(product: Stack, model: ScriptedModel) -> None:
     first, second = await cast(product, **CHAIRS), await cast(product, **CHAIRS)
     assert first["result"] == second["result"] == 31

@@ -5,14 +5,16 @@ import os
 import secrets
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import get_run_logger, runtime, task
 from prefect.cache_policies import INPUTS, TASK_SOURCE
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from backcast.errors import FatalError, TransientError, UsageError
 from tests.support.waiting import until
@@ -34,6 +36,31 @@ def _note(name: str) -> int:
 @task
 async def echo(value: Any) -> Any:
     return value
+
+
+T = TypeVar("T")
+
+
+@task
+def stream(length: int) -> Iterator[int]:
+    """A generator: it can't be run here."""
+    yield from range(length)
+
+
+@task
+def over_a_lock(lock: threading.Thread) -> None:
+    """No JSON can fill its parameter."""
+
+
+@task(tags=["gpu"])
+def tagged(lock: threading.Thread | None = None) -> bool:
+    return lock is None
+
+
+@task
+async def shaped(data: Any, target: type[T], instructions: str | None = None) -> T:
+    """The signature of Prefect's example."""
+    return TypeAdapter(target).validate_python(data)
 
 
 @task

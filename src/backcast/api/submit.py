@@ -34,6 +34,9 @@ def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] 
         parts = [str(part) for part in path]
         return "/".join([places[parts[0]], *parts[1:]] if parts and parts[0] in places else ["/input", *parts])
 
+    if not known.task.is_served:
+        why = known.task.warnings[0] if known.task.warnings else "It can't be run here."
+        raise InvalidInput(f"The task {known.task.name}: {why}", errors=(FieldError("", why),))
     try:
         found: list[ValidationError] = list(known.validator.iter_errors(given))
     except RecursionError:
@@ -42,7 +45,7 @@ def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] 
     if errors:
         raise InvalidInput(f"{errors[0].pointer}: {errors[0].detail}.", errors=errors)
     for name, schema in known.task.input_schema.get("properties", {}).items():
-        if isinstance(schema, dict) and schema.get("format") == TARGET_FORMAT and name in given:
+        if isinstance(schema, dict) and schema.get("format") == TARGET_FORMAT and given.get(name) is not None:
             wanted = targets.parse(given[name], pointer=place([name]))
             if known.task.name == CAST and wanted.needs_instructions and not (given.get("instructions") or "").strip():
                 why = "a cast to str needs instructions: describe the text that you want"

@@ -101,6 +101,7 @@ def print_task(task: TaskType, as_json: bool) -> None:
     facts = {
         "task": task.name,
         "about": task.description,
+        "warning": " ".join(task.warnings),
         "pool": task.pool,
         "version": task.version,
         "retries": str(task.retries),

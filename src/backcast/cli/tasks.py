@@ -26,3 +26,6 @@ def tasks(
     else:
         rows = [(task.name, " ".join(output.usage(task)), task.description.partition("\n")[0]) for task in found]
         output.print_table(("TASK", "PARAMETERS", "DESCRIPTION"), rows)
+        for task in found:
+            for warning in task.warnings:
+                output.err.print(f"{task.name}: {warning}", style="yellow", markup=False, highlight=False)

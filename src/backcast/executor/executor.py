@@ -6,6 +6,7 @@ tests/integration/test_engine_contract.py checks the facts of Prefect that this 
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,8 @@ from backcast.models import JSON, AttemptResult, Failed, TaskType
 from backcast.options import stoppable
 from backcast.store import Store
 
+log = logging.getLogger("backcast.worker")
+
 
 class Executor:
     """The tasks of this process, and the means to execute them. Enter it once, for the life of the worker: one client
@@ -49,9 +52,7 @@ class Executor:
     ):
         storage = CacheStorage.over(store, asyncio.get_running_loop())
         self.registered = {
-            name: prepare(task, pool=pool, max_attempts=max_attempts, storage=storage)
-            for name, task in tasks.items()
-            if not task.isgenerator  # there is no place for a stream of values yet
+            name: prepare(task, pool=pool, max_attempts=max_attempts, storage=storage) for name, task in tasks.items()
         }
         self._publish = publish
         self._threads = Threads(threads)
@@ -78,6 +79,8 @@ class Executor:
         # Once for all runs: Prefect patches around each run, and concurrent runs then undo each other's patch.
         self._contexts.enter_context(patch_print())
         for name, registered in self.registered.items():
+            for warning in registered.type.warnings:
+                log.warning("task %s: %s", name, warning)
             self._templates[name] = await Template.of(registered, client.client)
         return self
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import importlib
 import inspect
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,14 +16,14 @@ from prefect.cache_policies import NO_CACHE, CachePolicy, RunId
 from prefect.filesystems import WritableFileSystem
 from prefect.settings import PREFECT_LOGGING_LOG_PRINTS
 from prefect.tasks import MaterializingTask
-from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 
 from backcast import names
-from backcast.errors import ConfigurationError, UsageError
+from backcast.errors import ConfigurationError, InvalidTarget, UsageError
 from backcast.executor import numbers
 from backcast.executor.cache import PlainJSON
-from backcast.models import JSON, TaskType
+from backcast.executor.parameters import Filler, Parameters, hints_of, parameters_of
+from backcast.models import JSON, WARNINGS, TaskType
 from backcast.options import Options, options_of
 
 T = TypeVar("T")
@@ -50,7 +49,10 @@ def discover(modules: Iterable[str]) -> dict[str, "Task[..., Any]"]:
                 continue
             other = found.setdefault(task.name, task)
             if other is not task:
-                raise ConfigurationError(f"Two tasks are named {task.name!r}: give one of them another `name=`.")
+                raise ConfigurationError(
+                    f"Two tasks are named {task.name!r}: give one of them another `name=`, or leave out the"
+                    " built-in ones by BACKCAST_BUILTIN_TASKS=false."
+                )
     return found
 
 
@@ -60,8 +62,8 @@ class RegisteredTask:
 
     type: TaskType
     task: "Task[..., Any]"
-    parameters: Mapping[str, TypeAdapter[Any]]
-    """Makes parameters of types beyond plain JSON (dates, models) from JSON."""
+    parameters: Mapping[str, Filler]
+    """Make parameters of types beyond plain JSON (dates, models) from JSON."""
     options: Options
     is_cached: bool
     """Whether a run may take the value of another run."""
@@ -88,6 +90,8 @@ class RegisteredTask:
                     first = error.errors(include_url=False)[0]
                     where = "/".join(str(part) for part in (name, *first["loc"]))
                     raise UsageError(f"{where}: {first['msg']}", code="invalid_input") from None
+                except InvalidTarget as error:
+                    raise UsageError(f"{name}{error.detail}", code=error.code) from None
         missing = [name for name in self.type.input_schema.get("required", []) if name not in bound]
         unknown = [name for name in bound if name not in self.type.input_schema.get("properties", {})]
         if missing or unknown:
@@ -107,18 +111,11 @@ def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Wr
         names.check(task.name)
     except ValueError as error:
         raise ConfigurationError(f"The task {task.name!r} can't be served: {error}.") from None
-    hints: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # annotations may name types that exist for type checkers only
-        hints = typing.get_type_hints(task.fn, include_extras=True)
-    schema = _input_schema(task)
+    parameters, hints = parameters_of(task), hints_of(task)
     output: dict[str, JSON] = {}
     if "return" in hints:
         with contextlib.suppress(Exception):  # a return type that pydantic can't describe is no error
             output = TypeAdapter(hints["return"]).json_schema(mode="serialization")
-    adapters: dict[str, TypeAdapter[Any]] = {}
-    for name in schema["properties"]:
-        if hints.get(name, Any) not in _PLAIN:
-            adapters[name] = TypeAdapter(hints[name])
     cached, options = _is_cached(task.cache_policy), options_of(task)
     ours = _copy(task, cached, storage)
     return RegisteredTask(
@@ -127,7 +124,7 @@ def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Wr
             pool=pool,
             version=task.version or "",
             description=inspect.cleandoc(task.description or ""),
-            input_schema=schema,
+            input_schema=_input_schema(task, parameters),
             output_schema=output,
             retries=ours.retries or 0,
             timeout=timedelta(seconds=ours.timeout_seconds) if ours.timeout_seconds else None,
@@ -136,7 +133,7 @@ def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Wr
             history=options.history == "full",
         ),
         task=ours,
-        parameters=adapters,
+        parameters=parameters.fillers,
         options=options,
         is_cached=cached,
         needs_engine=cached or bool(task.task_run_name) or _has_assets(task) or any(getattr(task, on) for on in _HOOKS),
@@ -146,19 +143,23 @@ def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Wr
     )
 
 
-_PLAIN = (Any, inspect.Parameter.empty, str, int, float, bool, None, type(None), dict, list)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _HOOKS = ("on_completion_hooks", "on_failure_hooks", "on_running_hooks", "on_rollback_hooks", "on_commit_hooks")
 
 
-def _input_schema(task: "Task[..., Any]") -> dict[str, JSON]:
-    schema = parameter_schema(task.fn).model_dump_for_openapi()
-    for prop in schema["properties"].values():
-        prop.pop("position", None)
-    schema.setdefault("additionalProperties", False)
-    if not schema.get("definitions"):
-        schema.pop("definitions", None)
-    return schema
+def _input_schema(task: "Task[..., Any]", parameters: Parameters) -> dict[str, JSON]:
+    """The input, with notes on what of the task is not as in Prefect. A task that can't be run takes no input."""
+    lost = " and ".join(map(repr, parameters.unfillable))
+    reason = "it is a generator, and a stream of values is no result" if task.isgenerator else ""
+    if lost:
+        reason = f"no JSON can fill {lost}: give a default, or a type that pydantic knows"
+    notes = [f"It can't be run here: {reason}."] if reason else []
+    notes += [f"{name!r} always has its default: no JSON can fill it." for name in parameters.only_default]
+    if task.tags:
+        tags = ", ".join(sorted(task.tags))
+        notes.append(f"Prefect's tags ({tags}), and limits by them, have no effect here: use options(lane=…).")
+    schema = parameters.schema if not reason else {"type": "object", "properties": {}, "not": {}}
+    return {**schema, WARNINGS: notes} if notes else schema
 
 
 def _copy(task: "Task[..., Any]", cached: bool, storage: WritableFileSystem) -> "Task[..., Any]":

@@ -107,14 +107,19 @@ async def test_the_client_speaks_the_real_interface(product: Stack) -> None:
         with pytest.raises(NoResult):
             await client.result(failed.id)
 
-        assert (await client.limit_lane("naps", Limits(max_running=1))).max_running == 1
-        batch = await client.submit_many("nap", [{"seconds": 0.01}] * 3, lane="naps")
+        lane = "naps/\u200c\N{WOMAN}\u200d\N{GIRL}"
+        assert (await client.limit_lane(lane, Limits(max_running=1))).max_running == 1
+        batch = await client.submit_many("nap", [{"seconds": 0.01}] * 3, lane=lane)
         runs = [run.id async for run in client.list(batch=batch.id)]
         assert (batch.size, len(runs)) == (3, 3)
         for run_id in runs:
-            assert (await client.wait(run_id, timeout=PATIENCE)).lane == "naps"
+            assert (await client.wait(run_id, timeout=PATIENCE)).lane == lane
         assert (await client.batch(batch.id)).states == {State.COMPLETED: 3}
-        await client.lift_lane("naps")
+        assert lane in (await backcast(product, "lane", lane)).out
+        assert (await backcast(product, "submit", "nap", "seconds=0", "--owner", lane, "--lane", lane)).code == 0
+        assert lane in (await backcast(product, "list", "--owner", lane)).out
+        assert (await backcast(product, "lane", "..")).code == 2
+        await client.lift_lane(lane)
         assert await client.lanes() == []
 
         with pytest.raises(UnknownRun):

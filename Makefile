@@ -54,8 +54,8 @@ lint: .venv/.synced ## format, lint, types, import contracts, generated files
 gen: .venv/.synced ## write the generated files: docs/openapi.json, docs/settings.md, the chart's schema and README
 	.venv/bin/python -m tests.support.generate
 
-eval: .venv/.synced ## accuracy of the embedded model, through the HTTP API
-	.venv/bin/python -m tests.eval
+eval: .venv/.synced ## accuracy of the embedded model, through the HTTP API (EVAL="--model 1.5b")
+	.venv/bin/python -m tests.eval $(EVAL)
 
 bench: .venv/.synced ## a first look at speed: submit, end to end, CPU per run
 	.venv/bin/python -m tests.bench

@@ -255,6 +255,8 @@ class Model(_Section):
     backend: Literal["auto", "openai", "embedded", "none"] = "auto"
     """`openai`: any compatible provider. `embedded`: the small local model (demo quality). `auto`: a provider if
     `api_key` or `base_url` is set, else the embedded one. `none`: casts fail at once."""
+    size: Literal["0.5b", "1.5b"] = "0.5b"
+    """The embedded model, by its number of parameters: 0.5 GB of disk and 0.9 GB of memory, or 1.1 and 2.4 GB."""
     name: str = "gpt-4o-mini"
     """The provider's name of the model; the embedded backend ignores it."""
     base_url: str | None = None

@@ -64,15 +64,16 @@ async def measure(cast: Cast) -> list[Measurement]:
 
 
 def report(measurements: list[Measurement]) -> bool:
-    kinds: dict[str, list[Measurement]] = defaultdict(list)
-    for measurement in measurements:
-        kinds[measurement.kind].append(measurement)
-    kinds["total"] = measurements
-    print(f"{'target':<12}{'right':>10}{'valid':>10}{'mean':>9}")
-    for kind, some in kinds.items():
+    groups: dict[str, list[Measurement]] = defaultdict(list)
+    for group in (lambda one: one.kind, lambda one: f"in {one.case.language}"):
+        for measurement in measurements:
+            groups[group(measurement)].append(measurement)
+    groups["total"] = measurements
+    print(f"{'target':<18}{'right':>10}{'valid':>10}{'mean':>9}")
+    for kind, some in groups.items():
         right, valid = sum(o.is_right for o in some), sum(o.is_valid for o in some)
         mean = sum(o.seconds for o in some) / len(some)
-        print(f"{kind:<12}{f'{right}/{len(some)}':>10}{f'{valid}/{len(some)}':>10}{mean:>8.1f}s")
+        print(f"{kind:<18}{f'{right}/{len(some)}':>10}{f'{valid}/{len(some)}':>10}{mean:>8.1f}s")
     return all(o.is_valid for o in measurements) and sum(o.is_right for o in measurements) >= GOAL * len(measurements)
 
 
@@ -117,7 +118,7 @@ async def in_process() -> AsyncIterator[Cast]:
 
 
 @contextlib.contextmanager
-def product() -> Iterator[str]:
+def product(size: str) -> Iterator[str]:
     """A backcast of its own on a free port, until the end of the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -127,7 +128,7 @@ def product() -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix="backcast-eval-") as folder,
         (Path(folder) / "log").open("w+") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "backcast", "up", "--port", str(port)],
+            [sys.executable, "-m", "backcast", "up", "--port", str(port), "--model", size],
             cwd=folder,
             stdout=log,
             stderr=log,
@@ -141,7 +142,7 @@ def product() -> Iterator[str]:
 
 
 def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline, seen = time.monotonic() + 600, "nothing"  # the first start downloads 491 MB
+    deadline, seen = time.monotonic() + 600, "nothing"  # the first start downloads 0.5 or 1.1 GB
     while time.monotonic() < deadline and process.poll() is None:
         try:
             answer = httpx.get(f"{url}/v1/tasks/create_structured_output", timeout=5)
@@ -163,13 +164,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.eval", description=__doc__)
     parser.add_argument("--url", help="a running backcast, as http://127.0.0.1:8000")
     parser.add_argument("--direct", action="store_true", help="cast in this process, without the product")
+    parser.add_argument("--model", default="0.5b", help="the embedded model of `backcast up`: 0.5b or 1.5b")
     arguments = parser.parse_args()
     if arguments.direct:
         measurements = asyncio.run(_run(in_process()))
     elif arguments.url:
         measurements = asyncio.run(_run(over_http(arguments.url)))
     else:
-        with product() as url:
+        with product(arguments.model) as url:
             measurements = asyncio.run(_run(over_http(url)))
     reached = report(measurements)
     print(f"goal: {GOAL:.0%} right, all valid: {'reached' if reached else 'missed'}")

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from backcast.llm import compact
 from backcast.llm.answers import bounded
+from backcast.llm.figures import plain_dates, plain_numbers
+from backcast.llm.grounding import grounded
 
 LABELS = {"type": "string", "enum": ["low", "high"]}
 DATE = {"type": "string", "format": "date"}
@@ -35,7 +37,7 @@ def fields(**properties: Any) -> compact.Schema:
         (fields(a=True), "JSON with a"),
         (fields(a=fields(b={"type": "string"}, c=LABELS)), "JSON with a (b, c (one of: low, high))"),
         (fields(a={"type": "array", "items": LABELS}), "JSON with a (list of one of: low, high)"),
-        (fields(a={"anyOf": [LABELS, {"type": "null"}]}), "JSON with a (one of: low, high)"),
+        (fields(a={"anyOf": [LABELS, {"type": "null"}]}), "JSON with a (one of: low, high or null if not given)"),
         ({}, "JSON"),
     ],
 )
@@ -111,3 +113,67 @@ def test_the_grammar_ends() -> None:
 def test_a_list_that_must_be_long_may_be() -> None:
     assert bounded({"type": "array", "minItems": 60}, length=400)["maxItems"] == 60
     assert bounded({"type": "array", "maxItems": 3}, length=400)["maxItems"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("1.250,40 €", "1250.40 €"),
+        ("1,250.40", "1250.40"),
+        ("1 250,40 and 1\u202f250,40", "1250.40 and 1250.40"),
+        ("-3,5 Grad", "-3.5 Grad"),
+        ("1.250.300 or 1,250", "1250300 or 1250"),
+        ("1.250", "1.250"),  # either
+        ("rooms 101 204 305", "rooms 101 204 305"),
+        ("12, 45 and 78", "12, 45 and 78"),
+        ("10.0.0.1, A-1,5, v1.2.3, 14:30,5 and 2024-05-01", "10.0.0.1, A-1,5, v1.2.3, 14:30,5 and 2024-05-01"),
+    ],
+)
+def test_numbers_are_written_in_one_way(text: str, plain: str) -> None:
+    assert plain_numbers(text) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "instructions", "plain"),
+    [
+        ("am 03.04.2025", "", "am 2025-04-03"),
+        ("25/12/2024, 12/25/2024", "", "2024-12-25, 2024-12-25"),
+        ("03/04/2025", "", "03/04/2025"),  # either
+        ("03/04/2025 (day/month/year)", "", "2025-04-03 (day/month/year)"),
+        ("03/04/2025", "mm/dd/yyyy", "2025-03-04"),
+        ("03/04/2025", "jour/mois/année", "2025-04-03"),
+        ("03-04-2025", "día-mes-año", "2025-04-03"),
+        ("31.02.2025 and 1.2.3", "", "31.02.2025 and 1.2.3"),
+    ],
+)
+def test_dates_in_figures_are_written_in_one_way_if_their_order_is_known(
+    text: str, instructions: str, plain: str
+) -> None:
+    assert plain_dates(text, instructions) == plain
+
+
+TEXT, EMAIL, NULL = {"type": "string"}, {"type": "string", "format": "email"}, {"type": "null"}
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "is_free", "kept"),
+    [
+        ("ann@x.org", {"anyOf": [EMAIL, NULL]}, False, None),
+        ("ANN@y.org", {"anyOf": [NULL, EMAIL]}, True, "ANN@y.org"),
+        ("ann@x.org", EMAIL, False, "ann@x.org"),
+        ("555-0100", {"type": ["string", "null"]}, False, None),
+        ("30", {"anyOf": [TEXT, NULL]}, False, "30"),
+        ("Unknown", {"anyOf": [TEXT, NULL]}, False, None),
+        ("Unknown", {"anyOf": [TEXT, NULL]}, True, "Unknown"),
+        ("green", {"anyOf": [{"enum": ["green", "red"]}, NULL]}, False, "green"),
+        ("2024-05-01", {"anyOf": [DATE, NULL]}, False, "2024-05-01"),
+        (
+            {"a": ["Bob", "Ann"], "n": 3},
+            fields(a={"items": {"anyOf": [TEXT, NULL]}}),
+            False,
+            {"a": [None, "Ann"], "n": 3},
+        ),
+    ],
+)
+def test_an_invented_text_becomes_null_where_null_is_allowed(value: Any, schema: Any, is_free: bool, kept: Any) -> None:
+    assert grounded(value, schema, "Ann (ann@y.org) has 30 chairs since 1 May 2024.", is_free=is_free) == kept

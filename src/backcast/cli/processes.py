@@ -23,7 +23,10 @@ def _settings() -> "Settings":
 @run("local")
 def up(
     data: Annotated[Path, typer.Option(help="Folder for the database, the results and the logs.")] = Path(".backcast"),
-    model: Annotated[bool, typer.Option(help="Serve the embedded model, when no provider is set.")] = True,
+    model: Annotated[
+        str | None, typer.Option(help="The embedded model: 0.5b, or 1.5b, which is better.", show_default="0.5b")
+    ] = None,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Serve no embedded model.")] = False,
     port: Annotated[int, typer.Option(help="Port of the API; the next free one if it is taken.")] = 8000,
     prefect_port: Annotated[
         int, typer.Option(help="Port of the Prefect server; the next free one if it is taken.")
@@ -35,7 +38,9 @@ def up(
     """Run the whole product on this machine."""
     from backcast.local import up
 
-    raise typer.Exit(up.up(data=data, model=model, port=port, prefect_port=prefect_port, slots=slots))
+    raise typer.Exit(
+        up.up(data=data, model=model, no_model=no_model, port=port, prefect_port=prefect_port, slots=slots)
+    )
 
 
 @run("api")
@@ -70,7 +75,7 @@ def model() -> None:
 
     configure_logging((everything := _settings()).log_level)
     settings = everything.model
-    if settings.weights is None and weights.find(settings.cache) is None:
+    if settings.weights is None and weights.find(settings.cache, weights.MODELS[settings.size]) is None:
         logging.getLogger("backcast.model").info("downloading the model's file to %s", settings.cache)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=output.err, transient=True, disable=not output.err.is_terminal) as bars:
@@ -79,7 +84,7 @@ def model() -> None:
         def show(done: int, total: int, source: str) -> None:
             bars.update(bar, completed=done, total=total, description=f"model from {source}")
 
-        file = settings.weights or weights.fetch(settings.cache, show)
+        file = settings.weights or weights.fetch(settings.cache, show, weights.MODELS[settings.size])
     model_server.main(settings, file)
 
 

@@ -7,7 +7,7 @@ grammar (`response_format`) for its text, and Marvin gets the text as that call.
 
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -108,11 +108,19 @@ class Whole(WrapperModel):
 
 
 class Grammar(Whole):
-    """Asks `prompt` in place of the conversation's first request, and allows only answers that fit the output tool."""
+    """Asks `prompt` in place of the conversation's first request, and allows only answers that fit the output tool;
+    `ground` changes them before anybody sees them."""
 
-    def __init__(self, wrapped: Model, schema: Schema, meter: Callable[[ModelResponse], None], prompt: Prompt) -> None:
+    def __init__(
+        self,
+        wrapped: Model,
+        schema: Schema,
+        meter: Callable[[ModelResponse], None],
+        prompt: Prompt,
+        ground: Callable[[Any], Any],
+    ) -> None:
         super().__init__(wrapped, schema, meter)
-        self._prompt = prompt
+        self._prompt, self._ground = prompt, ground
 
     async def request(
         self,
@@ -137,6 +145,12 @@ class Grammar(Whole):
         asked = [*_opening(self._prompt), *map(_without_tools, messages[answered:])]
         response = await self._whole(asked, model_settings, parameters)
         text = "".join(part.content for part in response.parts if isinstance(part, TextPart))
+        with suppress(ValueError):
+            match json.loads(text):
+                case {"result": result}:
+                    text = json.dumps({"result": self._ground(result)})
+                case _:
+                    pass
         return replace(response, parts=[ToolCallPart(tool.name, text)])
 
 

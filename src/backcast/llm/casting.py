@@ -25,6 +25,7 @@ from backcast.llm import Usage, compact
 from backcast.llm.answers import Grammar, Whole
 from backcast.llm.completions import Completions
 from backcast.llm.failures import explain
+from backcast.llm.grounding import grounded
 from backcast.llm.memory import MemoryThread
 from backcast.models import JSON
 from backcast.settings import Model
@@ -54,7 +55,13 @@ async def cast(
     try:
         provided = _provided(model)
         whole = (
-            Grammar(provided, target.schema, meter, compact.cast(data, target.schema, instructions))
+            Grammar(
+                provided,
+                target.schema,
+                meter,
+                compact.cast(data, target.schema, instructions),
+                lambda value: grounded(value, target.schema, text, is_free=bool(instructions)),
+            )
             if model.embedded
             else Whole(provided, target.schema, meter)
         )

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from backcast.llm.figures import plain_dates, plain_numbers
 from backcast.models import JSON
 
 Schema = dict[str, Any]
 
 _FORMATS = {
     "date": "the date as YYYY-MM-DD",
-    "date-time": "the date and time, ISO 8601",
-    "time": "the time as HH:MM:SS",
+    "date-time": "the date and time as YYYY-MM-DDTHH:MM:SS",
+    "time": "the time as HH:MM:SS, 24 hours",
+    "duration": "the duration, ISO 8601",
     "email": "the email address",
     "uri": "the URL",
 }
@@ -35,7 +37,7 @@ class Prompt:
 def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
     """The prompt for casting `data` to a (self-contained) JSON Schema."""
     schema = _unrolled(schema, schema.get("$defs", {}))
-    text, hints = _quote(data), _quote(instructions or "")
+    text, hints = _quote(_plain(data, schema, instructions or "")), _quote(instructions or "")
     if labels := _labels(schema):
         listed = ", ".join(labels)
         return Prompt(
@@ -54,10 +56,20 @@ def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
     else:
         asked = f"{hints}; {shape}"
     return Prompt(
-        "Convert the text to the wanted value. Copy facts exactly from the text; never invent.",
+        "Convert the text to the wanted value. Copy facts exactly from the text; never invent."
+        + (" Answer null for what the text does not say." if _has({"null"}, schema) else ""),
         tuple((_question(about, ask or shape), answer) for about, ask, answer in _examples(schema)),
         _question(text, asked),
     )
+
+
+def _plain(data: JSON, schema: Schema, instructions: str) -> JSON:
+    """The data as text, with figures as a small model knows them, where they are asked for."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    written = json.dumps(schema)
+    if '"format": "date' in written:
+        text = plain_dates(text, instructions)
+    return plain_numbers(text) if isinstance(data, str) and _has({"integer", "number"}, schema) else text
 
 
 def _unrolled(schema: Any, definitions: Schema) -> Any:
@@ -129,7 +141,9 @@ def _field_shape(schema: Schema) -> str:
         return _shape(schema, plural=False)
     for union in ("anyOf", "oneOf"):
         if union in schema:
-            return " or ".join(filter(None, (_field_shape(one) for one in schema[union])))
+            shapes = [_field_shape(one) for one in schema[union] if one != _NULL]
+            nothing = ["null if not given"] if _NULL in schema[union] else []
+            return " or ".join([*filter(None, shapes), *nothing])
     match schema:
         case {"properties": dict(properties)}:
             return ", ".join(_fields(properties))
@@ -137,6 +151,22 @@ def _field_shape(schema: Schema) -> str:
             return f"list of {shape}"
         case _:
             return ""
+
+
+_NULL = {"type": "null"}
+
+
+def _has(kinds: set[str], schema: Any) -> bool:
+    """Whether one of these types is somewhere in a schema."""
+    match schema:
+        case {"type": str(kind)} if kind in kinds:
+            return True
+        case {"type": [*several]} if kinds & {*several}:
+            return True
+        case dict() | list():
+            return any(_has(kinds, each) for each in (schema.values() if isinstance(schema, dict) else schema))
+        case _:
+            return False
 
 
 def _is_special(schema: Schema) -> bool:
@@ -155,6 +185,8 @@ def _question(text: str, ask: str) -> str:
 def _examples(schema: Schema) -> list[tuple[str, str | None, JSON]]:
     """Text, wanted value (None: the schema in words), answer. Examples steady a tiny model more than any rule does."""
     match schema:
+        case {"anyOf": [dict(wanted), {"type": "null"}] | [{"type": "null"}, dict(wanted)]}:
+            return _examples_or_null(wanted)
         case {"type": "boolean"}:
             return [
                 ("Yep, that works.", None, True),
@@ -163,11 +195,14 @@ def _examples(schema: Schema) -> list[tuple[str, str | None, JSON]]:
                 ("Never!", None, False),
             ]
         case {"type": "integer"}:
-            return [("Around ninety-one people came.", None, 91), ("2,050 likes", None, 2050)]
+            return [("Around ninety-one people came.", None, 91), ("2050 likes", None, 2050)]
         case {"type": "number"}:
             return [("2 euros 25 cents", None, 2.25), ("It fell by -0.8 points", None, -0.8)]
         case {"type": "string", "format": "date"}:
-            return [("7 Jun 1988", None, "1988-06-07"), ("October 31st, 2011", None, "2011-10-31")]
+            return [
+                ("7 Jun 1988", None, "1988-06-07"),
+                ("October 31st, 2011", None, "2011-10-31"),
+            ]
         case {"type": "string"} if "format" not in schema and "pattern" not in schema:
             return [
                 ("Ticket T-55 was closed by Sam Hall.", "who closed the ticket", "Sam Hall"),
@@ -176,8 +211,34 @@ def _examples(schema: Schema) -> list[tuple[str, str | None, JSON]]:
             ]
         case {"type": "array", "items": {"type": "string"}}:
             return [("Shapes: circle, square & cone", None, ["circle", "square", "cone"])]
+        case {"type": "object"} if _has({"null", "number"}, schema):
+            return [_EXAMPLE_OF_FIELDS]
         case _:
             return []
+
+
+_EXAMPLE_OF_FIELDS: tuple[str, str, JSON] = (
+    "Purchase by Kim Ode (kim@ode.example): one desk, 1149.50 EUR",
+    f"JSON with item, buyer, price, mail ({_FORMATS['email']} or null if not given), comment (null if not given)",
+    {"item": "desk", "buyer": "Kim Ode", "price": 1149.5, "mail": "kim@ode.example", "comment": None},
+)
+
+
+def _examples_or_null(schema: Schema) -> list[tuple[str, str | None, JSON]]:
+    match schema:
+        case {"type": "integer" | "number"}:
+            given: JSON = 6
+            about, absent = "the number of wheels", "The truck is red and rather old."
+            text = "The truck has 6 wheels."
+        case {"type": "string", "format": "date"}:
+            given, about, absent = "2016-08-24", "the day of the move", "The move has been put off, there is no date."
+            text = "The move is on 24 August 2016."
+        case {"type": "string"} if "format" not in schema:
+            given, about, absent, text = "Sam Hall", "the driver", "The bus was late.", "The bus of Sam Hall was late."
+        case _:
+            return []
+    ask = f"{about}; {wanted(schema)} or null"
+    return [(text, ask, given), (absent, ask, None), ("Nothing is known about it yet.", ask, None)]
 
 
 def _quote(value: JSON) -> str:

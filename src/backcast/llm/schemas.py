@@ -17,6 +17,9 @@ _STRICT = re.compile(
 """Keywords that OpenAI's strict mode honours."""
 _STRICT_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
 _GRAMMAR_FORMATS = _STRICT_FORMATS | {"uri"}
+_CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](Z|[+-][01][0-9]:[0-5][0-9])?"
+_CLOCKS = {"time": f"^{_CLOCK}$", "date-time": rf"^[0-9]{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T{_CLOCK}$"}
+"""The formats with a time, whose zone a text seldom names; llama.cpp's own formats force the model to invent one."""
 _UNTOLD = re.compile(
     r"not|if|then|else|contains|minContains|maxContains|propertyNames|patternProperties|dependentRequired|uniqueItems"
 )
@@ -75,6 +78,8 @@ def bounded(schema: Schema, *, length: int) -> Schema:
         out: Schema = {key: value for key, value in node.items() if not _UNTOLD.fullmatch(key)}
         if out.get("format", "date") not in _GRAMMAR_FORMATS:
             del out["format"]
+        if out.get("type") == "string" and out.get("format") in _CLOCKS and "pattern" not in out:
+            out["pattern"] = _CLOCKS[out.pop("format")]
         if LOOK_AROUND.search(out.get("pattern", "")):
             del out["pattern"]
         if out.get("type") == "array":

@@ -22,7 +22,7 @@ Target = Annotated[str | dict[str, Any], Field(json_schema_extra={"format": "tar
 def _model(_context: TaskRunContext, _inputs: dict[str, Any]) -> str:
     """Part of the cache key: another model gives another answer."""
     model = _connected()
-    return "embedded" if model.embedded else f"{model.name} at {model.base_url}"
+    return f"embedded {model.size}" if model.embedded else f"{model.name} at {model.base_url}"
 
 
 async def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

@@ -64,5 +64,5 @@ def _start(model: Model, weights: Path) -> Any:
     except RuntimeError as error:
         raise ConfigurationError(
             f"llama.cpp can't serve {weights} on {model.host}:{model.port}: is the port free (BACKCAST_MODEL__PORT), "
-            "and is there enough memory (0.9 GB)?"
+            "and is there enough memory (0.9 GB, or 2.4 GB for 1.5b)?"
         ) from error

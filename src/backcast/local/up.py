@@ -56,7 +56,15 @@ _LAST_PORT = (1 << 16) - 1
 _HEALTH = {"model": "/health", "prefect": "/api/health"}  # the others have /readyz
 
 
-def up(*, data: Path, model: bool = True, port: int = 8000, prefect_port: int = 4200, slots: int | None = None) -> int:
+def up(
+    *,
+    data: Path,
+    model: str | None = None,
+    no_model: bool = False,
+    port: int = 8000,
+    prefect_port: int = 4200,
+    slots: int | None = None,
+) -> int:
     """Run everything until Ctrl-C or SIGTERM, and return the exit code.
 
     Raises:
@@ -65,8 +73,11 @@ def up(*, data: Path, model: bool = True, port: int = 8000, prefect_port: int = 
     if slots is not None:
         os.environ["BACKCAST_WORKER__SLOTS"] = str(slots)
 
+    if model is not None:
+        os.environ["BACKCAST_MODEL__SIZE"] = model
+
     async def run() -> None:
-        await _Up(folder, load(), port=port, prefect_port=prefect_port, model=model).run()
+        await _Up(folder, load(), port=port, prefect_port=prefect_port, model=not no_model).run()
 
     with _alone(folder := data.expanduser().resolve()):
         asyncio.run(run())
@@ -79,6 +90,7 @@ class _Up:
         self._console = Console(highlight=False, soft_wrap=True)
         self._data = data
         self._model = settings.model
+        self._weights = weights.MODELS[settings.model.size]
         self._key = settings.api.keys[0].get_secret_value() if settings.api.keys else None
         here = {"url": f"file://{data}/store"}
         self._store = settings.store if "BACKCAST_STORE__URL" in os.environ else settings.store.model_copy(update=here)
@@ -213,7 +225,7 @@ class _Up:
     async def _start_model(self) -> None:
         if not self._serves_model:
             return
-        if weights.find(self._model.cache) is None:
+        if weights.find(self._model.cache, self._weights) is None:
             await self._secure_port("model")
             async with self._turning_away():
                 while not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # there is no event for the network's return
@@ -232,7 +244,7 @@ class _Up:
                 show(bar, completed=done, total=total, description=f"{'model':>{_WIDTH}} │ from {source}")
 
             try:
-                weights.fetch(self._model.cache, progress)
+                weights.fetch(self._model.cache, progress, self._weights)
             except BackcastError as error:
                 self._show("model", error.detail, "red")
                 return False
@@ -290,7 +302,7 @@ class _Up:
 
     def _welcome(self) -> None:
         """Print the addresses and the next steps; lines to paste stand outside the panel, away from its border."""
-        it = weights.MODEL
+        it = self._weights
         model = (
             f"{it.name}, {it.size / 1e6:.0f} MB, {it.licence} (loading)\ndemo quality; kept in {self._model.cache}; "
         )

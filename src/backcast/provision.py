@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from backcast.errors import BackcastError, ConfigurationError, StoreUnavailable, Unavailable
-from backcast.ledger import provisioning
+from backcast.ledger import inspection, provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.models import uuid7
@@ -39,10 +39,12 @@ def prepare(settings: Settings, report: Report) -> None:
     if setup.admin_url is not None:
         admin = setup.admin_url.get_secret_value()
         _wait(admin, deadline, report)
+        asyncio.run(_verify(admin))
         for each in (settings.database.url, setup.prefect_url):
             if each is not None:
                 report(provisioning.provision(admin, each.get_secret_value()))
     _wait(url, deadline, report)
+    asyncio.run(_verify(url))
     report(migrate(url))
     if setup.admin_url is not None and setup.scaler_url is not None:
         report(provisioning.provision_reader(setup.admin_url.get_secret_value(), setup.scaler_url.get_secret_value()))
@@ -71,6 +73,11 @@ def _why_not(url: str) -> str | None:
 def _wait(url: str, deadline: float, report: Report) -> None:
     if why := _until_there(lambda: provisioning.why_not_ready(url), deadline, report):
         raise Unavailable(f"{why}. Is it running, and does the setting name its address?")
+
+
+async def _verify(url: str) -> None:
+    """Before anything is set or locked: behind some poolers, another client's session would be."""
+    await Ledger(url, name="backcast-setup").verify()
 
 
 def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
@@ -135,6 +142,8 @@ async def _check(settings: Settings, report: Report) -> bool:
         fine = True
         for step in (
             _step("database (BACKCAST_DATABASE__URL): reachable, writable, of this schema", ledger.check(), report),
+            _step("database: keeps text and settings", inspection.settings(ledger), report),
+            _step("database: this role may do all that is needed", inspection.rights(ledger), report),
             _step("store (BACKCAST_STORE__URL): there, and lets us in", store.check(), report),
             _try(store, report),
             *(

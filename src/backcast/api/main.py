@@ -1,5 +1,6 @@
 """The API process: builds the API's collaborators from the settings, and serves until a signal."""
 
+import asyncio
 import contextlib
 import sys
 
@@ -7,16 +8,22 @@ from uvicorn.config import STARTUP_FAILURE
 
 from backcast.api import server
 from backcast.api.app import create_app
+from backcast.errors import LedgerUnavailable
 from backcast.ledger.connection import Ledger
 from backcast.process.logs import configure_logging
 from backcast.settings import Settings
 from backcast.store import open_store
+
+VERIFY = 3.0
+"""Seconds to find out at the start that the database can't be used as it is reached."""
 
 
 def main(settings: Settings) -> None:
     """Serve the API until SIGTERM or SIGINT; requests that are being answered are finished first."""
     configure_logging(settings.log_level)
     ledger = Ledger.of(settings.database, name="backcast-api")
+    with contextlib.suppress(LedgerUnavailable, TimeoutError):  # a database that is away may come later
+        asyncio.run(asyncio.wait_for(ledger.verify(), VERIFY))
     app = create_app(ledger, open_store(settings.store), settings.api)
     config = server.config(
         app,

@@ -174,7 +174,9 @@ class Ledger:
                 finally:
                     connection.terminate()
         except LedgerFault as fault:
-            return isinstance(fault.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError)
+            if not isinstance(fault.__cause__, asyncpg.UndefinedTableError | asyncpg.InvalidSchemaNameError):
+                raise
+            return True
 
     @contextlib.asynccontextmanager
     async def _connection(self, sql: str = "") -> AsyncIterator[Any]:
@@ -230,6 +232,11 @@ class Ledger:
                 yield connection
             finally:
                 connection.terminate()
+
+    async def verify(self) -> None:
+        """Connect once. Raises `LedgerUnavailable`, or `ConfigurationError`: what is reached keeps no sessions."""
+        async with self.session():
+            pass
 
     async def check(self) -> None:
         """Readiness: reachable, writable, and the schema is there. Raises `LedgerUnavailable`.

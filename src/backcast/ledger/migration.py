@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from backcast.errors import LedgerUnavailable
+from backcast.ledger import session
 
 
 def migrate(url: str) -> str:
@@ -27,6 +28,9 @@ def migrate(url: str) -> str:
     engine = create_engine(re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql+psycopg://", url))
     try:
         with engine.connect() as connection:
+            version = connection.scalar(text("select current_setting('server_version_num')::int / 10000"))
+            connection.exec_driver_sql(session.settings(int(version or 0), hurried=False))
+            connection.commit()
             connection.execute(text("select pg_advisory_lock(hashtext('backcast.migrate'))"))
             connection.execute(text("create schema if not exists backcast"))
             connection.execute(text("set search_path to backcast, public"))

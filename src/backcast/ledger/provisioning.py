@@ -11,6 +11,7 @@ import psycopg
 from psycopg.sql import SQL, Identifier, Literal
 
 from backcast.errors import ConfigurationError, LedgerUnavailable
+from backcast.ledger import session
 
 
 def why_not_ready(url: str) -> str | None:
@@ -80,6 +81,7 @@ def _make_role(connection: "psycopg.Connection[object]", role: str, password: st
 def _locked(admin_url: str) -> "Iterator[psycopg.Connection[object]]":
     """A connection of the administrator, one at a time: `create` knows no `if not exists` for roles and databases."""
     with _connect(admin_url) as connection:
+        connection.execute(session.settings(connection.info.server_version // 10000, hurried=False).encode())
         connection.execute("select pg_advisory_lock(hashtext('backcast.provision'))")
         try:
             yield connection

@@ -37,7 +37,7 @@ class _Failures:
             self.ended()
         if not isinstance(error, Exception) or isinstance(error, self._passes):
             return False
-        self._outage.failed(error, exc_info=None if isinstance(error, self._outages) else error)
+        self._outage.failed(error, exc_info=None if isinstance(error, (*self._outages, ConfigurationError)) else error)
         return True
 
     def ended(self) -> None:

@@ -66,7 +66,7 @@ def _invoice(number: str, date: str, total: float, currency: str) -> dict[str, A
     return {"number": number, "date": date, "total": total, "currency": currency}
 
 
-def _event(title: Any, day: str, start: str, place: str | None) -> dict[str, Any]:
+def _event(title: Any, day: str, start: str, place: Any) -> dict[str, Any]:
     return {"title": title, "day": day, "start": start, "place": place}
 
 

@@ -1,5 +1,6 @@
 """The nouns: run, task type, submission and others. Values only; no I/O, no HTTP."""
 
+import hashlib
 import json
 import re
 import secrets
@@ -7,6 +8,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
@@ -214,6 +216,11 @@ MOST = 1_000_000
 SLOWEST = 0.000001
 """The lowest rate of a lane, about one run in two years: computing with a lower one would underflow."""
 
+    @cached_property
+    def signature(self) -> str:
+        """Equal for versions of the task that accept the same inputs."""
+        return hashlib.sha256(json.dumps(self.input_schema, sort_keys=True).encode()).hexdigest()[:12]
+
 
 class Limits(_Noun):
     """The limits of a lane; at least one of the two is set."""
@@ -281,6 +288,8 @@ class Retry:
     retries: int
     behind: str | None = None
     """The flight to wait for: another run computes the same value."""
+    route: str = ""
+    """The route to the workers that can do the run: see `ledger.routing`."""
 
 
 AttemptResult = Succeeded | Failed | Retry

@@ -211,6 +211,8 @@ class Steward(_Section):
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     keep_runs: Duration | None = timedelta(days=30)
     """How long runs and their results are kept after their end; none keeps them for ever."""
+    keep_tasks: Duration = Field(default=timedelta(days=30), ge=timedelta(hours=1))
+    """How long a task stays known, and inputs for it are accepted, after the last worker that had it."""
     keep_history: Duration | None = None
     """How long the Prefect server keeps this ledger's task runs and logs after their end; runs of others stay.
     None: for ever, because Prefect itself removes nothing. `backcast up` and the chart set 30 days for their server."""
@@ -339,6 +341,9 @@ class Settings(BaseSettings):
     """A worker without a heartbeat for this long is dead, and its runs are ready again."""
     max_attempts: int = Field(default=3, ge=1)
     """How often a run may be lost together with its worker before it fails as `worker_lost`."""
+    unknown_after: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
+    """How long a run waits for a worker that has its task, in a version that accepts its input, while the workers of
+    its pool do not; then it fails. The wait counts as no attempt."""
     max_result: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest result, in bytes of JSON."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

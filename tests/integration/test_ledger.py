@@ -348,7 +348,7 @@ async def test_a_claim_does_not_scan_whatever_the_statistics_are(ledger: Ledger)
         await connection.execute("set client_min_messages = log")
         plans: list[str] = []
         connection.add_log_listener(lambda _, message: plans.append(str(message)))
-        rows = await connection.fetch(claims._CLAIM, "default", 0, 10, worker, LEASE, 10)
+        rows = await connection.fetch(claims._CLAIM, "default", 0, 10, worker, LEASE, 10, "")
         assert len(rows) == 10
         settle = [[r["id"] for r in rows], [r["fence"] for r in rows], ["completed"] * 10, ["1"] * 10, ["k"] * 10]
         none: list[None] = [None] * 10

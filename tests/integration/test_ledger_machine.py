@@ -21,7 +21,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from backcast.errors import IdempotencyConflict, UnknownLane
-from backcast.ledger import claims, dispatch, fleet, lanes, maintenance, recovery, runs, settlement, submissions
+from backcast.ledger import (
+    claims,
+    dispatch,
+    fleet,
+    lanes,
+    maintenance,
+    recovery,
+    routing,
+    runs,
+    settlement,
+    submissions,
+)
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
@@ -31,11 +42,12 @@ from tests.support.runs import FINAL
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
 LEASE = timedelta(minutes=5)  # longer than any example takes: a lease ends only when a rule ends it
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
+OTHER = TaskType(name="other", pool="default", input_schema={"type": "object"})
 NEXT = {
     None: {"held", "scheduled", "queued"},
     "held": {"queued", "cancelled", "expired"},
-    "scheduled": {"held", "queued", "cancelled", "expired"},
-    "queued": {"running", "cancelled", "expired"},
+    "scheduled": {"held", "queued", "failed", "cancelled", "expired"},
+    "queued": {"scheduled", "running", "cancelled", "expired"},
     "running": {"held", "scheduled", "queued", "completed", "failed", "cancelled"},
 }
 QUOTA = 60.0
@@ -61,11 +73,14 @@ select l.name, l.promoted, (select count(*) from runs r where r.lane = l.name an
 Op = tuple[str, dict[str, Any]]
 INDEX = st.integers(0, 50)
 LIMITS = st.sampled_from([(2, None), (1, None), (3, None), (0, None), (None, 120.0), (2, 6000.0)])
-ENDS = st.lists(st.sampled_from(["completed", "failed", "again", "later", "parked", "back"]), min_size=1, max_size=5)
+ENDS = st.lists(
+    st.sampled_from(["completed", "failed", "again", "later", "parked", "unfit", "back"]), min_size=1, max_size=5
+)
 RARELY = st.sampled_from([False] * 5 + [True])
 FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "submit": {
         "count": st.integers(1, 6),
+        "task": st.sampled_from([NOOP, NOOP, OTHER]),
         "owner": st.sampled_from("ab"),
         "key": st.sampled_from([None, None, None, "k"]),
         "priority": st.sampled_from([0, 0, 5]),
@@ -74,7 +89,13 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "lane": st.sampled_from([None, "narrow", "narrow", "wide", "quota"]),
         "max_attempts": st.integers(1, 3),
     },
-    "claim": {"worker": INDEX, "limit": st.integers(1, 4), "prefetch": st.integers(0, 2), "lost": RARELY},
+    "claim": {
+        "worker": INDEX,
+        "route": st.sampled_from(["", "", "noop", "other"]),
+        "limit": st.integers(1, 4),
+        "prefetch": st.integers(0, 2),
+        "lost": RARELY,
+    },
     "settle": {"worker": INDEX, "ends": ENDS, "lost": RARELY},
     "start": {"worker": INDEX},
     "settle_stale": {"worker": INDEX, "ends": ENDS},
@@ -84,12 +105,24 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "stall": {"worker": INDEX, "seen": st.booleans()},
     "requeue": {},
     "dispatch_due": {},
+    "route": {},
+    "fail_late": {},
     "limit": {"lane": st.sampled_from(["narrow", "narrow", "wide"]), "limits": LIMITS},
     "lift": {"lane": st.sampled_from(["narrow", "wide"])},
     "retire": {"worker": INDEX},
     "drop": {},
 }
-OFTEN = {"submit": 4, "claim": 8, "settle": 6, "settle_twice": 2, "stall": 2, "cancel": 2, "beat": 2, "dispatch_due": 2}
+OFTEN = {
+    "submit": 4,
+    "claim": 8,
+    "settle": 6,
+    "settle_twice": 2,
+    "stall": 2,
+    "cancel": 2,
+    "beat": 2,
+    "dispatch_due": 2,
+    "route": 2,
+}
 OPS = st.sampled_from([name for name in FIELDS for _ in range(OFTEN.get(name, 1))]).flatmap(
     lambda name: st.tuples(st.just(name), st.fixed_dictionaries(FIELDS[name]))
 )
@@ -118,6 +151,7 @@ class Machine(RuleBasedStateMachine):
         self.ceiling: dict[str, float] = {"narrow": float("inf"), "wide": float("inf"), "quota": float("inf")}
         """The most that a lane may count: its limit, or its count when the limit was lowered."""
         self.last = 0
+        self.healthy = UUID(int=0)
         self.is_broken = False
 
     # -- rules ------------------------------------------------------------------------------------------------------
@@ -184,13 +218,13 @@ class Machine(RuleBasedStateMachine):
                     break
         return tasks
 
-    async def _submit(self, *, count: int, key: str | None, max_attempts: int, **fields: Any) -> None:
+    async def _submit(self, *, task: TaskType, count: int, key: str | None, max_attempts: int, **fields: Any) -> None:
         for name in ("run_at", "deadline"):
             if fields[name] is not None:
                 fields[name] = self.base + timedelta(seconds=fields[name])
         submission = Submission(**fields)
-        request = submission.model_dump_json(exclude_defaults=True)
-        task = NOOP.model_copy(update={"max_attempts": max_attempts})
+        request = task.name + submission.model_dump_json(exclude_defaults=True)
+        task = task.model_copy(update={"max_attempts": max_attempts})
 
         async def one() -> tuple[UUID | None, bool]:
             how: dict[str, Any] = {"input_text": "{}", "input_hash": b"", "idempotency_key": key}
@@ -210,11 +244,19 @@ class Machine(RuleBasedStateMachine):
             if key:
                 self.requests.append((submission.owner, request, run_id, fresh))
 
-    async def _claim(self, *, worker: int, limit: int, prefetch: int, lost: bool) -> None:
+    async def _claim(self, *, worker: int, route: str, limit: int, prefetch: int, lost: bool) -> None:
         worker_id = self._worker(worker)
         taken = await claims.claim(
-            self.ledger, pool="default", cursor=0, limit=limit, prefetch=prefetch, worker_id=worker_id, lease=LEASE
+            self.ledger,
+            pool="default",
+            cursor=0,
+            limit=limit,
+            prefetch=prefetch,
+            worker_id=worker_id,
+            lease=LEASE,
+            route=route,
         )
+        assert {c.task for c in taken} <= {task.name for task in self._tasks(worker_id)}, "it lacks the task"
         assert len(taken) <= limit + prefetch
         assert sum(not c.prefetched for c in taken) <= limit + sum(c.lost_fence is not None for c in taken)
         if not lost:
@@ -267,6 +309,9 @@ class Machine(RuleBasedStateMachine):
                 rest |= {"state": "queued", "retries_used": c.retries_used + 1}
             case "later":
                 rest |= {"state": "scheduled", "delay": 5.0, "retries_used": c.retries_used + 1}
+            case "unfit":
+                rest |= {"state": "scheduled", "delay": 5.0, "counts": False}
+                rest |= {"route": f"{c.task}@refused", "error": routing.UNFIT_INPUT}
             case "parked":
                 rest |= {"state": "scheduled", "delay": 5.0, "counts": False}
             case _:
@@ -291,9 +336,16 @@ class Machine(RuleBasedStateMachine):
             await runs.cancel(self.ledger, of[which % len(of)])
 
     async def _register(self, worker_id: UUID) -> None:
-        await fleet.register(self.ledger, worker_id, pool="default", host="h", version="1", slots=4, tasks=[NOOP])
         if worker_id not in self.workers:
             self.workers.append(worker_id)
+        tasks = self._tasks(worker_id)
+        await fleet.register(self.ledger, worker_id, pool="default", host="h", version="1", slots=4, tasks=tasks)
+
+    def _tasks(self, worker_id: UUID) -> list[TaskType]:
+        """Workers differ; the one that ends everything has all tasks."""
+        if worker_id == self.healthy:
+            return [NOOP, OTHER]
+        return [[NOOP, OTHER], [NOOP], [OTHER]][self.workers.index(worker_id) % 3]
 
     async def _beat(self, *, worker: int) -> None:
         worker_id = self._worker(worker)
@@ -326,6 +378,12 @@ class Machine(RuleBasedStateMachine):
     async def _dispatch_due(self) -> None:
         await dispatch.dispatch_due(self.ledger)
 
+    async def _route(self) -> None:
+        await routing.apply(self.ledger, unknown_after=timedelta(seconds=5))
+
+    async def _fail_late(self) -> None:
+        await routing.fail_late(self.ledger, unknown_after=timedelta(seconds=5))
+
     async def _limit(self, lane: str, limits: tuple[int | None, float | None]) -> None:
         self.ceiling[lane] = float("inf")  # until the check sees the runs that were promoted before
         with contextlib.suppress(UnknownLane):  # lifted at the same moment
@@ -353,6 +411,9 @@ class Machine(RuleBasedStateMachine):
         )
         await self.ledger.execute(
             "update lanes set refilled_at = refilled_at - $1::interval", timedelta(seconds=seconds)
+        )
+        await self.ledger.execute(
+            "update workers set started_at = started_at - $1::interval", timedelta(seconds=seconds)
         )
         self.shifted += seconds
 
@@ -408,11 +469,15 @@ class Machine(RuleBasedStateMachine):
             return
         changed = {name for name in now if now[name] != was[name]}
         if state == was["state"]:
-            assert changed <= {"run_at", "deadline"} or (
-                state == "running"
-                and (
-                    changed == {"prefetched"}
-                    or (was["cancel_requested_at"] is None and changed == {"cancel_requested_at"})
+            assert (
+                changed <= {"run_at", "deadline"}
+                or (state in ("queued", "scheduled") and changed == {"route"})
+                or (
+                    state == "running"
+                    and (
+                        changed == {"prefetched"}
+                        or (was["cancel_requested_at"] is None and changed == {"cancel_requested_at"})
+                    )
                 )
             ), changed
             return
@@ -425,10 +490,13 @@ class Machine(RuleBasedStateMachine):
         assert now["lane"] == was["lane"]
         if "promoted" in changed:
             assert now["promoted"] == (was["state"] == "held")
-            assert was["state"] in ("held", "running")
+            assert was["state"] in ("held", "running") or state == "scheduled"
         assert 0 <= now["attempts_used"] - was["attempts_used"] <= (was["state"] == "running")
         assert 0 <= now["retries_used"] - was["retries_used"] <= now["attempts_used"] - was["attempts_used"]
         assert now["attempts_used"] - now["retries_used"] <= now["max_attempts"], "more losses than allowed"
+        if (was["state"] == "queued" and state == "scheduled") or (was["state"] == "scheduled" and state == "failed"):
+            assert was["route"] != "", "it did not wait for a worker that can do it"
+            assert now["attempts_used"] == was["attempts_used"]
         if state == "failed" and now["error"]["code"] == "worker_lost":
             assert now["attempts_used"] - now["retries_used"] == now["max_attempts"]
 
@@ -480,7 +548,7 @@ class Machine(RuleBasedStateMachine):
             return
         for worker in range(len(self.workers)):
             await self._stall(worker=worker, seen=False)
-        healthy = uuid7()
+        self.healthy = healthy = uuid7()
         await self._register(healthy)
         for lift in (False, True):
             if lift:
@@ -491,11 +559,13 @@ class Machine(RuleBasedStateMachine):
                 await self._shift(4000)
                 await self._requeue()
                 await self._dispatch_due()
-                taken = await claims.claim(
-                    self.ledger, pool="default", cursor=0, limit=50, worker_id=healthy, lease=LEASE
-                )
-                self._took(healthy, taken)
-                await self._settle(worker=len(self.workers) - 1, ends=["completed"] * 50, lost=False)
+                await self._route()
+                for route in ("", *routing.routes_to([NOOP, OTHER])):
+                    taken = await claims.claim(
+                        self.ledger, pool="default", cursor=0, limit=50, worker_id=healthy, lease=LEASE, route=route
+                    )
+                    self._took(healthy, taken)
+                await self._settle(worker=len(self.workers) - 1, ends=["completed"] * 150, lost=False)
                 left = await self.ledger.fetch(
                     """select r.id, r.state, r.lane, r.worker_id from runs r left join lanes l on l.name = r.lane
                         where r.state = any($1) and not (r.state = 'held' and l.max_running = 0)""",
@@ -542,7 +612,8 @@ async def test_a_worker_that_retires_while_its_claim_is_under_way_leaves_nothing
     worker, other = uuid7(), uuid7()
     await _one(ledger, worker)
     async with ledger.transaction() as connection:
-        assert await connection.fetch(claims._CLAIM, "default", 0, 1, worker, LEASE, 1)
+        [row] = await connection.fetch(claims._CLAIM, "default", 0, 1, worker, LEASE, 1, "")
+        assert row["id"] is not None
         await fleet.retire(ledger, worker)  # sees no run of its own yet
     assert list((await recovery.requeue(ledger, LEASE)).values()) == ["queued"]
     await fleet.register(ledger, other, pool="default", host="h", version="1", slots=1, tasks=[NOOP])

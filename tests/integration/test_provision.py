@@ -67,7 +67,7 @@ async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded:
         await asyncio.gather(*(asyncio.to_thread(provision.prepare, it, lines.append) for _ in range(3)))
     assert "The database backcast of backcast is made." in lines
     assert "The database prefect of prefect was there." in lines
-    assert lines.count("The schema is now 0002.") == 1
+    assert lines.count("The schema is now 0003.") == 1
     assert lines[-1] == f"The store file://{tmp_path}/store is there, and every call works."
     assert await asyncio.to_thread(provision.check, it, lines.append)
 

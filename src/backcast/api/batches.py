@@ -107,7 +107,7 @@ class _Reader:
                 errors=(FieldError("/owner", "not the owner of the lines before"),),
             )
         known = await self._task(found.task)
-        check_input(known, found.input)
+        task = check_input(known, found.input)
         body = in_json(found.input)
         self._last = max(uuid7().int, self._last + 1)
         run_id = UUID(int=self._last)
@@ -116,7 +116,7 @@ class _Reader:
             await self._store(large, body)
         self.rows.append(
             submissions.new(
-                known.task,
+                task,
                 found,
                 run_id=run_id,
                 input_text=body.decode() if large is None else None,

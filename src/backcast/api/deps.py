@@ -21,12 +21,18 @@ _FRESH = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A task type, with the validator that is made of it once."""
+class Version:
+    """A version of a task, with the validator of its input that is made once."""
 
     task: TaskType
     validator: Any
-    """Of its input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The versions of a task for which inputs are accepted, the newest first."""
+
+    versions: list[Version]
     at: float
 
 
@@ -46,8 +52,9 @@ class Backend:
         """Raises `UnknownTask`."""
         known = self._known.get(name)
         if known is None or time.monotonic() - known.at > _FRESH:
-            task = await task_types.get(self.ledger, name)
-            known = self._known[name] = Known(task, Draft202012Validator(task.input_schema), time.monotonic())
+            found = await task_types.versions(self.ledger, name)
+            versions = [Version(task, Draft202012Validator(task.input_schema)) for task in found]
+            known = self._known[name] = Known(versions, time.monotonic())
         return known
 
 

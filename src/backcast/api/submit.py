@@ -11,11 +11,11 @@ from fastapi import Request
 from jsonschema.exceptions import ValidationError
 
 from backcast import targets
-from backcast.api.deps import Backend, Known
-from backcast.errors import FieldError, InvalidInput, TooManyWaiting
+from backcast.api.deps import Backend, Known, Version
+from backcast.errors import FieldError, InvalidInput, InvalidTarget, TooManyWaiting
 from backcast.ledger import submissions
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import CAST, JSON, Submission, uuid7
+from backcast.models import CAST, JSON, Submission, TaskType, uuid7
 
 TARGET_FORMAT = "target"
 """A task parameter of this JSON Schema format holds a wanted shape, which is checked here before a run is accepted."""
@@ -27,27 +27,45 @@ _MESSAGE = 300
 _KEY = re.compile(r"[\x20-\x7e\xa0-\xff]{1,200}")
 
 
-def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] = _NOWHERE_ELSE) -> None:
-    """Raises `InvalidInput` or `InvalidTarget`; `places` gives a parameter's place in the body, if not in /input."""
+def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] = _NOWHERE_ELSE) -> TaskType:
+    """The newest version of the task that accepts this input. `places` gives a parameter's place in the body, if not in
+    /input. Raises `InvalidInput` or `InvalidTarget`, as the newest version has it."""
+    refusal: InvalidInput | InvalidTarget | None = None
+    for version in known.versions:
+        try:
+            _check(version, given, places)
+        except (InvalidInput, InvalidTarget) as error:
+            refusal = refusal or error
+        else:
+            return version.task
+    assert refusal is not None
+    raise refusal
+
+
+def _check(version: Version, given: dict[str, JSON], places: Mapping[str, str]) -> None:
 
     def place(path: Iterable[str | int]) -> str:
         parts = [str(part) for part in path]
         return "/".join([places[parts[0]], *parts[1:]] if parts and parts[0] in places else ["/input", *parts])
 
-    if not known.task.is_served:
-        why = known.task.warnings[0] if known.task.warnings else "It can't be run here."
-        raise InvalidInput(f"The task {known.task.name}: {why}", errors=(FieldError("", why),))
+    if not version.task.is_served:
+        why = version.task.warnings[0] if version.task.warnings else "It can't be run here."
+        raise InvalidInput(f"The task {version.task.name}: {why}", errors=(FieldError("", why),))
     try:
-        found: list[ValidationError] = list(known.validator.iter_errors(given))
+        found: list[ValidationError] = list(version.validator.iter_errors(given))
     except RecursionError:
         raise InvalidInput("The input is nested too deeply.", errors=(FieldError(place([]), "too deep"),)) from None
     errors = tuple(FieldError(place(error.absolute_path), error.message[:_MESSAGE]) for error in found)
     if errors:
         raise InvalidInput(f"{errors[0].pointer}: {errors[0].detail}.", errors=errors)
-    for name, schema in known.task.input_schema.get("properties", {}).items():
+    for name, schema in version.task.input_schema.get("properties", {}).items():
         if isinstance(schema, dict) and schema.get("format") == TARGET_FORMAT and given.get(name) is not None:
             wanted = targets.parse(given[name], pointer=place([name]))
-            if known.task.name == CAST and wanted.needs_instructions and not (given.get("instructions") or "").strip():
+            if (
+                version.task.name == CAST
+                and wanted.needs_instructions
+                and not (given.get("instructions") or "").strip()
+            ):
                 why = "a cast to str needs instructions: describe the text that you want"
                 where = place(["instructions"])
                 raise InvalidInput(f"{where}: {why}.", errors=(FieldError(where, why),))
@@ -101,7 +119,7 @@ async def submit(
     """Check and record a run; see `Submissions.submit` for the errors. A request that was accepted before, under its
     key, is refused neither because its deadline has passed nor because the queue is full."""
     known = await backend.known(name)
-    check_input(known, submission.input, places)
+    task = check_input(known, submission.input, places)
     body = in_json(submission.input)
     try:
         if (refusal := late(submission)) is not None:
@@ -118,7 +136,7 @@ async def submit(
         await backend.store.put(large, body)
     submitted = await backend.submissions.submit(
         submissions.new(
-            known.task,
+            task,
             submission,
             run_id=run_id,
             input_text=body.decode() if large is None else None,

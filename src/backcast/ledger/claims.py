@@ -1,6 +1,7 @@
 """Claims runs for workers: fairly by owner, at a cost that depends neither on the backlog nor on history."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from uuid import UUID
 
@@ -26,6 +27,8 @@ class Claim:
     """Claimed while no slot was free: it may wait here for a moment, and its loss does not count."""
     lost_fence: int | None = None
     """The latest attempt that was lost with its worker. It may have stored a result."""
+    signature: str = ""
+    """Of the version of the task that accepted the input."""
 
     @property
     def losses(self) -> int:
@@ -46,45 +49,72 @@ class Claim:
 # deadline are passed over; `dispatch_due`, which every worker polls, takes them out of the index.
 # Of $3 rows, those after the first $6 are prefetched, except runs that were ever lost (see `recovery.requeue`). A
 # quarantined run always counts as prefetched: it waits until all the others have ended, and then `begin` marks it.
+# A picked run whose task this worker lacks stays queued, on the route of its task: see `routing`. Nothing else of it
+# changes, so that it was never claimed; and the next claim does not meet it again.
 _CLAIM = """
 with recursive
-alive as materialized (select id from workers where id = $4 and heartbeat_at > now() - $5::interval),
+alive as materialized (select id, tasks from workers where id = $4 and heartbeat_at > now() - $5::interval),
 a(owner_key, n) as (
-  (select owner_key, 1 from runs where pool = $1 and state = 'queued' and owner_key > $2
+  (select owner_key, 1 from runs where pool = $1 and route = $7 and state = 'queued' and owner_key > $2
     order by owner_key limit 1)
   union all
-  select x.owner_key, a.n + 1 from a cross join lateral (select owner_key from runs where pool = $1
+  select x.owner_key, a.n + 1 from a cross join lateral (select owner_key from runs where pool = $1 and route = $7
     and state = 'queued' and owner_key > a.owner_key order by owner_key limit 1) x where a.n < $3),
 b(owner_key, n) as (
-  (select owner_key, (select count(*)::int from a) + 1 from runs where pool = $1 and state = 'queued'
+  (select owner_key, (select count(*)::int from a) + 1 from runs where pool = $1 and route = $7 and state = 'queued'
     and owner_key <= $2 and (select count(*) from a) < $3 order by owner_key limit 1)
   union all
-  select x.owner_key, b.n + 1 from b cross join lateral (select owner_key from runs where pool = $1
+  select x.owner_key, b.n + 1 from b cross join lateral (select owner_key from runs where pool = $1 and route = $7
     and state = 'queued' and owner_key > b.owner_key and owner_key <= $2 order by owner_key limit 1) x where b.n < $3),
 hop as (select owner_key, n from a union all select owner_key, n from b),
 share as (select ceil($3::numeric / greatest(count(*), 1))::int as rows from hop),
 pick as materialized (
-  select r.id, row_number() over (order by hop.n) as place from hop cross join share cross join lateral (
-    select id from runs where pool = $1 and state = 'queued' and owner_key = hop.owner_key
+  select r.id, r.can, row_number() over (partition by r.can order by hop.n) as place
+    from hop cross join share cross join lateral (
+    select id, task = any((select tasks from alive)::text[]) as can from runs
+     where pool = $1 and route = $7 and state = 'queued' and owner_key = hop.owner_key
        and (deadline is null or deadline > now())
      order by priority desc, run_at, id limit share.rows for update skip locked) r
    where exists (select from alive)
-   order by hop.n limit $3)
-update runs r set state = 'running', fence = r.fence + 1, worker_id = $4, started_at = now(),
-       prefetched = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
-            or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1))
- where r.id = any(array(select id from pick))
-returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
-          r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence"""
+   order by hop.n limit $3),
+routed as (
+  update runs set route = task where id = any(array(select id from pick where not can)) and route <> task returning id),
+claimed as (
+  update runs r set state = 'running', fence = r.fence + 1, worker_id = $4, started_at = now(),
+         prefetched = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
+              or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1))
+   where r.id = any(array(select id from pick where can))
+  returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
+            r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature)
+select claimed.*, n.routed from (select count(*) as routed from routed) n left join claimed on true"""
 
 
 async def claim(
-    ledger: Ledger, *, pool: str, cursor: int, limit: int, worker_id: UUID, lease: timedelta, prefetch: int = 0
+    ledger: Ledger,
+    *,
+    pool: str,
+    cursor: int,
+    limit: int,
+    worker_id: UUID,
+    lease: timedelta,
+    prefetch: int = 0,
+    route: str = "",
+    routed: Callable[[], None] | None = None,
 ) -> list[Claim]:
-    """Claim up to `limit` ready runs of `pool`, and prefetch up to `prefetch` more, going round the owners from the one
-    after `cursor` (an owner key)."""
-    rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit)
-    return [Claim(**row) for row in rows]
+    """Claim up to `limit` ready runs of `pool` on this route, and prefetch up to `prefetch` more, going round the
+    owners from the one after `cursor` (an owner key). `routed` is called when this met runs whose task the worker
+    lacks."""
+    while True:
+        rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit, route)
+        count = rows[0]["routed"]
+        if count and routed:
+            routed()
+        taken = [Claim(**{name: row[name] for name in _FIELDS}) for row in rows if row["id"] is not None]
+        if taken or not count:
+            return taken
+
+
+_FIELDS = [field.name for field in fields(Claim)]
 
 
 async def begin(ledger: Ledger, worker_id: UUID, claim: Claim) -> None:

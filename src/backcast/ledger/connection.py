@@ -251,12 +251,12 @@ class Ledger:
         if row is not None and row["read_only"]:
             raise LedgerUnavailable(_READ_ONLY)
 
-    def wake(self, pool: str) -> None:
-        """Notify idle workers of `pool` that runs are ready: the first time at once, then at most every 10 ms.
+    def wake(self, pool: str, route: str = "") -> None:
+        """Notify idle workers of `pool` that runs are ready on `route`: at once, then at most every 10 ms.
 
         The notification is a hint, sent after the commit and outside of its transaction; workers also poll.
         """
-        self._hint(CHANNEL, pool, NOTIFY_INTERVAL)
+        self._hint(CHANNEL, f"{pool}\n{route}", NOTIFY_INTERVAL)
 
     def report_ends(self) -> None:
         """Notify those who wait for the end of a run that some have ended; a hint as well."""
@@ -275,12 +275,14 @@ class Ledger:
                 "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", channel, payload
             )
 
-    async def listen(self, pool: str, ready: Callable[[], None]) -> None:
-        """Call `ready` whenever a run of `pool` may be ready, for ever; a lost connection is opened again."""
+    async def listen(self, pool: str, ready: Callable[[str], None]) -> None:
+        """Call `ready` with the route whenever a run of `pool` may be ready, for ever; a lost connection is opened
+        again."""
 
         def notified(_connection: object, _pid: int, _channel: str, payload: object) -> None:
-            if payload == pool:
-                ready()
+            of, _, route = str(payload).partition("\n")
+            if of == pool:
+                ready(route)
 
         while True:
             with contextlib.suppress(LedgerUnavailable):
@@ -288,7 +290,7 @@ class Ledger:
                     lost = asyncio.get_running_loop().create_future()
                     connection.add_termination_listener(partial(_closed, lost))
                     await connection.add_listener(CHANNEL, notified)
-                    ready()  # runs may have become ready while no connection listened
+                    ready("")  # runs may have become ready while no connection listened
                     while not lost.done():
                         await asyncio.wait({lost}, timeout=LISTENS_FOR)
                         await connection.execute("select")  # an end that was not announced shows only here

@@ -12,10 +12,12 @@ _OPEN = """
 select name from lanes l where (max_running is null or promoted < max_running)
    and exists (select from runs where state = 'held' and lane = l.name)"""
 
-# SKIP LOCKED: every worker runs this on its poll, and none waits for another. The index is runs_scheduled.
+# SKIP LOCKED: every worker runs this on its poll, and none waits for another. The index is runs_scheduled. Runs with a
+# route wait for a worker, not for a time: see `routing`.
 _DUE = """
 with due as materialized (
-  select id from runs where state = 'scheduled' and run_at <= now() order by run_at limit 1000 for update skip locked)
+  select id from runs where state = 'scheduled' and run_at <= now() and route = ''
+   order by run_at limit 1000 for update skip locked)
 update runs r set state = case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held'
                                else 'queued' end
  where id = any(array(select id from due)) returning pool, state, lane"""

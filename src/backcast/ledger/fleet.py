@@ -7,7 +7,7 @@ from uuid import UUID
 
 import asyncpg
 
-from backcast.ledger import task_types
+from backcast.ledger import routing, task_types
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType
 
@@ -15,9 +15,10 @@ from backcast.models import TaskType
 async def register(
     ledger: Ledger, worker_id: UUID, *, pool: str, host: str, version: str, slots: int, tasks: Sequence[TaskType]
 ) -> None:
-    """Register a worker and the tasks it serves. Safe to repeat; the latest registration of a task name counts."""
+    """Register a worker and the tasks it serves. Safe to repeat."""
+    new = await routing.new_versions(ledger, pool, tasks)
     await ledger.execute(
-        """insert into workers (id, pool, host, version, tasks, slots) values ($1, $2, $3, $4, $5, $6)
+        """insert into workers (id, pool, host, version, tasks, slots, routes) values ($1, $2, $3, $4, $5, $6, $7)
            on conflict (id) do update set heartbeat_at = now(), draining = false""",
         worker_id,
         pool,
@@ -25,19 +26,10 @@ async def register(
         version,
         [task.name for task in tasks],
         slots,
+        routing.routes_to(tasks),
     )
     await task_types.register(ledger, tasks)
-
-
-async def serves(ledger: Ledger, pool: str, task: str) -> bool:
-    """Whether a worker of this pool with a heartbeat in the last minute has this task."""
-    row = await ledger.fetchrow(
-        """select 1 from workers where pool = $1 and $2 = any(tasks) and not draining
-              and heartbeat_at > now() - interval '1 minute' limit 1""",
-        pool,
-        task,
-    )
-    return row is not None
+    await routing.reconsider(ledger, pool, new)
 
 
 @dataclass(frozen=True, slots=True)

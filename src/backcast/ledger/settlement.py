@@ -34,6 +34,8 @@ class Settlement:
     """Seconds until a scheduled run is ready again; counted by the database's clock."""
     flight: str | None = None
     """The flight that a scheduled run waits for; its landing makes it ready earlier."""
+    route: str = ""
+    """The route of a scheduled run that this worker can't do: see `routing`."""
     counts: bool = True
     """False when the attempt does not count: it was released, or never really started."""
     retries_used: int = 0
@@ -70,11 +72,12 @@ update runs r set
     attempts_used = r.attempts_used + d.counts,
     retries_used = d.retries,
     flight = d.flight,
+    route = case when d.state = 'scheduled' then d.route else r.route end,
     promoted = r.promoted and (r.cancel_requested_at is not null or d.state <> 'scheduled')
                           and (d.state <> 'queued' or d.counts = 0)
   from unnest($2::uuid[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::json[], $8::json[], $9::float8[],
-              $10::int[], $11::int[], $12::text[])
-       as d(id, fence, state, result, result_key, error, usage, delay, counts, retries, flight)
+              $10::int[], $11::int[], $12::text[], $13::text[])
+       as d(id, fence, state, result, result_key, error, usage, delay, counts, retries, flight, route)
  where r.id = any(array(select id from runs where id = any($2::uuid[]) and worker_id = $1 and state = 'running'
                                                 {locked_first} order by id for update))
    and r.id = d.id and r.fence = d.fence and r.worker_id = $1 and r.state = 'running'"""
@@ -83,7 +86,7 @@ _SETTLE_FREE = f"{_SETTLE.format(locked_first='', longest=LONGEST_DELAY)} return
 
 # For runs that are counted in lanes: their lanes' rows are locked first, by name, as everywhere, then the runs.
 _SETTLE_COUNTED = f"""
-with lane as materialized (select name from lanes where name = any($13::text[]) order by name for update),
+with lane as materialized (select name from lanes where name = any($14::text[]) order by name for update),
 settled as (
 {_SETTLE.format(locked_first=_LANES_FIRST, longest=LONGEST_DELAY)}
 returning r.id, r.fence, r.state, r.pool, r.lane),
@@ -129,6 +132,7 @@ async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlem
         [int(e.counts) for e in settlements],
         [e.retries_used for e in settlements],
         [e.flight for e in settlements],
+        [e.route for e in settlements],
     ]
     if counted:
         rows = await ledger.fetch(_SETTLE_COUNTED, *values, sorted(counted))

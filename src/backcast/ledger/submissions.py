@@ -53,6 +53,7 @@ class New(NamedTuple):
     lane: str | None
     deadline: datetime | None
     batch_id: UUID | None
+    signature: str
     stored_until: datetime | None = None
     """Of a run with a stored input: see `stored_until`."""
 
@@ -68,22 +69,22 @@ class SubmittedRun:
 # racing statements insert. The others wait for its commit and then *update* the row, so that RETURNING shows it ("do
 # nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may be
 # in the arrays once, and keys come in one order, so that two statements with the same keys do not deadlock.
-# $16: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
+# $17: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
 INSERT = f"""
 insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, idem_key, request_hash, input,
-                  input_key, metadata, lane, deadline, batch_id)
+                  input_key, metadata, lane, deadline, batch_id, signature)
 select id, task, pool, owner, priority,
        case when run_at > now() then 'scheduled'
             when lane is not null and exists (select from lanes where name = lane and limited) then 'held'
             else 'queued' end,
        coalesce(run_at, now()), max_attempts, idem_key, request_hash, input, input_key, metadata, lane, deadline,
-       batch_id
+       batch_id, signature
   from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[], $7::integer[],
               $8::text[], $9::bytea[], $10::text[], $11::text[], $12::json[], $13::text[], $14::timestamptz[],
-              $15::uuid[])
+              $15::uuid[], $16::text[])
     as given(id, task, pool, owner, priority, run_at, max_attempts, idem_key, request_hash, input, input_key, metadata,
-           lane, deadline, batch_id)
- where $16::timestamptz is null or now() < $16
+           lane, deadline, batch_id, signature)
+ where $17::timestamptz is null or now() < $17
 on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
 returning {COLUMNS}, pool, idem_key, request_hash, xmax = 0 as fresh"""  # noqa: S608  # a constant
 
@@ -142,6 +143,7 @@ def new(
         lane=submission.lane or task.lane,
         deadline=submission.deadline,
         batch_id=batch_id,
+        signature=task.signature,
         stored_until=stored_until,
     )
 

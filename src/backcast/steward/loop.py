@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable
 from backcast.history.reconciliation import Reconciliation
 from backcast.history.sink import Sink
-from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery, unusable
+from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery, routing, task_types, unusable
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import uuid7
 from backcast.process import background
@@ -40,6 +40,7 @@ DEAD_ROWS = 5000
 MEASURE_EVERY = 5.0
 """Seconds; to count a backlog of a million runs takes a fraction of one."""
 MARK_EVERY = 5.0
+ROUTE_EVERY = 5.0
 REMOVE_WORKERS_EVERY = 60.0
 REMOVE_WORKERS_AFTER = timedelta(hours=1)
 
@@ -52,7 +53,7 @@ Duty = tuple[str, Callable[[], Awaitable[object]], float]
 class Steward:
     def __init__(self, settings: Settings, ledger: Ledger, store: Store, sink: Sink) -> None:
         self._settings, self._ledger, self._store, self._sink = settings.steward, ledger, store, sink
-        self._lease = settings.lease
+        self._lease, self._unknown_after = settings.lease, settings.unknown_after
         self._id = uuid7()
         self._leading = False
         self._last_round = self._last_dispatch = 0.0
@@ -123,7 +124,8 @@ class Steward:
         await asyncio.sleep(ROUND)
 
     async def _dispatch(self) -> None:
-        if await self._done(dispatch.dispatch_due(self._ledger), "dispatch due runs"):
+        routed = await self._done(routing.apply(self._ledger, unknown_after=self._unknown_after), "route runs")
+        if await self._done(dispatch.dispatch_due(self._ledger), "dispatch due runs") and routed:
             self._last_dispatch = time.monotonic()
 
     async def _done(self, work: Awaitable[object], name: str) -> bool:
@@ -158,6 +160,8 @@ class Steward:
                 partial(maintenance.remove_silent_workers, self._ledger, REMOVE_WORKERS_AFTER),
                 REMOVE_WORKERS_EVERY,
             ),
+            ("route runs", self._route, ROUTE_EVERY),
+            ("remove old tasks", partial(task_types.remove_unseen, self._ledger, self._settings.keep_tasks), every),
             ("apply retention", Retention(self._ledger, self._store, keep), every),
         ]
         if self._settings.deletion_cost:  # made anew: another leader may have marked the pods meanwhile
@@ -184,6 +188,12 @@ class Steward:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._reset_figures()
+
+    async def _route(self) -> None:
+        if moved := await routing.follow(self._ledger):
+            log.info("%d waiting runs have followed their tasks to other pools", moved)
+        if failed := await routing.fail_late(self._ledger, unknown_after=self._unknown_after):
+            log.warning("%d runs have failed: no worker that could do them came within %s", failed, self._unknown_after)
 
     async def _vacuum(self) -> None:
         if await maintenance.dead_rows(self._ledger) > DEAD_ROWS:

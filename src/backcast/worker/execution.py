@@ -8,11 +8,14 @@ import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Protocol
 from uuid import UUID
 
+from jsonschema import Draft202012Validator
+
 from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable, UsageError
-from backcast.ledger import claims, fleet, flights
+from backcast.ledger import claims, flights, routing
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, TaskType
@@ -62,19 +65,24 @@ Meter = Callable[[], AbstractContextManager[Sequence[Usage]]]
 
 class Execution:
     def __init__(
-        self, ledger: Ledger, store: Store, executor: Executor, meter: Meter, *, pool: str, worker_id: UUID
+        self,
+        ledger: Ledger,
+        store: Store,
+        executor: Executor,
+        meter: Meter,
+        *,
+        worker_id: UUID,
+        unknown_after: timedelta,
     ) -> None:
         self._ledger, self._store, self._executor, self._meter = ledger, store, executor, meter
-        self._pool, self._worker_id = pool, worker_id
-        self._names = {task.name for task in executor.types}
+        self._worker_id, self._unknown_after = worker_id, unknown_after
+        self._types = {task.name: task for task in executor.types}
         self._flights: dict[UUID, tuple[str, int]] = {}
         self._used: dict[UUID, Sequence[Usage]] = {}
 
     async def attempt(self, claim: Claim) -> AttemptResult:
         """Make one attempt. Raises nothing but `CancelledError`, whose message is a `models.Reason`."""
         try:
-            if claim.task not in self._names:
-                return await self._unknown(claim)
             if claim.is_quarantined:
                 await claims.begin(self._ledger, self._worker_id, claim)
             if claim.lost_fence == claim.fence - 1 and (left := await self._left_behind(claim)) is not None:
@@ -84,6 +92,10 @@ class Execution:
                 assert claim.input_key is not None
                 text = await self._store.get(claim.input_key)
             given = json.loads(text)
+            if not self._fits(claim, given):
+                route = routing.version_route(claim.task, claim.signature)
+                delay = self._unknown_after.total_seconds()
+                return Retry(routing.UNFIT_INPUT, delay=delay, retries=claim.retries_used, route=route)
             key = self._executor.cache_key(claim.task, claim.id, given)
             if key is not None:
                 self._flights[claim.id] = key, claim.fence
@@ -118,14 +130,12 @@ class Execution:
         log.info("run %s was computed before its worker was lost", claim.id)
         return Succeeded(body)
 
-    async def _unknown(self, claim: Claim) -> AttemptResult:
-        """A run of this pool whose task this worker lacks, as in the middle of a deployment: leave it to a worker that
-        has it, wait a little for one to come, then fail it with a sentence."""
-        if await fleet.serves(self._ledger, self._pool, claim.task):
-            return Retry(results.ELSEWHERE, delay=1.0, retries=claim.retries_used)
-        if claim.losses + 1 < claim.max_attempts:
-            return Retry(results.UNKNOWN, delay=5.0, retries=claim.retries_used)
-        return Failed(results.UNKNOWN)
+    def _fits(self, claim: Claim, given: dict[str, JSON]) -> bool:
+        """Whether this worker's version of the task accepts an input that was accepted by another version."""
+        task = self._types[claim.task]
+        if claim.signature in ("", task.signature):
+            return True
+        return Draft202012Validator(task.input_schema).is_valid(given)
 
     async def settled(self, runs: Collection[UUID]) -> None:
         """End the flights of these runs, whose results are recorded: the runs that wait for them become ready."""

@@ -18,7 +18,7 @@ from uuid import UUID
 from prometheus_client import CollectorRegistry, Gauge
 
 from backcast.errors import FatalError, LedgerFault, LedgerUnavailable
-from backcast.ledger import claims, dispatch, fleet, unusable
+from backcast.ledger import claims, dispatch, fleet, routing, unusable
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
@@ -40,6 +40,8 @@ UNSETTLED = 200
 """Finished runs that may wait for the store or the database before the worker stops claiming."""
 _KEY_SPACE, _HALF = 1 << 64, 1 << 63
 
+REROUTE_EVERY = 0.05
+"""Seconds at least between two looks at the runs that workers have put on routes."""
 PREFETCH = 0.1
 """Seconds' worth of runs that are claimed before their slots are free."""
 MOST_PREFETCHED = 50
@@ -83,8 +85,14 @@ class Worker:
         self._lease = Lease(settings, ledger, executor.types, report=self._report, acknowledged=self._acknowledged)
         self._results = Results(store, settings)
         self._executor = executor
-        self._execution = Execution(ledger, store, executor, meter, pool=settings.worker.pool, worker_id=self._lease.id)
+        self._execution = Execution(
+            ledger, store, executor, meter, worker_id=self._lease.id, unknown_after=settings.unknown_after
+        )
         self._names = sorted(task.name for task in executor.types)
+        self._routes = frozenset(routing.routes_to(executor.types))
+        self._turns = deque([""])
+        """The routes with runs for this worker, in the order in which it claims from them."""
+        self._misrouted = asyncio.Event()
         self._held: dict[UUID, _Claimed] = {}
         self._prefetched: deque[_Claimed] = deque()
         self._quarantine: deque[_Claimed] = deque()
@@ -191,6 +199,7 @@ class Worker:
         while not self._draining:
             self._wake.clear()
             free, prefetch = self._room()
+            route = self._turns[0]
             taken: list[Claim] = []
             if free > 0 or prefetch > 0:
                 self._claiming = True
@@ -203,7 +212,10 @@ class Worker:
                         prefetch=prefetch,
                         worker_id=self._lease.id,
                         lease=self._settings.lease,
+                        route=route,
+                        routed=self._misrouted.set,
                     )
+                    self._take_turns(is_empty=len(taken) < free + prefetch)
                     outage.ended()
                     self._fault = None
                 except LedgerUnavailable as error:
@@ -224,16 +236,31 @@ class Worker:
             self._claims, self._claiming = self._claims + 1, False
             if taken:
                 cursor = _farthest(cursor, [claim.owner_key for claim in taken])
+            if len(self._turns) > 1 and len(taken) < free + prefetch:
+                continue  # with the next route
             # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
             if not 1 < len(taken) < free + prefetch:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 
+    def _take_turns(self, *, is_empty: bool) -> None:
+        """Go on to the next route; one that has no more runs for us leaves, but for the one that all runs begin on."""
+        route = self._turns.popleft()
+        if not is_empty or not route:
+            self._turns.append(route)
+
+    def _ready(self, route: str) -> None:
+        if route in self._routes and route not in self._turns:
+            self._turns.append(route)
+        self._wake.set()
+
     async def _dispatch_due(self) -> None:
         outage = Outage(partial(log.error, "can't dispatch due runs: %s", exc_info=True))
         while True:
-            await asyncio.sleep(self._settings.worker.poll.total_seconds())
             try:
+                for found in await routing.apply(self._ledger, unknown_after=self._settings.unknown_after):
+                    if found.leads_to == self._settings.worker.pool:
+                        self._ready(found.route)
                 await dispatch.dispatch_due(self._ledger)
                 outage.ended()
             except LedgerUnavailable:
@@ -241,6 +268,10 @@ class Worker:
             except (*REFUSED, LedgerFault) as error:
                 outage.failed(error)
                 await unusable.set_aside(self._ledger, error)
+            await asyncio.sleep(REROUTE_EVERY)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._misrouted.wait(), self._settings.worker.poll.total_seconds())
+            self._misrouted.clear()
 
     # -- executing --------------------------------------------------------------------------------------------------
 
@@ -300,6 +331,8 @@ class Worker:
         await self._execution.settled([settlement.id for settlement in batch])
         for settlement in batch:
             self._drop(settlement.id, settlement.fence)
+            if settlement.route:
+                self._misrouted.set()
         self._wake.set()
 
     def _drop(self, run_id: UUID, fence: int) -> None:
@@ -336,7 +369,7 @@ class Worker:
         others = (
             background.keep("dispatch due runs", self._dispatch_due),
             self._watch_lease(),
-            background.keep("listen for runs", partial(self._ledger.listen, pool, self._wake.set)),
+            background.keep("listen for runs", partial(self._ledger.listen, pool, self._ready)),
         )
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
         log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(self._names))

@@ -22,17 +22,6 @@ from backcast.store import Store
 
 log = logging.getLogger("backcast.worker")
 
-ELSEWHERE = Problem(
-    code="task_elsewhere",
-    title="This worker does not have the task",
-    detail="The worker that claimed this run does not have its task, another one of the pool does: it is released.",
-)
-UNKNOWN = Problem(
-    code="unknown_task",
-    title="No worker has this task",
-    detail="The worker that claimed this run does not have its task: start one whose BACKCAST_TASKS names its module.",
-)
-
 
 def result_key(run_id: UUID, fence: int) -> str:
     """The key of the object for an attempt's value: attempts never share one."""
@@ -83,7 +72,7 @@ class Results:
         match result:
             case Failed(reason):
                 return _failed(claim, reason)
-            case Retry(reason, delay, retries, behind):
+            case Retry(reason, delay, retries, behind, route):
                 return Settlement(
                     id=claim.id,
                     fence=claim.fence,
@@ -91,9 +80,10 @@ class Results:
                     state="scheduled" if delay > 0 else "queued",
                     delay=delay,
                     flight=behind,
+                    route=route,
                     error=reason,
                     retries_used=retries,
-                    counts=retries > claim.retries_used or reason is UNKNOWN,
+                    counts=retries > claim.retries_used,
                 )
             case Succeeded(body) if len(body) > self._largest:
                 error = FatalError(

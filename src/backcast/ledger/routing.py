@@ -1,0 +1,207 @@
+"""Routes runs to the workers that can do them, while not all workers of a pool have the same tasks.
+
+A run begins on its pool's route '', which every worker claims from. A worker that lacks the run's task puts it on the
+route of the task ("extract"); one whose version of the task refuses the input, on that of the version which accepted it
+("extract@1f0c…"). Workers register the routes that lead to them. A run whose route leads nowhere waits as `scheduled`
+for `unknown_after`: it counts in no lane, no claim meets it, and no attempt is counted.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from backcast.ledger import lanes
+from backcast.ledger.connection import Ledger
+from backcast.models import Problem, TaskType
+
+AT_ONCE = 1000
+"""Runs moved by one statement."""
+_LIVE = "w.heartbeat_at > now() - interval '1 minute' and not w.draining"
+
+UNKNOWN_TASK = Problem(
+    code="unknown_task",
+    title="No worker has this task",
+    detail="The pool's workers do not have it: deploy one whose BACKCAST_TASKS names its module. The run waits for it,"
+    " uncounted, for BACKCAST_UNKNOWN_AFTER, and then fails.",
+)
+UNFIT_INPUT = Problem(
+    code="unfit_input",
+    title="No worker has a version of the task that accepts this input",
+    detail="The input was accepted by another version of the task: deploy one that accepts it. The run waits for it,"
+    " uncounted, for BACKCAST_UNKNOWN_AFTER, and then fails; submit it again in the present form.",
+)
+
+
+def version_route(task: str, signature: str) -> str:
+    return f"{task}@{signature}"
+
+
+def routes_to(tasks: Iterable[TaskType]) -> list[str]:
+    """The routes that lead to a worker with these tasks."""
+    return [route for task in tasks for route in (task.name, version_route(task.name, task.signature))]
+
+
+# A loose index scan over runs_routed, which is empty unless workers differ: one probe then.
+_ROUTES = f"""
+with recursive r(pool, route) as (
+  (select pool, route from runs where route <> '' and state in ('queued', 'scheduled') order by pool, route limit 1)
+  union all
+  select x.pool, x.route from r cross join lateral (
+    select pool, route from runs where route <> '' and state in ('queued', 'scheduled')
+       and (runs.pool, runs.route) > (r.pool, r.route) order by pool, route limit 1) x)
+select pool, route, (
+         select w.pool from workers w where r.route = any(w.routes) and {_LIVE}
+          order by w.pool <> r.pool, w.pool limit 1) as leads_to,
+       exists (select from runs q where q.pool = r.pool and q.route = r.route and q.state = 'queued') as is_ready,
+       exists (select from runs q where q.pool = r.pool and q.route = r.route and q.route <> ''
+                  and q.state = 'scheduled') as is_parked
+  from r"""  # noqa: S608  # a constant
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    pool: str
+    route: str
+    leads_to: str | None
+    """A pool with a live worker for it, this pool if there is one here."""
+    is_ready: bool
+    is_parked: bool
+
+
+# Lanes first, then runs, as everywhere; a run that is locked is being claimed, cancelled or expired.
+_PARK = f"""
+with few as materialized (
+  select id, lane from runs where pool = $1 and route = $2 and state = 'queued' limit {AT_ONCE}),
+lane as materialized (
+  select name from lanes where name = any(array(select lane from few)) order by name for update),
+free as materialized (
+  select id, lane, promoted from runs where id = any(array(select id from few)) and pool = $1 and route = $2
+     and state = 'queued' and (select count(*) from lane) >= 0 for update skip locked),
+uncounted as (
+  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
+    from (select lane, count(*) as n from free where promoted group by lane) f
+   where lanes.name = f.lane returning name),
+parked as (
+  update runs set state = 'scheduled', promoted = false, run_at = now() + $3::interval,
+         error = case when route = task then $4::json else $5::json end
+   where id = any(array(select id from free)) returning id)
+select (select count(*) from parked) as parked, array(select name from uncounted) as lanes"""  # noqa: S608  # constants
+
+# As when a scheduled run becomes due. A run whose pool has no worker for it follows its task to another pool.
+_UNPARK = f"""
+with few as materialized (
+  select id from runs where pool = $1 and route = $2 and route <> '' and state = 'scheduled'
+   limit {AT_ONCE} for update skip locked)
+update runs r set pool = $3, run_at = now(),
+       state = case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held'
+                    else 'queued' end
+ where id = any(array(select id from few)) returning state, lane"""  # noqa: S608  # constants
+_MOVE = f"""
+with few as materialized (
+  select id from runs where pool = $1 and route = $2 and state = 'queued' limit {AT_ONCE} for update skip locked)
+update runs set pool = $3 where id = any(array(select id from few)) returning id"""  # noqa: S608  # a constant
+
+
+# Only while a worker has been alive for a minute: after an outage of everything, the worker that has the task may start
+# last.
+_FAIL = f"""
+with late as materialized (
+  select id from runs where route <> '' and state = 'scheduled' and run_at <= now()
+     and exists (select from workers w where w.pool = runs.pool and {_LIVE}
+                    and w.started_at < now() - least($1, interval '1 minute'))
+   limit {AT_ONCE} for update skip locked)
+update runs set state = 'failed', finished_at = now() where id = any(array(select id from late)) returning id"""  # noqa: S608
+
+
+async def apply(ledger: Ledger, *, unknown_after: timedelta) -> list[Route]:
+    """Queue the routed runs for which a worker has come, in whichever pool, and park those for which none is left.
+    Returns the routes."""
+    routes = [Route(**row) for row in await ledger.fetch(_ROUTES)]
+    for found in routes:
+        name = found.pool, found.route
+        if found.leads_to is None:
+            await _park(ledger, *name, unknown_after) if found.is_ready else None
+            continue
+        if found.is_ready and found.leads_to != found.pool:
+            while len(await ledger.fetch(_MOVE, *name, found.leads_to)) == AT_ONCE:
+                pass
+        if found.is_parked:
+            await _unpark(ledger, *name, found.leads_to)
+        ledger.wake(found.leads_to, found.route)
+    return routes
+
+
+async def _park(ledger: Ledger, pool: str, route: str, unknown_after: timedelta) -> None:
+    problems = UNKNOWN_TASK.model_dump_json(), UNFIT_INPUT.model_dump_json()
+    while row := await ledger.fetchrow(_PARK, pool, route, unknown_after, *problems):
+        await lanes.try_promote(ledger, row["lanes"])
+        if row["parked"] < AT_ONCE:
+            break
+
+
+async def _unpark(ledger: Ledger, pool: str, route: str, to: str) -> None:
+    while rows := await ledger.fetch(_UNPARK, pool, route, to):
+        await lanes.try_promote(ledger, {row["lane"] for row in rows if row["state"] == "held"})
+        if len(rows) < AT_ONCE:
+            break
+
+
+async def fail_late(ledger: Ledger, *, unknown_after: timedelta) -> int:
+    """Fail parked runs for which no worker came in time; returns how many."""
+    failed = 0
+    while rows := await ledger.fetch(_FAIL, unknown_after):
+        failed += len(rows)
+    return failed
+
+
+_NEW_VERSIONS = f"""
+select given.task, given.route from unnest($2::text[], $3::text[]) as given(task, route)
+ where not exists (select from workers w where w.pool = $1 and given.route = any(w.routes) and {_LIVE})"""  # noqa: S608
+# By runs_routed. Only workers with the new version claim them; if it refuses the input too, the run is parked again.
+_RECONSIDER = f"""
+with few as materialized (
+  select id from runs where pool = $1 and task = $2 and route not in (task, $3)
+     and route <> '' and state = 'scheduled'
+   limit {AT_ONCE} for update skip locked)
+update runs set route = $3 where id = any(array(select id from few)) returning id"""  # noqa: S608  # a constant
+
+
+async def new_versions(ledger: Ledger, pool: str, tasks: Sequence[TaskType]) -> dict[str, str]:
+    """Those of these tasks that no live worker of the pool has in this version, with the route of the version."""
+    routes = [version_route(task.name, task.signature) for task in tasks]
+    rows = await ledger.fetch(_NEW_VERSIONS, pool, [task.name for task in tasks], routes)
+    return {row["task"]: row["route"] for row in rows}
+
+
+async def reconsider(ledger: Ledger, pool: str, versions: Mapping[str, str]) -> None:
+    """Give parked inputs that other versions of these tasks have refused to these versions."""
+    for task, route in versions.items():
+        while len(await ledger.fetch(_RECONSIDER, pool, task, route)) == AT_ONCE:
+            pass
+
+
+# Pools without a live worker, where no claim puts runs on routes.
+_MOVED = f"""
+select o.name, o.pool as old, n.pool as new from (select distinct name, pool from task_types) o
+ cross join lateral (select w.pool from workers w where o.name = any(w.tasks) and {_LIVE} order by w.pool limit 1) n
+ where n.pool <> o.pool and not exists (select from workers w where w.pool = o.pool and {_LIVE})"""  # noqa: S608
+# One statement per state, each by the index of its state. The runs are few or the pool idle: this reads all of it.
+_FOLLOW = f"""
+with few as materialized (
+  select id from runs where pool = $1 and task = $2 and state = '{{state}}' limit {AT_ONCE} for update skip locked)
+update runs set pool = $3 where id = any(array(select id from few)) returning id"""  # noqa: S608  # constants
+
+
+async def follow(ledger: Ledger) -> int:
+    """Move the waiting runs of tasks that are now served by another pool, and by no worker of their own; returns how
+    many. The old registration goes an hour later, when no submission can be under way that knows only it."""
+    moved = 0
+    for name, old, new in await ledger.fetch(_MOVED):
+        for state in ("queued", "held", "scheduled"):
+            while rows := await ledger.fetch(_FOLLOW.format(state=state), old, name, new):
+                moved += len(rows)
+        ledger.wake(new)
+        await ledger.execute(
+            "delete from task_types where name = $1 and pool = $2 and seen_at < now() - interval '1 hour'", name, old
+        )
+    return moved

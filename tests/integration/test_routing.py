@@ -1,0 +1,236 @@
+"""Runs go to the workers that can do them: workers of one pool that differ, versions of a task, tasks that move."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from backcast.ledger import claims, dispatch, fleet, lanes, routing, runs, settlement, submissions, task_types
+from backcast.ledger.claims import Claim
+from backcast.ledger.connection import Ledger
+from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
+from tests.integration.test_ledger import LEASE, completed
+from tests.support.stack import ROOT, Part, Stack, stack
+from tests.support.waiting import until
+
+HEADER = "from prefect import task\n"
+STAYS = "@task\ndef stays(n: int) -> int:\n    return n\n"
+GOES = "@task\ndef goes(n: int) -> int:\n    return -n\n"
+FIRST = "@task\ndef report(name: str) -> str:\n    return f'first {name}'\n"
+SECOND = "@task\ndef report(name: str, year: int) -> str:\n    return f'second {name} {year}'\n"
+BOTH = "@task\ndef report(name: str, year: int = 0) -> str:\n    return f'both {name} {year}'\n"
+
+
+@pytest.fixture
+async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with stack(database, tmp_path, BACKCAST_BUILTIN_TASKS="false") as running:
+        await running.up("api", "steward")
+        yield running
+
+
+async def worker(product: Stack, *tasks: str, pool: str = "default", **settings: str) -> Part:
+    """A worker with these tasks."""
+    folder = product.folder / f"user-{len(product.parts)}"
+    folder.mkdir()
+    (folder / "user_tasks.py").write_text(HEADER + "\n".join(tasks))
+    named = {"BACKCAST_TASKS": "user_tasks", "BACKCAST_WORKER__POOL": pool, "PYTHONPATH": f"{ROOT}:{folder}"}
+    return await product.start("worker", **named, **settings).ready()
+
+
+async def end(part: Part) -> None:
+    part.signal(signal.SIGTERM)
+    assert await part.ended() == 0
+
+
+async def waits(product: Stack, run_id: str, code: str) -> None:
+    """The run is queued, shows why, and no attempt was counted."""
+    run = await until(lambda: product.run(run_id), lambda run: run["error"] is not None)
+    assert (run["state"], run["error"]["code"], run["attempts"]) == ("queued", code, 0)
+
+
+async def completes(product: Stack, run_id: str, value: object) -> None:
+    assert await product.result(run_id) == value
+    assert (await product.run(run_id))["attempts"] == 1
+
+
+async def test_a_run_waits_for_a_worker_that_has_its_task(product: Stack) -> None:
+    await end(await worker(product, STAYS, GOES))
+    gone = [await product.submit("goes", n=n) for n in range(20)]
+    stays = await product.submit("stays", n=1)
+    rolled_back = await worker(product, STAYS)
+    await completes(product, stays, 1)
+    for run_id in gone:
+        await waits(product, run_id, "unknown_task")
+    await completes(product, await product.submit("stays", n=2), 2)
+    await end(rolled_back)
+    await worker(product, STAYS, GOES)
+    for n, run_id in enumerate(gone):
+        await completes(product, run_id, -n)
+
+
+async def test_a_run_fails_when_no_such_worker_comes(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path, BACKCAST_BUILTIN_TASKS="false", BACKCAST_UNKNOWN_AFTER="PT2S") as product:
+        await product.up("api", "steward")
+        await end(await worker(product, STAYS, GOES))
+        run_id = await product.submit("goes", n=1)
+        await worker(product, STAYS)
+        run = await product.ended(run_id)
+        assert (run["state"], run["error"]["code"], run["attempts"]) == ("failed", "unknown_task", 0)
+        assert "BACKCAST_TASKS" in run["error"]["detail"]
+
+
+async def test_workers_of_one_pool_may_have_different_tasks(product: Stack) -> None:
+    await asyncio.gather(worker(product, STAYS), worker(product, GOES))
+    submitted = [(name, n, await product.submit(name, n=n)) for n in range(50) for name in ("stays", "goes")]
+    for name, n, run_id in submitted:
+        await completes(product, run_id, n if name == "stays" else -n)
+
+
+async def test_two_versions_of_a_task_are_served_at_once(product: Stack) -> None:
+    old, new = await asyncio.gather(worker(product, FIRST), worker(product, SECOND))
+    for n in range(20):
+        await completes(product, await product.submit("report", name=f"a{n}"), f"first a{n}")
+        await completes(product, await product.submit("report", name=f"b{n}", year=n), f"second b{n} {n}")
+    answer = await product.http.post("/v1/tasks/report/runs", json={"input": {"title": "x"}})
+    assert answer.status_code == 422
+    await end(old)
+
+    async def status() -> int:
+        return (await product.http.post("/v1/tasks/report/runs", json={"input": {"name": "x"}})).status_code
+
+    await until(status, lambda code: code == 422)
+    assert new.process.poll() is None
+
+
+async def test_an_input_of_a_version_that_is_gone_waits_for_one_that_takes_it(product: Stack, ledger: Ledger) -> None:
+    await end(await worker(product, FIRST))
+    run_id = await product.submit("report", name="x")
+    second = await worker(product, SECOND)
+    await waits(product, run_id, "unfit_input")
+    await worker(product, BOTH)
+    await completes(product, run_id, "both x 0")
+    assert second.process.poll() is None
+
+
+@pytest.mark.parametrize("left", [None, STAYS])
+async def test_a_task_that_moves_takes_its_runs_along(product: Stack, ledger: Ledger, left: str | None) -> None:
+    await end(await worker(product, STAYS, GOES, pool="old"))
+    await lanes.limit(ledger, "none", Limits(max_running=0))
+    queued = [await product.submit("goes", n=n) for n in range(3)]
+    held, later = [
+        (await product.http.post("/v1/tasks/goes/runs", json={"input": {"n": 9}, **more})).json()["id"]
+        for more in ({"lane": "none"}, {"run_at": "2999-01-01T00:00:00Z"})
+    ]
+    if left is not None:
+        await worker(product, left, pool="old")
+    await worker(product, GOES, pool="new")
+    for n, run_id in enumerate(queued):
+        await completes(product, run_id, -n)
+    await ledger.execute("update runs set run_at = now() where id = $1", UUID(later))
+    await lanes.lift(ledger, "none")
+    await completes(product, held, -9)
+    await completes(product, later, -9)
+
+
+# -- the ledger alone --------------------------------------------------------------------------------------------------
+
+HOUR = timedelta(hours=1)
+
+
+def type_of(name: str, pool: str = "default", **schema: object) -> TaskType:
+    return TaskType(name=name, pool=pool, input_schema={"type": "object", **schema})
+
+
+async def registered(ledger: Ledger, *tasks: TaskType) -> UUID:
+    worker_id = uuid7()
+    await fleet.register(ledger, worker_id, pool="default", host="h", version="1", slots=10, tasks=tasks)
+    return worker_id
+
+
+async def claim(ledger: Ledger, worker_id: UUID, route: str = "", limit: int = 10) -> list[Claim]:
+    return await claims.claim(
+        ledger, pool="default", cursor=0, limit=limit, worker_id=worker_id, lease=LEASE, route=route
+    )
+
+
+async def accept(ledger: Ledger, task: TaskType, **fields: object) -> Run:
+    submission = Submission.model_validate(fields)
+    return (await submissions.submit(ledger, task, submission, input_text="{}", input_hash=b"")).run
+
+
+async def test_a_run_that_waits_for_a_worker_holds_no_place_in_its_lane(ledger: Ledger) -> None:
+    x, y = type_of("x"), type_of("y")
+    has_y = await registered(ledger, y)
+    await lanes.limit(ledger, "narrow", Limits(max_running=1))
+    first = await accept(ledger, x, lane="narrow")
+    second = await accept(ledger, y, lane="narrow")
+    assert await claim(ledger, has_y) == []
+    await routing.apply(ledger, unknown_after=HOUR)
+    [got] = await claim(ledger, has_y)
+    assert got.id == second.id
+    has_x = await registered(ledger, x)
+    await routing.apply(ledger, unknown_after=HOUR)
+    assert await claim(ledger, has_x, "x") == [], "the lane is full"
+    await settlement.settle(ledger, has_y, [replace(completed(got), lane=got.lane)])
+    [got] = await claim(ledger, has_x, "x")
+    assert (got.id, got.lane) == (first.id, "narrow")
+
+
+async def test_a_parked_run_can_be_cancelled_and_expires(ledger: Ledger) -> None:
+    x, y = type_of("x"), type_of("y")
+    has_y = await registered(ledger, y)
+    cancelled, late = await accept(ledger, x), await accept(ledger, x, deadline="2999-01-01T00:00:00Z")
+    assert await claim(ledger, has_y) == []
+    await routing.apply(ledger, unknown_after=HOUR)
+    assert (await runs.cancel(ledger, cancelled.id)).state is State.CANCELLED
+    await ledger.execute("update runs set deadline = now() where id = $1", late.id)
+    assert await dispatch.dispatch_due(ledger) == 1
+    assert (await runs.get(ledger, late.id)).state is State.EXPIRED
+
+
+async def test_runs_wait_for_a_worker_through_an_outage_of_all_of_them(ledger: Ledger) -> None:
+    x, y = type_of("x"), type_of("y")
+    has_y = await registered(ledger, y)
+    run = await accept(ledger, x)
+    assert await claim(ledger, has_y) == []
+    await routing.apply(ledger, unknown_after=HOUR)
+    await ledger.execute("update runs set run_at = now() - interval '1 day'")
+    await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
+    assert await routing.fail_late(ledger, unknown_after=HOUR) == 0, "no worker is there to have it"
+    young = await registered(ledger, y)
+    assert await routing.fail_late(ledger, unknown_after=HOUR) == 0, "the one that has it may be starting"
+    await ledger.execute("update workers set started_at = now() - interval '1 day' where id = $1", young)
+    assert await routing.fail_late(ledger, unknown_after=HOUR) == 1
+    assert (await runs.get(ledger, run.id)).state is State.FAILED
+
+
+async def test_runs_on_a_route_are_parked_when_its_last_worker_leaves(ledger: Ledger) -> None:
+    x, y = type_of("x"), type_of("y")
+    has_x, has_y = await registered(ledger, x), await registered(ledger, y)
+    run = await accept(ledger, x)
+    assert await claim(ledger, has_y) == []
+    [route] = await routing.apply(ledger, unknown_after=HOUR)
+    assert (route.route, route.leads_to, route.is_ready) == ("x", "default", True)
+    await fleet.retire(ledger, has_x)
+    await routing.apply(ledger, unknown_after=HOUR)
+    row = await ledger.fetchrow("select state, ready from runs, backlog where runs.id = $1", run.id)
+    assert row is not None
+    assert (row["state"], row["ready"]) == ("scheduled", 1), "autoscaling keeps one worker"
+
+
+async def test_tasks_of_workers_long_gone_are_forgotten(ledger: Ledger) -> None:
+    old, new, other = type_of("x", maxProperties=1), type_of("x", maxProperties=2), type_of("y")
+    gone = await registered(ledger, old, other)
+    await registered(ledger, new)
+    assert {task.signature for task in await task_types.versions(ledger, "x")} == {old.signature, new.signature}
+    await fleet.retire(ledger, gone)
+    assert [task.signature for task in await task_types.versions(ledger, "x")] == [new.signature]
+    assert await task_types.get(ledger, "y") == other, "known although no worker is left"
+    await ledger.execute("update task_types set seen_at = now() - interval '31 days'")
+    await task_types.remove_unseen(ledger, timedelta(days=30))
+    assert [task.name for task in await task_types.all_(ledger)] == ["x"]

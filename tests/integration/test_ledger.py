@@ -352,7 +352,7 @@ async def test_a_claim_does_not_scan_whatever_the_statistics_are(ledger: Ledger)
         assert len(rows) == 10
         settle = [[r["id"] for r in rows], [r["fence"] for r in rows], ["completed"] * 10, ["1"] * 10, ["k"] * 10]
         none: list[None] = [None] * 10
-        args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10, none]
+        args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10, none, [""] * 10]
         assert len(await connection.fetch(settlement._SETTLE_FREE, worker, *args)) == 10
     plan = "\n".join(plan for plan in plans if "on runs" in plan)
     assert "runs_ready" in plan

@@ -210,16 +210,16 @@ class TaskType(_Noun):
         """Whether its runs can be executed; a task that can't be run is listed all the same."""
         return self.input_schema.get("not") != {}
 
+    @cached_property
+    def signature(self) -> str:
+        """Equal for versions of the task that accept the same inputs."""
+        return hashlib.sha256(json.dumps(self.input_schema, sort_keys=True).encode()).hexdigest()[:12]
+
 
 MOST = 1_000_000
 """The highest limit of a lane."""
 SLOWEST = 0.000001
 """The lowest rate of a lane, about one run in two years: computing with a lower one would underflow."""
-
-    @cached_property
-    def signature(self) -> str:
-        """Equal for versions of the task that accept the same inputs."""
-        return hashlib.sha256(json.dumps(self.input_schema, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Limits(_Noun):

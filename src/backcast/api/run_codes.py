@@ -56,14 +56,17 @@ RUN_CODES = {
         "Another run computes the same value",
         "Seen while the run waits for that one; it goes on by itself.",
     ),
-    "task_elsewhere": (
-        "This worker does not have the task",
-        "Seen while the run waits for a worker that has it.",
-    ),
     "task_failed": ("The task failed", "Its code raised an error, which the detail quotes."),
     "temporarily_failed": ("The task failed for a reason that may pass", "It was retried as often as the task allows."),
     "timeout": ("The task took longer than it may", "Raise the task's `timeout_seconds`, or give it less to do."),
-    "unknown_task": ("No worker has the task", "Start a worker that has it, and submit the run again."),
+    "unfit_input": (
+        "No worker has a version of the task that accepts this input",
+        "Another version accepted it. The run waits for such a one, and then fails: submit it again in the present form.",
+    ),
+    "unknown_task": (
+        "No worker has the task",
+        "The run waits for one, and fails after BACKCAST_UNKNOWN_AFTER: deploy a worker that has it, and submit it again.",
+    ),
     "unreadable_error": ("The recorded error can't be read", "The detail has its beginning, as it was recorded."),
     "unreadable_input": (
         "The stored input can't be read",

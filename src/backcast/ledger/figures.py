@@ -19,6 +19,14 @@ async def backlog(ledger: Ledger) -> list[Backlog]:
     ]
 
 
+async def parked(ledger: Ledger) -> dict[str, int]:
+    """How many runs of each pool wait for a worker that can do them: see `routing`. By runs_routed."""
+    rows = await ledger.fetch(
+        "select pool, count(*) as runs from runs where route <> '' and state = 'scheduled' group by pool"
+    )
+    return {row["pool"]: row["runs"] for row in rows}
+
+
 # The age of the oldest snapshot: vacuum must keep every row that it may still read. Sessions of other roles are
 # visible only with the role pg_read_all_stats; slots and prepared transactions always.
 _OLDEST_XMIN = """

@@ -68,6 +68,7 @@ class Steward:
         gauge("steward_leading", "1 for the leader").set_function(lambda: float(self._leading))
         self._ready = gauge("backlog_ready", "Runs that a worker could start now", "pool")
         self._running = gauge("backlog_running", "Runs that are running", "pool")
+        self._parked = gauge("runs_parked", "Runs that wait for a worker that can do them", "pool")
         self._oldest = gauge("backlog_oldest_age_seconds", "Age of the oldest ready run", "pool")
         self._oldest_xmin = gauge(
             "database_oldest_xmin_age_transactions",
@@ -206,9 +207,12 @@ class Steward:
             self._ready.labels(pool.pool).set(pool.ready)
             self._running.labels(pool.pool).set(pool.running)
             self._oldest.labels(pool.pool).set(pool.oldest_age_seconds)
+        self._parked.clear()
+        for name, runs in (await figures.parked(self._ledger)).items():
+            self._parked.labels(name).set(runs)
 
     def _reset_figures(self) -> None:
         """Only the leader measures: the figures of two stewards would be added up."""
         self._oldest_xmin.set(0)
-        for gauge in (self._ready, self._running, self._oldest):
+        for gauge in (self._ready, self._running, self._oldest, self._parked):
             gauge.clear()

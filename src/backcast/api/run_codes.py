@@ -61,11 +61,11 @@ RUN_CODES = {
     "timeout": ("The task took longer than it may", "Raise the task's `timeout_seconds`, or give it less to do."),
     "unfit_input": (
         "No worker has a version of the task that accepts this input",
-        "Another version accepted it. The run waits for such a one, and then fails: submit it again in the present form.",
+        "Another version accepted it. The run waits for such a one, then fails: submit it again in the present form.",
     ),
     "unknown_task": (
         "No worker has the task",
-        "The run waits for one, and fails after BACKCAST_UNKNOWN_AFTER: deploy a worker that has it, and submit it again.",
+        "The run waits for one, and fails after BACKCAST_UNKNOWN_AFTER: deploy a worker that has it, submit it again.",
     ),
     "unreadable_error": ("The recorded error can't be read", "The detail has its beginning, as it was recorded."),
     "unreadable_input": (

@@ -212,7 +212,7 @@ class TaskType(_Noun):
 
     @cached_property
     def signature(self) -> str:
-        """Equal for versions of the task that accept the same inputs."""
+        """Tells versions of the task apart; another one whenever the input schema changes."""
         return hashlib.sha256(json.dumps(self.input_schema, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -341,7 +341,7 @@ class Settings(BaseSettings):
     """A worker without a heartbeat for this long is dead, and its runs are ready again."""
     max_attempts: int = Field(default=3, ge=1)
     """How often a run may be lost together with its worker before it fails as `worker_lost`."""
-    unknown_after: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1))
+    unknown_after: Duration = Field(default=timedelta(hours=1), ge=timedelta(seconds=1), le=timedelta(days=365))
     """How long a run waits for a worker that has its task, in a version that accepts its input, while the workers of
     its pool do not; then it fails. The wait counts as no attempt."""
     max_result: int = Field(default=64 * 1024 * 1024, ge=1024)

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from fastapi import Request
 
-from backcast.errors import BackcastError
+from backcast.errors import BackcastError, LedgerUnavailable
 from backcast.ledger import endings, runs
 from backcast.ledger.connection import Ledger
 from backcast.models import Run
@@ -80,7 +80,7 @@ class Waits:
     async def _deliver(self) -> None:
         """Deliver ends to the waits, until there have been none for a while. An outage of the database ends no wait."""
         while True:
-            with contextlib.suppress(BackcastError):
+            with contextlib.suppress(LedgerUnavailable):
                 await endings.watch(self._ledger, self._wanted, self._found, self._look, idle=_LINGER)
                 return
             await asyncio.sleep(1)

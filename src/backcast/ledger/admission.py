@@ -33,12 +33,14 @@ UNKNOWN = timedelta(seconds=30)
 """The `retry_after` of a refusal while no run is being settled."""
 
 # Each count is bounded, reads indexes only (runs_ready, runs_waiting) and locks nothing: it would not be exact for long
-# anyway. In runs_ready an owner's runs of one pool lie side by side; pools are few.
+# anyway. In runs_ready an owner's runs of one pool and route lie side by side; pools are few, and queued runs on other
+# routes than '' are left out.
 _OWNERS = """
 select asked.owner, (
          select count(*) from (
            select from (select distinct pool from task_types) p cross join lateral (
-             select from runs where pool = p.pool and state = 'queued' and owner_key = asked.key limit $2) r
+             select from runs where pool = p.pool and route = '' and state = 'queued' and owner_key = asked.key
+              limit $2) r
             limit $2) queued) + (
          select count(*) from (
            select from runs where state in ('held', 'scheduled') and owner_key = asked.key limit $2) later) as waiting

@@ -78,7 +78,8 @@ pick as materialized (
    where exists (select from alive)
    order by hop.n limit $3),
 routed as (
-  update runs set route = task where id = any(array(select id from pick where not can)) and route <> task returning id),
+  update runs set route = task where id = any(array(select id from pick where not can)) and route <> task
+  returning route),
 claimed as (
   update runs r set state = 'running', fence = r.fence + 1, worker_id = $4, started_at = now(),
          prefetched = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
@@ -86,7 +87,8 @@ claimed as (
    where r.id = any(array(select id from pick where can))
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
             r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature)
-select claimed.*, n.routed from (select count(*) as routed from routed) n left join claimed on true"""
+select claimed.*, n.routed from (select array_agg(distinct route) as routed from routed) n
+  left join claimed on true"""
 
 
 async def claim(
@@ -106,11 +108,13 @@ async def claim(
     lacks."""
     while True:
         rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit, route)
-        count = rows[0]["routed"]
-        if count and routed:
+        others = rows[0]["routed"]
+        for other in others or ():
+            ledger.wake(pool, other)
+        if others and routed:
             routed()
         taken = [Claim(**{name: row[name] for name in _FIELDS}) for row in rows if row["id"] is not None]
-        if taken or not count:
+        if taken or not others:
             return taken
 
 

@@ -42,7 +42,7 @@ async def watch(
     async with ledger.session() as connection:
         await connection.add_listener(ENDED, partial(_set, look))
         needed = time.monotonic()
-        while time.monotonic() - needed < idle:
+        while wanted() or time.monotonic() - needed < idle:
             look.clear()  # before the look: what ends from here on sets it again
             if ids := list(wanted()):
                 needed = began = time.monotonic()

@@ -16,7 +16,7 @@ async def register(
     ledger: Ledger, worker_id: UUID, *, pool: str, host: str, version: str, slots: int, tasks: Sequence[TaskType]
 ) -> None:
     """Register a worker and the tasks it serves. Safe to repeat."""
-    new = await routing.new_versions(ledger, pool, tasks)
+    new = await routing.new_versions(ledger, worker_id, pool, tasks)
     await ledger.execute(
         """insert into workers (id, pool, host, version, tasks, slots, routes) values ($1, $2, $3, $4, $5, $6, $7)
            on conflict (id) do update set heartbeat_at = now(), draining = false""",

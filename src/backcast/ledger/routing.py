@@ -9,6 +9,7 @@ for `unknown_after`: it counts in no lane, no claim meets it, and no attempt is 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import UUID
 
 from backcast.ledger import lanes
 from backcast.ledger.connection import Ledger
@@ -16,7 +17,8 @@ from backcast.models import Problem, TaskType
 
 AT_ONCE = 1000
 """Runs moved by one statement."""
-_LIVE = "w.heartbeat_at > now() - interval '1 minute' and not w.draining"
+LIVE = "w.heartbeat_at > now() - interval '1 minute' and not w.draining"
+"""Whether the worker `w` takes runs, as far as anyone can know."""
 
 UNKNOWN_TASK = Problem(
     code="unknown_task",
@@ -50,7 +52,7 @@ with recursive r(pool, route) as (
     select pool, route from runs where route <> '' and state in ('queued', 'scheduled')
        and (runs.pool, runs.route) > (r.pool, r.route) order by pool, route limit 1) x)
 select pool, route, (
-         select w.pool from workers w where r.route = any(w.routes) and {_LIVE}
+         select w.pool from workers w where r.route = any(w.routes) and {LIVE}
           order by w.pool <> r.pool, w.pool limit 1) as leads_to,
        exists (select from runs q where q.pool = r.pool and q.route = r.route and q.state = 'queued') as is_ready,
        exists (select from runs q where q.pool = r.pool and q.route = r.route and q.route <> ''
@@ -107,7 +109,7 @@ update runs set pool = $3 where id = any(array(select id from few)) returning id
 _FAIL = f"""
 with late as materialized (
   select id from runs where route <> '' and state = 'scheduled' and run_at <= now()
-     and exists (select from workers w where w.pool = runs.pool and {_LIVE}
+     and exists (select from workers w where w.pool = runs.pool and {LIVE}
                     and w.started_at < now() - least($1, interval '1 minute'))
    limit {AT_ONCE} for update skip locked)
 update runs set state = 'failed', finished_at = now() where id = any(array(select id from late)) returning id"""  # noqa: S608
@@ -122,12 +124,14 @@ async def apply(ledger: Ledger, *, unknown_after: timedelta) -> list[Route]:
         if found.leads_to is None:
             await _park(ledger, *name, unknown_after) if found.is_ready else None
             continue
-        if found.is_ready and found.leads_to != found.pool:
+        moves = found.is_ready and found.leads_to != found.pool
+        if moves:
             while len(await ledger.fetch(_MOVE, *name, found.leads_to)) == AT_ONCE:
                 pass
         if found.is_parked:
             await _unpark(ledger, *name, found.leads_to)
-        ledger.wake(found.leads_to, found.route)
+        if found.is_parked or moves:
+            ledger.wake(found.leads_to, found.route)
     return routes
 
 
@@ -151,12 +155,13 @@ async def fail_late(ledger: Ledger, *, unknown_after: timedelta) -> int:
     failed = 0
     while rows := await ledger.fetch(_FAIL, unknown_after):
         failed += len(rows)
+        ledger.report_ends()
     return failed
 
 
 _NEW_VERSIONS = f"""
 select given.task, given.route from unnest($2::text[], $3::text[]) as given(task, route)
- where not exists (select from workers w where w.pool = $1 and given.route = any(w.routes) and {_LIVE})"""  # noqa: S608
+ where not exists (select from workers w where w.pool = $1 and given.route = any(w.routes) and w.id <> $4 and {LIVE})"""  # noqa: S608
 # By runs_routed. Only workers with the new version claim them; if it refuses the input too, the run is parked again.
 _RECONSIDER = f"""
 with few as materialized (
@@ -166,10 +171,10 @@ with few as materialized (
 update runs set route = $3 where id = any(array(select id from few)) returning id"""  # noqa: S608  # a constant
 
 
-async def new_versions(ledger: Ledger, pool: str, tasks: Sequence[TaskType]) -> dict[str, str]:
-    """Those of these tasks that no live worker of the pool has in this version, with the route of the version."""
+async def new_versions(ledger: Ledger, worker_id: UUID, pool: str, tasks: Sequence[TaskType]) -> dict[str, str]:
+    """Those of these tasks that no other live worker of the pool has in this version, with the version's route."""
     routes = [version_route(task.name, task.signature) for task in tasks]
-    rows = await ledger.fetch(_NEW_VERSIONS, pool, [task.name for task in tasks], routes)
+    rows = await ledger.fetch(_NEW_VERSIONS, pool, [task.name for task in tasks], routes, worker_id)
     return {row["task"]: row["route"] for row in rows}
 
 
@@ -183,8 +188,8 @@ async def reconsider(ledger: Ledger, pool: str, versions: Mapping[str, str]) -> 
 # Pools without a live worker, where no claim puts runs on routes.
 _MOVED = f"""
 select o.name, o.pool as old, n.pool as new from (select distinct name, pool from task_types) o
- cross join lateral (select w.pool from workers w where o.name = any(w.tasks) and {_LIVE} order by w.pool limit 1) n
- where n.pool <> o.pool and not exists (select from workers w where w.pool = o.pool and {_LIVE})"""  # noqa: S608
+ cross join lateral (select w.pool from workers w where o.name = any(w.tasks) and {LIVE} order by w.pool limit 1) n
+ where n.pool <> o.pool and not exists (select from workers w where w.pool = o.pool and {LIVE})"""  # noqa: S608
 # One statement per state, each by the index of its state. The runs are few or the pool idle: this reads all of it.
 _FOLLOW = f"""
 with few as materialized (

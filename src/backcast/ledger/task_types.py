@@ -13,6 +13,7 @@ import asyncpg
 from backcast.errors import NoWorkerYet, UnknownTask
 from backcast.ledger import reading
 from backcast.ledger.connection import Ledger
+from backcast.ledger.routing import LIVE
 from backcast.models import TaskType
 
 
@@ -56,13 +57,13 @@ def _task(row: asyncpg.Record) -> TaskType:
 
 # The newest live version comes first; when none is live, as at zero replicas, the one that was live last. Workers that
 # are alive are few, and so are the versions of a task. `least` alone would ignore a null.
-_VERSIONS = """
+_VERSIONS = f"""
 select name, pool, version, description, input_schema, output_schema, retries, max_attempts, lane, history,
        case when timeout is not null then least(timeout, interval '1000 years') end as timeout, is_live
   from task_types t cross join lateral (
   select exists (select from workers w where w.pool = t.pool and t.name || '@' || t.signature = any(w.routes)
-                    and w.heartbeat_at > now() - interval '1 minute' and not w.draining) as is_live) live
- {where} order by name, is_live desc, case when is_live then registered_at else seen_at end desc"""
+                    and {LIVE}) as is_live) live
+ {{where}} order by name, is_live desc, case when is_live then registered_at else seen_at end desc"""  # noqa: S608  # a constant
 
 
 async def versions(ledger: Ledger, name: str) -> list[TaskType]:
@@ -92,11 +93,16 @@ async def all_(ledger: Ledger) -> list[TaskType]:
     return list(newest.values())
 
 
-async def remove_unseen(ledger: Ledger, keep: timedelta) -> None:
-    """Remove the versions that no worker has had for `keep`."""
+async def renew(ledger: Ledger) -> None:
+    """Note which versions workers have. Their rows count, not their heartbeats: after an outage of the database, all
+    workers look silent, and a worker registers only once."""
     await ledger.execute(
         """update task_types t set seen_at = now() where seen_at < now() - interval '1 minute' and exists (
-             select from workers w where w.pool = t.pool and t.name || '@' || t.signature = any(w.routes)
-                and w.heartbeat_at > now() - interval '1 minute')"""
+             select from workers w where w.pool = t.pool and t.name || '@' || t.signature = any(w.routes))"""
     )
+
+
+async def remove_unseen(ledger: Ledger, keep: timedelta) -> None:
+    """Remove the versions that no worker has had for `keep`, see `renew`."""
+    await renew(ledger)
     await ledger.execute("delete from task_types where seen_at < now() - $1::interval", keep)

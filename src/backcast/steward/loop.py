@@ -41,6 +41,8 @@ MEASURE_EVERY = 5.0
 """Seconds; to count a backlog of a million runs takes a fraction of one."""
 MARK_EVERY = 5.0
 ROUTE_EVERY = 5.0
+FOLLOW_EVERY = 20.0
+"""Seconds; it reads all waiting runs, but only if the task of a pool without workers is served by another pool."""
 REMOVE_WORKERS_EVERY = 60.0
 REMOVE_WORKERS_AFTER = timedelta(hours=1)
 
@@ -161,7 +163,8 @@ class Steward:
                 partial(maintenance.remove_silent_workers, self._ledger, REMOVE_WORKERS_AFTER),
                 REMOVE_WORKERS_EVERY,
             ),
-            ("route runs", self._route, ROUTE_EVERY),
+            ("fail runs that no worker can do", self._fail_late, ROUTE_EVERY),
+            ("move runs with their tasks", self._follow, FOLLOW_EVERY),
             ("remove old tasks", partial(task_types.remove_unseen, self._ledger, self._settings.keep_tasks), every),
             ("apply retention", Retention(self._ledger, self._store, keep), every),
         ]
@@ -190,9 +193,12 @@ class Steward:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._reset_figures()
 
-    async def _route(self) -> None:
+    async def _follow(self) -> None:
+        await task_types.renew(self._ledger)
         if moved := await routing.follow(self._ledger):
             log.info("%d waiting runs have followed their tasks to other pools", moved)
+
+    async def _fail_late(self) -> None:
         if failed := await routing.fail_late(self._ledger, unknown_after=self._unknown_after):
             log.warning("%d runs have failed: no worker that could do them came within %s", failed, self._unknown_after)
 

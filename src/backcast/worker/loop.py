@@ -92,7 +92,7 @@ class Worker:
         self._routes = frozenset(routing.routes_to(executor.types))
         self._turns = deque([""])
         """The routes with runs for this worker, in the order in which it claims from them."""
-        self._misrouted = asyncio.Event()
+        self._rerouted = asyncio.Event()
         self._held: dict[UUID, _Claimed] = {}
         self._prefetched: deque[_Claimed] = deque()
         self._quarantine: deque[_Claimed] = deque()
@@ -201,6 +201,7 @@ class Worker:
             free, prefetch = self._room()
             route = self._turns[0]
             taken: list[Claim] = []
+            has_claimed = False
             if free > 0 or prefetch > 0:
                 self._claiming = True
                 try:
@@ -213,8 +214,9 @@ class Worker:
                         worker_id=self._lease.id,
                         lease=self._settings.lease,
                         route=route,
-                        routed=self._misrouted.set,
+                        routed=self._rerouted.set,
                     )
+                    has_claimed = True
                     self._take_turns(is_empty=len(taken) < free + prefetch)
                     outage.ended()
                     self._fault = None
@@ -223,6 +225,7 @@ class Worker:
                 except (*REFUSED, LedgerFault) as error:  # no wait ends it, but a person may
                     outage.failed(error, exc_info=True)
                     self._fault = error
+                    self._turns.rotate(-1)  # what is wrong with this route need not be wrong with the others
                     await unusable.set_aside(self._ledger, error)
             for claim in taken:
                 held = self._held[claim.id] = _Claimed(claim)
@@ -236,7 +239,7 @@ class Worker:
             self._claims, self._claiming = self._claims + 1, False
             if taken:
                 cursor = _farthest(cursor, [claim.owner_key for claim in taken])
-            if len(self._turns) > 1 and len(taken) < free + prefetch:
+            if has_claimed and len(self._turns) > 1 and len(taken) < free + prefetch:
                 continue  # with the next route
             # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
             if not 1 < len(taken) < free + prefetch:
@@ -254,24 +257,27 @@ class Worker:
             self._turns.append(route)
         self._wake.set()
 
+    async def _route(self) -> None:
+        for found in await routing.apply(self._ledger, unknown_after=self._settings.unknown_after):
+            if found.leads_to == self._settings.worker.pool:
+                self._ready(found.route)
+
     async def _dispatch_due(self) -> None:
         outage = Outage(partial(log.error, "can't dispatch due runs: %s", exc_info=True))
         while True:
-            try:
-                for found in await routing.apply(self._ledger, unknown_after=self._settings.unknown_after):
-                    if found.leads_to == self._settings.worker.pool:
-                        self._ready(found.route)
-                await dispatch.dispatch_due(self._ledger)
-                outage.ended()
-            except LedgerUnavailable:
-                pass  # claims report it
-            except (*REFUSED, LedgerFault) as error:
-                outage.failed(error)
-                await unusable.set_aside(self._ledger, error)
+            for step in (self._route, partial(dispatch.dispatch_due, self._ledger)):
+                try:
+                    await step()
+                    outage.ended()
+                except LedgerUnavailable:
+                    pass  # claims report it
+                except (*REFUSED, LedgerFault) as error:
+                    outage.failed(error)
+                    await unusable.set_aside(self._ledger, error)
             await asyncio.sleep(REROUTE_EVERY)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._misrouted.wait(), self._settings.worker.poll.total_seconds())
-            self._misrouted.clear()
+                await asyncio.wait_for(self._rerouted.wait(), self._settings.worker.poll.total_seconds())
+            self._rerouted.clear()
 
     # -- executing --------------------------------------------------------------------------------------------------
 
@@ -332,7 +338,7 @@ class Worker:
         for settlement in batch:
             self._drop(settlement.id, settlement.fence)
             if settlement.route:
-                self._misrouted.set()
+                self._rerouted.set()
         self._wake.set()
 
     def _drop(self, run_id: UUID, fence: int) -> None:

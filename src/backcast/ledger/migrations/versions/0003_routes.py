@@ -19,7 +19,7 @@ def upgrade() -> None:
     drop index runs_ready;
     create index runs_ready on runs (pool, route, owner_key, priority desc, run_at, id) where state = 'queued';
     -- Empty as long as every worker of a pool can do all of its runs.
-    create index runs_routed on runs (pool, route) where route <> '' and state in ('queued', 'scheduled');
+    create index runs_routed on runs (pool, route, state) where route <> '' and state in ('queued', 'scheduled');
 
     alter table workers add column routes text[] not null default '{}';  -- the routes that lead to this worker
     alter table task_types add column signature text not null default '';

@@ -175,7 +175,7 @@ async def test_a_connection_that_is_lost_in_silence_is_opened_again(
     socket = f"{parse_qs(where.query)['host'][0]}/.s.PGSQL.5432"
     link, direct, ready = await Link(socket).open(), Ledger(database), asyncio.Event()
     ledger = Ledger(f"postgresql://postgres@127.0.0.1:{link.port}{where.path}", timeout=timedelta(seconds=1))
-    listening = asyncio.create_task(ledger.listen("default", ready.set))
+    listening = asyncio.create_task(ledger.listen("default", lambda _: ready.set()))
 
     async def heard() -> bool:
         direct.wake("default")

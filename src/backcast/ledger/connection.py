@@ -256,7 +256,7 @@ class Ledger:
 
         The notification is a hint, sent after the commit and outside of its transaction; workers also poll.
         """
-        self._hint(CHANNEL, f"{pool}\n{route}", NOTIFY_INTERVAL)
+        self._hint(CHANNEL, f"{pool}\n{route}" if route else pool, NOTIFY_INTERVAL)
 
     def report_ends(self) -> None:
         """Notify those who wait for the end of a run that some have ended; a hint as well."""

@@ -2,8 +2,8 @@
 # skaffold.yaml use `dev`: one of them (--build-arg PART=api) that runs from files which can be changed.
 #
 # Each environment is a layer below the source, so a change of the source rebuilds in seconds. worker and llm have the
-# layer of api below theirs, so a node keeps it once. MB over the base (compressed, as a registry sends them):
-#   api 72 (23)   worker 171 (49)   prefect-server 141 (42)   llm 591 (512), of which the model is 491
+# layer of api below theirs, so a node keeps it once. MB over the base:
+#   api 79   worker 176   prefect-server 143   llm 597, of which the model is 491
 #
 # It works with any BuildKit, that of Docker 20.10 too: no `syntax` line (it names an image that must be pulled), no
 # `COPY --link`, no here-documents.

@@ -90,10 +90,9 @@ class OwnPages:
 
 
 def _header(scope: Scope, name: bytes) -> str:
-    for key, value in scope.get("headers", ()):
-        if key == name:
-            return value.decode("latin-1").strip().lower()
-    return ""
+    """All its values: one that was sent twice is no name of ours."""
+    values = [value.decode("latin-1").strip().lower() for key, value in scope.get("headers", ()) if key == name]
+    return ", ".join(values)
 
 
 def _same(origin: str, host: str) -> bool:

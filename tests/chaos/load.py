@@ -173,6 +173,9 @@ class Load:
         answer = await self._ask(client, dice, f"/v1/tasks/{case.task}/runs", {"Idempotency-Key": case.key}, body)
         case.id = answer.get("id", "refused")
         self._unanswered -= 1
+        if answer.get("status") == 422:  # its deadline passed before any request for it was accepted
+            self.cases.remove(case)
+            return
         if case.cancel_after is not None and case.id != "refused":
             await asyncio.sleep(case.cancel_after)
             case.cancelled = (await self._ask(client, dice, f"/v1/runs/{case.id}/cancel", {}, None)).get("state")
@@ -185,6 +188,8 @@ class Load:
             with contextlib.suppress(httpx.TransportError):
                 answer = await client.post(dice.choice(self.world.apis) + path, json=body, headers=headers)
                 if answer.is_success:
+                    return dict(answer.json())
+                if answer.status_code == 422 and "the deadline has passed" in answer.text:
                     return dict(answer.json())
                 if answer.status_code < 500 and answer.status_code != 429:
                     self.refused.append(f"{path} {headers}: {answer.status_code} {answer.text[:500]}")

@@ -95,7 +95,7 @@ async def test_prefect_also_shows_runs_that_no_worker_has_published(
     """Runs that wait, that are cancelled while they wait, and that fail before their first attempt."""
     async with prefect_server(tmp_path) as server:
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": server.url}
-        async with stack(database, tmp_path, **env) as product:
+        async with stack(database, tmp_path, BACKCAST_UNKNOWN_AFTER="PT1S", **env) as product:
             await product.up("api", "worker", "steward")
             product.parts[1].kill()
             await ledger.execute(
@@ -117,7 +117,7 @@ async def test_prefect_also_shows_runs_that_no_worker_has_published(
             completed = await seen(server.url, done, "COMPLETED")
             assert completed["id"] == done
             failed = await seen(server.url, gone, "FAILED")
-            assert "does not have its task" in failed["state"]["message"]
+            assert "deploy one whose BACKCAST_TASKS names" in failed["state"]["message"]
 
 
 async def flushed(sink: Sink) -> bool:  # Prefect may refuse any write with 503; the sink keeps it and sends it again

@@ -222,6 +222,8 @@ class Machine(RuleBasedStateMachine):
         for name in ("run_at", "deadline"):
             if fields[name] is not None:
                 fields[name] = self.base + timedelta(seconds=fields[name])
+        if fields["deadline"] and fields["run_at"] and fields["deadline"] <= fields["run_at"]:
+            fields["run_at"] = None  # refused otherwise
         submission = Submission(**fields)
         request = task.name + submission.model_dump_json(exclude_defaults=True)
         task = task.model_copy(update={"max_attempts": max_attempts})

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from backcast.ledger import claims, dispatch, flights, recovery, settlement, task_types
+from backcast.ledger import claims, dispatch, fleet, flights, recovery, settlement, task_types
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
@@ -73,6 +73,13 @@ def test_a_run_with_two_losses_is_quarantined(used: int, most: int, quarantined:
     assert Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0).is_quarantined is quarantined
 
 
+async def registered(ledger: Ledger, task: str) -> UUID:
+    worker = uuid7()
+    tasks = [TaskType(name=task, pool="default", input_schema={})]
+    await fleet.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=tasks)
+    return worker
+
+
 async def test_a_quarantined_run_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
         await product.up("api", BACKCAST_WORKER__SLOTS="5")
@@ -94,7 +101,7 @@ async def test_the_stored_result_of_a_lost_worker_is_not_computed_again(
         await product.up("api")
         await task_types.register(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         run_id = await product.submit("nap", seconds=0, name="adopted")
-        lost = await register(ledger)
+        lost = await registered(ledger, "nap")
         [claimed] = await claim(ledger, lost)
         store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
         await store.put(f"results/{run_id}/1.json", b"[42]")
@@ -118,7 +125,7 @@ async def test_an_incomplete_object_is_not_taken(database: str, ledger: Ledger, 
         await task_types.register(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
         made = [await product.submit("nap", seconds=0) for _ in range(2)]
-        lost = await register(ledger)
+        lost = await registered(ledger, "nap")
         await claim(ledger, lost)
         for run_id, body in zip(made, (b"", b'{"half'), strict=True):
             await store.put(f"results/{run_id}/1.json", body)
@@ -133,7 +140,7 @@ async def test_a_result_from_before_a_retry_is_not_taken(database: str, ledger: 
         await product.up("api")
         await task_types.register(ledger, [TaskType(name="nap", pool="default", input_schema={})])
         run_id = await product.submit("nap", seconds=0, name="retried")
-        first = await register(ledger)
+        first = await registered(ledger, "nap")
         [claimed] = await claim(ledger, first)
         store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
         await store.put(f"results/{run_id}/1.json", b"[42]")

@@ -135,16 +135,6 @@ async def test_a_blocked_loop_does_not_cost_the_lease(database: str, tmp_path: P
         assert (await product.run(blocking))["attempts"] == 1
 
 
-async def test_a_task_that_no_worker_has_fails_with_a_code(product: Stack, ledger: Ledger) -> None:
-    run_id = await product.submit("echo", value=1)
-    await product.result(run_id)
-    await ledger.execute(
-        "insert into task_types select 'gone', pool, version, '', '{}', '{}', 0, null, 1 from task_types limit 1"
-    )
-    run = await product.ended(await product.submit("gone"))
-    assert (run["state"], run["error"]["code"]) == ("failed", "unknown_task")
-
-
 async def test_an_input_that_was_damaged_fails_with_a_code(product: Stack, ledger: Ledger) -> None:
     product.parts[1].signal(signal.SIGSTOP)
     damaged, lost = await product.submit("echo", value=1), await product.submit("echo", value="x" * 70_000)

@@ -43,7 +43,6 @@ def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] 
 
 
 def _check(version: Version, given: dict[str, JSON], places: Mapping[str, str]) -> None:
-
     def place(path: Iterable[str | int]) -> str:
         parts = [str(part) for part in path]
         return "/".join([places[parts[0]], *parts[1:]] if parts and parts[0] in places else ["/input", *parts])
@@ -58,14 +57,13 @@ def _check(version: Version, given: dict[str, JSON], places: Mapping[str, str]) 
     errors = tuple(FieldError(place(error.absolute_path), error.message[:_MESSAGE]) for error in found)
     if errors:
         raise InvalidInput(f"{errors[0].pointer}: {errors[0].detail}.", errors=errors)
+    is_cast = version.task.name == CAST
     for name, schema in version.task.input_schema.get("properties", {}).items():
-        if isinstance(schema, dict) and schema.get("format") == TARGET_FORMAT and given.get(name) is not None:
+        if not isinstance(schema, dict) or schema.get("format") != TARGET_FORMAT or name not in given:
+            continue
+        if given[name] is not None or is_cast:
             wanted = targets.parse(given[name], pointer=place([name]))
-            if (
-                version.task.name == CAST
-                and wanted.needs_instructions
-                and not (given.get("instructions") or "").strip()
-            ):
+            if is_cast and wanted.needs_instructions and not (given.get("instructions") or "").strip():
                 why = "a cast to str needs instructions: describe the text that you want"
                 where = place(["instructions"])
                 raise InvalidInput(f"{where}: {why}.", errors=(FieldError(where, why),))

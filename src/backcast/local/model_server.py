@@ -34,7 +34,6 @@ def main(model: Model, weights: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         # At once: the orderly end took a minute in a pod with clients. A cast that is cut off is tried again.
         signal.signal(number, lambda _number, _frame: os._exit(0))
-    log.info("loading %s", weights)
     server = _start(model, weights)
     log.info("serving the model on %s:%d", model.host, model.port)
     threading.Event().wait()
@@ -46,6 +45,7 @@ def _start(model: Model, weights: Path) -> Any:
         xllamacpp: Any = import_module("xllamacpp")
     except ImportError as error:
         raise ConfigurationError(f"backcast model needs xllamacpp ({error}): pip install 'backcast[llm]'.") from None
+    log.info("loading %s", weights)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(weights)

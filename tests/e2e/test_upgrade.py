@@ -2,9 +2,6 @@
 
 from typing import Any
 
-import pytest
-
-from backcast.settings import Settings
 from tests.e2e.images import NEXT, NEXT_SCHEMA, NOW, head
 from tests.e2e.load import load
 from tests.e2e.release import Release, merged
@@ -42,9 +39,6 @@ async def test_upgrade_and_rollback_under_load(shared: Release, shared_values: d
     await work.verify()
 
 
-@pytest.mark.skipif(
-    "unknown_after" not in str(Settings.model_json_schema()), reason="runs do not wait for a worker with their task yet"
-)
 async def test_runs_of_a_task_that_a_roll_back_took_away_wait_for_it(
     shared: Release, shared_values: dict[str, Any]
 ) -> None:

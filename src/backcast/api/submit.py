@@ -59,14 +59,14 @@ def _check(version: Version, given: dict[str, JSON], places: Mapping[str, str]) 
         raise InvalidInput(f"{errors[0].pointer}: {errors[0].detail}.", errors=errors)
     is_cast = version.task.name == CAST
     for name, schema in version.task.input_schema.get("properties", {}).items():
-        if not isinstance(schema, dict) or schema.get("format") != TARGET_FORMAT or name not in given:
+        is_target = isinstance(schema, dict) and schema.get("format") == TARGET_FORMAT
+        if not is_target or name not in given or (given[name] is None and not is_cast):
             continue
-        if given[name] is not None or is_cast:
-            wanted = targets.parse(given[name], pointer=place([name]))
-            if is_cast and wanted.needs_instructions and not (given.get("instructions") or "").strip():
-                why = "a cast to str needs instructions: describe the text that you want"
-                where = place(["instructions"])
-                raise InvalidInput(f"{where}: {why}.", errors=(FieldError(where, why),))
+        wanted = targets.parse(given[name], pointer=place([name]))
+        if is_cast and wanted.needs_instructions and not (given.get("instructions") or "").strip():
+            why = "a cast to str needs instructions: describe the text that you want"
+            where = place(["instructions"])
+            raise InvalidInput(f"{where}: {why}.", errors=(FieldError(where, why),))
 
 
 def idempotency_key(request: Request) -> str | None:

@@ -14,13 +14,12 @@ select name from lanes l where (max_running is null or promoted < max_running)
 
 # SKIP LOCKED: every worker runs this on its poll, and none waits for another. The index is runs_scheduled. Runs with a
 # route wait for a worker, not for a time: see `routing`.
-_DUE = """
+_DUE = f"""
 with due as materialized (
   select id from runs where state = 'scheduled' and run_at <= now() and route = ''
    order by run_at limit 1000 for update skip locked)
-update runs r set state = case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held'
-                               else 'queued' end
- where id = any(array(select id from due)) returning pool, state, lane"""
+update runs r set state = {lanes.READY}
+ where id = any(array(select id from due)) returning pool, state, lane"""  # noqa: S608  # a constant
 
 # Lanes first, then runs, as everywhere; a run that is locked is being claimed or cancelled. The index is runs_deadline.
 _EXPIRE = """

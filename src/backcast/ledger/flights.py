@@ -29,14 +29,13 @@ async def take(ledger: Ledger, key: str, claim: Claim) -> bool:
 
 # Followers first become scheduled, then look whether the flight is still there; a landing first removes the flight,
 # then looks for followers. So one of the two sees the other, and no follower is left waiting.
-_WAKE_FOLLOWERS = """
+_WAKE_FOLLOWERS = f"""
 with free as materialized (
   select id from runs where state = 'scheduled' and flight = any($1)
      and not exists (select from flights f where f.key = runs.flight) limit 10000 for update skip locked)
 update runs r set run_at = now(), flight = null,
-       state = case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held'
-                    else 'queued' end
- where id = any(array(select id from free)) returning pool, state, lane"""
+       state = {lanes.READY}
+ where id = any(array(select id from free)) returning pool, state, lane"""  # noqa: S608  # a constant
 
 
 async def land(ledger: Ledger, flights: Sequence[tuple[str, UUID, int]]) -> None:

@@ -23,6 +23,9 @@ AT_ONCE = 1000
 BURST = 2.0
 """Seconds' worth of a rate that may start at once; more than the time between two polls, to reach the rate."""
 
+READY = "case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held' else 'queued' end"
+"""The state of the run `r` once it waits for nothing but a worker, or a place in its lane."""
+
 _HIGHEST = 1e6
 _RATE = f"case when max_per_minute is not null then least(greatest(max_per_minute, 1e-6), {_HIGHEST}) end"
 """Runs per minute. A row may have any number that SQL can write; NaN and infinity count as the highest rate."""

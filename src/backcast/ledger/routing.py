@@ -34,6 +34,10 @@ UNFIT_INPUT = Problem(
 )
 
 
+HAS_VERSION = "w.pool = t.pool and t.name || '@' || t.signature = any(w.routes)"
+"""Whether the worker `w` has the version `t` of a task: `version_route` in SQL."""
+
+
 def version_route(task: str, signature: str) -> str:
     return f"{task}@{signature}"
 
@@ -95,8 +99,7 @@ with few as materialized (
   select id from runs where pool = $1 and route = $2 and route <> '' and state = 'scheduled'
    limit {AT_ONCE} for update skip locked)
 update runs r set pool = $3, run_at = now(),
-       state = case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held'
-                    else 'queued' end
+       state = {lanes.READY}
  where id = any(array(select id from few)) returning state, lane"""  # noqa: S608  # constants
 _MOVE = f"""
 with few as materialized (

@@ -13,7 +13,7 @@ import asyncpg
 from backcast.errors import NoWorkerYet, UnknownTask
 from backcast.ledger import reading
 from backcast.ledger.connection import Ledger
-from backcast.ledger.routing import LIVE
+from backcast.ledger.routing import HAS_VERSION, LIVE
 from backcast.models import TaskType
 
 
@@ -61,8 +61,7 @@ _VERSIONS = f"""
 select name, pool, version, description, input_schema, output_schema, retries, max_attempts, lane, history,
        case when timeout is not null then least(timeout, interval '1000 years') end as timeout, is_live
   from task_types t cross join lateral (
-  select exists (select from workers w where w.pool = t.pool and t.name || '@' || t.signature = any(w.routes)
-                    and {LIVE}) as is_live) live
+  select exists (select from workers w where {HAS_VERSION} and {LIVE}) as is_live) live
  {{where}} order by name, is_live desc, case when is_live then registered_at else seen_at end desc"""  # noqa: S608  # a constant
 
 
@@ -97,8 +96,8 @@ async def renew(ledger: Ledger) -> None:
     """Note which versions workers have. Their rows count, not their heartbeats: after an outage of the database, all
     workers look silent, and a worker registers only once."""
     await ledger.execute(
-        """update task_types t set seen_at = now() where seen_at < now() - interval '1 minute' and exists (
-             select from workers w where w.pool = t.pool and t.name || '@' || t.signature = any(w.routes))"""
+        f"""update task_types t set seen_at = now() where seen_at < now() - interval '1 minute'
+                and exists (select from workers w where {HAS_VERSION})"""  # noqa: S608  # a constant
     )
 
 

@@ -33,6 +33,7 @@ from backcast.worker.execution import Execution, Executor, Meter
 from backcast.worker.lease import BEAT, Heartbeat, Lease
 from backcast.worker.results import Results
 from backcast.worker.settler import Settler
+from backcast.worker.turns import Turns
 
 log = logging.getLogger("backcast.worker")
 
@@ -89,9 +90,7 @@ class Worker:
             ledger, store, executor, meter, worker_id=self._lease.id, unknown_after=settings.unknown_after
         )
         self._names = sorted(task.name for task in executor.types)
-        self._routes = frozenset(routing.routes_to(executor.types))
-        self._turns = deque([""])
-        """The routes with runs for this worker, in the order in which it claims from them."""
+        self._turns = Turns(routing.routes_to(executor.types))
         self._rerouted = asyncio.Event()
         self._held: dict[UUID, _Claimed] = {}
         self._prefetched: deque[_Claimed] = deque()
@@ -199,7 +198,6 @@ class Worker:
         while not self._draining:
             self._wake.clear()
             free, prefetch = self._room()
-            route = self._turns[0]
             taken: list[Claim] = []
             has_claimed = False
             if free > 0 or prefetch > 0:
@@ -213,11 +211,11 @@ class Worker:
                         prefetch=prefetch,
                         worker_id=self._lease.id,
                         lease=self._settings.lease,
-                        route=route,
+                        route=self._turns.next,
                         routed=self._rerouted.set,
                     )
                     has_claimed = True
-                    self._take_turns(is_empty=len(taken) < free + prefetch)
+                    self._turns.claimed(is_empty=len(taken) < free + prefetch)
                     outage.ended()
                     self._fault = None
                 except LedgerUnavailable as error:
@@ -225,7 +223,7 @@ class Worker:
                 except (*REFUSED, LedgerFault) as error:  # no wait ends it, but a person may
                     outage.failed(error, exc_info=True)
                     self._fault = error
-                    self._turns.rotate(-1)  # what is wrong with this route need not be wrong with the others
+                    self._turns.failed()
                     await unusable.set_aside(self._ledger, error)
             for claim in taken:
                 held = self._held[claim.id] = _Claimed(claim)
@@ -246,15 +244,8 @@ class Worker:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
 
-    def _take_turns(self, *, is_empty: bool) -> None:
-        """Go on to the next route; one that has no more runs for us leaves, but for the one that all runs begin on."""
-        route = self._turns.popleft()
-        if not is_empty or not route:
-            self._turns.append(route)
-
     def _ready(self, route: str) -> None:
-        if route in self._routes and route not in self._turns:
-            self._turns.append(route)
+        self._turns.ready(route)
         self._wake.set()
 
     async def _route(self) -> None:

@@ -151,7 +151,9 @@ def test_make_image_builds_them_all() -> None:
 
 def test_make_cluster_names_the_program_that_it_lacks(tmp_path: Path) -> None:
     """tests/e2e has no run of it, because it takes the current context; what it makes is what they install."""
-    command = subprocess.run(["make", "-n", "cluster"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = subprocess.run(
+        ["make", "--no-print-directory", "-n", "cluster"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "--target worker" in command
     assert command.rstrip().endswith("charts/cluster")
     (tmp_path / "docker").symlink_to("/bin/true")

@@ -5,6 +5,7 @@ Idempotency-Key until it has the answer, and only then counts the run as accepte
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -158,11 +159,11 @@ class Load:
 
     async def flow(self, over: asyncio.Event) -> None:
         """Submit (and cancel) until it is over; returns when every request has had its answer."""
-        dice = random.Random(self.seed)
+        dice, numbers = random.Random(self.seed), itertools.count()
         async with httpx.AsyncClient(timeout=_ASK_FOR, trust_env=False) as client, asyncio.TaskGroup() as requests:
             while not over.is_set():
                 if self._unfinished + self._unanswered < UNFINISHED:
-                    case = _case(dice, len(self.cases))
+                    case = _case(dice, next(numbers))  # a case may be removed, and its key must not come again
                     self.cases.append(case)
                     self._unanswered += 1
                     requests.create_task(self._see_through(client, case, random.Random(dice.random())))

@@ -110,8 +110,8 @@ async def test_a_pooler_that_keeps_no_sessions_is_named_by_every_command(databas
                     once = [[sys.executable, "-m", "backcast", name] for name in ("setup", "check")]
                     commands += [product.spawn(command[-1], command, "") for command in once]
                     for part in commands:
-                        assert await part.ended() != 0, part.name
-                        assert "pool_mode = session" in part.text
+                        assert await part.ended() != 0, f"{part.name}: {part.text}"
+                        assert "pool_mode = session" in part.text, f"{part.name}: {part.text}"
                         assert "Traceback" not in part.text
     admin = await asyncpg.connect(database)
     assert await admin.fetchval("select current_setting('statement_timeout')") == "0", "and nothing is left set"

@@ -64,8 +64,8 @@ async def keeps(connection: Any, connect: Callable[[], Awaitable[Any]]) -> None:
     """Raise `ConfigurationError` if this connection's session is not its own.
 
     A pooler makes up the process id that it gives to a client, so a server that reports the same one is reached
-    directly. Behind a pooler, two clients that get the same server process share it, and so does a client that gets
-    another one with each transaction.
+    directly. Behind a pooler, another client opens transactions: it gets this connection's session or, while it holds
+    one, this connection may get another, or none. Once is not enough, as further clients take sessions meanwhile.
     """
     try:
         mine = await _pid(connection)
@@ -73,17 +73,30 @@ async def keeps(connection: Any, connect: Callable[[], Awaitable[Any]]) -> None:
             return
         other = await connect()
         try:
-            shared = await _pid(other) == mine
-        except TimeoutError:  # it waits for the only session, which is this connection's own
-            shared = False
+            shared = await _share(connection, mine, other)
         finally:
             other.terminate()
-        for _ in range(5):
-            shared = shared or await _pid(connection) != mine
     except LOST_STATEMENTS:
         shared = True
     if shared:
         raise ConfigurationError(POOLED)
+
+
+async def _share(connection: Any, mine: int, other: Any) -> bool:
+    for _ in range(10):
+        if await _pid(connection) != mine:  # and if not: poolers give the session that was used last to who comes next
+            return True
+        try:
+            await other.execute("begin", timeout=3)
+        except TimeoutError:  # it waits for the only session, which is this connection's own
+            return False
+        try:
+            if await _pid(other) == mine or await _pid(connection) != mine:
+                return True
+        except TimeoutError:  # the only session is the other's
+            return True
+        await other.execute("rollback", timeout=3)
+    return False
 
 
 LOST_STATEMENTS = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)

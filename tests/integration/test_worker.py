@@ -219,8 +219,13 @@ async def test_probes_and_metrics(product: Stack) -> None:
     await product.result(await product.submit("echo", value=1))
     async with httpx.AsyncClient(base_url=worker.url) as client:
         assert (await client.get("/livez")).status_code == 200
-        text = (await client.get("/metrics")).text
-        assert 'backcast_worker_attempts_total{state="completed"} 1.0' in text
+
+        async def figures() -> str:
+            return (await client.get("/metrics")).text
+
+        # A run is completed in the ledger before its worker counts it.
+        ended = 'backcast_worker_attempts_total{state="completed"} 1.0'
+        text = await until(figures, lambda text: ended in text)
         assert "backcast_worker_slots 10.0" in text
         (product.folder / "store").rename(product.folder / "gone")
         answer = await client.get("/readyz")

@@ -381,7 +381,7 @@ class Machine(RuleBasedStateMachine):
         await dispatch.dispatch_due(self.ledger)
 
     async def _route(self) -> None:
-        await routing.apply(self.ledger, unknown_after=timedelta(seconds=5))
+        await routing.apply(self.ledger)
 
     async def _fail_late(self) -> None:
         await routing.fail_late(self.ledger, unknown_after=timedelta(seconds=5))
@@ -407,7 +407,8 @@ class Machine(RuleBasedStateMachine):
 
     async def _shift(self, seconds: float) -> None:
         await self.ledger.execute(
-            """update runs set run_at = run_at - $1::interval, deadline = deadline - $1::interval
+            """update runs set run_at = run_at - $1::interval, deadline = deadline - $1::interval,
+                               parked_at = parked_at - $1::interval
                 where state in ('held', 'scheduled', 'queued')""",
             timedelta(seconds=seconds),
         )
@@ -465,6 +466,7 @@ class Machine(RuleBasedStateMachine):
         assert (state == "completed") == (now["result_key"] is not None)
         assert (state in FINAL) == (now["finished_at"] is not None)
         assert not (now["promoted"] and state in ("held", "scheduled"))
+        assert state in FINAL or (now["parked_at"] is not None) == (state == "scheduled" and now["route"] != "")
         if was is None:
             assert state in NEXT[None]
             assert (now["fence"], now["promoted"], now["worker_id"]) == (0, False, None)
@@ -472,7 +474,7 @@ class Machine(RuleBasedStateMachine):
         changed = {name for name in now if now[name] != was[name]}
         if state == was["state"]:
             assert (
-                changed <= {"run_at", "deadline"}
+                changed <= {"run_at", "deadline", "parked_at"}
                 or (state in ("queued", "scheduled") and changed == {"route"})
                 or (
                     state == "running"
@@ -497,7 +499,7 @@ class Machine(RuleBasedStateMachine):
         assert 0 <= now["retries_used"] - was["retries_used"] <= now["attempts_used"] - was["attempts_used"]
         assert now["attempts_used"] - now["retries_used"] <= now["max_attempts"], "more losses than allowed"
         if (was["state"] == "queued" and state == "scheduled") or (was["state"] == "scheduled" and state == "failed"):
-            assert was["route"] != "", "it did not wait for a worker that can do it"
+            assert now["route"] != "", "it did not wait for a worker that can do it"
             assert now["attempts_used"] == was["attempts_used"]
         if state == "failed" and now["error"]["code"] == "worker_lost":
             assert now["attempts_used"] - now["retries_used"] == now["max_attempts"]

@@ -1,11 +1,13 @@
 """Runs go to the workers that can do them: workers of one pool that differ, versions of a task, tasks that move."""
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -16,7 +18,7 @@ from backcast.ledger.connection import Ledger
 from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
 from tests.integration.test_ledger import LEASE, completed
 from tests.support.stack import ROOT, Part, Stack, stack
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 HEADER = "from prefect import task\n"
 STAYS = "@task\ndef stays(n: int) -> int:\n    return n\n"
@@ -48,9 +50,10 @@ async def end(part: Part) -> None:
 
 
 async def waits(product: Stack, run_id: str, code: str) -> None:
-    """The run is queued, shows why, and no attempt was counted."""
+    """The run is queued as it was submitted, shows why, and has not started."""
     run = await until(lambda: product.run(run_id), lambda run: run["error"] is not None)
     assert (run["state"], run["error"]["code"], run["attempts"]) == ("queued", code, 0)
+    assert (run["run_at"], run["started_at"]) == (run["created_at"], None)
 
 
 async def completes(product: Stack, run_id: str, value: object) -> None:
@@ -163,18 +166,46 @@ async def accept(ledger: Ledger, task: TaskType, **fields: object) -> Run:
     return (await submissions.submit(ledger, task, submission, input_text="{}", input_hash=b"")).run
 
 
+class Counting(Ledger):
+    """Counts its statements."""
+
+    count = 0
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, sql: str = "") -> AsyncIterator[Any]:
+        self.count += 1
+        async with super()._connection(sql) as connection:
+            yield connection
+
+
+async def test_runs_of_a_removed_task_are_out_of_the_way_after_few_statements(ledger: Ledger, database: str) -> None:
+    x, y = type_of("x"), type_of("y")
+    has_y = await registered(ledger, y)
+    for name in "ab":
+        await accept(ledger, x, owner=name)
+    await ledger.execute(
+        """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
+           select gen_random_uuid(), task, pool, owner, state, max_attempts, input, metadata
+             from runs, generate_series(1, 1000)"""
+    )
+    wanted = {(await accept(ledger, y, owner=name)).id for name in "abc"}
+    counting = Counting(database, timeout=timedelta(seconds=PATIENCE))
+    got = {run.id for _ in range(5) for run in await claim(counting, has_y)}
+    await counting.aclose()
+    assert got == wanted
+    assert counting.count < 20, "each of 2,000 runs was in the way"
+
+
 async def test_a_run_that_waits_for_a_worker_holds_no_place_in_its_lane(ledger: Ledger) -> None:
     x, y = type_of("x"), type_of("y")
     has_y = await registered(ledger, y)
     await lanes.limit(ledger, "narrow", Limits(max_running=1))
     first = await accept(ledger, x, lane="narrow")
     second = await accept(ledger, y, lane="narrow")
-    assert await claim(ledger, has_y) == []
-    await routing.apply(ledger, unknown_after=HOUR)
     [got] = await claim(ledger, has_y)
     assert got.id == second.id
     has_x = await registered(ledger, x)
-    await routing.apply(ledger, unknown_after=HOUR)
+    await routing.apply(ledger)
     assert await claim(ledger, has_x, "x") == [], "the lane is full"
     await settlement.settle(ledger, has_y, [replace(completed(got), lane=got.lane)])
     [got] = await claim(ledger, has_x, "x")
@@ -186,7 +217,7 @@ async def test_a_parked_run_can_be_cancelled_and_expires(ledger: Ledger) -> None
     has_y = await registered(ledger, y)
     cancelled, late = await accept(ledger, x), await accept(ledger, x, deadline="2999-01-01T00:00:00Z")
     assert await claim(ledger, has_y) == []
-    await routing.apply(ledger, unknown_after=HOUR)
+    await routing.apply(ledger)
     assert (await runs.cancel(ledger, cancelled.id)).state is State.CANCELLED
     await ledger.execute("update runs set deadline = now() where id = $1", late.id)
     assert await dispatch.dispatch_due(ledger) == 1
@@ -198,8 +229,8 @@ async def test_runs_wait_for_a_worker_through_an_outage_of_all_of_them(ledger: L
     has_y = await registered(ledger, y)
     run = await accept(ledger, x)
     assert await claim(ledger, has_y) == []
-    await routing.apply(ledger, unknown_after=HOUR)
-    await ledger.execute("update runs set run_at = now() - interval '1 day'")
+    await routing.apply(ledger)
+    await ledger.execute("update runs set parked_at = now() - interval '1 day'")
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 day'")
     assert await routing.fail_late(ledger, unknown_after=HOUR) == 0, "no worker is there to have it"
     young = await registered(ledger, y)
@@ -214,10 +245,10 @@ async def test_runs_on_a_route_are_parked_when_its_last_worker_leaves(ledger: Le
     has_x, has_y = await registered(ledger, x), await registered(ledger, y)
     run = await accept(ledger, x)
     assert await claim(ledger, has_y) == []
-    [route] = await routing.apply(ledger, unknown_after=HOUR)
+    [route] = await routing.apply(ledger)
     assert (route.route, route.leads_to, route.is_ready) == ("x", "default", True)
     await fleet.retire(ledger, has_x)
-    await routing.apply(ledger, unknown_after=HOUR)
+    await routing.apply(ledger)
     row = await ledger.fetchrow("select state, ready from runs, backlog where runs.id = $1", run.id)
     assert row is not None
     assert (row["state"], row["ready"]) == ("scheduled", 1), "autoscaling keeps one worker"

@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from uuid import UUID
 
-from backcast.ledger.connection import Ledger
+from backcast.errors import LedgerFault, LedgerUnavailable
+from backcast.ledger import routing
+from backcast.ledger.connection import REFUSED, Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,7 @@ class Claim:
 # deadline are passed over; `dispatch_due`, which every worker polls, takes them out of the index.
 # Of $3 rows, those after the first $6 are prefetched, except runs that were ever lost (see `recovery.requeue`). A
 # quarantined run always counts as prefetched: it waits until all the others have ended, and then `begin` marks it.
-# A picked run whose task this worker lacks stays queued, on the route of its task: see `routing`. Nothing else of it
-# changes, so that it was never claimed; and the next claim does not meet it again.
+# A picked run whose task this worker lacks stays as it is; `lacking` has its owner: see `routing.clear`.
 _CLAIM = """
 with recursive
 alive as materialized (select id, tasks from workers where id = $4 and heartbeat_at > now() - $5::interval),
@@ -69,7 +70,7 @@ b(owner_key, n) as (
 hop as (select owner_key, n from a union all select owner_key, n from b),
 share as (select ceil($3::numeric / greatest(count(*), 1))::int as rows from hop),
 pick as materialized (
-  select r.id, r.can, row_number() over (partition by r.can order by hop.n) as place
+  select r.id, r.can, hop.owner_key, row_number() over (partition by r.can order by hop.n) as place
     from hop cross join share cross join lateral (
     select id, task = any((select tasks from alive)::text[]) as can from runs
      where pool = $1 and route = $7 and state = 'queued' and owner_key = hop.owner_key
@@ -77,9 +78,6 @@ pick as materialized (
      order by priority desc, run_at, id limit share.rows for update skip locked) r
    where exists (select from alive)
    order by hop.n limit $3),
-routed as (
-  update runs set route = task where id = any(array(select id from pick where not can)) and route <> task
-  returning route),
 claimed as (
   update runs r set state = 'running', fence = r.fence + 1, worker_id = $4, started_at = now(),
          prefetched = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
@@ -87,7 +85,7 @@ claimed as (
    where r.id = any(array(select id from pick where can))
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
             r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature)
-select claimed.*, n.routed from (select array_agg(distinct route) as routed from routed) n
+select claimed.*, n.lacking from (select array_agg(distinct owner_key) as lacking from pick where not can) n
   left join claimed on true"""
 
 
@@ -104,17 +102,21 @@ async def claim(
     routed: Callable[[], None] | None = None,
 ) -> list[Claim]:
     """Claim up to `limit` ready runs of `pool` on this route, and prefetch up to `prefetch` more, going round the
-    owners from the one after `cursor` (an owner key). `routed` is called when this met runs whose task the worker
-    lacks."""
+    owners from the one after `cursor` (an owner key). `routed` is called when this has put runs on routes."""
     while True:
         rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit, route)
-        others = rows[0]["routed"]
-        for other in others or ():
-            ledger.wake(pool, other)
-        if others and routed:
-            routed()
         taken = [Claim(**{name: row[name] for name in _FIELDS}) for row in rows if row["id"] is not None]
-        if taken or not others:
+        if not (owners := rows[0]["lacking"]):
+            return taken
+        try:
+            is_free = await routing.clear(ledger, pool, owners, worker_id)
+        except (LedgerUnavailable, LedgerFault, *REFUSED):
+            if taken:  # they are claimed; the next claim meets the others again
+                return taken
+            raise
+        if is_free and routed:
+            routed()
+        if taken or not is_free:
             return taken
 
 

@@ -48,7 +48,7 @@ def _entry(row: asyncpg.Record) -> Entry:
         message=problem.detail if problem else "",
         at=row["created_at"] if waits else row["finished_at"],
         due=row["run_at"],
-        started_at=None if waits else row["started_at"],
+        started_at=None if waits else reading.started(row),
         attempts=row["attempts_used"],
         reported_at=row["reported_at"],
     )

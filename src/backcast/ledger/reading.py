@@ -4,7 +4,10 @@ hide the others.
 
 import json
 import math
+from datetime import datetime
 from typing import Any
+
+import asyncpg
 
 from backcast.models import JSON, Problem
 
@@ -16,6 +19,11 @@ def time(column: str) -> str:
     """SQL for a column of times, within what can be shown."""
     within = f"when {column} < {_FIRST} then {_FIRST} when {column} > {_LAST} then {_LAST}"
     return f"case {within} else {column} end as {column}"
+
+
+def started(row: asyncpg.Record) -> datetime | None:
+    """When the latest attempt began. A run that a worker only had, and released or put on a route, has not started."""
+    return row["started_at"] if row["attempts_used"] or row["state"] == "running" else None
 
 
 def loaded(text: str) -> JSON:

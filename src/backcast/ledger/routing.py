@@ -1,9 +1,10 @@
 """Routes runs to the workers that can do them, while not all workers of a pool have the same tasks.
 
 A run begins on its pool's route '', which every worker claims from. A worker that lacks the run's task puts it on the
-route of the task ("extract"); one whose version of the task refuses the input, on that of the version which accepted it
-("extract@1f0c…"). Workers register the routes that lead to them. A run whose route leads nowhere waits as `scheduled`
-for `unknown_after`: it counts in no lane, no claim meets it, and no attempt is counted.
+route of the task ("extract"), with others that would be in its way next; one whose version of the task refuses the
+input, on that of the version which accepted it ("extract@1f0c…"). Workers register the routes that lead to them. A run
+whose route leads nowhere waits as `scheduled` for `unknown_after`: it counts in no lane, no claim meets it, and no
+attempt is counted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,31 +75,57 @@ class Route:
     is_parked: bool
 
 
-# Lanes first, then runs, as everywhere; a run that is locked is being claimed, cancelled or expired.
-_PARK = f"""
-with few as materialized (
-  select id, lane from runs where pool = $1 and route = $2 and state = 'queued' limit {AT_ONCE}),
+# Puts ready runs on the route of their task, unless they are on one, and parks those whose route leads nowhere. Lanes
+# first, then runs, as everywhere; a run that is locked is being claimed, cancelled or expired. A worker that registers
+# meanwhile is not seen, and has them queued again by its next `apply`.
+_ROUTED = "coalesce(nullif(r.route, ''), r.task)"
+_PUT = f"""
+with few as materialized ({{few}}),
 lane as materialized (
   select name from lanes where name = any(array(select lane from few)) order by name for update),
 free as materialized (
-  select id, lane, promoted from runs where id = any(array(select id from few)) and pool = $1 and route = $2
-     and state = 'queued' and (select count(*) from lane) >= 0 for update skip locked),
+  select id, lane, promoted, {_ROUTED} as routed from runs r
+   where id = any(array(select id from few)) and pool = $1 and route = $2 and state = 'queued'
+     and (select count(*) from lane) >= 0 for update skip locked),
+nowhere as materialized (
+  select routed from (select distinct routed from free) f
+   where not exists (select from workers w where f.routed = any(w.routes) and {LIVE})),
 uncounted as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from free where promoted group by lane) f
+    from (select lane, count(*) as n from free where promoted and routed = any(array(select routed from nowhere))
+           group by lane) f
    where lanes.name = f.lane returning name),
 parked as (
-  update runs set state = 'scheduled', promoted = false, run_at = now() + $3::interval,
-         error = case when route = task then $4::json else $5::json end
-   where id = any(array(select id from free)) returning id)
-select (select count(*) from parked) as parked, array(select name from uncounted) as lanes"""  # noqa: S608  # constants
+  update runs r set state = 'scheduled', route = {_ROUTED}, promoted = false, parked_at = now(),
+         error = case when {_ROUTED} = task then $3::json else $4::json end
+   where id = any(array(select id from free where routed = any(array(select routed from nowhere)))) returning id),
+put as (
+  update runs r set route = {_ROUTED}
+   where id = any(array(select id from free where routed <> all(array(select routed from nowhere)))) and route = ''
+  returning route)
+select (select count(*) from parked) as parked, array(select distinct route from put) as routes,
+       array(select name from uncounted) as lanes"""  # noqa: S608  # constants
+_PARK = _PUT.format(
+    few=f"select id, lane from runs where pool = $1 and route = $2 and state = 'queued' limit {AT_ONCE}"  # noqa: S608
+)
+# The rows that these owners' next claims would look at first, by runs_ready: so one statement reads a bounded number of
+# rows, and those that it leaves are runs that this worker can do.
+_CLEAR = _PUT.format(
+    few=f"""
+  select r.id, r.lane from unnest($5::bigint[]) o(owner_key) cross join lateral (
+    select id, lane, task from runs
+     where pool = $1 and route = $2 and state = 'queued' and owner_key = o.owner_key
+       and (deadline is null or deadline > now())
+     order by priority desc, run_at, id limit {AT_ONCE} / cardinality($5::bigint[]) + 1) r
+   where r.task <> all((select tasks from workers where id = $6)::text[])"""  # noqa: S608  # a constant
+)
 
 # As when a scheduled run becomes due. A run whose pool has no worker for it follows its task to another pool.
 _UNPARK = f"""
 with few as materialized (
   select id from runs where pool = $1 and route = $2 and route <> '' and state = 'scheduled'
    limit {AT_ONCE} for update skip locked)
-update runs r set pool = $3, run_at = now(),
+update runs r set pool = $3, parked_at = null,
        state = {lanes.READY}
  where id = any(array(select id from few)) returning state, lane"""  # noqa: S608  # constants
 _MOVE = f"""
@@ -108,24 +135,38 @@ update runs set pool = $3 where id = any(array(select id from few)) returning id
 
 
 # Only while a worker has been alive for a minute: after an outage of everything, the worker that has the task may start
-# last.
+# last. By runs_parked.
 _FAIL = f"""
 with late as materialized (
-  select id from runs where route <> '' and state = 'scheduled' and run_at <= now()
+  select id from runs where route <> '' and state = 'scheduled' and parked_at <= now() - $1::interval
      and exists (select from workers w where w.pool = runs.pool and {LIVE}
                     and w.started_at < now() - least($1, interval '1 minute'))
    limit {AT_ONCE} for update skip locked)
 update runs set state = 'failed', finished_at = now() where id = any(array(select id from late)) returning id"""  # noqa: S608
 
 
-async def apply(ledger: Ledger, *, unknown_after: timedelta) -> list[Route]:
+_PROBLEMS = UNKNOWN_TASK.model_dump_json(), UNFIT_INPUT.model_dump_json()
+
+
+async def clear(ledger: Ledger, pool: str, owners: Sequence[int], worker_id: UUID) -> bool:
+    """Put the next ready runs of these owners (by owner key) on routes if this worker lacks their tasks: those of a
+    removed task then cost the pool a statement for a thousand of them. Returns whether there were any."""
+    row = await ledger.fetchrow(_CLEAR, pool, "", *_PROBLEMS, owners, worker_id)
+    assert row is not None
+    for route in row["routes"]:
+        ledger.wake(pool, route)
+    await lanes.try_promote(ledger, row["lanes"])
+    return bool(row["parked"] or row["routes"])
+
+
+async def apply(ledger: Ledger) -> list[Route]:
     """Queue the routed runs for which a worker has come, in whichever pool, and park those for which none is left.
     Returns the routes."""
     routes = [Route(**row) for row in await ledger.fetch(_ROUTES)]
     for found in routes:
         name = found.pool, found.route
         if found.leads_to is None:
-            await _park(ledger, *name, unknown_after) if found.is_ready else None
+            await _park(ledger, *name) if found.is_ready else None
             continue
         moves = found.is_ready and found.leads_to != found.pool
         if moves:
@@ -138,9 +179,8 @@ async def apply(ledger: Ledger, *, unknown_after: timedelta) -> list[Route]:
     return routes
 
 
-async def _park(ledger: Ledger, pool: str, route: str, unknown_after: timedelta) -> None:
-    problems = UNKNOWN_TASK.model_dump_json(), UNFIT_INPUT.model_dump_json()
-    while row := await ledger.fetchrow(_PARK, pool, route, unknown_after, *problems):
+async def _park(ledger: Ledger, pool: str, route: str) -> None:
+    while row := await ledger.fetchrow(_PARK, pool, route, *_PROBLEMS):
         await lanes.try_promote(ledger, row["lanes"])
         if row["parked"] < AT_ONCE:
             break

@@ -39,7 +39,7 @@ def shown(row: asyncpg.Record) -> Run:
         created_at=row["created_at"],
         run_at=row["run_at"],
         deadline=row["deadline"],
-        started_at=row["started_at"],
+        started_at=reading.started(row),
         finished_at=row["finished_at"],
     )
 

@@ -35,7 +35,7 @@ class Settlement:
     flight: str | None = None
     """The flight that a scheduled run waits for; its landing makes it ready earlier."""
     route: str = ""
-    """The route of a scheduled run that this worker can't do: see `routing`."""
+    """The route of a scheduled run that this worker can't do: it is parked there, see `routing`."""
     counts: bool = True
     """False when the attempt does not count: it was released, or never really started."""
     retries_used: int = 0
@@ -67,8 +67,9 @@ update runs r set
         'model', d.usage->'model',
         'input_tokens', (r.usage->>'input_tokens')::bigint + (d.usage->>'input_tokens')::bigint,
         'output_tokens', (r.usage->>'output_tokens')::bigint + (d.usage->>'output_tokens')::bigint) end,
-    run_at = case when d.state = 'scheduled'
+    run_at = case when d.state = 'scheduled' and d.route = ''
                   then now() + make_interval(secs => least(greatest(d.delay, 0), {longest})) else r.run_at end,
+    parked_at = case when d.state = 'scheduled' and d.route <> '' then now() end,
     attempts_used = r.attempts_used + d.counts,
     retries_used = d.retries,
     flight = d.flight,

@@ -127,7 +127,7 @@ class Steward:
         await asyncio.sleep(ROUND)
 
     async def _dispatch(self) -> None:
-        routed = await self._done(routing.apply(self._ledger, unknown_after=self._unknown_after), "route runs")
+        routed = await self._done(routing.apply(self._ledger), "route runs")
         if await self._done(dispatch.dispatch_due(self._ledger), "dispatch due runs") and routed:
             self._last_dispatch = time.monotonic()
 

@@ -8,7 +8,6 @@ import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from typing import Protocol
 from uuid import UUID
 
@@ -72,10 +71,9 @@ class Execution:
         meter: Meter,
         *,
         worker_id: UUID,
-        unknown_after: timedelta,
     ) -> None:
         self._ledger, self._store, self._executor, self._meter = ledger, store, executor, meter
-        self._worker_id, self._unknown_after = worker_id, unknown_after
+        self._worker_id = worker_id
         self._types = {task.name: task for task in executor.types}
         self._flights: dict[UUID, tuple[str, int]] = {}
         self._used: dict[UUID, Sequence[Usage]] = {}
@@ -94,8 +92,7 @@ class Execution:
             given = json.loads(text)
             if not self._fits(claim, given):
                 route = routing.version_route(claim.task, claim.signature)
-                delay = self._unknown_after.total_seconds()
-                return Retry(routing.UNFIT_INPUT, delay=delay, retries=claim.retries_used, route=route)
+                return Retry(routing.UNFIT_INPUT, delay=0.0, retries=claim.retries_used, route=route)
             key = self._executor.cache_key(claim.task, claim.id, given)
             if key is not None:
                 self._flights[claim.id] = key, claim.fence

@@ -86,9 +86,7 @@ class Worker:
         self._lease = Lease(settings, ledger, executor.types, report=self._report, acknowledged=self._acknowledged)
         self._results = Results(store, settings)
         self._executor = executor
-        self._execution = Execution(
-            ledger, store, executor, meter, worker_id=self._lease.id, unknown_after=settings.unknown_after
-        )
+        self._execution = Execution(ledger, store, executor, meter, worker_id=self._lease.id)
         self._names = sorted(task.name for task in executor.types)
         self._turns = Turns(routing.routes_to(executor.types))
         self._rerouted = asyncio.Event()
@@ -249,7 +247,7 @@ class Worker:
         self._wake.set()
 
     async def _route(self) -> None:
-        for found in await routing.apply(self._ledger, unknown_after=self._settings.unknown_after):
+        for found in await routing.apply(self._ledger):
             if found.leads_to == self._settings.worker.pool:
                 self._ready(found.route)
 

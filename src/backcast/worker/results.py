@@ -77,7 +77,7 @@ class Results:
                     id=claim.id,
                     fence=claim.fence,
                     lane=claim.lane,
-                    state="scheduled" if delay > 0 else "queued",
+                    state="scheduled" if delay > 0 or route else "queued",
                     delay=delay,
                     flight=behind,
                     route=route,

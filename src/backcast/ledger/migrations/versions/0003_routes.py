@@ -15,11 +15,15 @@ def upgrade() -> None:
     op.execute("""
     alter table runs
         add column route     text not null default '',  -- '' for any worker of the pool, or what its worker must have
-        add column signature text not null default '';  -- of the task's version that accepted the input
+        add column signature text not null default '',  -- of the task's version that accepted the input
+        add column parked_at timestamptz;               -- since when its route leads nowhere
     drop index runs_ready;
     create index runs_ready on runs (pool, route, owner_key, priority desc, run_at, id) where state = 'queued';
     -- Empty as long as every worker of a pool can do all of its runs.
     create index runs_routed on runs (pool, route, state) where route <> '' and state in ('queued', 'scheduled');
+    create index runs_parked on runs (parked_at) where route <> '' and state = 'scheduled';
+    drop index runs_scheduled;
+    create index runs_scheduled on runs (run_at) where route = '' and state = 'scheduled';
 
     alter table workers add column routes text[] not null default '{}';  -- the routes that lead to this worker
     alter table task_types add column signature text not null default '';

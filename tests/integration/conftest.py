@@ -13,6 +13,8 @@ from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
+from backcast.settings import Store as StoreSettings
+from backcast.store import Store, open_store
 from tests.support.waiting import PATIENCE
 
 _numbers = itertools.count()
@@ -60,3 +62,11 @@ async def ledger(database: str) -> AsyncIterator[Ledger]:
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
     return f"file://{tmp_path}/store"
+
+
+@pytest.fixture
+async def store(folder: str) -> AsyncIterator[Store]:
+    store = open_store(StoreSettings(url=folder, timeout=timedelta(seconds=PATIENCE)))
+    await store.ensure()
+    yield store
+    await store.aclose()

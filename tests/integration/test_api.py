@@ -20,8 +20,7 @@ from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import TaskType, uuid7
 from backcast.settings import Api
-from backcast.settings import Store as StoreSettings
-from backcast.store import Store, open_store
+from backcast.store import Store
 from tests.integration.test_ledger import LEASE
 
 ECHO = TaskType(
@@ -45,14 +44,6 @@ CAST = TaskType(
     },
 )
 MAX_BODY = 300_000
-
-
-@pytest.fixture
-async def store(folder: str) -> AsyncIterator[Store]:
-    store = open_store(StoreSettings(url=folder))
-    await store.ensure()
-    yield store
-    await store.aclose()
 
 
 @pytest.fixture

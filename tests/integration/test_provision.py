@@ -127,7 +127,7 @@ def test_a_bucket_is_made_and_every_call_is_tried(guarded: str, tmp_path: Path) 
     (tmp_path / "s3").mkdir()
     with s3_server(tmp_path / "s3") as s3:
         it = settings(guarded, tmp_path)
-        given = {"url": "s3://made/for/us", "endpoint": s3.url, "access_key": s3.access_key}
+        given = {"url": "s3://made/for/us", "endpoint": s3.url, "access_key": s3.access_key, "timeout": PATIENCE}
         good = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": s3.secret_key})})
         bad = it.model_copy(update={"store": it.store.model_validate(given | {"secret_key": "wrong"})})
         lines: list[str] = []

@@ -21,7 +21,7 @@ from backcast.steward.retention import Retention
 from backcast.store import Missing, Store, open_store
 from tests.support.s3 import S3Server, s3_server
 from tests.support.stack import ROOT, Part, Stack, prefect_server, stack
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 DAY = 24 * 3600.0
 KEEP = timedelta(days=30)
@@ -65,14 +65,11 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(params=["folder", "bucket"])
 async def store(request: pytest.FixtureRequest, folder: str, s3: S3Server) -> AsyncIterator[Store]:
-    if request.param == "folder":
-        opened = open_store(settings.Store(url=folder))
-    else:
-        opened = open_store(
-            settings.Store(
-                url=f"s3://test-{uuid7()}/prefix", endpoint=s3.url, access_key=s3.access_key, secret_key=s3.secret_key
-            )
-        )
+    given = {"url": folder}
+    if request.param == "bucket":
+        given = {"url": f"s3://test-{uuid7()}/prefix", "endpoint": s3.url}
+        given |= {"access_key": s3.access_key, "secret_key": s3.secret_key}
+    opened = open_store(settings.Store.model_validate(given | {"timeout": timedelta(seconds=PATIENCE)}))
     await opened.ensure()
     yield opened
     await opened.aclose()

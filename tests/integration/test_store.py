@@ -22,7 +22,7 @@ from backcast import settings
 from backcast.errors import ConfigurationError, StoreUnavailable
 from backcast.store import CHUNK, PAGE, Missing, Object, Store, copying, open_store
 from tests.support.s3 import S3Server, free_ports, s3_server
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 LARGE = os.urandom(1 << 20) * 20
 Opening = Callable[..., Store]
@@ -41,7 +41,8 @@ async def opened(s3: S3Server) -> AsyncIterator[Opening]:
 
     def open_(url: str = "s3://bucket", **changed: Any) -> Store:
         s3_settings = {"endpoint": s3.url, "access_key": s3.access_key, "secret_key": s3.secret_key}
-        stores.append(open_store(settings.Store(**{"url": url, **s3_settings, **changed})))
+        patient = {"timeout": timedelta(seconds=PATIENCE)}
+        stores.append(open_store(settings.Store(**{"url": url, **s3_settings, **patient, **changed})))
         return stores[-1]
 
     yield open_

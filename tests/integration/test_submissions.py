@@ -36,21 +36,12 @@ from backcast.ledger.submissions import New, Submissions, SubmittedRun
 from backcast.local import postgres
 from backcast.models import Limits, State, Submission, uuid7
 from backcast.settings import Api
-from backcast.settings import Store as StoreSettings
-from backcast.store import Store, open_store
+from backcast.store import Store
 from tests.integration.test_api import ECHO, end, problem
 from tests.integration.test_ledger import LEASE
 from tests.support.waiting import until
 
 JSONL = {"content-type": "application/jsonl"}
-
-
-@pytest.fixture
-async def store(folder: str) -> AsyncIterator[Store]:
-    store = open_store(StoreSettings(url=folder))
-    await store.ensure()
-    yield store
-    await store.aclose()
 
 
 @pytest.fixture

@@ -309,6 +309,7 @@ async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
             "BACKCAST_STORE__ENDPOINT": s3.url,
             "BACKCAST_STORE__ACCESS_KEY": s3.access_key,
             "BACKCAST_STORE__SECRET_KEY": s3.secret_key,
+            "BACKCAST_STORE__TIMEOUT": f"{PATIENCE:g}",
         }
         async with stack(database, tmp_path, **env) as product:
             made = product.spawn("setup", [sys.executable, "-m", "backcast", "setup"], "")

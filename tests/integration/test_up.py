@@ -19,6 +19,7 @@ import httpx
 import psutil
 import psycopg
 import pytest
+import pytest_asyncio
 
 from backcast.ledger import provisioning
 from backcast.local import postgres
@@ -26,6 +27,8 @@ from backcast.testing import ScriptedModel
 from tests.support.runs import FINAL
 from tests.support.stack import ROOT, free_port
 from tests.support.waiting import PATIENCE, until
+
+KEY = "it's a key of ours"
 
 
 class Up:
@@ -167,16 +170,6 @@ async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: di
         assert "Traceback" not in it.log.read_text()
 
 
-async def test_a_killed_part_comes_back(tmp_path: Path, model: dict[str, str]) -> None:
-    async with up(tmp_path, **model) as it:
-        await it.prints(r" → int → \d+ ")
-        for name in ("worker", "postgres"):
-            it.parts()[name].kill()
-            await it.prints(rf"{name} │ was killed by SIGKILL; starting it again in 0.5 s")
-        run_id = await until(lambda: it.submit("create_structured_output", data="about 12 of them", target="int"))
-        assert (await it.run(run_id, has_ended))["state"] == "completed"
-
-
 async def test_sigkill_of_each_process_in_turn_loses_nothing(tmp_path: Path) -> None:
     """200 runs of 0.5 s, and every process of the product killed while they are worked on: each has its one outcome."""
     settings = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
@@ -187,6 +180,7 @@ async def test_sigkill_of_each_process_in_turn_loses_nothing(tmp_path: Path) -> 
             killed = it.parts()[name]
             killed.kill()
             await until(partial(it.replaced, name, killed.pid))
+            await it.prints(rf"{name} │ was killed by SIGKILL; starting it again in 0.5 s")
         await until(lambda: it.get("/readyz"))
         for run_id in runs:
             run = await it.run(run_id, has_ended, timeout=2 * PATIENCE)
@@ -239,14 +233,51 @@ async def test_running_work_may_finish_and_a_second_ctrl_c_releases_it(tmp_path:
         assert (await it.get(f"/v1/runs/{short}"))["state"] == "completed"
 
 
-async def test_a_port_that_is_taken_is_replaced_in_one_line(tmp_path: Path) -> None:
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Up]:
+    """One with keys, whose port is taken when it starts."""
+    environ = {"BACKCAST_TASKS": "tests.support.sample_tasks", "BACKCAST_API__KEYS": f"{KEY},another one of 16"}
     with ScriptedModel() as other:
-        async with up(tmp_path, "--no-model", "--port", str(other.port)) as it:
-            found = re.search(
-                rf"    api │ port {other.port} is taken, using (\d+)\n", await it.prints("backcast is up")
-            )
+        async with up(tmp_path_factory.mktemp("up"), "--no-model", "--port", str(other.port), **environ) as it:
+            text = await it.prints("backcast is up")
+            found = re.search(rf"    api │ port {other.port} is taken, using (\d+)\n", text)
             assert found
-            assert (await it.http.get(f"http://127.0.0.1:{found[1]}/readyz")).status_code == 200
+            it.url = f"http://127.0.0.1:{found[1]}"
+            it.http.base_url, it.http.headers["Authorization"] = httpx.URL(it.url), f"Bearer {KEY}"
+            yield it
+            it.process.send_signal(signal.SIGTERM)
+            assert await it.ended() == 0
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_port_that_is_taken_is_replaced_in_one_line(shared: Up) -> None:
+    await until(lambda: shared.get("/readyz"))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_lines_to_paste_carry_the_key(shared: Up) -> None:
+    text = await shared.prints(r"backcast is up(?s:.*)backcast cast .*\n")
+    pasted = re.search(rf"^ *(curl .*{shared.url}/tasks .*)\n *(.*backcast cast .*)$", text, re.MULTILINE)
+    assert pasted
+    answer = subprocess.run(pasted[1], shell=True, capture_output=True, check=True).stdout
+    assert json.loads(answer)["task_run_id"]
+    assert shlex.split(pasted[2])[:2] == [f"BACKCAST_API_KEY={KEY}", f"BACKCAST_URL={shared.url}"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_line_that_never_ends_stops_nothing(shared: Up) -> None:
+    run = await shared.submit("shout", size=40_000_000)
+    assert (await shared.run(run, has_ended))["state"] == "completed"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_death_of_a_worker_is_seen_while_a_process_of_a_task_goes_on(shared: Up) -> None:
+    run = await shared.submit("leave_a_process")
+    assert (await shared.run(run, has_ended))["state"] == "completed"
+    left = psutil.Process(await shared.get(f"/v1/runs/{run}/result"))
+    shared.parts()["worker"].kill()
+    await shared.prints("worker │ was killed by SIGKILL; starting it again in 0.5 s")
+    left.kill()
 
 
 @contextlib.contextmanager
@@ -267,42 +298,6 @@ def _taken(it: Up, name: str, port: int) -> Iterator[None]:
         other.listen()
         it.process.resume()
         yield
-
-
-async def test_the_lines_to_paste_carry_the_key(tmp_path: Path) -> None:
-    tasks = {
-        "BACKCAST_TASKS": "tests.support.sample_tasks",
-        "BACKCAST_API__KEYS": "it's a key of ours,another one of 16",
-    }
-    async with up(tmp_path, "--no-model", **tasks) as it:
-        text = await it.prints(r"backcast is up(?s:.*)backcast cast .*\n")
-        pasted = re.search(rf"^ *(curl .*{it.url}/tasks .*)\n *(.*backcast cast .*)$", text, re.MULTILINE)
-        assert pasted
-        answer = subprocess.run(pasted[1], shell=True, capture_output=True, check=True).stdout
-        assert json.loads(answer)["task_run_id"]
-        assert shlex.split(pasted[2])[:2] == ["BACKCAST_API_KEY=it's a key of ours", f"BACKCAST_URL={it.url}"]
-
-
-async def test_a_line_that_never_ends_stops_nothing(tmp_path: Path) -> None:
-    tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
-    async with up(tmp_path, "--no-model", **tasks) as it:
-        await it.prints("backcast is up")
-        run = await it.submit("shout", size=40_000_000)
-        assert (await it.run(run, has_ended))["state"] == "completed"
-        it.process.send_signal(signal.SIGTERM)
-        assert await it.ended() == 0
-
-
-async def test_the_death_of_a_worker_is_seen_while_a_process_of_a_task_goes_on(tmp_path: Path) -> None:
-    tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
-    async with up(tmp_path, "--no-model", **tasks) as it:
-        await it.prints("backcast is up")
-        run = await it.submit("leave_a_process")
-        assert (await it.run(run, has_ended))["state"] == "completed"
-        left = psutil.Process(await it.get(f"/v1/runs/{run}/result"))
-        it.parts()["worker"].kill()
-        await it.prints("worker │ was killed by SIGKILL; starting it again in 0.5 s")
-        left.kill()
 
 
 async def test_a_port_that_another_program_takes_later_is_replaced_or_named(tmp_path: Path) -> None:

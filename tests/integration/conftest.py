@@ -18,6 +18,20 @@ from backcast.store import Store, open_store
 from tests.support.waiting import PATIENCE
 
 _numbers = itertools.count()
+_LONGEST = (
+    "test_up",
+    "test_worker",
+    "test_ledger_machine",
+    "test_chaos",
+    "test_steward",
+    "test_history",
+    "test_signals",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes, so that no process works alone at the end."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,8 @@
 """Prefect's own server shows every run. While it is away, no caller and no worker is affected."""
 
 import asyncio
+import contextlib
+import json
 import sys
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -11,6 +13,7 @@ from uuid import UUID
 import httpx
 import pytest
 
+from backcast.history.delivery import Delivery, Undelivered
 from backcast.history.sink import Sink
 from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
@@ -225,6 +228,26 @@ async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
             await sink.server.states(ids)
         with pytest.raises(httpx.HTTPError):
             await sink.server.delete_ended(str(sink.tag), now, 1)
+        await sink.aclose(1)
+
+
+async def test_what_prefect_refuses_is_found(server: postgres.Postgres, tmp_path: Path) -> None:
+    """By an answer of 422 or of 503; and Prefect takes the probes."""
+    provisioning.create_database(server.url(), "prefect_that_refuses")
+    async with prefect_server(tmp_path, server.url("prefect_that_refuses")) as prefect:
+        sink = Sink(Prefect(api_url=prefect.url))
+        lines, events = Delivery(sink.server, "/logs/"), Delivery(sink.server, "/events")
+        good = {"name": "n", "level": 20, "message": "good", "timestamp": datetime.now(UTC).isoformat()}
+        surrogate = json.dumps(good | {"message": "\ud800"}).encode()
+        batch = [b"{}", json.dumps(good).encode(), surrogate]
+
+        async def refused(path: Delivery, batch: list[bytes]) -> list[tuple[bytes, str]]:
+            with contextlib.suppress(Undelivered):  # it is busy
+                return [(body, words[:3]) for body, words in await path.send(batch)]
+            return []
+
+        assert await until(partial(refused, lines, batch)) == [(b"{}", "422"), (surrogate, "503")]
+        assert await until(partial(refused, events, [b"{}"])) == [(b"{}", "422")]
         await sink.aclose(1)
 
 

@@ -1,5 +1,6 @@
 """The history sink against servers that refuse: what is sent, what is dropped, what is kept, with which credentials."""
 
+import asyncio
 import contextlib
 import json
 import tempfile
@@ -7,10 +8,12 @@ import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import httpx
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from prefect.events.schemas.events import Event
 from prometheus_client import CollectorRegistry
 
@@ -53,6 +56,10 @@ async def test_credentials(given: dict[str, str], shown: str | None) -> None:
     assert ("PREFECT_API_KEY" in Prefect.model_validate(given).environment()) == ("api_key" in given)
 
 
+def names_in(body: bytes) -> list[str]:
+    return [item.get("message") or item["resource"].get("prefect.resource.name", "probe") for item in json.loads(body)]
+
+
 class Refusing:
     """A Prefect server that answers for bad items, or for all, with these statuses."""
 
@@ -66,11 +73,11 @@ class Refusing:
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
-        names = [item.get("message") or item["resource"]["prefect.resource.name"] for item in json.loads(body)]
+        names = names_in(body)
         self.posts += 1
         refused = self.for_all or any(name.startswith("bad") for name in names)
         if not refused:
-            self.taken += names
+            self.taken += [name for name in names if name != "probe"]
         await send({"type": "http.response.start", "status": self.status if refused else 204, "headers": []})
         await send({"type": "http.response.body", "body": b"because"})
 
@@ -102,7 +109,7 @@ def dropped(sink: Sink, why: str) -> float:
     return sink.dropped.labels(why)._value.get()
 
 
-@pytest.mark.parametrize("bad", [{0}, {199}, {57, 58, 120}, {0, 1, 2, 3}, set(range(100))], ids=lambda bad: len(bad))
+@pytest.mark.parametrize("bad", [{0}, {199}, {57, 58, 120}, {0, 1, 2, 3}, set(range(20))], ids=lambda bad: len(bad))
 @pytest.mark.parametrize("status", [400, 401, 403, 409, 413, 418, 422, 500, 503])
 @pytest.mark.parametrize("kind", ["event", "line"])
 async def test_only_the_item_that_is_refused_is_dropped(
@@ -113,7 +120,7 @@ async def test_only_the_item_that_is_refused_is_dropped(
     for n in range(200):
         name = f"bad {n}" if n in bad else f"good {n}"
         sink.publish(change(name)) if kind == "event" else sink.keep_log(line(name))
-    await flushed(sink, 12 + len(bad))
+    await flushed(sink)
     assert sorted(server.taken) == sorted(f"good {n}" for n in range(200) if n not in bad), "each of the others, once"
     assert sink.waiting == 0
     assert dropped(sink, "refused") == len(bad)
@@ -130,12 +137,107 @@ async def test_a_server_that_takes_nothing_loses_nothing(status: int) -> None:
         sink.publish(change(name))
         sink.keep_log(line(f"line of {name}"))
     await flushed(sink, 8)
-    assert server.posts < 250, "it is not asked about each item"
+    assert server.posts < 50, "it is not asked about each item"
     assert sink.waiting == len(names)
     server.for_all = False
     await flushed(sink, 2)
     assert sorted(server.taken) == sorted([*names, *[f"line of {name}" for name in names]])
     assert dropped(sink, "refused") == 0
+
+
+class Flapping:
+    """A Prefect server on a real port that answers by a schedule: a status, 0 to reset the connection, or -1 to take
+    the items and reset it. After the schedule it takes everything except the culprit."""
+
+    def __init__(self, schedule: list[int], culprit: str | None) -> None:
+        self.schedule, self.culprit = iter(schedule), culprit
+        self.taken: list[str] = []
+        self._connections: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await asyncio.gather(*self._connections)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.append(asyncio.create_task(self._serve(reader, writer)))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+                names = names_in(await reader.readexactly(length))
+                status = next(self.schedule, 201)
+                if status in (-1, 201) and self.culprit in names:
+                    status = 500
+                if status in (-1, 201):
+                    self.taken += names
+                if status <= 0:
+                    writer.transport.abort()
+                    return
+                writer.write(f"HTTP/1.1 {status} -\r\ncontent-length: 0\r\n\r\n".encode())
+
+
+@example(pattern=[500, 503], times=20, culprit=None)
+@example(pattern=[201, 500], times=200, culprit=None)
+@example(pattern=[201, 500, 0, -1], times=50, culprit=17)
+@given(
+    pattern=st.lists(st.sampled_from([201, 500, 503, 0, -1]), min_size=1, max_size=40),
+    times=st.integers(1, 12),
+    culprit=st.none() | st.integers(0, 49),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+async def test_a_server_that_comes_and_goes_loses_no_good_line(
+    pattern: list[int], times: int, culprit: int | None
+) -> None:
+    names = [f"line {n:02}" for n in range(50)]
+    bad = None if culprit is None else names[culprit]
+    async with Flapping(pattern * times, bad) as server:
+        sink = Sink(Prefect.model_validate({"api_url": f"http://127.0.0.1:{server.port}/api"}))
+        for name in names:
+            sink.keep_log(line(name))
+        tries = iter(range(len(pattern) * times + 3))
+        while sink._logs and next(tries, None) is not None:
+            await flushed(sink)
+        assert not sink._logs, "nothing is tried for ever"
+        await sink.aclose(timeout=PATIENCE)
+        assert set(server.taken) - {"probe"} == {*names} - {bad}
+        assert dropped(sink, "refused") == (bad is not None)
+
+
+async def test_the_end_of_a_process_outlasts_a_server_that_comes_and_goes(caplog: pytest.LogCaptureFixture) -> None:
+    async with Flapping([503, 0, 500, 503], culprit=None) as server:
+        sink = Sink(Prefect.model_validate({"api_url": f"http://127.0.0.1:{server.port}/api"}))
+        sink.publish(change("a run"))
+        sink.keep_log(line("a line"))
+        await sink.aclose(timeout=PATIENCE)
+    assert {"a run", "a line"} <= set(server.taken)
+    assert not caplog.records
+
+
+async def test_only_what_is_lost_at_the_end_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    for lines in (0, 2):
+        sink = Sink(Prefect(api_url="http://127.0.0.1:9/api"))
+        sink.publish(change("the steward publishes its end"))
+        for n in range(lines):
+            sink.keep_log(line(f"line {n}"))
+        await sink.aclose(timeout=PATIENCE)
+    assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["2"]
+
+
+async def test_refusals_are_seldom_reported(caplog: pytest.LogCaptureFixture) -> None:
+    sink = over(Refusing(422))
+    for n in range(10):
+        sink.keep_log(line(f"bad {n}"))
+        await flushed(sink)
+    assert dropped(sink, "refused") == 10
+    assert len(caplog.records) == 1
+    assert "bad 0" in caplog.text
 
 
 async def test_memory_and_disk_are_bounded_and_read_back_in_pieces() -> None:

@@ -1,20 +1,41 @@
 """Posts batches, and finds the item for which the server refuses one. Decides whether a refusal is about an item or
-about everything, as while the server's own database is away.
+about everything, as while the server is away, or comes and goes: it posts a probe, which every server takes that works.
 """
 
 import asyncio
-from collections.abc import Sequence
+import json
+import random
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from math import comb
+from uuid import uuid4
 
 import httpx
 
 from backcast.history.server import PrefectServer
+from backcast.models import JSON
+
+_NOW = datetime.now(UTC).isoformat()
+PROBES: Mapping[str, JSON] = {
+    "/events": {  # Prefect keeps one event of an id
+        "id": str(uuid4()),
+        "occurred": _NOW,
+        "event": "backcast.probe",
+        "resource": {"prefect.resource.id": "backcast.history"},
+    },
+    "/logs/": {"name": "backcast.history", "level": 10, "message": "probe", "timestamp": _NOW},
+}
+"""Items of no run, which no page of a run shows and which may be posted any number of times, by path."""
 
 SERVERS_OWN = {401, 403, 404, 405, 407, 408, 421, 423, 425, 426, 429}
 """Client errors that are rarely about one item: a wrong key or address, a limit."""
-PATIENCE = 3
-"""Batches refused by such an error, or by the server's own (5xx), before an item is suspected."""
-NONE_TAKEN = 3
-"""Items suspected one after another, while none was taken, before it is the server after all."""
+CHANCE = 1e-9
+"""An item is dropped when a server that refuses at random is less likely than this to have refused all its posts, and
+so few probes: after 17 posts of each, if all probes were taken."""
+MISSES = 3
+"""Probes refused one after another, before the server is away."""
+POSTS = 200
+"""Posts after which a suspect is left for later."""
 
 Refused = tuple[bytes, str]
 """An item, and the server's words."""
@@ -32,55 +53,69 @@ class Delivery:
     """The way to one path of the server."""
 
     def __init__(self, server: PrefectServer, path: str) -> None:
-        self._server, self._path = server, path
-        self._failures = 0
+        self._server, self._path, self._probe = server, path, json.dumps(PROBES[path]).encode()
 
     async def send(self, batch: Sequence[bytes]) -> list[Refused]:
-        """Post these JSON texts, and return those that the server refuses for their own sake: it has taken others, or
-        its answer leaves no doubt.
+        """Post these JSON texts, and return those that the server refuses for their own sake.
 
         Raises:
             Undelivered: the server is away; the cause is an `httpx.HTTPError`.
         """
-        parts, taken = [list(batch)] if batch else [], False
+        parts = [list(batch)] if batch else []
         suspects, refused = list[bytes](), list[Refused]()
         try:
             while parts:
                 part = parts[-1]
                 try:
-                    await self._server.post(self._path, part)
-                    taken = True
+                    await self._post(part)
                 except httpx.HTTPError as error:
-                    if not (certain := _is_certain(error)) and not self._is_suspicious(error):
-                        raise
+                    await self._post([self._probe])
                     if len(part) > 1:
                         middle = len(part) // 2
                         parts[-1:] = [part[middle:], part[:middle]]
                         continue
-                    if certain:
+                    if _is_certain(error):
                         refused.append((part[0], _words(error)))
                     else:
-                        suspects.append(part[0])
-                        if not taken and (len(suspects) == NONE_TAKEN or len(parts) == 1):
-                            parts.pop()
-                            raise
+                        suspects += part
                 parts.pop()
-            while suspects:  # the server may have come back in between: only now is it about the item
-                try:
-                    await self._server.post(self._path, suspects[-1:])
-                except httpx.HTTPError as error:
-                    if not self._is_suspicious(error):
-                        raise
-                    refused.append((suspects[-1], _words(error)))
-                suspects.pop()
+            while suspects:
+                if (words := await self._try_alone(suspects[0])) is not None:
+                    refused.append((suspects[0], words))
+                suspects.pop(0)
         except (httpx.HTTPError, asyncio.CancelledError) as error:
-            self._failures += not isinstance(error, httpx.ConnectError)
             raise Undelivered([item for part in reversed(parts) for item in part] + suspects, refused) from error
-        self._failures = 0
         return refused
 
-    def _is_suspicious(self, error: httpx.HTTPError) -> bool:
-        return self._failures >= PATIENCE and not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    async def _post(self, batch: list[bytes]) -> None:
+        await self._server.post(self._path, batch)
+
+    async def _try_alone(self, item: bytes) -> str | None:
+        """Post the item and the probe in a random order, which no rhythm of the server can follow, until the item was
+        taken (None), or is proved to be refused for its own sake (the server's words).
+
+        Raises:
+            httpx.HTTPError: the server is away, or comes and goes so often that nothing is proved.
+        """
+        refusals, taken, missed, misses = list[httpx.HTTPError](), 0, 0, 0
+        for post in range(POSTS):
+            is_probe = random.random() < 0.5  # noqa: S311  # no secret
+            try:
+                await self._post([self._probe if is_probe else item])
+            except httpx.HTTPError as error:
+                if not is_probe:
+                    refusals.append(error)
+                    continue
+                missed, misses = missed + 1, misses + 1
+                if misses == MISSES:
+                    raise
+                continue
+            if not is_probe:
+                return None
+            taken, misses = taken + 1, 0
+            if comb(taken + missed, missed) < CHANCE * comb(post + 1, taken):
+                return _words(refusals[-1])
+        raise httpx.HTTPError("it comes and goes")
 
 
 def _is_certain(error: httpx.HTTPError) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -50,6 +51,8 @@ MEMORY = 16 * 1024 * 1024
 """Bytes of events kept in memory, and bytes of log lines; the oldest lines are dropped first."""
 SPILLED = 1000
 """Events that go to the spool at a time, in about 20 ms."""
+REPORTED = 60.0
+"""Seconds between two lines in the log about items that Prefect refuses."""
 
 Item = bytes | Change | dict[str, Any]
 """JSON; a change, which becomes JSON only when it is posted, as most are replaced by the next one of their run; or an
@@ -79,6 +82,7 @@ class Sink:
             registry=None,
         )
         self._is_full = Outage(partial(log.warning, "history is dropped until Prefect is back: %s"))
+        self._unreported, self._reported = 0, -REPORTED
 
     def measure(self, registry: CollectorRegistry) -> None:
         """Show the sink's figures among the metrics of its process."""
@@ -156,9 +160,8 @@ class Sink:
     def _written(self, item: Item) -> bytes | None:
         try:
             return _written(item, self.tag)
-        except Exception:
-            log.exception("dropped from history, because it can't be written as JSON")
-            self.dropped.labels("refused").inc()
+        except Exception as error:  # noqa: BLE001  # whatever a task has made of it
+            self._drop([(repr(item).encode("ascii", "replace"), f"it can't be written as JSON: {error}")])
             return None
 
     def _unspill(self) -> None:
@@ -200,12 +203,22 @@ class Sink:
                 delays = backoff(1.0, 15.0)
 
     async def aclose(self, timeout: float) -> None:
-        """Post what is left, for at most `timeout` seconds."""
-        try:
+        """Post what is left, for at most `timeout` seconds. The steward later publishes the ends of runs for which that
+        is too short; only the other items are lost."""
+        with contextlib.suppress(TimeoutError, httpx.ConnectError):
             async with asyncio.timeout(timeout):
-                await self._flush()
-        except (TimeoutError, httpx.HTTPError):
-            log.warning("%d events were not published to Prefect before the process ended", self.waiting)
+                for delay in backoff(0.1, 1.0):
+                    try:
+                        await self._flush()
+                        break
+                    except httpx.ConnectError:
+                        raise
+                    except httpx.HTTPError:
+                        await asyncio.sleep(delay)
+        lost = len(self._logs) + sum(not isinstance(item, Change) for item, _ in self._waiting.values())
+        if lost:
+            text = "%d log lines and states of inner tasks were not published to Prefect before the process ended"
+            log.warning(text, lost)
         self._spool.close()
         await self.server.aclose()
 
@@ -271,9 +284,16 @@ class Sink:
         return True
 
     def _drop(self, refused: list[Refused]) -> None:
-        for body, why in refused:
-            self.dropped.labels("refused").inc()
-            log.warning("dropped from history, because Prefect refuses it (%s): %s", why, body[:300].decode())
+        """Count them; report the first one, and later ones seldom."""
+        if not refused:
+            return
+        self.dropped.labels("refused").inc(len(refused))
+        self._unreported += len(refused)
+        if time.monotonic() - self._reported >= REPORTED:
+            body, why = refused[0]
+            text = "dropped from history, because Prefect can't take it (%s; %d since the last such line): %s"
+            log.warning(text, why, self._unreported, body[:300].decode(errors="replace"))
+            self._unreported, self._reported = 0, time.monotonic()
 
 
 def _written(item: Item, tag: str | None) -> bytes:

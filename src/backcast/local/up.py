@@ -289,8 +289,9 @@ class _Up:
         hurry = asyncio.create_task(self._hurry())
         await children.pop("worker").stop(GRACE + 2)
         hurry.cancel()
-        database = children.pop("postgres")
+        prefect, database = children.pop("prefect"), children.pop("postgres")
         await asyncio.gather(*(child.stop(3) for child in children.values()))
+        await prefect.stop(3)  # after the others have published their last history
         await database.stop(10)
         self._show("backcast", "stopped")
 

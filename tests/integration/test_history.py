@@ -162,6 +162,25 @@ async def test_retention_removes_our_history_and_nobody_elses(database: str, tmp
         await until(lambda: asyncio.to_thread(lambda: steward.text), lambda text: "of this ledger from Prefect" in text)
 
 
+async def test_a_task_delays_another_one_as_in_plain_prefect(database: str, tmp_path: Path) -> None:
+    """A process that serves it with plain Prefect runs it; what plain Prefect allows in flows only fails here too."""
+    async with (
+        prefect_server(tmp_path) as server,
+        stack(database, tmp_path, BACKCAST_PREFECT__API_URL=server.url, BACKCAST_PREFECT__HISTORY="true") as product,
+    ):
+        await product.up("api", "worker")
+        serve = "from tests.support.sample_tasks import delayed; delayed.serve()"
+        product.spawn("serve", [sys.executable, "-c", serve], "", PREFECT_API_URL=server.url)
+        order = {"item": "tea", "quantity": 1, "due": "2030-01-01"}
+        for task, year in (("delaying", 2031), ("delaying_in_a_thread", 2032)):
+            run = await product.result(await product.submit(task, order=order))
+            await seen(server.url, run, "COMPLETED")
+            assert (tmp_path / f"calls-tea-{year}").read_text() == "."
+        for method in ("submit", "map"):
+            run = await product.ended(await product.submit("calling", method=method))
+            assert "outside of a flow, please" in run["error"]["detail"]
+
+
 async def test_runs_in_prefect_can_be_read_and_deleted(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     old, young, waiting, late, unknown = (uuid7() for _ in range(5))

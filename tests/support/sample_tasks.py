@@ -75,6 +75,28 @@ async def parent() -> int:
 
 
 @task
+def delayed(order: Order, on: date) -> int:
+    return _note(f"{order.item}-{on.year}")
+
+
+@task
+async def delaying(order: Order) -> str:
+    """Leaves a run of another task to whoever serves that one with plain Prefect."""
+    return str(delayed.delay(order, on=date(2031, 1, 2)).task_run_id)
+
+
+@task
+def delaying_in_a_thread(order: Order) -> str:
+    return str(delayed.delay(order, on=date(2032, 1, 2)).task_run_id)
+
+
+@task
+def calling(method: str) -> Any:
+    """Calls a method of another task."""
+    return getattr(child, method)([1])
+
+
+@task
 async def nap(seconds: float, name: str = "nap") -> float:
     _note(name)
     await asyncio.sleep(seconds)

@@ -37,6 +37,17 @@ MARGIN = 0.5
 RUNNING, COMPLETED = Running(), Completed()
 
 
+class Context(TaskRunContext):
+    """A run's context. Sent elsewhere, by `.delay()` and `with_context`, it is as in plain Prefect: it has the user's
+    task, and not our store, which only this process has."""
+
+    given: Any
+
+    def serialize(self, include_secrets: bool = True) -> dict[str, Any]:
+        plain = self.model_copy(update={"task": self.given, "result_store": ResultStore()})
+        return TaskRunContext.serialize(plain, include_secrets)
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """A served task, with the models that Prefect's contexts need for its runs. Making and validating a model takes
@@ -55,7 +66,8 @@ class Template:
             task_version=task.version,
             empirical_policy=TaskRunPolicy(retries=task.retries, retry_delay=task.retry_delay_seconds),
         )
-        context = TaskRunContext(
+        context = Context(
+            given=registered.given,
             task=task,
             task_run=run,
             parameters={},

@@ -61,6 +61,8 @@ class RegisteredTask:
     """A task that this process serves: its type, as callers see it, and the copy that is executed."""
 
     type: TaskType
+    given: "Task[..., Any]"
+    """The user's own object."""
     task: "Task[..., Any]"
     parameters: Mapping[str, Filler]
     """Make parameters of types beyond plain JSON (dates, models) from JSON."""
@@ -132,6 +134,7 @@ def prepare(task: "Task[..., Any]", *, pool: str, max_attempts: int, storage: Wr
             lane=options.lane,
             history=options.history == "full",
         ),
+        given=task,
         task=ours,
         parameters=parameters.fillers,
         options=options,

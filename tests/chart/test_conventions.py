@@ -67,8 +67,7 @@ def test_a_path_is_known_to_the_api() -> None:
     release = render({"ingress": {"path": "/casts"}})
     assert release.the("Ingress", "api")["spec"]["rules"][0]["http"]["paths"][0]["path"] == "/casts"
     assert release.config["api"]["prefix"] == "/casts"
-    for values in ({}, {"ingress": {"enabled": False, "path": "/casts"}}):
-        assert render(values).config["api"]["prefix"] == ""
+    assert render({}).config["api"]["prefix"] == ""
 
 
 NAMED = {

@@ -191,6 +191,21 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         {"model": {"backend": "embedded", "existingSecret": "s"}},
         "model.existingSecret is set, but model.backend is embedded, so it would be ignored",
     ),
+    "an Ingress that is off": (
+        {"ingress": {"enabled": False, "host": "a.example.org"}},
+        (
+            "ingress.host is set, but ingress.enabled is false, so it would be ignored: remove it, or set "
+            "ingress.enabled to true."
+        ),
+    ),
+    "a scaler of the API that is off by default": (
+        {"api": {"autoscaling": {"maxReplicas": 9}}},
+        "api.autoscaling.maxReplicas is set, but api.autoscaling.enabled is false",
+    ),
+    "HTTPS that is off": (
+        {"prefectServer": {"ingress": {"enabled": True, "host": "p.example.org", "tls": {"secretName": "s"}}}},
+        "prefectServer.ingress.tls.secretName is set, but prefectServer.ingress.tls.enabled is false",
+    ),
     "a scaler that is off": (
         pools(default={"autoscaling": {"maxReplicas": 9}}),
         "workers.pools.default.autoscaling.maxReplicas is set, but its mode is off, so it would be ignored",

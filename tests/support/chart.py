@@ -50,11 +50,6 @@ _KINDS: dict[str, Schema] = {
     "quantity": {"pattern": kubernetes_schema.QUANTITY["pattern"]},
 }
 _IMAGE = {"registry": {}, "repository": {}, "tag": _KINDS["tag"], "digest": _KINDS["digest"]}
-_BY_MODE = {
-    "postgres": ("external", "bundled"),
-    "prefectServer": ("external",),
-    "store": ("external", "bundled", "fallback"),
-}
 _ALSO = "It also takes the keys of [every pod](#every-pod)."
 
 
@@ -81,18 +76,13 @@ class Key:
 
 def files() -> dict[Path, str]:
     """The generated files by path, each with the text that it should hold."""
-    keys = read((CHART / "values.yaml").read_text())
+    text = (CHART / "values.yaml").read_text()
+    keys = read(text)
     return {
-        CHART / "defaults.json": json.dumps(_inactive(), indent=1) + "\n",
+        CHART / "defaults.json": json.dumps(yaml.safe_load(text), indent=1) + "\n",
         CHART / "values.schema.json": json.dumps(schema(keys), indent=1, ensure_ascii=False) + "\n",
         CHART / "README.md": readme(keys, (CHART / "README.md.tmpl").read_text()),
     }
-
-
-def _inactive() -> dict[str, Any]:
-    """The sections of which a mode uses one."""
-    values = yaml.safe_load((CHART / "values.yaml").read_text())
-    return {part: {key: values[part][key] for key in keys} for part, keys in _BY_MODE.items()}
 
 
 # The values

@@ -1,5 +1,5 @@
 {{/*
-Refuses values of a mode that is not in use: they would be ignored. A value counts as given when it differs from the default,
+Refuses values of a mode that is not in use, or of a part that is not enabled: they would be ignored. A value counts as given when it differs from the default,
 which `defaults.json` repeats, since templates see only the result of merging.
 */}}
 {{- define "backcast.inactive" -}}
@@ -32,6 +32,7 @@ which `defaults.json` repeats, since templates see only the result of merging.
 {{- end }}
 {{- end }}
 {{- end }}
+{{- include "backcast.inactive.disabled" (list "" (omit . "config" "global") $defaults) }}
 {{- range $name, $pool := .workers.pools }}
 {{- with $pool }}
 {{- $mode := dig "autoscaling" "mode" $.Values.workers.defaults.autoscaling.mode . }}
@@ -39,6 +40,26 @@ which `defaults.json` repeats, since templates see only the result of merging.
 {{- if and $given (eq $mode "off") }}
 {{- fail (printf "workers.pools.%s.autoscaling.%s is set, but its mode is off, so it would be ignored: remove it, or set workers.pools.%s.autoscaling.mode to keda or hpa." $name (first $given) $name) }}
 {{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Fails for a value beside an `enabled` that is false: (list PREFIX VALUES DEFAULTS). */}}
+{{- define "backcast.inactive.disabled" -}}
+{{- $prefix := first . }}
+{{- $defaults := last . }}
+{{- range $key, $value := index . 1 }}
+{{- if kindIs "map" $value }}
+{{- $path := printf "%s%s" $prefix $key }}
+{{- $default := get $defaults $key }}
+{{- $default = kindIs "map" $default | ternary $default dict }}
+{{- if eq (toJson (get $value "enabled")) "false" }}
+{{- with include "backcast.inactive.given" (list $path (omit $value "enabled") (omit $default "enabled")) }}
+{{- fail (printf "%s is set, but %s.enabled is false, so it would be ignored: remove it, or set %s.enabled to true." . $path $path) }}
+{{- end }}
+{{- else }}
+{{- include "backcast.inactive.disabled" (list (printf "%s." $path) $value $default) }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -2,13 +2,14 @@
 
     BackcastError
     ├── ClientError                     the caller must change the request; becomes a 4xx problem document
-    │   ├── MalformedBody       400     ├── BodyTooLarge        413
-    │   ├── Unauthorized        401     ├── UnsupportedBody     415
-    │   ├── ForeignHost         403     ├── InvalidInput        422
-    │   ├── ForeignOrigin       403     │   └── InvalidTarget   422
-    │   ├── NotFound            404     ├── IdempotencyConflict 422
-    │   │   ├── UnknownTask             ├── TooManyWaiting      429
-    │   │   ├── UnknownRun              └── HeadTooLarge        431
+    │   ├── MalformedRequest    400     ├── BodyTooLarge        413
+    │   ├── MalformedBody       400     ├── UnsupportedBody     415
+    │   ├── Unauthorized        401     ├── InvalidInput        422
+    │   ├── ForeignHost         403     │   └── InvalidTarget   422
+    │   ├── ForeignOrigin       403     ├── IdempotencyConflict 422
+    │   ├── NotFound            404     ├── TooManyWaiting      429
+    │   │   ├── UnknownTask             └── HeadTooLarge        431
+    │   │   ├── UnknownRun
     │   │   ├── UnknownBatch
     │   │   └── UnknownLane
     │   ├── MethodNotAllowed    405
@@ -86,6 +87,13 @@ class ClientError(BackcastError):
     def __init__(self, detail: str, *, errors: tuple[FieldError, ...] = ()) -> None:
         super().__init__(detail)
         self.errors = errors
+
+
+class MalformedRequest(ClientError):
+    """The bytes that arrived are no HTTP request; the connection is closed."""
+
+    code = "malformed_request"
+    title = "The request is not HTTP"
 
 
 class MalformedBody(ClientError):

@@ -68,10 +68,15 @@ Name = Annotated[str, AfterValidator(names.check), WithJsonSchema({"type": "stri
 """The name of a task, a lane or an owner."""
 
 
+IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,200}")
+KEY_RULE = "An Idempotency-Key has 1 to 200 printable ASCII characters."
+
+
 def _text_only(value: object) -> object:
     if isinstance(value, datetime) or (isinstance(value, str) and _RFC_3339.fullmatch(value)):
         return value
-    raise ValueError("a time is written as 2030-01-31T08:00:00Z, with its offset; a number may mean too many things")
+    why = "with date, time and offset" if isinstance(value, str) else "as a number may mean too many things"
+    raise ValueError(f"a time is written as 2030-01-31T08:00:00Z, {why}")
 
 
 def _in_range(value: datetime) -> datetime:

@@ -93,7 +93,7 @@ def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
             try:
                 runner.run(ensure())
             except StoreUnavailable as error:
-                return error.detail
+                return str(error)
             return None
 
         try:

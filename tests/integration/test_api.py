@@ -216,6 +216,13 @@ async def test_wrong_fields_are_named(api: httpx.AsyncClient, body: object, poin
     assert [error["pointer"] for error in found["errors"]] == [pointer]  # type: ignore[attr-defined]
 
 
+async def test_a_time_without_an_offset_is_refused_for_that(api: httpx.AsyncClient) -> None:
+    body: dict[str, object] = {"input": {"value": 1}}
+    for time, why in (("2030-01-01T00:00:00", "offset"), (1893456000, "a number may mean")):
+        found = problem(await api.post("/v1/tasks/echo/runs", json=body | {"run_at": time}), 422, "invalid_input")
+        assert why in str(found["detail"])
+
+
 async def test_deep_input_is_kept_or_refused_but_never_an_error_of_ours(api: httpx.AsyncClient) -> None:
     for depth in (50, 150, 250, 1000, 5000):
         nested = b"[" * depth + b"]" * depth
@@ -318,7 +325,7 @@ async def test_listing(api: httpx.AsyncClient) -> None:
         cursor = page["next_cursor"]
     assert seen == made[::-1]
     assert (await api.get("/v1/runs?state=failed&owner=x&task=y")).json() == {"items": [], "next_cursor": None}
-    for query in ("limit=0", "limit=1000", "state=none", "cursor=x", "owner=%00"):
+    for query in ("limit=0", "limit=1000", "state=none", "cursor=x", "owner=%00", "task=%ff", "%ff=1", "owner=%c3"):
         problem(await api.get(f"/v1/runs?{query}"), 422, "invalid_input")
 
 
@@ -331,6 +338,27 @@ async def test_waiting_for_the_end(api: httpx.AsyncClient, ledger: Ledger, store
     assert looked.json()["state"] == "queued"
     await end(ledger, store, worker, "1")
     assert (await waiting).json()["state"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("prefer", "applied"),
+    [
+        ("WAIT=0", "wait=0"),
+        ('respond-async , wait = "0" ; why=x', "wait=0"),
+        ("wait=1e400", None),
+        ("wait=0.5", None),
+        ("wait=-1", None),
+        ("wait=", None),
+        ("nowait=0", None),
+        ('why="wait=0"', None),
+    ],
+)
+async def test_only_a_number_of_seconds_is_waited_for(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID, prefer: str, applied: str | None
+) -> None:
+    run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()
+    got = await api.get(f"/v1/runs/{run['id']}", headers={"Prefer": prefer})
+    assert got.headers.get("preference-applied") == applied
 
 
 async def test_tasks_are_listed_with_their_schemas(api: httpx.AsyncClient) -> None:
@@ -362,6 +390,7 @@ async def test_a_store_that_is_away_is_503_not_no_result(
     (tmp_path / "store").rename(tmp_path / "gone")
     answer = await api.get(f"/v1/runs/{run['id']}/result")
     problem(answer, 503, "store_unavailable")
+    assert str(tmp_path) not in answer.text, "our files are nothing to callers"
     assert int(answer.headers["retry-after"]) >= 1
     problem(await api.post("/v1/tasks/echo/runs", json={"input": {"value": "x" * 100_000}}), 503, "store_unavailable")
     (tmp_path / "gone").rename(tmp_path / "store")

@@ -61,7 +61,7 @@ async def test_an_api_and_a_steward_say_what_they_wait_for(tmp_path: Path) -> No
         with postgres.running(prepared):
             await asyncio.to_thread(provisioning.create_database, postgres.url(prepared, "postgres"), "backcast")
             await asyncio.to_thread(migrate, url)
-            await prints(api, f"trying again: The folder {tmp_path}/store is not there")
+            await prints(api, "trying again: The folder of the store is not there")
             (tmp_path / "unmounted").rename(tmp_path / "store")
             await prints(api, "ready: the database and the store answer")
             await prints(steward, "leading")

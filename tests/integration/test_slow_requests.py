@@ -3,12 +3,18 @@
 import asyncio
 import json
 import re
+import socket
 import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvicorn
 
+from backcast.api.server import protocol
+from backcast.settings import Api
 from tests.support.stack import Stack, stack
 from tests.support.waiting import PATIENCE
 
@@ -79,6 +85,43 @@ async def test_the_refusal_is_a_problem_document(served: Stack) -> None:
 async def test_a_head_is_bounded(served: Stack) -> None:
     status, got = await answer(served, first=GET + b"X-Long: " + b"x" * 100_000, then=b"x" * 10_000)
     assert (status, b"head_too_large" in got) == (431, True)
+
+
+async def test_the_time_in_which_the_server_does_not_read_is_not_the_clients() -> None:
+    """A body fills the server's buffer, and the application reads on only after the body's deadline."""
+    body, read_on = b"x" * 4_000_000, asyncio.Event()
+
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        await read_on.wait()
+        length, more = 0, True
+        while more:
+            message = await receive()
+            length, more = length + len(message.get("body", b"")), message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(length).encode()})
+
+    limits = Api(body_timeout=timedelta(seconds=2))
+    config = uvicorn.Config(app, http=protocol(limits, slowest=1 << 60), lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        writer.write(POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await asyncio.sleep(4)  # twice the deadline
+        read_on.set()
+        async with asyncio.timeout(PATIENCE):
+            got = await reader.read()
+        writer.close()
+        server.should_exit = True
+        await serving
+    assert got.startswith(b"HTTP/1.1 200 "), got
+    assert b"4000000" in got
+
+
+async def test_what_is_not_http_gets_a_problem_document(served: Stack) -> None:
+    for first in (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET\r\n\r\n", GET + b"no colon\r\n\r\n"):
+        status, got = await answer(served, first=first, then=b"")
+        assert (status, b"application/problem+json" in got, b"malformed_request" in got) == (400, True, True), first
 
 
 async def test_a_body_that_comes_steadily_has_the_time_it_needs(served: Stack) -> None:

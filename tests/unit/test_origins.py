@@ -111,6 +111,25 @@ async def test_our_own_names_and_pages_do(settings: dict[str, Any], headers: dic
         assert (await api.get("/v1/tasks", headers=headers)).status_code == 503
 
 
+@pytest.mark.parametrize(
+    ("method", "referer", "status"),
+    [
+        ("POST", "http://evil.example/a?b", 403),
+        ("POST", "http://localhost:8000.evil.example/", 403),
+        ("POST", "http://localhost:3000/", 403),
+        ("POST", "evil", 403),
+        ("POST", "http://localhost:8000/docs", 503),
+        ("POST", f"{PAGE}/form", 503),
+        ("GET", "http://evil.example/", 503),  # a link
+    ],
+)
+async def test_a_form_whose_only_origin_is_its_referer(method: str, referer: str, status: int) -> None:
+    form = {"payload": "x", "target_type": "int"}
+    async with over(cors_origins=PAGE) as api:
+        path, more = ("/tasks", {"data": form}) if method == "POST" else ("/v1/tasks", {})
+        assert (await api.request(method, path, headers={"Referer": referer}, **more)).status_code == status
+
+
 @pytest.mark.parametrize("settings", [NETWORK, {"allowed_hosts": "*.example.org"}, {"allowed_hosts": "example.com"}])
 @pytest.mark.parametrize("host", ["evil.example", "evilexample.org", "example.org.evil"])
 async def test_a_name_that_may_be_a_pages_own_is_refused(settings: dict[str, Any], host: str) -> None:

@@ -29,7 +29,8 @@ from backcast.settings import Api
 from backcast.store import Store
 
 _ABOUT = """Background tasks you can rely on. Submit a run, get its id at once, fetch the result when it is there.
-Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` explains what to do."""
+Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` explains what to do.
+Of a key that occurs twice in a JSON object, the last value counts."""
 
 
 def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:

@@ -80,8 +80,13 @@ class OwnPages:
             if origin in self._origins or _same(origin, _header(scope, b"host")):
                 return None
             foreign = f"The page {origin} may not use this service"
-        elif site in ("", "none", "same-origin"):
+        elif site in ("none", "same-origin"):
             return None
+        elif not site:
+            page = "/".join(_header(scope, b"referer").split("/")[:3])  # all that an old browser may tell of a form
+            if scope["method"] in _SAFE or page in ("", *self._origins) or _same(page, _header(scope, b"host")):
+                return None
+            foreign = f"The page {page} may not use this service"
         elif scope["method"] in _SAFE and _header(scope, b"sec-fetch-dest") == "document":
             return None  # a link to us: the page that has it can't read the answer
         else:

@@ -39,7 +39,12 @@ class Route(APIRoute):
 
     def _check(self, query: bytes) -> None:
         """Raises `InvalidInput`: a filter that is misspelt, or given twice, must not be ignored."""
-        given = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
+        try:
+            asked = parse_qsl(query.decode(), keep_blank_values=True, errors="strict")
+        except UnicodeDecodeError:
+            why = "a query is UTF-8, percent-encoded"
+            raise InvalidInput(f"query: {why}.", errors=(FieldError("query", why),)) from None
+        given = [name for name, _ in asked]
         for name in given:
             if name not in self._queries:
                 known = f"it takes {', '.join(sorted(self._queries))}" if self._queries else "it takes none"

@@ -5,14 +5,16 @@ connection by sending slowly, and with a stop that answers the requests that wai
 import asyncio
 import json
 import socket
+import time
 from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from backcast.api import problems
-from backcast.errors import ClientError, HeadTooLarge, RequestTooSlow
+from backcast.errors import ClientError, HeadTooLarge, MalformedRequest, RequestTooSlow
 from backcast.settings import Api
 
 LARGEST_HEAD = 64 * 1024
@@ -31,19 +33,42 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def protocol(limits: Api) -> type[asyncio.Protocol]:
-    """uvicorn's protocol with these deadlines. A request that arrives in one piece costs no timer."""
+class _Flow(FlowControl):
+    """Counts the seconds in which we do not read."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._began, self._before = 0.0, 0.0
+
+    @property
+    def paused(self) -> float:
+        return self._before + (time.monotonic() - self._began if self.read_paused else 0.0)
+
+    def pause_reading(self) -> None:
+        if not self.read_paused:
+            self._began = time.monotonic()
+        super().pause_reading()
+
+    def resume_reading(self) -> None:
+        self._before = self.paused
+        super().resume_reading()
+
+
+def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
+    """uvicorn's protocol with these deadlines; `slowest`: bytes a second. A request in one piece costs no timer."""
     head_timeout, body_timeout = limits.header_timeout.total_seconds(), limits.body_timeout.total_seconds()
 
     class Protocol(HttpToolsProtocol):
         _part: Literal["head", "body"] | None = None
         """The part of a request that has begun to arrive and is not complete."""
+        _flow: _Flow
         _began = 0.0
         _received = 0
         _deadline: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.flow = self._flow = _Flow(transport)
             self._deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -79,23 +104,30 @@ def protocol(limits: Api) -> type[asyncio.Protocol]:
                 self._deadline.cancel()
             self._part, self._received, self._deadline = part, 0, None
             if part is not None:
-                self._began = self.loop.time()
+                self._began = self._client_time()
+
+        def _client_time(self) -> float:
+            """Seconds, without those in which the client could not send because we did not read."""
+            return self.loop.time() - self._flow.paused
 
         def _is_idle(self) -> bool:
             return self.cycle is None or self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
         def _left(self) -> float:
-            allowed = head_timeout if self._part == "head" else body_timeout + self._received / SLOWEST
-            return self._began + allowed - self.loop.time()
+            allowed = head_timeout if self._part == "head" else body_timeout + self._received / slowest
+            return self._began + allowed - self._client_time()
 
         def _check(self) -> None:
             if self._part == "head" and not self._is_idle():
-                self._began = self.loop.time()  # the next request may come slowly while the one before is answered
+                self._began = self._client_time()  # the next request may come slowly while the one before is answered
             if (left := self._left()) > 0:
-                self._deadline = self.loop.call_later(left, self._check)
+                self._deadline = self.loop.call_later(max(left, 0.05), self._check)  # the time left may stand still
             else:
                 allowed = f"{head_timeout:g} s" if self._part == "head" else f"{body_timeout:g} s, and 1 s per 16 KiB,"
                 self._refuse(RequestTooSlow(f"The {self._part} of a request has {allowed} to arrive: send it again."))
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(MalformedRequest(msg))
 
         def _refuse(self, error: ClientError) -> None:
             """Answer, unless an answer has begun, and close."""

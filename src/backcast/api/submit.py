@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
@@ -15,16 +14,13 @@ from backcast.api.deps import Backend, Known, Version
 from backcast.errors import FieldError, InvalidInput, InvalidTarget, TooManyWaiting
 from backcast.ledger import submissions
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import CAST, JSON, Submission, TaskType, uuid7
+from backcast.models import CAST, IDEMPOTENCY_KEY, JSON, KEY_RULE, Submission, TaskType, uuid7
 
 TARGET_FORMAT = "target"
 """A task parameter of this JSON Schema format holds a wanted shape, which is checked here before a run is accepted."""
 _NOWHERE_ELSE: Mapping[str, str] = {}
 _MESSAGE = 300
 """Characters of a validator's message that are returned; it quotes the input."""
-
-
-_KEY = re.compile(r"[\x20-\x7e\xa0-\xff]{1,200}")
 
 
 def check_input(known: Known, given: dict[str, JSON], places: Mapping[str, str] = _NOWHERE_ELSE) -> TaskType:
@@ -75,8 +71,8 @@ def idempotency_key(request: Request) -> str | None:
     if header is None:
         return None
     key = header.strip().removeprefix('"').removesuffix('"')
-    if not _KEY.fullmatch(key):
-        raise InvalidInput("An Idempotency-Key has 1 to 200 printable characters.")
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidInput(KEY_RULE)
     return key
 
 

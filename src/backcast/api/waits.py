@@ -18,13 +18,15 @@ LONGEST = 50
 """The most seconds that `Prefer: wait` is honoured for: proxies cut a request off after 60."""
 _LINGER = 30.0
 """Seconds without a wait after which the process's listening connection is closed."""
-_PREFER = re.compile(r"\bwait\s*=\s*\"?(\d{1,9})")
+_PREFER = re.compile(r'\s*wait\s*=\s*("?)(\d{1,9})\1\s*', re.IGNORECASE)
 
 
 def asked(request: Request) -> int | None:
-    """The seconds of the request's `Prefer: wait=N` that are honoured; None: it has none."""
-    found = _PREFER.search(request.headers.get("prefer", ""))
-    return min(int(found[1]), LONGEST) if found else None
+    """The seconds of the request's `Prefer: wait=N` that are honoured; None: it has none, or N is no whole number."""
+    for preference in ",".join(request.headers.getlist("prefer")).split(","):
+        if found := _PREFER.fullmatch(preference.partition(";")[0]):
+            return min(int(found[2]), LONGEST)
+    return None
 
 
 class Waits:

@@ -24,7 +24,7 @@ from backcast.errors import (
     TooManyWaiting,
     Unavailable,
 )
-from backcast.models import JSON, Submission
+from backcast.models import IDEMPOTENCY_KEY, JSON, KEY_RULE, Submission
 from backcast.process.outages import backoff
 
 T = TypeVar("T")
@@ -126,8 +126,8 @@ def post_headers(key: str | None) -> dict[str, str]:
 
 
 def _header(key: str) -> str:
-    if not key or not key.isascii() or not key.isprintable():
-        raise InvalidInput("An Idempotency-Key is made of printable ASCII characters.")
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidInput(KEY_RULE)
     return key
 
 

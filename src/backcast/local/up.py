@@ -320,7 +320,8 @@ class _Up:
         table.add_row("Data", str(self._data))
         title = f"backcast is up ({time.monotonic() - self._began:.1f} s)"
         self._console.print(Panel.fit(table, title=title, border_style="green"))
-        where = "" if self._data == Path(".backcast").resolve() else f"{URL_VARIABLE}={self._url('api')} "
+        is_usual = self._data == Path(".backcast").resolve() and self._url("api") == client.DEFAULT_URL
+        where = "" if is_usual else f"{URL_VARIABLE}={self._url('api')} "
         header = ""
         if self._key is not None:  # or the lines would be answered 401
             header = f"-H {shlex.quote(f'Authorization: Bearer {self._key}')} "

@@ -89,7 +89,7 @@ class Store:
                     return
                 chunk, _ = await self._within(self._place.read(key, at))
             if at < size:
-                raise StoreUnavailable(f"{self._place} no longer has all of {key}.")
+                raise self._unavailable(f"no longer has all of {key}")
 
         return chunks()
 
@@ -122,7 +122,7 @@ class Store:
             each.changed async for page in self.pages(_CLOCK.partition("/")[0]) for each in page if each.key == _CLOCK
         ]
         if not seen:
-            raise StoreUnavailable(f"{self._place} does not list an object that was just put.")
+            raise self._unavailable("does not list an object that was just put")
         return seen[0]
 
     async def check(self) -> None:
@@ -143,9 +143,12 @@ class Store:
             async with asyncio.timeout(self._timeout):
                 return await work
         except TimeoutError:
-            raise StoreUnavailable(f"{self._place} did not answer within {self._timeout:g} s.") from None
+            raise self._unavailable(f"did not answer within {self._timeout:g} s") from None
         except self._place.failures as error:  # not chained: the causes may contain keys
-            raise StoreUnavailable(f"{self._place} {self._place.explain(error)}.") from None
+            raise self._unavailable(self._place.explain(error)) from None
+
+    def _unavailable(self, why: str) -> StoreUnavailable:
+        return StoreUnavailable(f"{self._place} {why}.", reason=self._place.address)
 
 
 def _checked(key: str) -> str:

@@ -26,7 +26,8 @@ class Bucket:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._region = settings.region
-        self._host = urlsplit(settings.endpoint).netloc.rpartition("@")[2] if settings.endpoint else "AWS"
+        host = urlsplit(settings.endpoint).netloc.rpartition("@")[2] if settings.endpoint else "AWS"
+        self.address = f"{bucket} at {host}"
         seconds = settings.timeout.total_seconds()
         open_s3: Any = partial(
             S3FileSystem,
@@ -53,7 +54,7 @@ class Bucket:
         self._public: Any = open_s3(endpoint_url=public) if public else None  # signs only, and sends no request
 
     def __str__(self) -> str:
-        return f"The bucket {self._bucket} at {self._host}"
+        return "The bucket of the store"
 
     def explain(self, error: Exception) -> str:
         match _code(error):

@@ -33,10 +33,11 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self.address = str(root)
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="store")
 
     def __str__(self) -> str:
-        return f"The folder {self._root}"
+        return "The folder of the store"
 
     def explain(self, error: Exception) -> str:
         return f"can't be used: {error.strerror if isinstance(error, OSError) else error}"
@@ -157,11 +158,14 @@ class Folder:
     def _check(self) -> None:
         self._is_there()
         if not os.access(self._root / _DRAFTS, os.W_OK | os.X_OK):
-            raise StoreUnavailable(f"{self} can't be written: look at its owner, its mode and its mount.")
+            raise self._unavailable("can't be written: look at its owner, its mode and its mount")
 
     def _is_there(self) -> None:
         if not (self._root / _DRAFTS).is_dir():
-            raise StoreUnavailable(f"{self} is not there, or not mounted: see BACKCAST_STORE__URL.")
+            raise self._unavailable("is not there, or not mounted: see BACKCAST_STORE__URL")
+
+    def _unavailable(self, why: str) -> StoreUnavailable:
+        return StoreUnavailable(f"{self} {why}.", reason=self.address)
 
     def _ensure(self) -> None:
         drafts = self._root / _DRAFTS

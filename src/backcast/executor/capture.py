@@ -9,9 +9,9 @@ from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
 from prefect.logging.handlers import APILogHandler, set_api_log_sink
 
-from backcast.executor.classification import clean
 from backcast.history.events import RESOURCE
 from backcast.history.sink import Sink
+from backcast.texts import storable
 
 
 class Queue:
@@ -46,4 +46,4 @@ def install(sink: Sink) -> None:
 
 def _format(self: logging.Handler, record: logging.LogRecord) -> str:
     """The line as text that JSON and PostgreSQL can hold: Prefect 3.9 loses any other."""
-    return clean(logging.Handler.format(self, record))
+    return storable(logging.Handler.format(self, record))

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, cast
 
 from backcast.errors import RunError
 from backcast.models import Problem
+from backcast.texts import storable
 
 E = TypeVar("E", bound=BaseException)
 
@@ -18,9 +19,9 @@ def problem(cause: BaseException | None, message: str | None = None) -> Problem:
     if cause is not None:
         cause = readable(cause)
     if isinstance(cause, RunError):
-        return Problem(code=cause.code, title=cause.title, detail=clean(cause.detail)[:_DETAIL])
+        return Problem(code=cause.code, title=cause.title, detail=storable(cause.detail)[:_DETAIL])
     detail = message or "" if cause is None else f"{type(cause).__name__}: {cause}"
-    return Problem(code=RunError.code, title=RunError.title, detail=clean(detail)[:_DETAIL])
+    return Problem(code=RunError.code, title=RunError.title, detail=storable(detail)[:_DETAIL])
 
 
 def readable(error: E) -> E:
@@ -48,8 +49,3 @@ def retry_after(cause: object) -> float | None:
     """Seconds that the refusing service has asked us to wait."""
     after = cause.retry_after if isinstance(cause, RunError) else None
     return None if after is None else after.total_seconds()
-
-
-def clean(text: str) -> str:
-    """Escape characters that neither UTF-8 (lone surrogates) nor PostgreSQL's text (NUL) can hold."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")

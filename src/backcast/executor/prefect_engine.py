@@ -25,11 +25,12 @@ from prefect.utilities.timeout import timeout, timeout_async
 
 from backcast.errors import Unavailable
 from backcast.executor import plain
-from backcast.executor.classification import clean, may_retry, problem, readable, retry_after
+from backcast.executor.classification import may_retry, problem, readable, retry_after
 from backcast.executor.plain import Job
 from backcast.executor.threads import Overdue, Threads
 from backcast.history.events import Change
 from backcast.models import AttemptResult, Failed, Retry, Succeeded
+from backcast.texts import storable
 
 Publish = Callable[[Change], None]
 _LOGGER = get_logger("engine")
@@ -93,7 +94,7 @@ class _Ours:
         run = self._engine.task_run
         assert run is not None
         last = run.state
-        state.message = state.message and clean(state.message)  # or it can't be written as JSON
+        state.message = state.message and storable(state.message)  # or it can't be written as JSON
         state.state_details.task_run_id = run.id
         if last is not None and last.is_running():
             run.total_run_time += state.timestamp - last.timestamp

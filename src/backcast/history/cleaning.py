@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+from backcast.texts import storable
+
 NAME = 200
 """Characters of a name."""
 TEXT = 10_000
@@ -20,7 +22,7 @@ _SUSPECT = (b"\\ud", b"\\u0000", b"NaN", b"Infinity")
 def text(value: str, longest: int = TEXT) -> str:
     if len(value) > longest:
         value = value[: longest - 1] + "…"
-    return value.encode("utf-8", "replace").decode().replace("\x00", "�")
+    return storable(value)
 
 
 def plain(body: bytes) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 
 from backcast.models import JSON, Problem
+from backcast.texts import storable
 
 # The times that a Python datetime can hold, with the zone that asyncpg omits at infinity.
 _FIRST, _LAST = "'0001-01-01 00:00:00+00'::timestamptz", "'9999-12-31 23:59:59+00'::timestamptz"
@@ -31,7 +32,7 @@ def loaded(text: str) -> JSON:
     try:
         value = _DECODER.decode(text)
         if "\\u" in text:
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+            value = json.loads(storable(json.dumps(value, ensure_ascii=False)))
     except (ValueError, RecursionError):
         return None
     return value

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
+import asyncpg
 import pytest
 
 from backcast.ledger import dispatch, fleet, history, lanes, recovery, runs, settlement, task_types, unusable
@@ -105,6 +106,22 @@ async def test_a_run_with_an_impossible_value(ledger: Ledger, column: str) -> No
         assert run.created_at.tzinfo is not None
         assert run.run_at.tzinfo is not None
     assert len(await history.entries(ledger, bad)) == len(bad)
+
+
+async def test_bad_rows_are_looked_for_once_in_a_while(ledger: Ledger) -> None:
+    """Every poll of every process may meet the same one, and a look reads all live rows."""
+
+    async def codes() -> list[str]:
+        error = asyncpg.NumericValueOutOfRangeError("as a poll")
+        bad = (await submit(ledger, None)).id
+        await ledger.execute("update runs set fence = 9223372036854775807 where id = $1", bad)
+        await unusable.set_aside(ledger, error)
+        return [run.state.value for run in (await runs.find(ledger, limit=10))[0]]
+
+    assert await codes() == ["failed"]
+    assert await codes() == ["queued", "failed"]
+    await ledger.execute("update cursors set moved_at = now() - interval '1 minute' where name = 'unusable'")
+    assert await codes() == ["failed"] * 3
 
 
 async def test_a_task_type_with_impossible_values(ledger: Ledger) -> None:

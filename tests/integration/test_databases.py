@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 
 from backcast import provision
+from backcast.errors import LedgerFault
 from backcast.ledger import connection
 from backcast.ledger.connection import Ledger
 from backcast.settings import Settings
@@ -193,3 +194,13 @@ async def test_a_connection_that_is_lost_in_silence_is_opened_again(
     link.become(CLEAR)
     for each in (link, fresh, ledger, direct):
         await each.aclose()
+
+
+async def test_an_error_of_a_trigger_opens_no_connection(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a name that is not there may mean that the schema is missing, which another connection finds out."""
+    await ledger.fetch("select 1")
+    opened = list[str]()
+    monkeypatch.setattr(ledger, "_connect", lambda: opened.append("a connection"))
+    with pytest.raises(LedgerFault, match="as asked"):
+        await ledger.execute("do $$ begin raise exception 'as asked'; end $$")
+    assert opened == []

@@ -156,8 +156,8 @@ class Ledger:
         except LedgerFull:
             self._full = sql, time.monotonic()
             raise
-        except LedgerFault:
-            if await self._lacks_schema():
+        except LedgerFault as fault:
+            if isinstance(fault.__cause__, asyncpg.SyntaxOrAccessError) and await self._lacks_schema():
                 raise LedgerUnavailable(_NO_SCHEMA) from None
             raise
         if self._full is not None and self._full[0] == sql:
@@ -180,23 +180,22 @@ class Ledger:
 
     @contextlib.asynccontextmanager
     async def _connection(self, sql: str = "") -> AsyncIterator[Any]:
-        """A pooled connection, for `timeout` in all: the wait for it counts."""
-        async with self._reached(sql):
-            try:
-                async with asyncio.timeout(self.timeout):
-                    pool = await self._connections()
-                    connection = await pool.acquire()
-                    try:
-                        yield connection
-                    except asyncio.CancelledError:
-                        # Out of time, or the caller went away. asyncpg would ask the server to cancel the statement and
-                        # wait for its answer; a server that hangs never answers.
-                        _drop(connection)
-                        raise
-                    finally:
-                        await pool.release(connection)
-            except TimeoutError:
-                raise LedgerUnavailable(f"The database did not answer within {self.timeout:g} s.") from None
+        """A pooled connection, for `timeout` in all: the wait for it counts, and so does a look at the schema."""
+        try:
+            async with asyncio.timeout(self.timeout), self._reached(sql):
+                pool = await self._connections()
+                connection = await pool.acquire()
+                try:
+                    yield connection
+                except asyncio.CancelledError:
+                    # Out of time, or the caller went away. asyncpg would ask the server to cancel the statement and
+                    # wait for its answer; a server that hangs never answers.
+                    _drop(connection)
+                    raise
+                finally:
+                    await pool.release(connection)
+        except TimeoutError:
+            raise LedgerUnavailable(f"The database did not answer within {self.timeout:g} s.") from None
 
     async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
         async with self._connection(sql) as connection:

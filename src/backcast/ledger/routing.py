@@ -233,18 +233,32 @@ _MOVED = f"""
 select o.name, o.pool as old, n.pool as new from (select distinct name, pool from task_types) o
  cross join lateral (select w.pool from workers w where o.name = any(w.tasks) and {LIVE} order by w.pool limit 1) n
  where n.pool <> o.pool and not exists (select from workers w where w.pool = o.pool and {LIVE})"""  # noqa: S608
-# One statement per state, each by the index of its state. The runs are few or the pool idle: this reads all of it.
+# One statement per state, each by the index of its state: this reads all waiting runs of the pool.
 _FOLLOW = f"""
 with few as materialized (
   select id from runs where pool = $1 and task = $2 and state = '{{state}}' limit {AT_ONCE} for update skip locked)
 update runs set pool = $3 where id = any(array(select id from few)) returning id"""  # noqa: S608  # constants
 
 
-async def follow(ledger: Ledger) -> int:
+Move = tuple[str, str, str]
+"""A task, the pool that it has left, and the one that serves it."""
+
+
+async def follow(ledger: Ledger, known: dict[Move, int]) -> int:
     """Move the waiting runs of tasks that are now served by another pool, and by no worker of their own; returns how
-    many. The old registration goes an hour later, when no submission can be under way that knows only it."""
+    many. The old registration goes an hour later, when no submission can be under way that knows only it.
+
+    `known` counts the calls that have found a move. Runs stay behind in its first minutes, and a look for them costs
+    much if the pool keeps a large backlog of other tasks: so the 1st, 2nd, 4th, 8th … call looks."""
     moved = 0
-    for name, old, new in await ledger.fetch(_MOVED):
+    moves = [(row["name"], row["old"], row["new"]) for row in await ledger.fetch(_MOVED)]
+    for gone in known.keys() - set(moves):
+        del known[gone]
+    for move in moves:
+        known[move] = known.get(move, 0) + 1
+        if known[move].bit_count() > 1:
+            continue
+        name, old, new = move
         for state in ("queued", "held", "scheduled"):
             while rows := await ledger.fetch(_FOLLOW.format(state=state), old, name, new):
                 moved += len(rows)

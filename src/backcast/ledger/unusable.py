@@ -6,6 +6,7 @@ such values; a person or a damaged backup can. So they are looked for only after
 
 import json
 import logging
+from uuid import UUID
 
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
@@ -19,11 +20,16 @@ UNUSABLE = Problem(
     detail="Its fence, its attempts or its times are out of range, so no worker can claim it: submit the run again.",
 )
 
-# Lanes first, then runs, as everywhere. It reads all live rows: seconds for a million, which happens only after an
-# error. A worker that executes such a run can't settle it: the row is no longer running.
+# Lanes first, then runs, as everywhere. It reads all live rows, which takes seconds for a million: so it happens only
+# after an error, and once in ten seconds however many processes meet one. The row lock of the cursor lets one of them
+# in. A worker that executes such a run can't settle it: the row is no longer running.
 _SET_ASIDE = f"""
-with bad as materialized (
-  select id, lane from runs where state in ('held', 'scheduled', 'queued', 'running')
+with turn as materialized (
+  insert into cursors as c (name, value) values ('unusable', '{UUID(int=0)}')
+      on conflict (name) do update set moved_at = now() where c.moved_at < now() - interval '10 seconds'
+  returning name),
+bad as materialized (
+  select id, lane from runs where exists (select from turn) and state in ('held', 'scheduled', 'queued', 'running')
      and not (fence between 0 and 1000000000000000000 and attempts_used {_COUNT} and retries_used {_COUNT}
               and max_attempts {_COUNT} and run_at between '1900-01-01' and '9999-12-31')),
 lane as materialized (
@@ -40,7 +46,8 @@ select id from failed"""  # noqa: S608  # constants
 
 
 async def set_aside(ledger: Ledger, error: Exception) -> None:
-    """Fail the runs that may have caused this error, if it was about a value. Raises nothing."""
+    """Fail the runs that may have caused this error, if it was about a value; if somebody has just done so, nothing is
+    done. Raises nothing."""
     if not isinstance(error, REFUSED):
         return
     try:

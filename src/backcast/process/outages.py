@@ -11,6 +11,10 @@ def backoff(first: float, longest: float, *, factor: float = 2) -> Iterator[floa
         delay = min(factor * delay, longest)
 
 
+_REASONS = 100
+"""Reasons remembered at most: some texts differ each time, as by an address or a count."""
+
+
 class Outage:
     """A service that may be away. While it is, each reason is reported once, however often it is tried."""
 
@@ -27,6 +31,8 @@ class Outage:
         text = str(reason) or type(reason).__name__
         if text not in self._reasons:
             self._report(text, **how)
+            if len(self._reasons) >= _REASONS:
+                self._reasons.clear()
         self._reasons.add(text)
 
     def ended(self) -> None:

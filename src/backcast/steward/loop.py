@@ -42,7 +42,7 @@ MEASURE_EVERY = 5.0
 MARK_EVERY = 5.0
 ROUTE_EVERY = 5.0
 FOLLOW_EVERY = 20.0
-"""Seconds; it reads all waiting runs, but only if the task of a pool without workers is served by another pool."""
+"""Seconds at first, see `routing.follow`."""
 REMOVE_WORKERS_EVERY = 60.0
 REMOVE_WORKERS_AFTER = timedelta(hours=1)
 
@@ -60,6 +60,7 @@ class Steward:
         self._leading = False
         self._last_round = self._last_dispatch = 0.0
         self._refusals = dict[str, Outage]()
+        self._moves = dict[routing.Move, int]()
         self.registry = CollectorRegistry()
         self._metrics()
 
@@ -195,7 +196,7 @@ class Steward:
 
     async def _follow(self) -> None:
         await task_types.renew(self._ledger)
-        if moved := await routing.follow(self._ledger):
+        if moved := await routing.follow(self._ledger, self._moves):
             log.info("%d waiting runs have followed their tasks to other pools", moved)
 
     async def _fail_late(self) -> None:

@@ -223,6 +223,16 @@ async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> 
     assert await promoted(ledger) == 2
 
 
+async def test_a_run_that_expires_while_its_lane_holds_it_names_the_lane(ledger: Ledger) -> None:
+    await lanes.limit(ledger, "it's {shut}", Limits(max_running=0))
+    late = await submit(ledger, "it's {shut}", deadline=datetime.now(UTC) + timedelta(hours=1))
+    await ledger.execute("update runs set deadline = now()")
+    await dispatch.dispatch_due(ledger)
+    expired = await runs.get(ledger, late.id)
+    assert expired.error is not None
+    assert (expired.error.code, "'it's {shut}'" in expired.error.detail) == ("expired", True)
+
+
 async def test_a_place_is_free_again_however_its_run_leaves_it(ledger: Ledger) -> None:
     await lanes.limit(ledger, "lane", Limits(max_running=1))
     worker = await register(ledger)

@@ -232,7 +232,7 @@ async def test_a_deadline_ends_a_run_that_has_not_started(ledger: Ledger) -> Non
     [running] = await claim(ledger, worker, limit=1)
     await ledger.execute("update runs set deadline = now()")
     assert await claim(ledger, worker) == []
-    assert await dispatch.dispatch_due(ledger) == 1
+    await dispatch.dispatch_due(ledger)
     await settlement.settle(ledger, worker, [Settlement(id=running.id, fence=1, state="completed", result_key="k")])
     states = {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
     assert states == {running.id: "completed", ({late, later} - {running.id}).pop(): "expired"}

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 
-from backcast.ledger import claims, dispatch, fleet, lanes, routing, runs, settlement, submissions, task_types
+from backcast.ledger import claims, dispatch, fleet, lanes, recovery, routing, runs, settlement, submissions, task_types
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
@@ -166,10 +166,16 @@ async def accept(ledger: Ledger, task: TaskType, **fields: object) -> Run:
     return (await submissions.submit(ledger, task, submission, input_text="{}", input_hash=b"")).run
 
 
-class Counting(Ledger):
-    """Counts its statements."""
+class Watched(Ledger):
+    """Counts its statements, and notes whom it wakes."""
 
-    count = 0
+    def __init__(self, url: str) -> None:
+        super().__init__(url, timeout=timedelta(seconds=PATIENCE))
+        self.count = 0
+        self.woken = list[tuple[str, str]]()
+
+    def wake(self, pool: str, route: str = "") -> None:
+        self.woken.append((pool, route))
 
     @contextlib.asynccontextmanager
     async def _connection(self, sql: str = "") -> AsyncIterator[Any]:
@@ -178,7 +184,14 @@ class Counting(Ledger):
             yield connection
 
 
-async def test_runs_of_a_removed_task_are_out_of_the_way_after_few_statements(ledger: Ledger, database: str) -> None:
+@pytest.fixture
+async def watched(database: str) -> AsyncIterator[Watched]:
+    watched = Watched(database)
+    yield watched
+    await watched.aclose()
+
+
+async def test_runs_of_a_removed_task_are_out_of_the_way_after_few_statements(ledger: Ledger, watched: Watched) -> None:
     x, y = type_of("x"), type_of("y")
     has_y = await registered(ledger, y)
     for name in "ab":
@@ -189,11 +202,47 @@ async def test_runs_of_a_removed_task_are_out_of_the_way_after_few_statements(le
              from runs, generate_series(1, 1000)"""
     )
     wanted = {(await accept(ledger, y, owner=name)).id for name in "abc"}
-    counting = Counting(database, timeout=timedelta(seconds=PATIENCE))
-    got = {run.id for _ in range(5) for run in await claim(counting, has_y)}
-    await counting.aclose()
+    got = {run.id for _ in range(5) for run in await claim(watched, has_y)}
     assert got == wanted
-    assert counting.count < 20, "each of 2,000 runs was in the way"
+    assert watched.count < 20, "each of 2,000 runs was in the way"
+
+
+async def test_who_claims_from_a_route_is_woken_when_its_runs_are_ready_again(ledger: Ledger, watched: Watched) -> None:
+    x, y = type_of("x"), type_of("y")
+    has_x, has_y = await registered(ledger, x), await registered(ledger, y)
+    await lanes.limit(ledger, "narrow", Limits(max_running=1))
+    await accept(ledger, x, lane="narrow")
+    assert await claim(watched, has_y) == []
+    assert watched.woken == [("default", "x")], "it was put there"
+
+    [got] = await claim(ledger, has_x, "x")
+    released = settlement.Settlement(id=got.id, fence=got.fence, lane=got.lane, state="queued", counts=False)
+    watched.woken.clear()
+    await settlement.settle(watched, has_x, [released])
+    assert watched.woken == [("default", "x")], "it was released"
+
+    [got] = await claim(ledger, has_x, "x")
+    again = settlement.Settlement(id=got.id, fence=got.fence, lane=got.lane, state="queued", retries_used=1)
+    watched.woken.clear()
+    await settlement.settle(watched, has_x, [again])
+    assert watched.woken == [("default", "x")], "it was promoted"
+
+    [got] = await claim(ledger, has_x, "x")
+    await ledger.execute("update workers set heartbeat_at = now() - interval '1 day' where id = $1", has_x)
+    watched.woken.clear()
+    assert await recovery.requeue(watched, LEASE) == {got.id: "queued"}
+    assert watched.woken == [("default", "x")], "its worker was lost"
+
+
+async def test_runs_left_behind_by_a_task_are_looked_for_ever_more_rarely(ledger: Ledger) -> None:
+    await fleet.retire(ledger, await registered(ledger, type_of("x")))
+    await fleet.register(ledger, uuid7(), pool="new", host="h", version="1", slots=1, tasks=[type_of("x", "new")])
+    known = dict[routing.Move, int]()
+    moved = list[int]()
+    for _ in range(8):
+        await accept(ledger, type_of("x"))
+        moved.append(await routing.follow(ledger, known))
+    assert moved == [1, 1, 0, 2, 0, 0, 0, 4]
 
 
 async def test_a_run_that_waits_for_a_worker_holds_no_place_in_its_lane(ledger: Ledger) -> None:
@@ -220,7 +269,7 @@ async def test_a_parked_run_can_be_cancelled_and_expires(ledger: Ledger) -> None
     await routing.apply(ledger)
     assert (await runs.cancel(ledger, cancelled.id)).state is State.CANCELLED
     await ledger.execute("update runs set deadline = now() where id = $1", late.id)
-    assert await dispatch.dispatch_due(ledger) == 1
+    await dispatch.dispatch_due(ledger)
     assert (await runs.get(ledger, late.id)).state is State.EXPIRED
 
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -256,6 +256,11 @@ class Ledger:
         The notification is a hint, sent after the commit and outside of its transaction; workers also poll.
         """
         self._hint(CHANNEL, f"{pool}\n{route}" if route else pool, NOTIFY_INTERVAL)
+
+    def wake_for(self, rows: Iterable[asyncpg.Record]) -> None:
+        """`wake` for those of these runs (pool, route, state) that are queued."""
+        for pool, route in {(row["pool"], row["route"]) for row in rows if row["state"] == "queued"}:
+            self.wake(pool, route)
 
     def report_ends(self) -> None:
         """Notify those who wait for the end of a run that some have ended; a hint as well."""

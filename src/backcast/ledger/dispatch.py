@@ -19,7 +19,7 @@ with due as materialized (
   select id from runs where state = 'scheduled' and run_at <= now() and route = ''
    order by run_at limit 1000 for update skip locked)
 update runs r set state = {lanes.READY}
- where id = any(array(select id from due)) returning pool, state, lane"""  # noqa: S608  # a constant
+ where id = any(array(select id from due)) returning pool, route, state"""  # noqa: S608  # a constant
 
 # Lanes first, then runs, as everywhere; a run that is locked is being claimed or cancelled. The index is runs_deadline.
 _EXPIRE = """
@@ -32,7 +32,9 @@ late as materialized (
   select id from runs where id = any(array(select id from due)) and state in ('held', 'scheduled', 'queued')
      and (select count(*) from lane) >= 0 for update skip locked),
 expired as (
-  update runs set state = 'expired', finished_at = now(), error = $1::json
+  update runs set state = 'expired', finished_at = now(), error = case when state = 'held' then
+           json_build_object('code', $1::text, 'title', $2::text, 'detail', replace($4, '{lane}', lane)) else
+           json_build_object('code', $1::text, 'title', $2::text, 'detail', $3::text) end
    where id = any(array(select id from late)) returning lane, promoted),
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
@@ -44,44 +46,37 @@ EXPIRED = Problem(
     title="The deadline passed while the run waited",
     detail="It was not running when its deadline came: submit it with a later one, or see why the queue is long.",
 )
+_HELD = "The lane '{lane}' held it when its deadline came: submit it with a later one, or raise the lane's limits."
 
 
-async def dispatch_due(ledger: Ledger) -> int:
+async def dispatch_due(ledger: Ledger) -> None:
     """Queue scheduled runs whose time has come, expire late ones, and promote from lanes that have room again.
 
-    Every worker and the steward call this on their polls, so that no run waits for one of them. Returns how many runs
-    expired. A step that meets a refused value does not keep the next ones from being taken; its error is raised last.
+    Every worker and the steward call this on their polls, so that no run waits for one of them. A step that meets a
+    refused value does not keep the next ones from being taken; its error is raised last.
     """
-    expired, refused = 0, None
+    refused = None
     for step in (_expire, _queue, _promote):
         try:
-            expired += await step(ledger)
+            await step(ledger)
         except REFUSED as error:
             refused = error
     if refused is not None:
         raise refused
-    return expired
 
 
-async def _expire(ledger: Ledger) -> int:
-    expired = 0
-    while row := await ledger.fetchrow(_EXPIRE, EXPIRED.model_dump_json()):
-        expired += row["expired"]
+async def _expire(ledger: Ledger) -> None:
+    while row := await ledger.fetchrow(_EXPIRE, EXPIRED.code, EXPIRED.title, EXPIRED.detail, _HELD):
+        if row["expired"]:
+            ledger.report_ends()
         if row["expired"] < AT_ONCE:
             break
-    if expired:
-        ledger.report_ends()
-    return expired
 
 
-async def _queue(ledger: Ledger) -> int:
-    due = await ledger.fetch(_DUE)
-    for pool in {row["pool"] for row in due if row["state"] == "queued"}:
-        ledger.wake(pool)
-    return 0
+async def _queue(ledger: Ledger) -> None:
+    ledger.wake_for(await ledger.fetch(_DUE))
 
 
-async def _promote(ledger: Ledger) -> int:
+async def _promote(ledger: Ledger) -> None:
     await lanes.repair(ledger)
     await lanes.promote(ledger, {row["name"] for row in await ledger.fetch(_OPEN)})
-    return 0

@@ -35,7 +35,7 @@ with free as materialized (
      and not exists (select from flights f where f.key = runs.flight) limit 10000 for update skip locked)
 update runs r set run_at = now(), flight = null,
        state = {lanes.READY}
- where id = any(array(select id from free)) returning pool, state, lane"""  # noqa: S608  # a constant
+ where id = any(array(select id from free)) returning pool, route, state, lane"""  # noqa: S608  # a constant
 
 
 async def land(ledger: Ledger, flights: Sequence[tuple[str, UUID, int]]) -> None:
@@ -49,6 +49,5 @@ async def land(ledger: Ledger, flights: Sequence[tuple[str, UUID, int]]) -> None
         [fence for _, _, fence in flights],
     )
     rows = await ledger.fetch(_WAKE_FOLLOWERS, keys)
-    for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
-        ledger.wake(pool)
+    ledger.wake_for(rows)
     await lanes.try_promote(ledger, {row["lane"] for row in rows if row["state"] == "held"})

@@ -64,30 +64,28 @@ pick as materialized (
      order by priority desc, run_at, id limit share.rows for update skip locked) r
    order by hop.n limit (select room from lane)),
 promoted as (
-  update runs set state = 'queued', promoted = true where id = any(array(select id from pick)) returning pool),
+  update runs set state = 'queued', promoted = true where id = any(array(select id from pick))
+  returning pool, route, state),
 counted as (
   update lanes set promoted = least(lanes.promoted + (select count(*) from promoted), 2000000000),
          refilled_at = greatest(lanes.refilled_at, now()),
          tokens = coalesce(lane.tokens_now - (select count(*) from promoted), lanes.tokens),
          served = coalesce((select owner_key from pick order by n desc limit 1), lanes.served)
     from lane where lanes.name = $1 and exists (select from promoted))
-select pool, count(*) over () as promoted from promoted"""  # noqa: S608  # constants
+select pool, route, state from promoted"""  # noqa: S608  # constants
 
 
 async def promote(ledger: Ledger, names: Iterable[str]) -> None:
     """Move as many held runs of these lanes into the queue as their limits allow. A lane whose row is refused is passed
     over, and reported."""
     for name in sorted(names):
-        pools = set[str]()
         try:
             while rows := await ledger.fetch(_PROMOTE, name):
-                pools |= {row["pool"] for row in rows}
+                ledger.wake_for(rows)
                 if len(rows) < AT_ONCE:
                     break
         except REFUSED as error:
             log.error("lane %r promotes nothing, its row has an impossible value: %s", name, error)
-        for pool in pools:
-            ledger.wake(pool)
 
 
 async def try_promote(ledger: Ledger, names: Iterable[str]) -> None:

@@ -47,12 +47,12 @@ requeued as (
       lost_fence = r.fence
     from (select id, id = any(array(select id from counting)) as counts from lost) c
    where r.id = c.id and r.id = any(array(select id from lost))
-  returning r.id, r.state, r.pool, r.lane, r.promoted),
+  returning r.id, r.state, r.pool, r.route, r.lane, r.promoted),
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
     from (select lane, count(*) as n from requeued where promoted and state <> 'queued' group by lane) s
    where lanes.name = s.lane)
-select id, state, pool, case when promoted then lane end as lane from requeued"""
+select id, state, pool, route, case when promoted then lane end as lane from requeued"""
 
 WORKER_LOST = Problem(
     code="worker_lost",
@@ -71,8 +71,7 @@ async def requeue(ledger: Ledger, lease: timedelta, dead: Collection[UUID] | Non
     among = None if dead is None else list(dead)
     while rows := await ledger.fetch(_REQUEUE, lease, WORKER_LOST.model_dump_json(), among):
         states |= {row["id"]: row["state"] for row in rows}
-        for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
-            ledger.wake(pool)
+        ledger.wake_for(rows)
         await lanes.try_promote(
             ledger, {row["lane"] for row in rows if row["lane"] is not None and row["state"] != "queued"}
         )

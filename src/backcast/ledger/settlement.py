@@ -83,18 +83,20 @@ update runs r set
                                                 {locked_first} order by id for update))
    and r.id = d.id and r.fence = d.fence and r.worker_id = $1 and r.state = 'running'"""
 _LANES_FIRST = "and (select count(*) from lane) >= 0"
-_SETTLE_FREE = f"{_SETTLE.format(locked_first='', longest=LONGEST_DELAY)} returning r.id, r.fence, r.state, r.pool"
+_SETTLE_FREE = (
+    f"{_SETTLE.format(locked_first='', longest=LONGEST_DELAY)} returning r.id, r.fence, r.state, r.pool, r.route"
+)
 
 # For runs that are counted in lanes: their lanes' rows are locked first, by name, as everywhere, then the runs.
 _SETTLE_COUNTED = f"""
 with lane as materialized (select name from lanes where name = any($14::text[]) order by name for update),
 settled as (
 {_SETTLE.format(locked_first=_LANES_FIRST, longest=LONGEST_DELAY)}
-returning r.id, r.fence, r.state, r.pool, r.lane),
+returning r.id, r.fence, r.state, r.pool, r.route, r.lane),
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
     from (select lane, count(*) as n from settled where state <> 'queued' group by lane) s where lanes.name = s.lane)
-select id, fence, state, pool from settled"""  # noqa: S608  # constants
+select id, fence, state, pool, route from settled"""  # noqa: S608  # constants
 
 # Finds settlements that were recorded before, when the answer was lost: no other attempt can have ended a run whose
 # fence is still ours, and `recovery.requeue`, which ends runs without a new fence, sets lost_fence.
@@ -140,8 +142,7 @@ async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlem
         await lanes.try_promote(ledger, counted)
     else:
         rows = await ledger.fetch(_SETTLE_FREE, *values)
-    for pool in {row["pool"] for row in rows if row["state"] == "queued"}:
-        ledger.wake(pool)
+    ledger.wake_for(rows)
     if any(row["state"] in ("completed", "failed", "cancelled") for row in rows):
         ledger.report_ends()
     states = {(row["id"], row["fence"]): row["state"] for row in rows}

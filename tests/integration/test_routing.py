@@ -207,6 +207,16 @@ async def test_runs_of_a_removed_task_are_out_of_the_way_after_few_statements(le
     assert watched.count < 20, "each of 2,000 runs was in the way"
 
 
+async def test_runs_are_taken_out_of_the_way_at_a_cost_that_does_not_depend_on_the_backlog(ledger: Ledger) -> None:
+    """Once they are found, a lookup by their pool would walk through all of its ready runs."""
+    values = "default", "", *routing._PROBLEMS, [1], uuid7()
+    plan = [row[0].strip() for row in await ledger.fetch(f"explain {routing._CLEAR}", *values)]
+    looked_up = {line for line in plan if line.startswith("Index Cond: ") and "id = ANY" in line}
+    assert looked_up
+    assert not any("pool" in line for line in looked_up), plan
+    assert not any("Seq Scan on runs" in line for line in plan), plan
+
+
 async def test_who_claims_from_a_route_is_woken_when_its_runs_are_ready_again(ledger: Ledger, watched: Watched) -> None:
     x, y = type_of("x"), type_of("y")
     has_x, has_y = await registered(ledger, x), await registered(ledger, y)

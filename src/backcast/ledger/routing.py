@@ -76,8 +76,9 @@ class Route:
 
 
 # Puts ready runs on the route of their task, unless they are on one, and parks those whose route leads nowhere. Lanes
-# first, then runs, as everywhere; a run that is locked is being claimed, cancelled or expired. A worker that registers
-# meanwhile is not seen, and has them queued again by its next `apply`.
+# first, then runs, as everywhere; a run that is locked is being claimed, cancelled or expired. `is not distinct from`
+# can't be looked up in an index, so that the rows are found by their ids and not by a walk through runs_ready. A worker
+# that registers meanwhile is not seen, and has them queued again by its next `apply`.
 _ROUTED = "coalesce(nullif(r.route, ''), r.task)"
 _PUT = f"""
 with few as materialized ({{few}}),
@@ -85,7 +86,7 @@ lane as materialized (
   select name from lanes where name = any(array(select lane from few)) order by name for update),
 free as materialized (
   select id, lane, promoted, {_ROUTED} as routed from runs r
-   where id = any(array(select id from few)) and pool = $1 and route = $2 and state = 'queued'
+   where id = any(array(select id from few)) and (pool, route, state) is not distinct from ($1, $2, 'queued')
      and (select count(*) from lane) >= 0 for update skip locked),
 nowhere as materialized (
   select routed from (select distinct routed from free) f

@@ -7,7 +7,7 @@ hand.
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from backcast.errors import BackcastError, ConfigurationError, StoreUnavailable,
 from backcast.ledger import inspection, provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
+from backcast.ledger.rights import PROCESSES
 from backcast.models import uuid7
 from backcast.process.outages import Outage
 from backcast.settings import Settings
@@ -46,8 +47,15 @@ def prepare(settings: Settings, report: Report) -> None:
     _wait(url, deadline, report)
     asyncio.run(_verify(url))
     report(migrate(url))
-    if setup.admin_url is not None and setup.scaler_url is not None:
-        report(provisioning.provision_reader(setup.admin_url.get_secret_value(), setup.scaler_url.get_secret_value()))
+    if setup.admin_url is not None:
+        for part, its in setup.roles.items():
+            report(provisioning.provision_role(setup.admin_url.get_secret_value(), its, url, part))
+    if setup.roles:
+        report(provisioning.grant(url, setup.roles))
+    for part in PROCESSES:
+        if part in setup.roles:
+            _wait(setup.roles[part], deadline, report)
+            asyncio.run(_inspect(settings, part))
     _prepare_store(settings, deadline, report)
 
 
@@ -78,6 +86,12 @@ def _wait(url: str, deadline: float, report: Report) -> None:
 async def _verify(url: str) -> None:
     """Before anything is set or locked: behind some poolers, another client's session would be."""
     await Ledger(url, name="backcast-setup").verify()
+
+
+async def _inspect(settings: Settings, part: str) -> None:
+    url = settings.setup.roles.get(part, settings.database.url.get_secret_value())
+    async with aclosing(Ledger(url, name="backcast-check", pool=2, timeout=settings.database.timeout)) as ledger:
+        await inspection.rights(ledger, part)
 
 
 def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:
@@ -114,9 +128,10 @@ def _until_there(why_not: Callable[[], str | None], deadline: float, report: Rep
     return why
 
 
-def check(settings: Settings, report: Report) -> bool:
-    """Try the database and each call to the store; return whether all is well. Writes only one object of its own."""
-    return asyncio.run(_check(settings, report))
+def check(settings: Settings, report: Report, parts: Sequence[str] = PROCESSES) -> bool:
+    """Try the database, with the roles of these parts, and each call to the store; return whether all is well. Writes
+    only one object of its own."""
+    return asyncio.run(_check(settings, report, parts))
 
 
 def copy_objects(settings: Settings, report: Report) -> None:
@@ -135,7 +150,7 @@ def copy_objects(settings: Settings, report: Report) -> None:
     report(f"Copied {copied} objects; {there} were there already.")
 
 
-async def _check(settings: Settings, report: Report) -> bool:
+async def _check(settings: Settings, report: Report, parts: Sequence[str]) -> bool:
     ledger = Ledger.of(settings.database, name="backcast-check", pool=2)
     store = open_store(settings.store)
     async with aclosing(ledger), aclosing(store):
@@ -143,7 +158,7 @@ async def _check(settings: Settings, report: Report) -> bool:
         for step in (
             _step("database (BACKCAST_DATABASE__URL): reachable, writable, of this schema", ledger.check(), report),
             _step("database: keeps text and settings", inspection.settings(ledger), report),
-            _step("database: this role may do all that is needed", inspection.rights(ledger), report),
+            *(_step(f"database: the {part} may do what it does", _inspect(settings, part), report) for part in parts),
             _step("store (BACKCAST_STORE__URL): there, and lets us in", store.check(), report),
             _try(store, report),
             *(

@@ -303,13 +303,28 @@ class Setup(_Section):
     """Read by `backcast setup` only: the roles and databases that it makes beside the schema and the bucket."""
 
     admin_url: SecretStr | None = None
-    """URL of a PostgreSQL role that may create roles and databases: it makes those that the other URLs name."""
+    """URL of a PostgreSQL role that may create roles and databases: it makes those that the other URLs name. None: they
+    must exist."""
     prefect_url: SecretStr | None = None
     """URL of the Prefect server's own database."""
+    api_url: SecretStr | None = None
+    """URL of the API's own role in the database of `database.url`: what the API itself gets as `database.url`. It gets
+    the rights that the API needs, and no others. None: the API has the role of `database.url`, which owns the schema.
+    """
+    worker_url: SecretStr | None = None
+    """As `setup.api_url`, for workers."""
+    steward_url: SecretStr | None = None
+    """As `setup.api_url`, for the steward."""
     scaler_url: SecretStr | None = None
-    """URL of a role for an autoscaler, which may read the view `backlog` only; it is made in `database.url`."""
+    """As `setup.api_url`, for an autoscaler: its role may read the view `backlog` only."""
     patience: Duration = timedelta(minutes=5)
     """How long to wait for the database and the store."""
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The URLs of the roles that only some part uses, by part."""
+        urls = {"api": self.api_url, "worker": self.worker_url, "steward": self.steward_url, "scaler": self.scaler_url}
+        return {part: url.get_secret_value() for part, url in urls.items() if url is not None}
 
 
 class Settings(BaseSettings):

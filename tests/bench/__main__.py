@@ -23,6 +23,7 @@ from rich.table import Table
 from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
+from tests.support.roles import give_roles
 from tests.support.stack import Stack, prefect_server, stack
 
 CONNECTIONS = 20
@@ -83,6 +84,7 @@ async def product(folder: Path) -> AsyncIterator[tuple[Stack, dict[str, psutil.P
         prefect = await servers.enter_async_context(prefect_server(folder))
         provisioning.create_database(database.url(), "backcast")
         migrate(database.url("backcast"))
+        give_roles(database.url("backcast"))
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": prefect.url, "BACKCAST_LEASE": "PT15S"}
         async with stack(database.url("backcast"), folder, **env) as running:
             await running.up("api", "worker", "steward")

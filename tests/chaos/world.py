@@ -22,6 +22,7 @@ from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
 from tests.chaos.process import Process
 from tests.chaos.proxy import Link
+from tests.support.roles import give_roles, role_url
 from tests.support.s3 import S3Server, free_ports
 from tests.support.stack import Stack, takes_writes
 from tests.support.waiting import PATIENCE, until
@@ -46,7 +47,7 @@ create table audit.changes (
     n bigint generated always as identity primary key, id uuid, state text, fence bigint, worker_id uuid,
     result_key text, at timestamptz default clock_timestamp(), by text default current_setting('application_name'));
 create index on audit.changes (id, n);
-create function audit.note() returns trigger language plpgsql as $$ begin
+create function audit.note() returns trigger language plpgsql security definer as $$ begin
     insert into audit.changes (id, state, fence, worker_id, result_key)
     values (new.id, new.state, new.fence, new.worker_id, new.result_key);
     return null;
@@ -167,6 +168,7 @@ class World:
         for name in ("backcast", "prefect"):
             await asyncio.to_thread(provisioning.create_database, postgres.url(data, "postgres"), name)
         await asyncio.to_thread(migrate, self.database)
+        await asyncio.to_thread(give_roles, self.database)
         connection = await asyncpg.connect(self.database)
         await connection.execute(_AUDIT)
         await connection.execute("insert into backcast.lanes (name, max_running) values ($1, $2)", *NARROW)
@@ -185,7 +187,7 @@ class World:
         port = next(self._ports)
         variables = {
             f"{kind.upper()}__PORT": str(port),
-            "DATABASE__URL": f"postgresql://postgres@127.0.0.1:{ports['postgres']}/backcast",
+            "DATABASE__URL": role_url(f"postgresql://postgres@127.0.0.1:{ports['postgres']}/backcast", kind),
             "STORE__URL": self.store.url,
             "STORE__ENDPOINT": f"http://127.0.0.1:{ports['s3']}",
             "STORE__ACCESS_KEY": self.s3.access_key,

@@ -15,6 +15,7 @@ from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.settings import Store as StoreSettings
 from backcast.store import Store, open_store
+from tests.support.roles import give_roles
 from tests.support.waiting import PATIENCE
 
 _numbers = itertools.count()
@@ -53,6 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres.Postgr
 def _template(server: postgres.Postgres) -> str:
     provisioning.create_database(server.url(), "template_backcast")
     assert migrate(server.url("template_backcast")) == "The schema is now 0003."
+    give_roles(server.url("template_backcast"))
     return "template_backcast"
 
 

@@ -16,6 +16,7 @@ from backcast.local import postgres
 from backcast.models import Limits, Submission, TaskType, uuid7
 from tests.chaos.proxy import Link
 from tests.integration.test_steward import add, leads
+from tests.support.roles import give_roles
 from tests.support.stack import Part, stack
 from tests.support.waiting import until
 
@@ -61,6 +62,7 @@ async def test_an_api_and_a_steward_say_what_they_wait_for(tmp_path: Path) -> No
         with postgres.running(prepared):
             await asyncio.to_thread(provisioning.create_database, postgres.url(prepared, "postgres"), "backcast")
             await asyncio.to_thread(migrate, url)
+            await asyncio.to_thread(give_roles, url)
             await prints(api, "trying again: The folder of the store is not there")
             (tmp_path / "unmounted").rename(tmp_path / "store")
             await prints(api, "ready: the database and the store answer")
@@ -74,6 +76,7 @@ async def test_a_notification_that_failed_is_not_the_last_one(tmp_path: Path) ->
         provisioning.create_database(server.url(), "backcast")
         url = server.url("backcast")
         migrate(url)
+        give_roles(url)
         sleeper, witness = await asyncpg.connect(url), await asyncpg.connect(url)
         await sleeper.execute("listen other; begin; select 1")
         fill = "do $$ begin for n in 1..1000 loop perform pg_notify('other', n || repeat('x', 7900)); end loop; end $$"

@@ -11,6 +11,7 @@ import pytest
 
 from backcast import provision
 from backcast.errors import ConfigurationError, Unavailable
+from backcast.ledger.rights import PROCESSES
 from backcast.local import postgres
 from backcast.settings import Settings
 from tests.support.s3 import s3_server
@@ -40,6 +41,7 @@ def settings(guarded: str, folder: Path, *, password: str = "ours", **setup: Any
         "admin_url": url("postgres", "admin-secret", "postgres"),
         "prefect_url": url("prefect", "theirs", "prefect"),
         "scaler_url": url("scaler", "sees", "backcast"),
+        **{f"{part}_url": url(f"the_{part}", f"{part}s", "backcast") for part in PROCESSES},
         "patience": PATIENCE,
     }
     return Settings.model_validate(
@@ -68,18 +70,22 @@ async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded:
     assert "The database backcast of backcast is made." in lines
     assert "The database prefect of prefect was there." in lines
     assert lines.count("The schema is now 0003.") == 1
+    assert "Rights are granted to the_api, the_worker, the_steward, scaler." in lines
     assert lines[-1] == f"The store file://{tmp_path}/store is there, and every call works."
     assert await asyncio.to_thread(provision.check, it, lines.append)
+    assert not [line for line in lines if line.startswith("FAILED")]
 
-    scaler = it.setup.scaler_url.get_secret_value()  # type: ignore[union-attr]
+    scaler = it.setup.roles["scaler"]
     connection = await asyncpg.connect(scaler)
     assert await connection.fetch("select ready + running from backcast.backlog where pool = 'default'") == []
     await connection.close()
     assert "runs" in await _refused(scaler, "select * from backcast.runs")
     assert "schema backcast" in await _refused(scaler, "create table backcast.mine (id int)")
-    ours = it.database.url.get_secret_value()
-    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="prefect"):
-        await asyncpg.connect(ours.replace("/backcast?", "/prefect?"))
+    for url in (it.database.url.get_secret_value(), *it.setup.roles.values()):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="prefect"):
+            await asyncpg.connect(url.replace("/backcast?", "/prefect?"))
+    for part in PROCESSES:
+        assert "schema backcast" in await _refused(it.setup.roles[part], "create table backcast.mine (id int)")
     theirs = it.setup.prefect_url.get_secret_value()  # type: ignore[union-attr]
     connection = await asyncpg.connect(theirs)
     await connection.execute("create extension if not exists pg_trgm")  # as Prefect's server does
@@ -88,7 +94,23 @@ async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded:
 
 async def test_a_new_password_is_taken_over(guarded: str, tmp_path: Path) -> None:
     for password in ("first", "second"):
-        await asyncio.to_thread(provision.prepare, settings(guarded, tmp_path, password=password), lambda _: None)
+        worker = guarded.format(user="the_worker", password=password, database="backcast")
+        it = settings(guarded, tmp_path, password=password, worker_url=worker)
+        await asyncio.to_thread(provision.prepare, it, lambda _: None)
+
+
+async def test_without_an_administrator_the_roles_must_be_there(guarded: str, tmp_path: Path) -> None:
+    """Their owner grants them their rights."""
+    await asyncio.to_thread(provision.prepare, settings(guarded, tmp_path), lambda _: None)
+    admin = await asyncpg.connect(guarded.format(user="postgres", password="admin-secret", database="backcast"))
+    await admin.execute("revoke all on all tables in schema backcast from the_worker")
+    lines: list[str] = []
+    await asyncio.to_thread(provision.prepare, settings(guarded, tmp_path, admin_url=None), lines.append)
+    assert "Rights are granted to the_api, the_worker, the_steward, scaler." in lines
+    await admin.execute("alter role the_worker password 'another'")
+    with pytest.raises(ConfigurationError, match='authentication failed for user "the_worker"'):
+        await asyncio.to_thread(provision.prepare, settings(guarded, tmp_path, admin_url=None), lines.append)
+    await admin.close()
 
 
 def test_an_old_volume_with_a_new_password_is_explained(guarded: str, tmp_path: Path) -> None:
@@ -136,6 +158,6 @@ def test_a_bucket_is_made_and_every_call_is_tried(guarded: str, tmp_path: Path) 
         provision.prepare(good, lines.append)
         lines.clear()
         assert provision.check(good, lines.append)
-        assert [line[:6] for line in lines] == ["ok    "] * 9, lines
+        assert [line[:6] for line in lines] == ["ok    "] * 11, lines
         assert not provision.check(bad, lines.append)
         assert any(line.startswith("FAILED store: put") and "access key" in line for line in lines), lines

@@ -17,6 +17,7 @@ import httpx
 
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
+from tests.support.roles import role_url
 from tests.support.runs import Runs
 from tests.support.waiting import PATIENCE, until
 
@@ -120,9 +121,10 @@ class Stack(Runs):
         return part
 
     def start(self, name: str, port: int | None = None, **more: str) -> Part:
-        """Start `backcast <name>`; its port is free unless given."""
+        """Start `backcast <name>` with the database role of its part; its port is free unless given."""
         port = port or free_port()
-        settings = {f"BACKCAST_{name.upper()}__PORT": str(port), **more}
+        ours = {f"BACKCAST_{name.upper()}__PORT": str(port), "BACKCAST_DATABASE__URL": role_url(self.database, name)}
+        settings = {**ours, **self.env, **more}
         return self.spawn(name, [sys.executable, "-m", "backcast", name], f"http://127.0.0.1:{port}", **settings)
 
     async def up(self, *names: str, **more: str) -> None:

@@ -108,8 +108,11 @@ model.api_key: model.existingSecret
 prefect.api_key: prefectServer.external.existingSecret
 prefect.auth_string: prefectServer.auth.existingSecret or prefectServer.external.existingSecret
 setup.admin_url: postgres.external.existingSecret
+setup.api_url: postgres.external.existingSecret
 setup.prefect_url: postgres.external.existingSecret
 setup.scaler_url: postgres.external.existingSecret
+setup.steward_url: postgres.external.existingSecret
+setup.worker_url: postgres.external.existingSecret
 store.access_key: store.external.existingSecret
 store.fallback.access_key: store.fallback.external.existingSecret
 store.fallback.secret_key: store.fallback.external.existingSecret

@@ -1,6 +1,7 @@
 """The commands that run the service. Each imports its process when it is called, so that none loads another's."""
 
 import logging
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,12 +97,22 @@ def setup() -> None:
     provision.prepare(_settings(), typer.echo)
 
 
+class Part(StrEnum):
+    API = "api"
+    WORKER = "worker"
+    STEWARD = "steward"
+
+
 @run("api")
-def check() -> None:
+def check(
+    part: Annotated[
+        list[Part] | None, typer.Argument(help="The parts whose rights in the database are tried; none: all.")
+    ] = None,
+) -> None:
     """Try every call that the processes make to the database and the store, and print what to change."""
     from backcast import provision
 
-    if not provision.check(_settings(), typer.echo):
+    if not provision.check(_settings(), typer.echo, part or list(Part)):
         raise typer.Exit(RUN_FAILED)
 
 

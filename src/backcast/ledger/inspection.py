@@ -1,5 +1,5 @@
-"""Inspects a database for `backcast check`: what a session can't set, and whether the role may do all that the
-processes do. Nothing is changed.
+"""Inspects a database for `backcast check`: what a session can't set, and whether a role may do all that a part does.
+Nothing is changed.
 """
 
 import contextlib
@@ -9,12 +9,12 @@ from uuid import UUID
 from backcast.errors import ConfigurationError, UnknownRun
 from backcast.ledger import claims, figures, fleet, history, lanes, recovery, runs, settlement, submissions, task_types
 from backcast.ledger.connection import Ledger
+from backcast.ledger.rights import require
 from backcast.ledger.settlement import Settlement
 
 OLDEST = 15
 """Major version of PostgreSQL."""
 _NOBODY = UUID(int=0)
-_TABLES = ("batches", "cursors", "flights", "lanes", "runs", "task_types", "workers")
 
 
 async def settings(ledger: Ledger) -> None:
@@ -35,33 +35,43 @@ async def settings(ledger: Ledger) -> None:
         )
 
 
-async def rights(ledger: Ledger) -> None:
-    """Make calls of every kind, none of which finds a row. Raises `LedgerFault`, or `ConfigurationError` for a right
-    that no such call needs.
+async def rights(ledger: Ledger, part: str) -> None:
+    """Whether this role may do what the part does. Also makes calls of every kind, none of which finds a row.
+
+    Raises:
+        ConfigurationError: a right is missing.
+        LedgerFault: the database refuses a statement.
     """
+    await require(ledger, part)
+    for call in _CALLS[part]:
+        await call(ledger)
+
+
+async def _submit(ledger: Ledger) -> None:
     await task_types.all_(ledger)
     await ledger.fetch(submissions.INSERT, *[[] for _ in submissions.New._fields[:-1]], None)
+    await runs.find(ledger, limit=1)
+    with contextlib.suppress(UnknownRun):
+        await runs.cancel(ledger, _NOBODY)
+
+
+async def _execute(ledger: Ledger) -> None:
     await claims.claim(ledger, pool="", cursor=0, limit=1, worker_id=_NOBODY, lease=timedelta(seconds=1))
     for lane in (None, ""):
         nothing = Settlement(id=_NOBODY, fence=0, state="failed", lane=lane)
         await settlement.settle(ledger, _NOBODY, [nothing])
-    await recovery.requeue(ledger, timedelta(seconds=1), [])
-    await lanes.promote(ledger, [""])
-    await history.waiting(ledger, _NOBODY, _NOBODY, limit=1)
-    await figures.backlog(ledger)
-    await runs.find(ledger, limit=1)
     async with ledger.session() as connection:
         await fleet.beat(connection, _NOBODY, busy=0, draining=False, settled=0)
-    with contextlib.suppress(UnknownRun):
-        await runs.cancel(ledger, _NOBODY)
-    rows = await ledger.fetch(
-        """select t || ': ' || string_agg(p, ', ') as lacks
-             from unnest($1::text[]) t, unnest('{select,insert,update,delete}'::text[]) p
-            where not has_table_privilege('backcast.' || t, p) group by t""",
-        _TABLES,
-    )
-    if rows:
-        raise ConfigurationError(
-            f"The role lacks rights on tables of the schema backcast ({'; '.join(row['lacks'] for row in rows)}): grant"
-            " them, or run `backcast setup` as the role that the processes use."
-        )
+
+
+async def _recover(ledger: Ledger) -> None:
+    await recovery.requeue(ledger, timedelta(seconds=1), [])
+    await history.waiting(ledger, _NOBODY, _NOBODY, limit=1)
+    await figures.backlog(ledger)
+
+
+async def _promote(ledger: Ledger) -> None:
+    await lanes.promote(ledger, [""])
+
+
+_CALLS = {"api": (_submit, _promote), "worker": (_execute, _promote), "steward": (_recover, _promote)}

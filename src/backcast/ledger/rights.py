@@ -1,0 +1,97 @@
+"""What each part may do in the ledger: one table, which `backcast setup` grants after the migrations. Knows no URLs.
+
+A setup runs while the pods of the release before still serve. So a right leaves this table one release after the last
+statement that needs it, as migrations only add.
+"""
+
+import re
+from collections.abc import Mapping
+
+from backcast.errors import ConfigurationError
+from backcast.ledger.connection import Ledger
+
+# A worker claims any run, so it must read inputs; it needs neither the results of others nor whom they belong to.
+_EXECUTED = """id, task, pool, owner_key, lane, priority, state, run_at, deadline, fence, attempts_used, retries_used,
+    max_attempts, worker_id, cancel_requested_at, input, input_key, error, usage, promoted, prefetched, lost_fence,
+    flight, route, signature"""
+_SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, result, result_key, usage, run_at,
+    flight"""
+_MOVED = "state, finished_at, error, promoted, pool, route, parked_at"
+"""What the dispatch of due runs, a route or an unusable row changes: every worker and steward does that."""
+_COUNTED = "promoted, refilled_at, tokens, served"
+"""What a promotion, or the end of a promoted run, changes in its lane."""
+
+RIGHTS: Mapping[str, Mapping[str, str]] = {
+    "api": {
+        "alembic_version": "select",
+        "batches": "select, insert, update (idem_key)",
+        "lanes": "select, insert, update",
+        "runs": "select, insert, update (idem_key, state, promoted, cancel_requested_at, finished_at)",
+        "task_types": "select",
+        "workers": "select",
+    },
+    "worker": {
+        "alembic_version": "select",
+        "cursors": "select, insert, update (moved_at)",
+        "flights": "select, insert, update, delete",
+        "lanes": f"select, update ({_COUNTED})",
+        "runs": f"select ({_EXECUTED}), update ({_MOVED}, {_SETTLED})",
+        "task_types": "select, insert, update",
+        "workers": "select, insert, update, delete",
+    },
+    "steward": {
+        "alembic_version": "select",
+        "backlog": "select",
+        "batches": "select, delete",
+        "cursors": "select, insert, update",
+        "flights": "select, delete",
+        "lanes": f"select, update ({_COUNTED})",
+        "runs": f"select, delete, maintain, update ({_MOVED}, attempts_used, lost_fence)",
+        "task_types": "select, delete, update (seen_at)",
+        "workers": "select, delete",
+    },
+    "scaler": {"backlog": "select"},
+}
+"""By part and table or view, in the words of GRANT. `maintain` is the right to vacuum."""
+PROCESSES = ("api", "worker", "steward")
+"""The parts that are processes of ours."""
+
+
+def each(rights: str) -> list[tuple[str, list[str]]]:
+    """The single rights, each with its columns, or none for the whole table."""
+    found = re.findall(r"(\w+)\s*(?:\(([^)]*)\))?", rights)
+    return [(right, [name.strip() for name in names.split(",")] if names else []) for right, names in found]
+
+
+# Before PostgreSQL 17 only the owner of a table, and members of its role, may vacuum it.
+_LACKING = """
+with given as (
+  select name, right_, column_, n, ('backcast.' || name)::regclass as id,
+         right_ = 'maintain' and current_setting('server_version_num')::int < 170000 as is_owners
+    from unnest($1::text[], $2::text[], $3::text[]) with ordinality as g(name, right_, column_, n))
+select name || ': ' || string_agg(
+         concat(right_, ' (' || column_ || ')',
+                case when is_owners then format(' (`grant %I to %I`)', owner, current_user) end),
+         ', ' order by n) as lacks
+  from given cross join lateral (select pg_get_userbyid(relowner) as owner from pg_class where oid = id) o
+ where not case when is_owners then pg_has_role(owner, 'usage')
+                when column_ is null then has_table_privilege(id, right_)
+                else has_column_privilege(id, column_, right_) end
+ group by name order by name"""
+
+
+async def require(ledger: Ledger, part: str) -> None:
+    """Raise `ConfigurationError` unless the ledger's role may do all that this part does."""
+    wanted = [
+        (name, right, column)
+        for name, rights in RIGHTS[part].items()
+        for right, columns in each(rights)
+        for column in columns or [None]
+    ]
+    rows = await ledger.fetch(_LACKING, *map(list, zip(*wanted, strict=True)))
+    if rows:
+        raise ConfigurationError(
+            f"The role lacks rights that the {part} needs in the schema backcast"
+            f" ({'; '.join(row['lacks'] for row in rows)}): run `backcast setup` with the role in"
+            f" BACKCAST_SETUP__{part.upper()}_URL, or grant them yourself."
+        )

@@ -147,7 +147,15 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     ),
     "two databases": (
         external(**EXTERNAL, existingSecret="s"),
-        "postgres.external.existingSecret replaces url, prefectUrl, adminUrl and scalerUrl: keep the one or",
+        "postgres.external.existingSecret replaces all URLs: keep the one or the others.",
+    ),
+    "a role for some parts": (
+        external(**EXTERNAL, workerUrl="postgresql://w:p@h/b"),
+        "postgres.external.apiUrl, workerUrl and stewardUrl belong together: set all three, or none for parts that",
+    ),
+    "roles in no Secret": (
+        external(**EXTERNAL, rolePerPart=True),
+        "postgres.external.rolePerPart is for existingSecret: set apiUrl, workerUrl and stewardUrl instead.",
     ),
     "no database for Prefect": (
         external(url=EXTERNAL["url"]),
@@ -250,8 +258,9 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     "a Secret of the same name": (
         {"auth": {"existingSecret": "demo-backcast"}},
         (
-            "demo-backcast is the name of the Secret that the chart makes, for backcast-password, postgres-password, "
-            "prefect-auth-string, prefect-password, s3-access-key, s3-secret-key, scaler-password: give"
+            "demo-backcast is the name of the Secret that the chart makes, for api-password, backcast-password, "
+            "postgres-password, prefect-auth-string, prefect-password, s3-access-key, s3-secret-key, scaler-password, "
+            "steward-password, worker-password: give"
         ),
     ),
 }

@@ -13,9 +13,10 @@ import yaml
 from prefect.settings import Settings as PrefectSettings
 
 import backcast.local.up
+from backcast.ledger.rights import PROCESSES
 from backcast.settings import Settings, load
 from backcast.variables import CONFIG_VARIABLE
-from tests.chart.rendering import SCENARIOS, Object, Pod, Release, render, scenario
+from tests.chart.rendering import SCENARIOS, Object, Pod, Release, Values, render, scenario
 
 SECRETS = {
     "api-key": "an-api-key-of-some-length, another-api-key-of-ours",
@@ -23,6 +24,7 @@ SECRETS = {
     "prefect-database-url": "postgresql+asyncpg://prefect:p@db.example.org:6432/prefect",
     "admin-url": "postgresql://postgres:p@db.example.org:6432/postgres",
     "scaler-url": "postgresql://scaler:p@db.example.org:6432/backcast",
+    **{f"{part}-database-url": f"postgresql://{part}:p@db.example.org:6432/backcast" for part in PROCESSES},
 }
 """The values of Secrets that the chart does not make; any other value is `secret`."""
 
@@ -82,8 +84,8 @@ def test_every_address_leads_to_a_service_or_outside(
     services = {
         f"{each['metadata']['name']}:{port['port']}" for each in release.of("Service") for port in each["spec"]["ports"]
     }
-    urls = [settings.database.url, settings.setup.prefect_url, settings.setup.admin_url, settings.setup.scaler_url]
-    addresses = [url.get_secret_value() for url in urls if url is not None]
+    urls = [settings.database.url, settings.setup.prefect_url, settings.setup.admin_url]
+    addresses = [url.get_secret_value() for url in urls if url is not None] + [*settings.setup.roles.values()]
     addresses += [each["value"] for pod in release.pods for each in pod.main["env"] if each["name"] == "BACKCAST_URL"]
     addresses += filter(None, [settings.store.endpoint, settings.prefect.api_url, settings.model.base_url])
     found = {urlsplit(address).netloc.rpartition("@")[2] for address in addresses}
@@ -217,6 +219,40 @@ def test_given_urls_become_secrets() -> None:
     }
 
 
+OWNED = {"url": "postgresql://all:p@h/b", "prefectUrl": "postgresql://p:p@h/p"}
+ROLES: dict[str, tuple[Values, dict[str, str]]] = {
+    "bundled": ({}, {"setup": "backcast", **{part: f"backcast_{part}" for part in PROCESSES}}),
+    "in a Secret": (SCENARIOS["external"], {"setup": "backcast", **{part: part for part in PROCESSES}}),
+    "in the values": (
+        {
+            "postgres": {
+                "mode": "external",
+                "external": OWNED | {f"{part}Url": f"postgresql://my-{part}:p@h/b" for part in PROCESSES},
+            }
+        },
+        {"setup": "all", **{part: f"my-{part}" for part in PROCESSES}},
+    ),
+    "shared": ({"postgres": {"mode": "external", "external": OWNED}}, dict.fromkeys(["setup", *PROCESSES], "all")),
+}
+"""The values, and the database role of each pod."""
+
+
+@pytest.mark.parametrize("case", ROLES)
+def test_each_part_has_a_database_role_of_its_own(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setup and the check have that of the owner, and know the others."""
+    values, roles = ROLES[case]
+    release = render(values)
+    [check] = [pod for pod in release.pods if pod.component == "test" and pod.main["args"] == ["check"]]
+    pods = {part: release.pod(part) for part in roles} | {"check": check}
+    settings = {part: loaded(release, pod.main, tmp_path, monkeypatch) for part, pod in pods.items()}
+    urls = {part: it.database.url.get_secret_value() for part, it in settings.items()}
+    assert {part: urlsplit(url).username for part, url in urls.items()} == roles | {"check": roles["setup"]}
+    assert len({(urlsplit(url).hostname, urlsplit(url).path) for url in urls.values()}) == 1
+    for part in ("setup", "check"):
+        known = {name: url for name, url in settings[part].setup.roles.items() if name != "scaler"}
+        assert known == ({} if case == "shared" else {name: urls[name] for name in PROCESSES}), part
+
+
 def test_prefect_takes_its_settings_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings that spare it work are the same as in `backcast up`."""
     release = scenario("defaults")
@@ -248,13 +284,13 @@ def test_each_process_gets_no_more_secrets_than_it_needs() -> None:
         if pod.component != "test"
     }
     store = {"s3-access-key", "s3-secret-key"}
-    work = {"backcast-password"} | store
+    roles = {f"{part}-password" for part in PROCESSES}
     assert secrets == {
-        "api": work | {"api-key"},
-        "worker": work | {"prefect-auth-string", "model-api-key"},
-        "steward": work | {"prefect-auth-string"},
+        "api": store | {"api-key", "api-password"},
+        "worker": store | {"prefect-auth-string", "model-api-key", "worker-password"},
+        "steward": store | {"prefect-auth-string", "steward-password"},
         "prefect-server": {"prefect-password", "prefect-auth-string"},
         "postgres": {"postgres-password"},
         "store": store,
-        "setup": work | {"postgres-password", "prefect-password", "scaler-password"},
+        "setup": store | roles | {"backcast-password", "postgres-password", "prefect-password", "scaler-password"},
     }

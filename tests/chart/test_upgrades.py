@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from backcast.ledger.rights import PROCESSES
 from tests.chart.rendering import Cluster, Values, cluster, refusal, render
 
 OWN = "demo-backcast"
@@ -33,6 +34,16 @@ def test_generated_values_are_kept_and_new_ones_are_added(live: Cluster) -> None
     assert set(after) - set(before) == {"prefect-auth-string"}
 
 
+def test_a_release_whose_parts_shared_a_role_gets_passwords_for_theirs(live: Cluster) -> None:
+    now = render({}, cluster=live).the("Secret")["data"]
+    new = {f"{part}-password" for part in PROCESSES}
+    before = {key: value for key, value in now.items() if key not in new}
+    live.add("Secret", OWN, data=before)
+    after = render({}, cluster=live, revision=2).the("Secret")["data"]
+    assert before.items() < after.items()
+    assert set(after) - set(before) == new
+
+
 def test_without_a_cluster_they_are_new_each_time() -> None:
     one, other = (render({}).the("Secret")["data"] for _ in range(2))
     assert one.keys() == other.keys()
@@ -51,10 +62,11 @@ def test_the_secret_outlives_the_release() -> None:
 
 
 def test_the_volumes_passwords_are_kept_while_another_server_is_in_use(live: Cluster) -> None:
-    live.add("Secret", OWN, data=coded(postgres_password="old", s3_access_key="old", api_key="old"))
+    live.add("Secret", OWN, data=coded(postgres_password="old", worker_password="old", api_key="old"))
     external = {"url": "postgresql://b:p@h/b", "prefectUrl": "postgresql://p:p@h/p"}
     data = render({"postgres": {"mode": "external", "external": external}}, cluster=live).the("Secret")["data"]
-    assert data["postgres-password"] == coded(x="old")["x"]
+    assert data["postgres-password"] == data["worker-password"] == coded(x="old")["x"]
+    assert "steward-password" not in data
     assert base64.b64decode(data["database-url"]).decode() == "postgresql://b:p@h/b"
 
 
@@ -177,11 +189,15 @@ EXISTING: dict[str, tuple[Values, list[str]]] = {
     "model": ({"model": {"existingSecret": "theirs"}}, ["model-api-key"]),
     "postgres": (
         {"postgres": {"bundled": {"existingSecret": "theirs"}}},
-        ["postgres-password", "backcast-password", "prefect-password", "scaler-password"],
+        [f"{role}-password" for role in ("postgres", "backcast", *PROCESSES, "prefect", "scaler")],
     ),
     "external postgres": (
         {"postgres": {"mode": "external", "external": {"existingSecret": "theirs"}}},
         ["database-url", "prefect-database-url"],
+    ),
+    "external postgres with roles": (
+        {"postgres": {"mode": "external", "external": {"existingSecret": "theirs", "rolePerPart": True}}},
+        ["database-url", "prefect-database-url", *(f"{part}-database-url" for part in PROCESSES)],
     ),
     "external postgres for KEDA": (
         {

@@ -73,13 +73,60 @@ async def test_a_worker_gets_few_secrets_and_may_write_nothing(shared: Release) 
     visible = {
         name for name, value in shared.secret.items() for seen in found["environment"].values() if seen == _sha(value)
     }
-    assert visible <= {"backcast-password", "model-api-key", "prefect-auth-string", "s3-access-key", "s3-secret-key"}
+    assert visible <= {"worker-password", "model-api-key", "prefect-auth-string", "s3-access-key", "s3-secret-key"}
     allowed = shared.secret["prefect-auth-string"]
     assert _sha(allowed) in found["environment"].values(), "a secret in the environment is found this way"
 
 
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+async def test_each_part_has_a_database_role_that_may_do_no_more_than_it_does(shared: Release) -> None:
+    sessions = await shared.sql(
+        "select distinct application_name, usename from pg_stat_activity where application_name like 'backcast-%'"
+    )
+    parts = ("api", "worker", "steward")
+    assert sorted(sessions) == sorted([f"backcast-{part}", f"backcast_{part}"] for part in parts)
+    run = await shared.do("add", key="roles", a=1, b=2)
+    for part in parts:
+        done = await shared.cluster.execute(shared.namespace, shared.pod(part), "python", "-c", _ASK, *_FORBIDDEN)
+        assert json.loads(done.out) == dict.fromkeys([*_FORBIDDEN, "prefect"], "InsufficientPrivilegeError"), part
+    assert await shared.do("add", key="roles", a=1, b=2) == run
+
+
+_FORBIDDEN = (
+    "create table backcast.mine (id int)",
+    "drop table backcast.runs",
+    "truncate backcast.runs",
+    "update backcast.runs set input = '1'",
+    "delete from backcast.lanes",
+    "create role mine",
+)
+# With the URL that the part has: the error of each statement, and of a connection to Prefect's database.
+_ASK = """
+import asyncio, json, os, sys
+import asyncpg
+
+url = os.environ["BACKCAST_DATABASE__URL"]
+
+async def error(sql, url):
+    try:
+        connection = await asyncpg.connect(url, timeout=10)
+        try:
+            await connection.execute(sql)
+        finally:
+            await connection.close()
+    except asyncpg.PostgresError as error:
+        return type(error).__name__
+
+async def main():
+    found = {sql: await error(sql, url) for sql in sys.argv[1:]}
+    found["prefect"] = await error("select 1", url.rpartition("/")[0] + "/prefect")
+    print(json.dumps(found))
+
+asyncio.run(main())
+"""
 
 
 async def test_only_the_steward_has_a_token(shared: Release) -> None:

@@ -95,6 +95,10 @@ def _values(model: str) -> dict[str, Any]:
         "url": f"postgresql://backcast:backcast-password@{DATABASE}/backcast",
         "prefectUrl": f"postgresql://prefect:prefect-password@{DATABASE}/prefect",
         "adminUrl": f"postgresql://postgres:{PASSWORD}@{DATABASE}/postgres",
+        **{
+            f"{part}Url": f"postgresql://backcast_{part}:{part}-password@{DATABASE}/backcast"
+            for part in ("api", "worker", "steward")
+        },
     }
     bucket = {"endpoint": STORE, "bucket": "somebody", "prefix": "ours", "accessKey": KEY, "secretKey": SECRET}
     return merged(

@@ -39,6 +39,11 @@
 {{- range include "backcast.pools" . | fromYaml }}{{ if eq .autoscaling.mode "keda" }}true{{ end }}{{ end }}
 {{- end }}
 
+{{/* Whether api, worker and steward have a database role each. */}}
+{{- define "backcast.uses.roles" -}}
+{{- with .Values.postgres }}{{ if or (eq .mode "bundled") .external.rolePerPart .external.apiUrl }}true{{ end }}{{ end }}
+{{- end }}
+
 {{/* Kubernetes has such policies since 1.30, the oldest that this chart takes. */}}
 {{- define "backcast.uses.policy" -}}
 {{- with .Values.rbac }}{{ if and .create .admissionPolicy }}true{{ end }}{{ end }}

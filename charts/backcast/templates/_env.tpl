@@ -55,14 +55,33 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
   value: /etc/backcast/backcast.yaml
 {{- end }}
 
+{{/* The database: with the part's own role, if there is one, else with the one that owns the schema. */}}
 {{- define "backcast.env.database" -}}
-{{- with .root.Values.postgres }}
+{{- $component := include "backcast.component" .root }}
+{{- $own := and (include "backcast.uses.roles" .root | eq "true") (has $component (list "api" "worker" "steward")) }}
+{{- include "backcast.env.role" (list .root "BACKCAST_DATABASE__URL" "DATABASE_PASSWORD" ($own | ternary $component "")) }}
+{{- end }}
+
+{{/* The URL of a part's role, or of the owner for the part "": (list ROOT NAME NAME-OF-ITS-PASSWORD PART). */}}
+{{- define "backcast.env.role" -}}
+{{- $root := first . }}
+{{- $part := index . 3 }}
+{{- with $root.Values.postgres }}
 {{- if eq .mode "external" }}
-{{- include "backcast.env.from" (list $.root "BACKCAST_DATABASE__URL" "database-url" .external.existingSecret) }}
+{{- include "backcast.env.from" (list $root (index $ 1) (list $part "database-url" | compact | join "-") .external.existingSecret) }}
 {{- else }}
-{{- include "backcast.env.from" (list $.root "DATABASE_PASSWORD" "backcast-password" .bundled.existingSecret) }}
-- name: BACKCAST_DATABASE__URL
-  value: postgresql://backcast:$(DATABASE_PASSWORD)@{{ include "backcast.name.postgres" $.root }}:5432/backcast
+{{- include "backcast.env.from" (list $root (index $ 2) (printf "%s-password" ($part | default "backcast")) .bundled.existingSecret) }}
+- name: {{ index $ 1 }}
+  value: postgresql://{{ list "backcast" $part | compact | join "_" }}:$({{ index $ 2 }})@{{ include "backcast.name.postgres" $root }}:5432/backcast
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The parts' roles, for those who make or try them. */}}
+{{- define "backcast.env.roles" -}}
+{{- if include "backcast.uses.roles" .root }}
+{{- range $part := list "api" "worker" "steward" }}
+{{ include "backcast.env.role" (list $.root (printf "BACKCAST_SETUP__%s_URL" (upper $part)) (printf "%s_PASSWORD" (upper $part)) $part) }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -1,12 +1,20 @@
 {{/* The contents of the generated Secret, and the required keys of existing ones. */}}
 
+{{/* The keys with the passwords of the bundled PostgreSQL's roles, as YAML. */}}
+{{- define "backcast.secret.passwords" -}}
+{{- range list "postgres" "backcast" "api" "worker" "steward" "prefect" "scaler" }}
+- {{ . }}-password
+{{- end }}
+{{- end }}
+
 {{/* Secrets in the values, by key, as YAML: pods roll when they change. */}}
 {{- define "backcast.secret.given" -}}
 {{- $given := dict "model-api-key" .Values.model.apiKey }}
 {{- if eq .Values.postgres.mode "external" }}
 {{- with .Values.postgres.external }}
 {{- $prefect := .prefectUrl | replace "postgresql://" "postgresql+asyncpg://" }}
-{{- $given = merge $given (dict "database-url" .url "prefect-database-url" $prefect "admin-url" .adminUrl "scaler-url" .scalerUrl) }}
+{{- $given = merge $given (dict "database-url" .url "prefect-database-url" $prefect "admin-url" .adminUrl "scaler-url" .scalerUrl
+  "api-database-url" .apiUrl "worker-database-url" .workerUrl "steward-database-url" .stewardUrl) }}
 {{- end }}
 {{- end }}
 {{- if eq .Values.store.mode "external" }}
@@ -34,8 +42,8 @@ api-key: {{ randAlphaNum 40 }}
 {{- end }}
 {{- end }}
 {{- if and (eq .Values.postgres.mode "bundled") (not .Values.postgres.bundled.existingSecret) }}
-{{- range list "postgres" "backcast" "prefect" "scaler" }}
-{{ . }}-password: {{ randAlphaNum 32 }}
+{{- range include "backcast.secret.passwords" . | fromYamlArray }}
+{{ . }}: {{ randAlphaNum 32 }}
 {{- end }}
 {{- end }}
 {{- with .Values.prefectServer }}
@@ -56,10 +64,9 @@ bundled-s3-secret-key: {{ randAlphaNum 40 }}
 {{/* The value that replaces each generated key. */}}
 {{- define "backcast.secret.sources" -}}
 api-key: auth.existingSecret
-postgres-password: postgres.bundled.existingSecret
-backcast-password: postgres.bundled.existingSecret
-prefect-password: postgres.bundled.existingSecret
-scaler-password: postgres.bundled.existingSecret
+{{- range include "backcast.secret.passwords" . | fromYamlArray }}
+{{ . }}: postgres.bundled.existingSecret
+{{- end }}
 prefect-auth-string: prefectServer.auth.existingSecret
 s3-access-key: store.bundled.existingSecret
 s3-secret-key: store.bundled.existingSecret
@@ -76,11 +83,12 @@ bundled-s3-secret-key: store.bundled.existingSecret
 {{- $wanted = append $wanted (list (eq (include "backcast.model.backend" .) "openai") $values.model.existingSecret "model-api-key") }}
 {{- with $values.postgres }}
 {{- if eq .mode "bundled" }}
-{{- $wanted = append $wanted (list true .bundled.existingSecret "postgres-password" "backcast-password" "prefect-password" "scaler-password") }}
+{{- $wanted = append $wanted (concat (list true .bundled.existingSecret) (include "backcast.secret.passwords" $ | fromYamlArray)) }}
 {{- else }}
 {{- $wanted = append $wanted (list true .external.existingSecret "database-url") }}
 {{- $wanted = append $wanted (list (eq $values.prefectServer.mode "bundled") .external.existingSecret "prefect-database-url") }}
 {{- $wanted = append $wanted (list $keda .external.existingSecret "scaler-url") }}
+{{- $wanted = append $wanted (list .external.rolePerPart .external.existingSecret "api-database-url" "worker-database-url" "steward-database-url") }}
 {{- end }}
 {{- end }}
 {{- with $values.store }}

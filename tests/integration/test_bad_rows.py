@@ -163,8 +163,11 @@ async def test_processes_outlive_rows_that_they_cant_work_with(database: str, tm
         shown = (await product.http.get("/v1/lanes")).json()["items"]
         assert [lane["problem"] is None for lane in shown] == [True, False, False, False, False]
         assert [part.process.poll() for part in product.parts] == [None] * 3
-        logs = "".join(part.text for part in product.parts)
-        assert "is set aside as failed: its row has an impossible value" in logs
-        assert "had impossible numbers" in logs
+
+        async def logs() -> str:
+            return "".join(part.text for part in product.parts)
+
+        assert "is set aside as failed: its row has an impossible value" in await logs()
+        await until(logs, lambda text: "had impossible numbers" in text)  # by the next poll of any of them
         for part in product.parts:
             await part.ready()

@@ -122,7 +122,9 @@ class Load:
                 if answer.is_success:
                     case.id = str(answer.json()["id"])
                     return
-                if answer.status_code < 500 and answer.status_code != 429:
+                # An Ingress controller may answer 404 while no pod of the API is ready; then it is no problem document.
+                ours = answer.headers.get("Content-Type", "").startswith("application/problem+json")
+                if ours and answer.status_code < 500 and answer.status_code != 429:
                     self.refused.append(f"{case.key}: {answer.status_code} {answer.text[:300]}")
                     return
             await asyncio.sleep(dice.uniform(0.2, 1))

@@ -41,7 +41,8 @@ def _server(name: str, uid: int, port: int, probe: dict[str, Any], **container: 
             "containers": [
                 {
                     "name": name,
-                    "readinessProbe": {**probe, "periodSeconds": 1},
+                    # Not the second of the default: after three slow answers the service has no pods, and refuses.
+                    "readinessProbe": {**probe, "periodSeconds": 1, "timeoutSeconds": 60},
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                     "volumeMounts": [{"name": "data", "mountPath": "/e2e"}],
                     **container,
@@ -104,7 +105,7 @@ def _values(model: str) -> dict[str, Any]:
     return merged(
         small(HOST, model),
         {
-            "config": {"setup": {"patience": "PT5S"}, "store": {"timeout": "PT5S"}},
+            "config": {"setup": {"patience": "PT5S"}, "store": {"timeout": "PT2M"}},
             "postgres": {"mode": "external", "external": external},
             "store": {"mode": "external", "external": bucket},
         },

@@ -154,6 +154,8 @@ class Load:
     """Requests that were sent again."""
     refused: list[str] = field(default_factory=list)
     """Answers that blame the request, although none is at fault."""
+    late: set[str] = field(default_factory=set)
+    """Keys of requests that were refused because their deadline had passed."""
     _unfinished: int = 0
     _unanswered: int = 0
 
@@ -176,6 +178,7 @@ class Load:
         self._unanswered -= 1
         if answer.get("status") == 422:  # its deadline passed before any request for it was accepted
             self.cases.remove(case)
+            self.late.add(case.key)
             return
         if case.cancel_after is not None and case.id != "refused":
             await asyncio.sleep(case.cancel_after)

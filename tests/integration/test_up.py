@@ -328,6 +328,8 @@ async def test_two_that_start_at_once_keep_to_themselves(tmp_path: Path) -> None
     ):
         runs, servers = list[str](), list[str]()
         for it in (one, two):
+            await it.prints("backcast is up")  # Prefect's servers start last, and take as long as all the rest
+        for it in (one, two):
             found = re.search(r"prefect │ is up: (\S+)", await it.prints(r"prefect │ is up: \S+\n"))
             assert found
             servers.append(found[1])

@@ -352,8 +352,8 @@ async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(tmp
     environ = {"HTTPS_PROXY": nowhere, "PIP_INDEX_URL": nowhere, "BACKCAST_MODEL__CACHE": str(tmp_path / "cache")}
     environ |= {"BACKCAST_MODEL__PORT": str(free_port()), "BACKCAST_TASKS": "tests.support.sample_tasks"}
     async with up(tmp_path, **environ) as it:
-        await it.prints("model │ The embedded model's file can't be had")
         await it.prints("backcast is up")
+        await it.prints("model │ The embedded model's file can't be had")
         cast = await it.submit("create_structured_output", data="31 chairs", target="int")
         waiting = await it.run(cast, lambda run: run["error"] is not None and run["state"] == "queued")
         assert waiting["error"]["code"] == "model_unavailable"

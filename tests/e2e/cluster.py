@@ -98,6 +98,11 @@ class Cluster:
             if error.status != 409:
                 raise
 
+        async def accounts() -> list[Any]:
+            return self.asking(self.core.list_namespaced_service_account, name).items
+
+        await until(accounts)  # a controller makes the first one; a pod that comes before it is refused
+
     async def clear(self, *, wait: bool = True) -> None:
         """Remove the namespaces that tests have made, with their contents."""
 

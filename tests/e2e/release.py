@@ -178,7 +178,7 @@ class Release(Runs):
         done = await run("kubectl", "logs", "-n", self.namespace, newest.metadata.name, "--tail=40", check=False)
         return done.output
 
-    async def setup_fails(self, *, timeout: float = 180) -> str:
+    async def setup_fails(self, *, timeout: float = 300) -> str:
         """The last line in the log of the setup Job's failed pod."""
         core, ask = self.cluster.core, self.cluster.asking
 

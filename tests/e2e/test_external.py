@@ -105,7 +105,7 @@ def _values(model: str) -> dict[str, Any]:
     return merged(
         small(HOST, model),
         {
-            "config": {"setup": {"patience": "PT5S"}, "store": {"timeout": "PT2M"}},
+            "config": {"setup": {"patience": "PT30S"}},
             "postgres": {"mode": "external", "external": external},
             "store": {"mode": "external", "external": bucket},
         },

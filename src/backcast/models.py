@@ -295,6 +295,9 @@ class Retry:
     """The flight to wait for: another run computes the same value."""
     route: str = ""
     """The route to the workers that can do the run: see `ledger.routing`."""
+    is_charged: bool = False
+    """Whether it counts against `max_attempts`, beside its retries: it has ended its executor, or its result can't be
+    stored."""
 
 
 AttemptResult = Succeeded | Failed | Retry

@@ -202,6 +202,15 @@ class Worker(_Section):
     """How often an idle worker looks for runs without a notification, because notifications may be lost."""
     grace: Duration = timedelta(seconds=30)
     """After SIGTERM: how long running work may go on before its runs are released to the queue."""
+    processes: int = Field(default=1, ge=1, le=64)
+    """Executor processes that share the slots; more than one lets tasks that compute use several cores."""
+    stall: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
+    """How long the event loop of an executor may give no answer; then the process is ended, with the run that blocks
+    it, and its other runs go on elsewhere."""
+    max_runs_per_process: int | None = Field(default=None, ge=1)
+    """Attempts after which an executor is replaced by a fresh one, without a gap; none: it is not."""
+    max_memory: int | None = Field(default=None, ge=64 * 1024 * 1024)
+    """Bytes of memory above which an executor is replaced by a fresh one; a quarter above, it is ended at once."""
 
 
 class Steward(_Section):

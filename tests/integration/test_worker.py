@@ -127,11 +127,11 @@ async def test_a_running_run_is_cancelled_within_seconds(product: Stack) -> None
 
 
 async def test_a_blocked_loop_does_not_cost_the_lease(database: str, tmp_path: Path) -> None:
-    async with stack(database, tmp_path) as product:
+    async with stack(database, tmp_path, BACKCAST_LEASE="4", BACKCAST_WORKER__STALL=str(PATIENCE)) as product:
         await product.up("api", "worker", "steward")
-        blocking = await product.submit("block_the_loop", seconds=20)  # the lease is 15 s
+        blocking = await product.submit("block_the_loop", seconds=8)
         other = await product.submit("nap", seconds=0.1)
-        assert await product.result(blocking) == 20
+        assert await product.result(blocking) == 8
         assert await product.result(other) == 0.1
         assert (await product.run(blocking))["attempts"] == 1
 

@@ -11,8 +11,8 @@ from prefect.filesystems import WritableFileSystem
 from prefect.serializers import Serializer
 from pydantic import PrivateAttr
 
+from backcast.executor.objects import Objects
 from backcast.executor.values import to_json
-from backcast.store import Store
 
 T = TypeVar("T")
 
@@ -33,11 +33,11 @@ class CacheStorage(WritableFileSystem):
     """Gives Prefect our store for the records of cache policies. Usable from any thread: each call runs on our loop."""
 
     _block_type_slug = "backcast-cache"
-    _store: Store = PrivateAttr()
+    _store: Objects = PrivateAttr()
     _loop: asyncio.AbstractEventLoop = PrivateAttr()
 
     @classmethod
-    def over(cls, store: Store, loop: asyncio.AbstractEventLoop) -> Self:
+    def over(cls, store: Objects, loop: asyncio.AbstractEventLoop) -> Self:
         storage = cls()
         storage._store, storage._loop = store, loop
         return storage

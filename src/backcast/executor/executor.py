@@ -7,7 +7,7 @@ tests/integration/test_engine_contract.py checks the facts of Prefect that this 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
@@ -21,13 +21,14 @@ from backcast.errors import Unavailable
 from backcast.executor import plain, prefect_engine
 from backcast.executor.cache import CacheStorage
 from backcast.executor.classification import problem
+from backcast.executor.objects import Objects
 from backcast.executor.plain import Job, Template
 from backcast.executor.prefect_engine import Publish
 from backcast.executor.registry import prepare
 from backcast.executor.threads import Threads
 from backcast.models import JSON, AttemptResult, Failed, TaskType
 from backcast.options import stoppable
-from backcast.store import Store
+from backcast.process.marks import Marks
 
 log = logging.getLogger("backcast.worker")
 
@@ -46,16 +47,19 @@ class Executor:
         *,
         pool: str,
         max_attempts: int,
-        store: Store,
+        store: Objects,
         threads: int,
         publish: Publish | None = None,
+        marks: Marks | None = None,
+        freed: Callable[[bytes], object] | None = None,
     ):
+        """`freed` is called when the last thread that a run had left ends."""
         storage = CacheStorage.over(store, asyncio.get_running_loop())
         self.registered = {
             name: prepare(task, pool=pool, max_attempts=max_attempts, storage=storage) for name, task in tasks.items()
         }
         self._publish = publish
-        self._threads = Threads(threads)
+        self._threads = Threads(threads, marks, freed)
         self._contexts = contextlib.AsyncExitStack()
         self._templates: dict[str, Template] = {}
 
@@ -90,8 +94,21 @@ class Executor:
         self._threads.close()
         await self._contexts.aclose()
 
-    async def execute(self, name: str, run_id: UUID, given: dict[str, JSON], *, retries: int) -> AttemptResult:
-        """Make one attempt, and the retries after it that are due at once; `retries` counts those made before.
+    def has_left(self, run: bytes) -> bool:
+        """Whether a thread still runs the code of this run."""
+        return self._threads.has_left(run)
+
+    async def execute(
+        self,
+        name: str,
+        run_id: UUID,
+        given: dict[str, JSON],
+        *,
+        retries: int,
+        retried: Callable[[int], object] = int,
+    ) -> AttemptResult:
+        """Make one attempt, and the retries after it that are due at once; `retries` counts those made before, and
+        `retried` is called with the new count before each further one.
 
         Any other exception than these two becomes a `Failed`.
 
@@ -103,6 +120,7 @@ class Executor:
             with stoppable() as asked:
                 try:
                     job = self._job(name, run_id, given, retries)
+                    job.retried = retried
                     publish = self._publish if job.template.registered.options.history == "full" else None
                     if publish is None and not job.template.registered.needs_engine:
                         return await plain.call(job, self._threads, asked)

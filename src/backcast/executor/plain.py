@@ -87,6 +87,8 @@ class Job:
     run_id: UUID
     parameters: dict[str, Any]
     retries: int
+    retried: Callable[[int], object] = int
+    """Called before each retry that is made at once."""
 
     @property
     def task(self) -> "Task[..., Any]":
@@ -167,8 +169,10 @@ async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptRes
         if not isinstance(ended, (Exception, State)) or not await _goes_on(job, run, ended):
             return Failed(why)
         job.retries += 1
-        if task.retry_delay_seconds or retry_after(cause) is not None:
+        has_left = isinstance(cause, RunTimeout) and not task.isasync  # its thread may go on, and still has the slot
+        if task.retry_delay_seconds or retry_after(cause) is not None or has_left:
             return Retry(why, max(_backoff(task, job.retries), retry_after(cause) or 0.0), job.retries)
+        job.retried(job.retries)
 
 
 Ended = bytes | BaseException | State[Any]

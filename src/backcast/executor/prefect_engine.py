@@ -23,7 +23,7 @@ from prefect.telemetry.run_telemetry import RunTelemetry
 from prefect.transactions import AsyncTransaction, Transaction
 from prefect.utilities.timeout import timeout, timeout_async
 
-from backcast.errors import Unavailable
+from backcast.errors import RunTimeout, Unavailable
 from backcast.executor import plain
 from backcast.executor.classification import may_retry, problem, readable, retry_after
 from backcast.executor.plain import Job
@@ -59,7 +59,11 @@ class _Ours:
     def is_parked(self) -> bool:
         """The attempt is over and another one is due later; waiting for it must not hold the slot."""
         name = self._engine.state.name
-        return name == "AwaitingRetry" or (name == "Retrying" and retry_after(self.cause) is not None)
+        if name == "Retrying":  # at once, unless the service asks for time, or its own thread may still have the slot
+            return retry_after(self.cause) is not None or (
+                isinstance(self.cause, RunTimeout) and not self.job.task.isasync
+            )
+        return name == "AwaitingRetry"
 
     @property
     def is_done(self) -> bool:
@@ -337,6 +341,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publ
             await engine.drive()
             if engine.is_done:
                 return engine.attempt_result()
+            job.retried(engine.retries)
     engine = _SyncEngine(**_parts(job, publish))
     while True:
         try:
@@ -350,6 +355,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publ
             raise
         if engine.is_done:
             return engine.attempt_result()
+        job.retried(engine.retries)
 
 
 def cache_key(job: Job) -> str | None:

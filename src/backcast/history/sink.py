@@ -84,6 +84,18 @@ class Sink:
         self._is_full = Outage(partial(log.warning, "history is dropped until Prefect is back: %s"))
         self._unreported, self._reported = 0, -REPORTED
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """As `measure` shows them, for a process whose metrics another one serves."""
+        dropped = {s.labels["why"]: s.value for m in self.dropped.collect() for s in m.samples if "why" in s.labels}
+        return {
+            "waiting": self.waiting,
+            "waiting_bytes": self._bytes + self._log_bytes,
+            "spooled_bytes": self._spool.size,
+            "refused": dropped.get("refused", 0.0),
+            "no_room": dropped.get("no_room", 0.0),
+        }
+
     def measure(self, registry: CollectorRegistry) -> None:
         """Show the sink's figures among the metrics of its process."""
         registry.register(self.dropped)

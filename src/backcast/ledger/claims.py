@@ -49,7 +49,8 @@ class Claim:
 # cancelling a locked row. `= any(array(...))` and not a join: a generic plan might hash-join, which scans the table.
 # A worker whose own lease has run out gets nothing: the steward is about to give its runs to others. Runs past their
 # deadline are passed over; `dispatch_due`, which every worker polls, takes them out of the index.
-# Of $3 rows, those after the first $6 are prefetched, except runs that were ever lost (see `recovery.requeue`). A
+# Of $3 rows, those after the first $6 are prefetched, but no runs that were ever lost (see `recovery.requeue`): those
+# are claimed for a free slot only. A
 # quarantined run always counts as prefetched: it waits until all the others have ended, and then `begin` marks it.
 # A picked run whose task this worker lacks stays as it is; `lacking` has its owner: see `routing.clear`.
 _CLAIM = """
@@ -83,6 +84,8 @@ claimed as (
          prefetched = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
               or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1))
    where r.id = any(array(select id from pick where can))
+     and (r.lost_fence is null or r.id = any(array(select id from pick where place <= $6))
+          or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1)))
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
             r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature)
 select claimed.*, n.lacking from (select array_agg(distinct owner_key) as lacking from pick where not can) n

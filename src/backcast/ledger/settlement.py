@@ -36,8 +36,9 @@ class Settlement:
     """The flight that a scheduled run waits for; its landing makes it ready earlier."""
     route: str = ""
     """The route of a scheduled run that this worker can't do: it is parked there, see `routing`."""
-    counts: bool = True
-    """False when the attempt does not count: it was released, or never really started."""
+    counts: int = 1
+    """By how many attempts the run has come on: 0 when this one does not count, as it was released or has not really
+    started; more than one when retries followed at once."""
     retries_used: int = 0
 
 
@@ -132,7 +133,7 @@ async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlem
         [e.error and e.error.model_dump_json() for e in settlements],
         [None if e.usage is None else json.dumps(e.usage) for e in settlements],
         [e.delay for e in settlements],
-        [int(e.counts) for e in settlements],
+        [e.counts for e in settlements],
         [e.retries_used for e in settlements],
         [e.flight for e in settlements],
         [e.route for e in settlements],

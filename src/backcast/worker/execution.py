@@ -1,4 +1,5 @@
-"""Makes one attempt of a claimed run: fetches its input, reuses a value that was computed already, calls the executor.
+"""Makes one attempt of a claimed run: fetches its input, reuses a value that was computed already, asks an
+executor.
 
 Decides nothing about slots, and nothing about how a result is settled.
 """
@@ -6,9 +7,7 @@ Decides nothing about slots, and nothing about how a result is settled.
 import json
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Collection
 from uuid import UUID
 
 from jsonschema import Draft202012Validator
@@ -17,9 +16,12 @@ from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable, UsageEr
 from backcast.ledger import claims, flights, routing
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
-from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, TaskType
+from backcast.models import AttemptResult, Failed, Problem, Retry, Succeeded
+from backcast.protocol import Attempt
 from backcast.store import Missing, Store
 from backcast.worker import results
+from backcast.worker.child import ExecutorEnded
+from backcast.worker.executors import Executors
 
 log = logging.getLogger("backcast.worker")
 
@@ -32,89 +34,48 @@ SAME = Problem(
 )
 
 
-class Executor(Protocol):
-    """See `executor.Executor`."""
-
-    @property
-    def types(self) -> list[TaskType]: ...
-
-    @property
-    def threads_abandoned(self) -> int: ...
-
-    async def execute(self, name: str, run_id: UUID, given: dict[str, JSON], *, retries: int) -> AttemptResult: ...
-
-    def cache_key(self, name: str, run_id: UUID, given: dict[str, JSON]) -> str | None: ...
-
-
-class Usage(Protocol):
-    """The tokens of one answer of the model: see `llm.Usage`."""
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def input_tokens(self) -> int: ...
-
-    @property
-    def output_tokens(self) -> int: ...
-
-
-Meter = Callable[[], AbstractContextManager[Sequence[Usage]]]
-
-
 class Execution:
-    def __init__(
-        self,
-        ledger: Ledger,
-        store: Store,
-        executor: Executor,
-        meter: Meter,
-        *,
-        worker_id: UUID,
-    ) -> None:
-        self._ledger, self._store, self._executor, self._meter = ledger, store, executor, meter
+    def __init__(self, ledger: Ledger, store: Store, executors: Executors, *, worker_id: UUID) -> None:
+        self._ledger, self._store, self._executors = ledger, store, executors
         self._worker_id = worker_id
-        self._types = {task.name: task for task in executor.types}
+        self._types = {task.name: task for task in executors.types}
         self._flights: dict[UUID, tuple[str, int]] = {}
-        self._used: dict[UUID, Sequence[Usage]] = {}
 
-    async def attempt(self, claim: Claim) -> AttemptResult:
+    async def attempt(self, claim: Claim) -> Attempt:
         """Make one attempt. Raises nothing but `CancelledError`, whose message is a `models.Reason`."""
         try:
-            if claim.is_quarantined:
-                await claims.begin(self._ledger, self._worker_id, claim)
-            if claim.lost_fence == claim.fence - 1 and (left := await self._left_behind(claim)) is not None:
-                return left
-            text = claim.input
-            if text is None:
-                assert claim.input_key is not None
-                text = await self._store.get(claim.input_key)
-            given = json.loads(text)
-            if not self._fits(claim, given):
-                route = routing.version_route(claim.task, claim.signature)
-                return Retry(routing.UNFIT_INPUT, delay=0.0, retries=claim.retries_used, route=route)
-            key = self._executor.cache_key(claim.task, claim.id, given)
+            return await self._attempt(claim)
+        except ExecutorEnded as ended:
+            retry = Retry(ended.problem, 0.0, ended.retries, is_charged=True)
+            return Attempt(retry if ended.verdict == "charged" else None, ended.retries)
+        except (Unavailable, LedgerFault) as error:
+            # Spread, or all runs that met the same outage come back at the same moment.
+            delay = random.uniform(2.5, 7.5)  # noqa: S311
+            return _unstarted(claim, Retry(Problem.from_error(error), delay, claim.retries_used))
+        except Missing:
+            error = UsageError("The stored input is gone: submit the run again.", code="input_lost")
+            return _unstarted(claim, Failed(Problem.from_error(error)))
+
+    async def _attempt(self, claim: Claim) -> Attempt:
+        if claim.is_quarantined:
+            await claims.begin(self._ledger, self._worker_id, claim)
+        if claim.lost_fence == claim.fence - 1 and (left := await self._left_behind(claim)) is not None:
+            return _unstarted(claim, left)
+        if claim.input is not None:
+            given = claim.input.encode()
+        else:
+            assert claim.input_key is not None
+            given = await self._store.get(claim.input_key)
+        if not self._fits(claim, given):
+            route = routing.version_route(claim.task, claim.signature)
+            return _unstarted(claim, Retry(routing.UNFIT_INPUT, 0.0, claim.retries_used, route=route))
+        if self._executors.is_cached(claim.task):
+            key = await self._executors.cache_key(claim.task, claim.id, given)
             if key is not None:
                 self._flights[claim.id] = key, claim.fence
                 if not await flights.take(self._ledger, key, claim):
-                    return Retry(SAME, delay=FOLLOW, retries=claim.retries_used, behind=key)
-            with self._meter() as used:
-                self._used[claim.id] = used
-                return await self._executor.execute(claim.task, claim.id, given, retries=claim.retries_used)
-        except (Unavailable, LedgerFault) as error:
-            # Spread, or all runs that met the same outage come back at the same moment.
-            return Retry(Problem.from_error(error), delay=random.uniform(2.5, 7.5), retries=claim.retries_used)  # noqa: S311
-        except Missing:
-            return _failed(UsageError("The stored input is gone: submit the run again.", code="input_lost"))
-        except (ValueError, RecursionError) as error:
-            return _failed(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
-
-    def usage(self, run: UUID) -> dict[str, JSON] | None:
-        """The tokens of the attempt of this run that is over, however it has ended: they are paid for."""
-        if not (used := self._used.pop(run, None)):
-            return None
-        tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
-        return {"model": used[-1].model, **tokens}
+                    return _unstarted(claim, Retry(SAME, FOLLOW, claim.retries_used, behind=key))
+        return await self._executors.execute(claim.task, claim.id, given, retries=claim.retries_used)
 
     async def _left_behind(self, claim: Claim) -> AttemptResult | None:
         """The value that the attempt before had stored when its worker was lost. It becomes an object of this attempt:
@@ -127,12 +88,15 @@ class Execution:
         log.info("run %s was computed before its worker was lost", claim.id)
         return Succeeded(body)
 
-    def _fits(self, claim: Claim, given: dict[str, JSON]) -> bool:
+    def _fits(self, claim: Claim, given: bytes) -> bool:
         """Whether this worker's version of the task accepts an input that was accepted by another version."""
         task = self._types[claim.task]
         if claim.signature in ("", task.signature):
             return True
-        return Draft202012Validator(task.input_schema).is_valid(given)
+        try:
+            return Draft202012Validator(task.input_schema).is_valid(json.loads(given))
+        except (ValueError, RecursionError):
+            return True  # the executor reports it
 
     async def settled(self, runs: Collection[UUID]) -> None:
         """End the flights of these runs, whose results are recorded: the runs that wait for them become ready."""
@@ -144,5 +108,6 @@ class Execution:
                 log.info("%d flights are not landed; the runs behind them become ready by their own time", len(landed))
 
 
-def _failed(error: UsageError) -> Failed:
-    return Failed(Problem.from_error(error))
+def _unstarted(claim: Claim, result: AttemptResult) -> Attempt:
+    """The end of an attempt for which no code of the task was executed."""
+    return Attempt(result, claim.retries_used)

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +46,8 @@ class Heartbeat:
 class Lease:
     """Registration and heartbeats of one worker.
 
-    `report` makes each heartbeat, in another thread; `acknowledged` is called on the loop with the heartbeat and with
-    the runs that the ledger has this worker hold.
+    `report` makes each heartbeat; `acknowledged` is called with it and with the runs that the ledger has this worker
+    hold.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Lease:
         self._report, self._acknowledged = report, acknowledged
         self._length = settings.lease.total_seconds()
         self._last = -self._length
-        self._stopped = threading.Event()
+        self._beating: asyncio.Task[None] | None = None
         self._registering: asyncio.Task[None] | None = None
 
     @property
@@ -99,42 +98,28 @@ class Lease:
                 return
 
     def start(self) -> None:
-        """Begin to send heartbeats, in a thread and on a connection of its own: a task that blocks the event loop must
-        not cost the lease of all the other runs."""
+        """Begin to send heartbeats, on a connection of their own."""
         self._last = time.monotonic()
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._beat, args=(loop,), name="heartbeat", daemon=True).start()
+        self._beating = asyncio.create_task(background.keep("send heartbeats", self._beat))
 
-    def stop(self) -> None:
-        self._stopped.set()
+    async def stop(self) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
 
-    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
-        async def beat() -> None:
-            outage = Outage(partial(log.error, "heartbeats fail, trying again: %s", exc_info=True))
-            while not self._stopped.is_set():
-                try:
-                    async with self._ledger.session() as connection:
-                        while not self._stopped.is_set():
-                            at, sent = time.monotonic(), self._report()
+    async def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(LedgerUnavailable):  # the statements that fail log it; the lease decides
+                async with self._ledger.session() as connection:
+                    while True:
+                        at, sent = time.monotonic(), self._report()
+                        async with asyncio.timeout(self._ledger.timeout):
                             held = await fleet.beat(
                                 connection, self.id, busy=sent.busy, draining=sent.draining, settled=sent.settled
                             )
-                            loop.call_soon_threadsafe(self._answered, at, sent, held)
-                            await asyncio.sleep(BEAT)
-                except LedgerUnavailable:
-                    pass  # the statements that fail log it; the lease decides what follows
-                except Exception as error:  # noqa: BLE001  # whatever it is, the lease is worth another try
-                    if loop.is_closed():
-                        return  # the process ends
-                    outage.failed(error)
-                await asyncio.sleep(BEAT / 2)
-
-        while not (self._stopped.is_set() or loop.is_closed()):
-            try:
-                asyncio.run(beat())
-            except Exception:  # there may be no memory for a loop, or no thread
-                log.exception("heartbeats failed, trying again")
-                self._stopped.wait(BEAT / 2)
+                        self._answered(at, sent, held)
+                        await asyncio.sleep(BEAT)
+            await asyncio.sleep(BEAT / 2)
 
     def _answered(self, at: float, sent: Heartbeat, held: dict[UUID, Held] | None) -> None:
         if held is not None:

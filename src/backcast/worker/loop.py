@@ -17,19 +17,22 @@ from uuid import UUID
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from backcast.errors import FatalError, LedgerFault, LedgerUnavailable
+from backcast.errors import FatalError, LedgerFault, LedgerUnavailable, Unavailable
 from backcast.ledger import claims, dispatch, fleet, routing, unusable
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
-from backcast.models import AttemptResult, Failed, Problem, Reason
+from backcast.models import Failed, Problem, Reason
 from backcast.process import background
 from backcast.process.outages import Outage
 from backcast.process.stop import Stop
+from backcast.protocol import Attempt
 from backcast.settings import Settings
 from backcast.store import Store
 from backcast.worker import results
-from backcast.worker.execution import Execution, Executor, Meter
+from backcast.worker.child import STOP_WITHIN
+from backcast.worker.execution import Execution
+from backcast.worker.executors import Executors
 from backcast.worker.lease import BEAT, Heartbeat, Lease
 from backcast.worker.results import Results
 from backcast.worker.settler import Settler
@@ -79,16 +82,19 @@ def _farthest(cursor: int, owners: list[int]) -> int:
 
 
 class Worker:
-    def __init__(self, settings: Settings, ledger: Ledger, store: Store, executor: Executor, meter: Meter) -> None:
+    def __init__(
+        self, settings: Settings, ledger: Ledger, store: Store, executors: Executors, registry: CollectorRegistry
+    ) -> None:
+        """The executors have been started: it is known which tasks they serve."""
         self._settings = settings
         self._ledger = ledger
         self._store = store
-        self._lease = Lease(settings, ledger, executor.types, report=self._report, acknowledged=self._acknowledged)
+        self._lease = Lease(settings, ledger, executors.types, report=self._report, acknowledged=self._acknowledged)
         self._results = Results(store, settings)
-        self._executor = executor
-        self._execution = Execution(ledger, store, executor, meter, worker_id=self._lease.id)
-        self._names = sorted(task.name for task in executor.types)
-        self._turns = Turns(routing.routes_to(executor.types))
+        self._executors = executors
+        self._execution = Execution(ledger, store, executors, worker_id=self._lease.id)
+        self._names = sorted(task.name for task in executors.types)
+        self._turns = Turns(routing.routes_to(executors.types))
         self._rerouted = asyncio.Event()
         self._held: dict[UUID, _Claimed] = {}
         self._prefetched: deque[_Claimed] = deque()
@@ -101,13 +107,12 @@ class Worker:
         self._draining = False
         self._fault: Exception | None = None
         self._claims, self._claiming = 0, False
-        self.registry = CollectorRegistry()
-        self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=self.registry)
-        self._metrics()
+        self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=registry)
+        self._metrics(registry)
 
-    def _metrics(self) -> None:
+    def _metrics(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
-            Gauge(f"backcast_worker_{name}", text, registry=self.registry).set_function(value)
+            Gauge(f"backcast_worker_{name}", text, registry=registry).set_function(value)
 
         gauge("slots", "Runs that may execute at the same time", lambda: self._settings.worker.slots)
         gauge("busy", "Runs that execute now", lambda: self._busy)
@@ -117,9 +122,11 @@ class Worker:
     # -- lease ------------------------------------------------------------------------------------------------------
 
     async def check(self) -> None:
-        """Readiness: the lease is good and the store is reachable."""
+        """Readiness: the lease is good, an executor is there, and the store is reachable."""
         if not self._lease.is_good:
             raise LedgerUnavailable("This worker has no lease: its heartbeats do not reach the database.")
+        if not self._executors.is_ready:
+            raise Unavailable("This worker has no executor: see its log.")
         if self._fault is not None:
             raise LedgerUnavailable("This worker can't claim runs: see its log.", reason=str(self._fault))
         await self._store.check()
@@ -149,6 +156,14 @@ class Worker:
                 log.warning("releasing %s: the answer to its claim was lost", run_id)
                 self._settler.put(results.released(run_id, theirs))
 
+    async def _watch_executors(self) -> None:
+        """Use the slots that get free without the end of a run."""
+        while True:
+            await self._executors.changed.wait()
+            self._executors.changed.clear()
+            self._fill()
+            self._wake.set()
+
     async def _watch_lease(self) -> None:
         while True:
             await asyncio.sleep(BEAT / 2)
@@ -171,7 +186,7 @@ class Worker:
         It prefetches as many as will start within `PREFETCH` seconds at the pace of the last second: a slot that gets
         free does not wait for the database, and no run is kept from an idle worker.
         """
-        if self._alone or self._quarantine or not self._lease.is_good:
+        if self._alone or self._quarantine or not self._lease.is_good or not self._executors.is_ready:
             return 0, 0
         bound = UNSETTLED + self._settings.worker.slots - len(self._held)
         free = max(0, min(self._settings.worker.slots - self._taken, bound))
@@ -180,7 +195,7 @@ class Worker:
 
     @property
     def _taken(self) -> int:
-        return self._busy + self._executor.threads_abandoned
+        return self._busy + self._executors.left
 
     @property
     def _pace(self) -> int:
@@ -227,10 +242,8 @@ class Worker:
                 held = self._held[claim.id] = _Claimed(claim)
                 if claim.is_quarantined:
                     self._quarantine.append(held)
-                elif claim.prefetched:
+                else:
                     self._prefetched.append(held)
-                else:  # at once, even when an abandoned thread has taken its slot meanwhile: see `recovery.requeue`
-                    self._start(held)
             self._fill()
             self._claims, self._claiming = self._claims + 1, False
             if taken:
@@ -289,15 +302,16 @@ class Worker:
         held.work.add_done_callback(self._works.discard)
 
     async def _work(self, held: _Claimed) -> None:
-        claim, result = held.claim, None
+        claim = held.claim
+        attempt = Attempt(None, claim.retries_used)
         try:
-            result = await self._execution.attempt(claim)
+            attempt = await self._execution.attempt(claim)
         except asyncio.CancelledError:
             if held.work is not None:
                 held.work.uncancel()
         except Exception:
             log.exception("run %s could not be executed", claim.id)
-            result = _BUG
+            attempt = Attempt(_BUG, claim.retries_used)
         finally:
             held.is_executing = False
             self._busy -= 1
@@ -305,22 +319,21 @@ class Worker:
             self._ends.append(time.monotonic())
             self._fill()
             self._wake.set()
-        settlement = results.stopped(claim, held.reason) if result is None else await self._settlement(claim, result)
-        if isinstance(result, Failed):  # its detail may quote the caller's data
-            log.info("run %s of %s has failed: %s", claim.id, claim.task, result.problem.code)
-        usage = self._execution.usage(claim.id)
+        settlement = await self._settlement(held, attempt)
+        if isinstance(attempt.result, Failed):  # its detail may quote the caller's data
+            log.info("run %s of %s has failed: %s", claim.id, claim.task, attempt.result.problem.code)
         if settlement is None:
             self._drop(claim.id, claim.fence)
         else:
-            self._settler.put(replace(settlement, usage=usage))
+            self._settler.put(replace(settlement, usage=attempt.usage))
 
-    async def _settlement(self, claim: Claim, result: AttemptResult) -> Settlement:
+    async def _settlement(self, held: _Claimed, attempt: Attempt) -> Settlement | None:
         """However storing the value fails, the run is settled: its lease would never end."""
         try:
-            return await self._results.settlement(claim, result)
+            return await self._results.settlement(held.claim, attempt, held.reason)
         except Exception:
-            log.exception("the result of run %s could not be stored", claim.id)
-            return await self._results.settlement(claim, _BUG)
+            log.exception("the result of run %s could not be stored", held.claim.id)
+            return await self._results.settlement(held.claim, Attempt(_BUG, attempt.retries))
 
     async def _recorded(self, batch: Collection[Settlement]) -> None:
         await self._execution.settled([settlement.id for settlement in batch])
@@ -365,6 +378,7 @@ class Worker:
             background.keep("dispatch due runs", self._dispatch_due),
             self._watch_lease(),
             background.keep("listen for runs", partial(self._ledger.listen, pool, self._ready)),
+            self._watch_executors(),
         )
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
         log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(self._names))
@@ -372,7 +386,7 @@ class Worker:
         # A loop that ends has failed: the process then ends too, to be restarted and not to look alive.
         done, _ = await asyncio.wait({asked, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
         await self._drain(stop, claiming, settling)
-        self._lease.stop()
+        await self._lease.stop()
         for task in (asked, settling, *loops):
             task.cancel()
         await asyncio.gather(asked, settling, *loops, return_exceptions=True)
@@ -401,7 +415,7 @@ class Worker:
             held.stop("released")
         if self._works:
             log.info("releasing the runs that are left: %d", len(self._works))
-            await asyncio.wait(set(self._works), timeout=2)
+            await asyncio.wait(set(self._works), timeout=STOP_WITHIN + 0.5)
         with contextlib.suppress(TimeoutError, LedgerUnavailable):
             async with asyncio.timeout(5):
                 if not settling.done():

@@ -1,13 +1,12 @@
-"""The worker process: builds the worker from the settings, and runs it until a signal."""
+"""The worker process, a supervisor: it claims, stores and settles, and runs no code of a user. Its executors do."""
 
 import asyncio
-import logging
-import os
-import threading
-from functools import partial
+import contextlib
 
 import uvloop
+from prometheus_client import CollectorRegistry
 
+from backcast.errors import Unavailable
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
 from backcast.process import background
@@ -16,60 +15,66 @@ from backcast.process.probes import probes
 from backcast.process.stop import Stop
 from backcast.settings import Settings
 from backcast.store import open_store
+from backcast.worker.executors import Executors
 from backcast.worker.loop import Worker
 
 
 async def _serve(settings: Settings) -> None:
-    # Imported late: Prefect reads its settings when it is imported, and ours must be there first.
-    from backcast import llm
-    from backcast.executor import capture, registry
-    from backcast.executor.executor import Executor
-    from backcast.history.sink import Sink
-
+    stop = Stop()
+    registry = CollectorRegistry()
     store = open_store(settings.store)
     ledger = Ledger.of(settings.database, name="backcast-worker")
-    sink = Sink(settings.prefect)
-    capture.install(sink)
-    llm.connect(settings.model)
-    tasks = registry.discover([*(["backcast.llm.tasks"] if settings.builtin_tasks else []), *settings.tasks])
-    executor = Executor(
-        tasks,
-        pool=settings.worker.pool,
-        max_attempts=settings.max_attempts,
-        store=store,
-        threads=settings.worker.slots,
-        publish=sink.publish if sink.is_enabled else None,
-    )
-    stop = Stop()  # not before the tasks are imported: until then a signal ends the process at once
-    publish = partial(sink.run, partial(cursors.identity, ledger))
-    publishing = asyncio.create_task(background.keep("publish history", publish))
+    executors = Executors(settings, store, registry)
+    worker: Worker | None = None
+
+    async def ready() -> None:
+        if worker is None:
+            raise Unavailable("The tasks are being imported.")
+        await worker.check()
+
+    async def identify() -> None:
+        executors.identity = await cursors.identity(ledger)
+
+    others = [
+        asyncio.create_task(executors.run()),
+        asyncio.create_task(background.keep("learn the identity of the ledger", identify)),
+    ]
     try:
-        async with executor:
-            worker = Worker(settings, ledger, store, executor, llm.metered)
-            sink.measure(worker.registry)
-            async with probes(
-                settings.worker.host,
-                settings.worker.port,
-                setting="BACKCAST_WORKER__PORT",
-                ready=worker.check,
-                registry=worker.registry,
-            ):
+        host, port = settings.worker.host, settings.worker.port
+        async with probes(host, port, setting="BACKCAST_WORKER__PORT", ready=ready, registry=registry):
+            if await _started(executors, stop):
+                worker = Worker(settings, ledger, store, executors, registry)
                 await worker.run(stop)
     finally:
-        publishing.cancel()
-        await asyncio.gather(publishing, return_exceptions=True)
-        await llm.aclose()
-        await sink.aclose(timeout=2)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await executors.aclose()
         await ledger.aclose()
         await store.aclose()
+
+
+async def _started(executors: Executors, stop: Stop) -> bool:
+    """Wait for the first executor; false when the process is to end before."""
+    asked = asyncio.create_task(stop.asked.wait())
+    try:
+        while not executors.is_ready:
+            executors.changed.clear()
+            changed = asyncio.create_task(executors.changed.wait())
+            await asyncio.wait({asked, changed, executors.failed}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if executors.failed.done():
+                executors.failed.result()
+            if asked.done():
+                return False
+        return True
+    finally:
+        asked.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asked
 
 
 def main(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT."""
     configure_logging(settings.log_level)
-    os.environ.update(settings.prefect.environment())
     uvloop.run(_serve(settings))
-    # Everything is settled. A sync task that ignores its release must not keep the process.
-    if any(thread.name.startswith("task") for thread in threading.enumerate()):
-        logging.shutdown()
-        os._exit(0)

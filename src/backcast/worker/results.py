@@ -11,12 +11,13 @@ import time
 from functools import partial
 from uuid import UUID
 
-from backcast.errors import FatalError, StoreUnavailable
+from backcast.errors import StoreUnavailable
 from backcast.ledger.claims import Claim
 from backcast.ledger.fleet import Held
 from backcast.ledger.settlement import INLINE_RESULT, Settlement
-from backcast.models import AttemptResult, Failed, Problem, Reason, Retry, Succeeded
+from backcast.models import Failed, Problem, Reason, Retry, Succeeded
 from backcast.process.outages import Outage, backoff
+from backcast.protocol import Attempt
 from backcast.settings import Settings
 from backcast.store import Store
 
@@ -28,32 +29,39 @@ def result_key(run_id: UUID, fence: int) -> str:
     return f"results/{run_id}/{fence}.json"
 
 
-def stopped(claim: Claim, reason: Reason | None) -> Settlement | None:
+def stopped(claim: Claim, reason: Reason | None, retries: int) -> Settlement | None:
     """The settlement of an attempt that was stopped; none when another worker has the run."""
     match reason:
         case "lost":
             return None
         case "cancelled":  # the ledger sees the request and makes the run cancelled
-            return _failed(claim, None)
+            return _failed(claim, None, retries)
         case "released" | None:
-            return released(claim.id, claim)
+            return released(claim.id, claim, retries)
 
 
-def released(run_id: UUID, held: Claim | Held) -> Settlement:
-    """The run is ready again at once, as if this worker had never claimed it."""
+def released(run_id: UUID, held: Claim | Held, retries: int | None = None) -> Settlement:
+    """The run is ready again at once, as if this worker had never claimed it, but for the retries that it has made."""
+    retries = held.retries_used if retries is None else retries
     return Settlement(
-        id=run_id, fence=held.fence, lane=held.lane, state="queued", counts=False, retries_used=held.retries_used
+        id=run_id,
+        fence=held.fence,
+        lane=held.lane,
+        state="queued",
+        counts=retries - held.retries_used,
+        retries_used=retries,
     )
 
 
-def _failed(claim: Claim, error: Problem | None) -> Settlement:
+def _failed(claim: Claim, error: Problem | None, retries: int) -> Settlement:
     return Settlement(
         id=claim.id,
         fence=claim.fence,
         lane=claim.lane,
         state="failed",
         error=error,
-        retries_used=claim.retries_used,
+        counts=1 + retries - claim.retries_used,
+        retries_used=retries,
     )
 
 
@@ -63,16 +71,20 @@ class Results:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._patience = settings.store.patience.total_seconds()
-        self._largest = settings.max_result
         self._outage = Outage(partial(log.warning, "can't store results, trying again: %s"))
         self.is_hurried = False
         """Set while the worker drains: an absent store is not waited for."""
 
-    async def settlement(self, claim: Claim, result: AttemptResult) -> Settlement:
-        match result:
-            case Failed(reason):
-                return _failed(claim, reason)
-            case Retry(reason, delay, retries, behind, route):
+    async def settlement(self, claim: Claim, attempt: Attempt, reason: Reason | None = None) -> Settlement | None:
+        """`reason`: why it was stopped, if it was. None: there is nothing to record, another worker has the run."""
+        match attempt.result:
+            case None:
+                return stopped(claim, reason, attempt.retries)
+            case Failed(problem):
+                return _failed(claim, problem, attempt.retries)
+            case Retry(problem, is_charged=True) if claim.losses + 1 >= claim.max_attempts:
+                return _failed(claim, problem, attempt.retries)
+            case Retry(problem, delay, retries, behind, route, is_charged):
                 return Settlement(
                     id=claim.id,
                     fence=claim.fence,
@@ -81,33 +93,26 @@ class Results:
                     delay=delay,
                     flight=behind,
                     route=route,
-                    error=reason,
+                    error=problem,
                     retries_used=retries,
-                    counts=retries > claim.retries_used,
+                    counts=retries - claim.retries_used + is_charged,
                 )
-            case Succeeded(body) if len(body) > self._largest:
-                error = FatalError(
-                    f"The result has {len(body)} bytes of JSON, more than the {self._largest} allowed: return less, or"
-                    " store it yourself and return its address.",
-                    code="result_too_large",
-                )
-                return _failed(claim, Problem.from_error(error))
-            case Succeeded():
-                return await self._stored(claim, result)
+            case Succeeded(body):
+                return await self._stored(claim, body, attempt.retries)
 
-    async def _stored(self, claim: Claim, result: Succeeded) -> Settlement:
-        """Store a value, and keep trying for `store.patience`: computing it again may be expensive."""
+    async def _stored(self, claim: Claim, body: bytes, retries: int) -> Settlement | None:
+        """Store a value, and keep trying for `store.patience`: computing it again may be expensive, so that counts."""
         key = result_key(claim.id, claim.fence)
         give_up, delays = time.monotonic() + self._patience, backoff(0.5, 10.0)
         while True:
             try:
-                await self._store.put(key, result.body, is_copied=len(result.body) <= INLINE_RESULT)
+                await self._store.put(key, body, is_copied=len(body) <= INLINE_RESULT)
             except StoreUnavailable as error:
                 self._outage.failed(error)
                 if time.monotonic() > give_up or self.is_hurried:
                     delay = random.uniform(2.5, 7.5)  # noqa: S311
-                    again = Retry(Problem.from_error(error), delay, claim.retries_used)
-                    return await self.settlement(claim, again)
+                    again = Retry(Problem.from_error(error), delay, retries, is_charged=not self.is_hurried)
+                    return await self.settlement(claim, Attempt(again, retries))
                 await asyncio.sleep(next(delays))
             else:
                 self._outage.ended()
@@ -116,7 +121,8 @@ class Results:
                     fence=claim.fence,
                     lane=claim.lane,
                     state="completed",
-                    result=result.body.decode() if len(result.body) <= INLINE_RESULT else None,
+                    result=body.decode() if len(body) <= INLINE_RESULT else None,
                     result_key=key,
-                    retries_used=claim.retries_used,
+                    counts=1 + retries - claim.retries_used,
+                    retries_used=retries,
                 )

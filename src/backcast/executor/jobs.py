@@ -1,0 +1,133 @@
+"""Makes the attempts that the supervisor asks for, and reports how each ended."""
+
+import asyncio
+import contextlib
+import contextvars
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from backcast import llm, protocol
+from backcast.errors import FatalError, Unavailable, UsageError
+from backcast.executor.executor import Executor
+from backcast.executor.objects import RemoteObjects
+from backcast.executor.tracking import RUN
+from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded
+from backcast.process.channel import Channel, Message
+from backcast.protocol import Attempt
+
+log = logging.getLogger("backcast.executor")
+
+
+class Jobs:
+    def __init__(self, channel: Channel, executor: Executor, objects: RemoteObjects, *, max_result: int) -> None:
+        self._channel, self._executor, self._objects, self._max_result = channel, executor, objects, max_result
+        self._tasks = dict[bytes, asyncio.Task[None]]()
+        self._asked = set[bytes]()
+        self._restore = _habits()
+
+    def execute(self, message: Message) -> None:
+        self._tasks[message.id] = task = self._start(self._attempt(message), message.id)
+        task.add_done_callback(lambda _: self._ended(message.id))
+
+    def _ended(self, run: bytes) -> None:
+        del self._tasks[run]
+        self._asked.discard(run)
+
+    def stop(self, message: Message) -> None:
+        if (task := self._tasks.get(message.id)) is not None:
+            self._asked.add(message.id)
+            task.cancel(message.meta.decode())
+
+    def key(self, message: Message) -> None:
+        """Answer with the cache key of a run."""
+        self._start(self._key(message), message.id)
+
+    def _start(self, work: Any, run: bytes) -> "asyncio.Task[None]":
+        context = contextvars.copy_context()
+        context.run(RUN.set, run)
+        return asyncio.get_running_loop().create_task(work, context=context)
+
+    async def _key(self, message: Message) -> None:
+        key = None
+        with contextlib.suppress(ValueError, RecursionError):  # the attempt reports it
+            given = json.loads(message.body)
+            key = self._executor.cache_key(message.meta.decode(), UUID(bytes=message.id), given)
+        found, body = (protocol.MISSING, b"") if key is None else (protocol.FOUND, key.encode())
+        self._channel.send(Message(protocol.KEY, message.id, found, body=body))
+
+    async def _attempt(self, message: Message) -> None:
+        run = UUID(bytes=message.id)
+        with llm.metered() as used:
+            result = await self._result(message, run)
+        self._restore()
+        if result is None and message.id not in self._asked:
+            self._channel.send(Message(protocol.RESULT, message.id, protocol.DISTURBED))
+            return
+        left = self._executor.has_left(message.id)
+        self._channel.send(protocol.result(run, Attempt(result, usage=_usage(used), is_left=left)))
+
+    async def _result(self, message: Message, run: UUID) -> AttemptResult | None:
+        """None: it was stopped."""
+        retries = message.number
+
+        def retried(count: int) -> None:
+            nonlocal retries
+            retries = count
+            self._channel.send(Message(protocol.RETRYING, message.id, count))
+
+        try:
+            given: dict[str, JSON] = json.loads(message.body)
+        except (ValueError, RecursionError) as error:
+            return _failed(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
+        try:
+            result = await self._executor.execute(
+                message.meta.decode(), run, given, retries=message.number, retried=retried
+            )
+        except asyncio.CancelledError:
+            return None
+        except Unavailable as error:
+            # Spread, or all runs that met the same outage come back at the same moment.
+            return Retry(Problem.from_error(error), delay=random.uniform(2.5, 7.5), retries=retries)  # noqa: S311
+        if isinstance(result, Succeeded) and len(result.body) > self._max_result:
+            return _failed(
+                FatalError(
+                    f"The result has {len(result.body)} bytes of JSON, more than the {self._max_result} allowed: return"
+                    " less, or store it yourself and return its address.",
+                    code="result_too_large",
+                )
+            )
+        return result
+
+
+def _failed(error: UsageError | FatalError) -> Failed:
+    return Failed(Problem.from_error(error))
+
+
+def _usage(used: Sequence[llm.Usage]) -> dict[str, JSON] | None:
+    """The tokens of an attempt, however it ended: they are paid for."""
+    if not used:
+        return None
+    tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
+    return {"model": used[-1].model, **tokens}
+
+
+def _habits() -> Callable[[], None]:
+    """Remember what of the process every run relies on; the result puts it back after a run that has changed it."""
+    depth, folder = sys.getrecursionlimit(), Path.cwd()
+
+    def restore() -> None:
+        if sys.getrecursionlimit() != depth:
+            sys.setrecursionlimit(depth)
+        if logging.root.manager.disable:
+            logging.disable(logging.NOTSET)
+        with contextlib.suppress(OSError):  # a folder may be gone
+            os.chdir(folder)
+
+    return restore

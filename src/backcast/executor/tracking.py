@@ -1,0 +1,61 @@
+"""Knows which run the code belongs to that executes now, and marks it for the supervisor: see `process.marks`.
+
+Every asyncio task that a run starts is marked with it, step by step; a callback that it leaves on the loop is not.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context, ContextVar
+from typing import Any
+
+from backcast.process.marks import Marks
+
+RUN: ContextVar[bytes | None] = ContextVar("backcast_run", default=None)
+"""The id of the run that this code belongs to."""
+
+
+class _Marked(Coroutine[Any, Any, Any]):
+    """A coroutine whose steps are marked."""
+
+    __slots__ = ("_begin", "_coroutine", "_end", "_run")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], run: bytes, marks: Marks) -> None:
+        self._coroutine, self._run, self._begin, self._end = coroutine, run, marks.in_loop, marks.out_of_loop
+
+    def send(self, value: Any) -> Any:
+        self._begin(self._run)
+        try:
+            return self._coroutine.send(value)
+        finally:
+            self._end()
+
+    def throw(self, *error: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._begin(self._run)
+        try:
+            return self._coroutine.throw(*error)
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._coroutine.__await__()
+
+    def __getattr__(self, name: str) -> Any:  # libraries ask for cr_frame, cr_running and the like
+        return getattr(self._coroutine, name)
+
+
+TaskFactory = Callable[..., "asyncio.Task[Any]"]
+
+
+def task_factory(marks: Marks) -> TaskFactory:
+    def make(
+        loop: asyncio.AbstractEventLoop, coroutine: Any, *, context: Context | None = None, **others: Any
+    ) -> "asyncio.Task[Any]":
+        run = RUN.get() if context is None else context.get(RUN)
+        if run is not None and asyncio.iscoroutine(coroutine):
+            coroutine = _Marked(coroutine, run, marks)
+        return asyncio.Task(coroutine, loop=loop, context=context, **others)
+
+    return make

@@ -1,0 +1,110 @@
+"""Carries messages between two processes over a socket, in frames: all that is sent in one turn of the loop makes one.
+
+Decides the bytes on the wire: no pickle, and nothing of what a message means.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
+
+_LENGTH = struct.Struct("<I")
+_HEAD = struct.Struct("<B16siII")
+_NOBODY = bytes(16)
+
+
+class Message(NamedTuple):
+    kind: int
+    id: bytes = _NOBODY
+    """16 bytes: of a run, or of a request that is answered under the same id."""
+    number: int = 0
+    meta: bytes = b""
+    body: bytes = b""
+
+
+def packed(messages: Iterable[Message]) -> bytes:
+    """A frame: its length in 4 bytes, then each message's head, meta and body."""
+    parts = [b""]
+    for kind, name, number, meta, body in messages:
+        parts += (_HEAD.pack(kind, name, number, len(meta), len(body)), meta, body)
+    parts[0] = _LENGTH.pack(sum(map(len, parts)))
+    return b"".join(parts)
+
+
+def _unpacked(frame: bytes) -> list[Message]:
+    messages, at = list[Message](), 0
+    while at < len(frame):
+        kind, name, number, meta, body = _HEAD.unpack_from(frame, at)
+        at += _HEAD.size
+        messages.append(Message(kind, name, number, frame[at : at + meta], frame[at + meta : at + meta + body]))
+        at += meta + body
+    return messages
+
+
+class Channel(asyncio.Protocol):
+    """One end of the socket. `received` is called with each message; `lost` is set when the other end is gone."""
+
+    def __init__(self, received: Callable[[Message], None]) -> None:
+        self._received = received
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._waiting = list[Message]()
+        self._transport: asyncio.Transport | None = None
+        self.lost = asyncio.Event()
+
+    @classmethod
+    async def over(cls, end: socket.socket, received: Callable[[Message], None]) -> "Channel":
+        end.setblocking(False)
+        _, channel = await asyncio.get_running_loop().create_connection(lambda: cls(received), sock=end)
+        return channel
+
+    def send(self, message: Message) -> None:
+        if not self._waiting:
+            self._loop.call_soon(self._flush)
+        self._waiting.append(message)
+
+    def close(self) -> None:
+        """Send what is left, and end the connection."""
+        if self._transport is not None:
+            self._flush()
+            self._transport.close()
+
+    def _flush(self) -> None:
+        messages, self._waiting = self._waiting, []
+        if messages and self._transport is not None:
+            self._transport.write(packed(messages))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop has classes of its own
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        at = 0
+        while len(self._buffer) >= at + 4:
+            end = at + 4 + _LENGTH.unpack_from(self._buffer, at)[0]
+            if len(self._buffer) < end:
+                break
+            for message in _unpacked(bytes(memoryview(self._buffer)[at + 4 : end])):
+                self._received(message)
+            at = end
+        if at:
+            del self._buffer[:at]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        self._transport = None
+        self.lost.set()
+
+
+def receive(end: socket.socket) -> list[Message]:
+    """The messages of the next frame, before there is a loop. Raises `EOFError`."""
+    return _unpacked(_exactly(end, _LENGTH.unpack(_exactly(end, _LENGTH.size))[0]))
+
+
+def _exactly(end: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        if not (piece := end.recv(count - len(data))):
+            raise EOFError
+        data += piece
+    return data

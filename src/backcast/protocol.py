@@ -1,0 +1,127 @@
+"""What a supervisor and its executors send each other, as messages of `process.channel`. Values only."""
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, SecretStr, TypeAdapter
+
+from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, TaskType
+from backcast.process.channel import Message
+from backcast.settings import Model, Prefect
+
+# From the supervisor.
+ASSIGN, EXECUTE, KEY, STOP, PING, TAG, ANSWER, CLOSE = range(8)
+"""`ASSIGN` is the first message. `EXECUTE` and `KEY` name the task in `meta` and have the input as their body."""
+# From the executor.
+READY, REFUSED, RESULT, FREE, RETRYING, PONG, GET, PUT = range(16, 24)
+"""`FREE`: the code of an attempt that is over has ended at last. `GET` and `PUT` ask for objects of the store; an
+`ANSWER` has the request's id."""
+FOUND, MISSING, UNAVAILABLE = range(3)
+"""The number of an `ANSWER`."""
+_SUCCEEDED, _FAILED, _RETRY, _STOPPED, DISTURBED = range(5)
+"""The number of a `RESULT`. `DISTURBED`: it was stopped, but nobody had asked for it."""
+
+
+class Assignment(BaseModel):
+    """What an executor needs to know: neither the database, nor the store, nor the keys of the API."""
+
+    tasks: list[str]
+    """Modules to import."""
+    pool: str
+    max_attempts: int
+    slots: int
+    """Runs that it may be given at once."""
+    max_result: int
+    log_level: str
+    prefect: Prefect
+    model: Model
+
+    def message(self) -> Message:
+        return Message(ASSIGN, body=json.dumps(self.model_dump(), default=_revealed).encode())
+
+
+def _revealed(value: object) -> object:
+    match value:
+        case SecretStr():
+            return value.get_secret_value()
+        case timedelta():
+            return value.total_seconds()
+        case Path():
+            return str(value)
+        case _:
+            raise TypeError(type(value).__name__)
+
+
+class Served(BaseModel):
+    """A task that an executor serves."""
+
+    type: TaskType
+    is_cached: bool
+    """Whether a run may take the value of another run: then it has a cache key."""
+
+
+_SERVED = TypeAdapter(list[Served])
+
+
+def ready(served: list[Served]) -> Message:
+    return Message(READY, body=_SERVED.dump_json(served))
+
+
+def served(message: Message) -> list[Served]:
+    return _SERVED.validate_json(message.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The end of an attempt, as its executor reports it."""
+
+    result: AttemptResult | None
+    """None: it was stopped, as it was asked to."""
+    retries: int = 0
+    """Retries so far, those before this attempt included."""
+    usage: dict[str, JSON] | None = None
+    """The tokens that were paid for."""
+    is_left: bool = False
+    """Its thread goes on: the slot is not free before a `FREE`."""
+
+
+def result(run: UUID, attempt: Attempt) -> Message:
+    meta: dict[str, Any] = {}
+    kind, body = _STOPPED, b""
+    match attempt.result:
+        case Succeeded(body):
+            kind = _SUCCEEDED
+        case Failed(problem):
+            kind, meta = _FAILED, {"problem": problem.model_dump()}
+        case Retry(problem, delay, retries):
+            kind, meta = _RETRY, {"problem": problem.model_dump(), "delay": delay, "retries": retries}
+        case None:
+            pass
+    if attempt.usage is not None:
+        meta["usage"] = attempt.usage
+    if attempt.is_left:
+        meta["left"] = True
+    return Message(RESULT, run.bytes, kind, json.dumps(meta).encode() if meta else b"", body)
+
+
+def attempt(message: Message, retries: int) -> Attempt:
+    meta = json.loads(message.meta) if message.meta else {}
+    ended: AttemptResult | None = None
+    match message.number:
+        case 0:
+            ended = Succeeded(message.body)
+        case 1:
+            ended = Failed(Problem(**meta["problem"]))
+        case 2:
+            ended = Retry(Problem(**meta["problem"]), meta["delay"], meta["retries"])
+        case _:
+            pass
+    return Attempt(ended, retries, meta.get("usage"), meta.get("left", False))
+
+
+Verdict = Literal["charged", "innocent", "suspect"]
+"""What the end of an executor means for a run that it had: its doing, another's, or perhaps its own."""

@@ -1,0 +1,396 @@
+"""Runs one executor process: starts it, gives it runs, watches that its loop answers, and ends it with all it has left.
+
+Decides when an executor has to end; `blame` decides whose doing it was.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from backcast import protocol
+from backcast.errors import ConfigurationError, StoreUnavailable
+from backcast.models import Problem, Retry
+from backcast.process import marks
+from backcast.process.channel import Channel, Message
+from backcast.protocol import Assignment, Attempt, Served, Verdict
+from backcast.store import Missing, Store
+from backcast.variables import URL_VARIABLE
+from backcast.worker import blame
+from backcast.worker.blame import Evidence
+
+log = logging.getLogger("backcast.worker")
+
+PING = 0.5
+"""Seconds between two pings."""
+STOP_WITHIN = 3.0
+"""Seconds that the code of a run has to end after it was asked to; then it no longer matters to the run."""
+_SECRETS = re.compile(r"BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)")
+
+
+class ExecutorEnded(Exception):
+    """The executor of a run has ended before the run."""
+
+    def __init__(self, problem: Problem, verdict: Verdict, retries: int) -> None:
+        super().__init__(problem.code)
+        self.problem, self.verdict, self.retries = problem, verdict, retries
+
+
+@dataclass(slots=True)
+class _Job:
+    ended: asyncio.Future[Attempt]
+    retries: int
+    is_over: bool = False
+    """Its run is settled or stopped, but its code may go on: it still takes a slot."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What the supervisor knows of the loop of an executor."""
+
+    sent: int = 0
+    answered: int = 0
+    silent: float = 0.0
+    """Seconds without an answer. Only time in which we ourselves ran: both may have been stopped together."""
+    before: dict[int, float] = field(default_factory=dict[int, float])
+    """CPU time by thread when the silence began."""
+
+
+class Child:
+    """Start it, and wait for `ended`, which is set once the process and its group are gone."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        store: Store,
+        *,
+        stall: float,
+        identity: Callable[[], UUID | None],
+        changed: Callable[[], object],
+    ) -> None:
+        """`changed` is called whenever a slot gets free, and when the child is ready or has ended."""
+        self.capacity = assignment.slots
+        self._assignment, self._store, self._stall = assignment, store, stall
+        self._identity, self._changed = identity, changed
+        self._jobs = dict[UUID, _Job]()
+        self._keys = dict[bytes, asyncio.Future[str | None]]()
+        self._requests = set[asyncio.Task[None]]()
+        self._watch = _Watch()
+        self._evidence: Evidence | None = None
+        self._end: Problem | None = None
+        self._marks = tempfile.TemporaryFile()  # noqa: SIM115  # closed at its end
+        self._dump = tempfile.TemporaryFile()  # noqa: SIM115
+        self._channel: Channel | None = None
+        self._has_tag = False
+        self._refusal: str | None = None
+        self.served: list[Served] | None = None
+        """Set once it is ready."""
+        self.figures: dict[str, float] = {}
+        """Of its history sink."""
+        self.is_retiring = False
+        """It gets no more runs."""
+        self.runs = 0
+        """How many it was given."""
+        self.ended = asyncio.Event()
+        self.pid: int | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Live from the start of the process to its end. Raises `ConfigurationError`: it can't serve the tasks."""
+        threads = self._assignment.slots
+        self._marks.truncate(marks.size(threads))
+        ours, theirs = socket.socketpair()
+        files = (theirs.fileno(), self._marks.fileno(), self._dump.fileno())
+        environment = {name: value for name, value in os.environ.items() if not _SECRETS.match(name)}
+        if URL_VARIABLE in os.environ:
+            environment[URL_VARIABLE] = os.environ[URL_VARIABLE]
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "backcast.executor.main", *map(str, files)),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=files,
+                env=environment,
+                start_new_session=True,
+            )
+        self.pid = process.pid
+        watching = None
+        try:
+            self._channel = await Channel.over(ours, self._received)
+            self._channel.send(self._assignment.message())
+            watching = asyncio.create_task(self._keep_watch())
+            gone = asyncio.create_task(self._channel.lost.wait())
+            waiting = asyncio.create_task(process.wait())
+            await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():  # it has closed the channel: it ends, or user code did it
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(waiting), 1.0)
+            gone.cancel()
+        finally:
+            if watching is not None:
+                watching.cancel()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what runs have left behind
+            code = await process.wait()
+            self._has_ended(code)
+        if self._refusal is not None:
+            raise ConfigurationError(self._refusal)
+
+    def close(self) -> None:
+        """Ask it to end; it still reports what it has."""
+        self.is_retiring = True
+        if self._channel is not None:
+            self._channel.send(Message(protocol.CLOSE))
+
+    def end(self, problem: Problem) -> None:
+        """End it at once; any of its runs may have been at fault."""
+        self._end = problem
+        self._evidence = Evidence(marks.read(self._marks.fileno(), self._assignment.slots))
+        self.kill()
+
+    def kill(self) -> None:
+        if self.pid is not None and not self.ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _has_ended(self, code: int) -> None:
+        evidence = self._evidence or Evidence(
+            marks.read(self._marks.fileno(), self._assignment.slots),
+            self._dumped(),
+            is_exit=code >= 0,
+        )
+        problem = self._end or Problem(
+            code="executor_died",
+            title="The process that executed this run has ended",
+            detail=f"It ended {_how(code)}. Code of a task did that, or the machine was short of memory.",
+        )
+        verdicts = blame.verdicts(self._jobs, evidence)
+        if self.served is not None and (self._jobs or not self.is_retiring):
+            log.error(
+                "executor %s ended %s, with %d runs; at fault: %s",
+                *(self.pid, _how(code), len(self._jobs)),
+                ", ".join(f"{run} ({verdict})" for run, verdict in verdicts.items() if verdict != "innocent") or "none",
+            )
+        for run, job in self._jobs.items():
+            if not job.ended.done():
+                stack = blame.stack(evidence.dump, evidence.marks, run) if verdicts[run] == "charged" else ""
+                told = problem.model_copy(update={"detail": f"{problem.detail}\n{stack}".strip()})
+                job.ended.set_exception(ExecutorEnded(told, verdicts[run], job.retries))
+                job.ended.exception()  # its run may have been stopped, so that nobody asks
+        for key in self._keys.values():
+            if not key.done():
+                key.set_exception(ExecutorEnded(problem, "suspect", 0))
+                key.exception()
+        self._jobs.clear()
+        if self._channel is not None:
+            self._channel.close()
+        self._marks.close()
+        self._dump.close()
+        self.ended.set()
+        self._changed()
+
+    def _dumped(self) -> str:
+        return os.pread(self._dump.fileno(), 1 << 20, 0).decode(errors="replace")
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    async def _keep_watch(self) -> None:
+        watch = self._watch
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(PING)
+            now = time.monotonic()
+            if self.served is not None and self._channel is not None:
+                self._send_tag()
+                if watch.answered == watch.sent:
+                    watch.silent = 0.0
+                    watch.sent += 1
+                    self._channel.send(Message(protocol.PING, number=watch.sent))
+                else:
+                    if watch.silent == 0.0 and self.pid is not None:
+                        watch.before = blame.spent_by(self.pid)
+                    watch.silent += min(now - before, 2 * PING)
+                    if watch.silent >= self._stall:
+                        await self._abort()
+            before = now
+
+    async def _abort(self) -> None:
+        """End a process whose loop does not answer: first by a signal that makes it dump its threads, whatever holds
+        the interpreter's lock."""
+        assert self.pid is not None
+        after = blame.spent_by(self.pid)
+        spent = {native: seconds - self._watch.before.get(native, 0.0) for native, seconds in after.items()}
+        seen = marks.read(self._marks.fileno(), self._assignment.slots)
+        self._end = Problem(
+            code="blocked_worker",
+            title="The run has blocked the process that executed it",
+            detail=f"Its event loop did not answer for {self._stall:g} s, so the process was ended: use `await`, a sync"
+            " task, or shorter steps.",
+        )
+        self._evidence = Evidence(seen, spent=spent)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGABRT)
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            if (dump := self._dumped()).count("\n") > 2:
+                await asyncio.sleep(0.05)
+                self._evidence = Evidence(seen, self._dumped() or dump, spent)
+                break
+        self.kill()
+
+    def _send_tag(self) -> None:
+        if not self._has_tag and self._channel is not None and (identity := self._identity()) is not None:
+            self._has_tag = True
+            self._channel.send(Message(protocol.TAG, identity.bytes))
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        return self.served is not None and not self.is_retiring and not self.ended.is_set()
+
+    @property
+    def taken(self) -> int:
+        """Runs whose code may be executing, over or not."""
+        return len(self._jobs)
+
+    @property
+    def left(self) -> int:
+        """Those of them that are over: their code has not ended when it was asked to."""
+        return sum(job.is_over for job in self._jobs.values())
+
+    async def execute(self, name: str, run: UUID, given: bytes, *, retries: int) -> Attempt:
+        """Make an attempt.
+
+        Cancelled, it returns as well: once the code of the run has ended, or after `STOP_WITHIN`.
+
+        Raises:
+            ExecutorEnded: the process has ended.
+        """
+        assert self._channel is not None
+        if run in self._jobs:
+            return Attempt(Retry(_STILL_HERE, delay=STOP_WITHIN, retries=retries), retries)
+        job = self._jobs[run] = _Job(asyncio.get_running_loop().create_future(), retries)
+        self.runs += 1
+        self._channel.send(Message(protocol.EXECUTE, run.bytes, retries, name.encode(), given))
+        try:
+            return await asyncio.shield(job.ended)
+        except asyncio.CancelledError as stop:
+            self._channel.send(Message(protocol.STOP, run.bytes, meta=str(stop.args[0] if stop.args else "").encode()))
+            ended, _ = await asyncio.wait({job.ended}, timeout=STOP_WITHIN)
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+            has_answered = bool(ended) and job.ended.exception() is None
+            return Attempt(None, job.retries, job.ended.result().usage if has_answered else None)
+        finally:
+            job.is_over = True
+            if job.ended.done() and not self._is_left(job):
+                self._jobs.pop(run, None)
+
+    @staticmethod
+    def _is_left(job: _Job) -> bool:
+        return job.ended.exception() is None and job.ended.result().is_left
+
+    async def cache_key(self, name: str, run: UUID, given: bytes) -> str | None:
+        assert self._channel is not None
+        key = self._keys[run.bytes] = asyncio.get_running_loop().create_future()
+        self._channel.send(Message(protocol.KEY, run.bytes, meta=name.encode(), body=given))
+        try:
+            return await key
+        finally:
+            self._keys.pop(run.bytes, None)
+
+    # -- messages -----------------------------------------------------------------------------------------------------
+
+    def _received(self, message: Message) -> None:
+        match message.kind:
+            case protocol.RESULT:
+                self._attempted(UUID(bytes=message.id), message)
+            case protocol.RETRYING:
+                if (job := self._jobs.get(UUID(bytes=message.id))) is not None:
+                    job.retries = message.number
+            case protocol.FREE:
+                job = self._jobs.get(run := UUID(bytes=message.id))
+                if job is not None and job.ended.done():
+                    del self._jobs[run]
+                    self._changed()
+            case protocol.PONG:
+                self._watch.answered = message.number
+                self.figures = json.loads(message.body)
+            case protocol.KEY:
+                if (key := self._keys.get(message.id)) is not None and not key.done():
+                    key.set_result(message.body.decode() if message.number == protocol.FOUND else None)
+            case protocol.READY:
+                self.served = protocol.served(message)
+                self._changed()
+            case protocol.REFUSED:
+                self._refusal = message.body.decode()
+            case protocol.GET | protocol.PUT:
+                request = asyncio.create_task(self._answer(message))
+                self._requests.add(request)
+                request.add_done_callback(self._requests.discard)
+            case _:
+                pass
+
+    def _attempted(self, run: UUID, message: Message) -> None:
+        job = self._jobs.get(run)
+        if job is None or job.ended.done():
+            return
+        if message.number == protocol.DISTURBED:
+            verdict: Verdict = "charged" if len(self._jobs) == 1 else "suspect"
+            job.ended.set_exception(ExecutorEnded(_DISTURBED, verdict, job.retries))
+            job.ended.exception()
+            self._jobs.pop(run)
+            return
+        attempt = protocol.attempt(message, job.retries)
+        job.ended.set_result(attempt)
+        if job.is_over and not attempt.is_left:  # nobody has waited for it any more
+            del self._jobs[run]
+            self._changed()
+
+    async def _answer(self, asked: Message) -> None:
+        """An executor may read and write cached values, and nothing else of the store."""
+        number, body, key = protocol.FOUND, b"", asked.meta.decode()
+        answer: Awaitable[bytes | None]
+        try:
+            if not key.startswith("cache/") or ".." in key:
+                raise Missing(key)
+            answer = self._store.get(key) if asked.kind == protocol.GET else self._store.put(key, asked.body)
+            body = await answer or b""
+        except Missing:
+            number = protocol.MISSING
+        except StoreUnavailable as error:
+            number, body = protocol.UNAVAILABLE, error.detail.encode()
+        if self._channel is not None:
+            self._channel.send(Message(protocol.ANSWER, asked.id, number, body=body))
+
+
+_DISTURBED = Problem(
+    code="executor_disturbed",
+    title="The run's own asyncio task was cancelled",
+    detail="Nobody has asked for it: code of a task has cancelled what it found on the event loop.",
+)
+_STILL_HERE = Problem(
+    code="still_executing",
+    title="An earlier attempt of this run has not ended",
+    detail="Its code goes on, although it was asked to stop.",
+)
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"with code {code}"
+    try:
+        return f"by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"by signal {-code}"

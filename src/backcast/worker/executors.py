@@ -1,0 +1,291 @@
+"""Keeps a worker's executors: gives each run to one of them, and replaces those that have died, are full of abandoned
+code, or have grown.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from uuid import UUID
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from backcast.errors import ConfigurationError, Unavailable
+from backcast.models import Problem, TaskType
+from backcast.process import background
+from backcast.process.outages import backoff
+from backcast.protocol import Assignment, Attempt, Served
+from backcast.settings import Settings
+from backcast.store import Store
+from backcast.worker.child import Child, ExecutorEnded
+
+log = logging.getLogger("backcast.worker")
+
+BUILTIN = "backcast.llm.tasks"
+"""The module of the built-in tasks."""
+LOST_SHARE = 4
+"""An executor is replaced when one of so many of its slots is lost to code that does not end."""
+_PAGE = 4096
+_FAREWELL = 4.0
+"""Seconds that an executor has to publish what is left and to end."""
+TOO_LARGE = Problem(
+    code="out_of_memory",
+    title="The process that executed this run has taken too much memory",
+    detail="It was ended at a quarter above worker.max_memory: work on less at a time, or raise the limit.",
+)
+
+
+class Executors:
+    def __init__(self, settings: Settings, store: Store, registry: CollectorRegistry) -> None:
+        self._settings, self._store = settings, store
+        worker = settings.worker
+        count = min(worker.processes, worker.slots)
+        shares = [worker.slots // count + (seat < worker.slots % count) for seat in range(count)]
+        self._seats: list[Child | None] = [None] * count
+        self._shares = shares
+        self._most = worker.max_memory
+        self._others = set[Child]()
+        """Retiring ones, replacements on their way, and the one for suspects."""
+        self._lives = set[asyncio.Task[None]]()
+        self._changed = asyncio.Event()
+        self._alone, self._alone_lock, self._alone_asked = None, asyncio.Lock(), 0
+        self._is_closing = False
+        self._served = dict[str, Served]()
+        self.identity: UUID | None = None
+        """Of the ledger: history is published under it."""
+        self.changed = asyncio.Event()
+        """Set when slots have got free."""
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Has the `ConfigurationError` with which the first executor could not start."""
+        self._metrics(registry)
+
+    def _metrics(self, registry: CollectorRegistry) -> None:
+        for name, text in (
+            ("waiting", "Events not yet published to Prefect, the spooled ones included"),
+            ("waiting_bytes", "Bytes of events and log lines in memory"),
+            ("spooled_bytes", "Bytes of events on the disk"),
+        ):
+            Gauge(f"backcast_history_{name}", text, registry=registry).set_function(lambda name=name: self._sum(name))
+        Gauge(
+            "backcast_worker_slots_lost", "Slots that code of runs takes which are over", registry=registry
+        ).set_function(lambda: self.left)
+        self._ended = Counter("backcast_worker_executors_ended", "Executors that have ended unasked", registry=registry)
+
+    def _sum(self, name: str) -> float:
+        return sum(child.figures.get(name, 0.0) for child in self._all)
+
+    # -- what the worker sees -----------------------------------------------------------------------------------------
+
+    @property
+    def types(self) -> list[TaskType]:
+        return [served.type for served in self._served.values()]
+
+    @property
+    def left(self) -> int:
+        """Slots that are taken by code of runs that are over."""
+        return sum(child.left for child in self._all)
+
+    @property
+    def is_ready(self) -> bool:
+        return any(child is not None and child.is_ready for child in self._seats)
+
+    @property
+    def _all(self) -> Iterable[Child]:
+        return [*(child for child in self._seats if child is not None), *self._others]
+
+    def is_cached(self, task: str) -> bool:
+        return self._served[task].is_cached
+
+    async def execute(self, name: str, run: UUID, given: bytes, *, retries: int) -> Attempt:
+        """Make an attempt. A run that may have ended its executor is executed again, with nothing beside it.
+
+        Raises:
+            ExecutorEnded: with its executor; the verdict is that it was, or was not, the run's doing.
+        """
+        child = await self._free()
+        try:
+            return await child.execute(name, run, given, retries=retries)
+        except ExecutorEnded as ended:
+            if ended.verdict != "suspect":
+                raise
+            return await self._execute_alone(name, run, given, retries=ended.retries)
+
+    async def cache_key(self, name: str, run: UUID, given: bytes) -> str | None:
+        child = await self._free()
+        return await child.cache_key(name, run, given)
+
+    async def _free(self) -> Child:
+        """The executor with the most room, once there is one."""
+        while True:
+            self._changed.clear()
+            ready = [child for child in self._seats if child is not None and child.is_ready]
+            best = max(ready, key=lambda child: child.capacity - child.taken, default=None)
+            if best is not None and best.taken < best.capacity:
+                return best
+            await self._changed.wait()
+
+    async def _execute_alone(self, name: str, run: UUID, given: bytes, *, retries: int) -> Attempt:
+        self._alone_asked += 1
+        try:
+            async with self._alone_lock:
+                if self._alone is None or not self._alone.is_ready:
+                    self._alone = await self._started(self._spawn(1))
+                return await self._alone.execute(name, run, given, retries=retries)
+        finally:
+            self._alone_asked -= 1
+            if not self._alone_asked and self._alone is not None:
+                self._retire(self._alone)
+                self._alone = None
+
+    # -- their lives --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the executors alive, for ever. Raises `ConfigurationError` if they can't serve the tasks."""
+        async with asyncio.TaskGroup() as group:
+            for seat in range(len(self._seats)):
+                group.create_task(self._keep(seat))
+            group.create_task(background.keep("look after the executors", self._look_after))
+
+    async def _keep(self, seat: int) -> None:
+        delays = backoff(0.5, 30.0)
+        while not self._is_closing:
+            began = time.monotonic()
+            child = self._seats[seat] = self._spawn(self._shares[seat])
+            await child.ended.wait()
+            while (current := self._seats[seat]) is not child and current is not None:  # it was replaced
+                child = current
+                await child.ended.wait()
+            if self._is_closing:
+                return
+            self._ended.inc()
+            if child.served is None or time.monotonic() - began < 1.0:
+                await asyncio.sleep(next(delays))
+            else:
+                delays = backoff(0.5, 30.0)
+
+    def _spawn(self, slots: int) -> Child:
+        settings = self._settings
+        child = Child(
+            Assignment(
+                tasks=[*([BUILTIN] if settings.builtin_tasks else []), *settings.tasks],
+                pool=settings.worker.pool,
+                max_attempts=settings.max_attempts,
+                slots=slots,
+                max_result=settings.max_result,
+                log_level=settings.log_level,
+                prefect=settings.prefect,
+                model=settings.model,
+            ),
+            self._store,
+            stall=settings.worker.stall.total_seconds(),
+            identity=lambda: self.identity,
+            changed=self._has_changed,
+        )
+        self._others.add(child)
+        life = asyncio.create_task(self._live(child))
+        self._lives.add(life)
+        life.add_done_callback(self._lives.discard)
+        return child
+
+    async def _live(self, child: Child) -> None:
+        try:
+            await child.run()
+            if child.served is None and not self._served and not self._is_closing:
+                raise ConfigurationError(
+                    "The tasks can't be served: the process that imports them has ended; see above."
+                )
+        except ConfigurationError as error:
+            if self._served:
+                log.error("an executor can't be started: %s", error.detail)
+            elif not self.failed.done():
+                self.failed.set_exception(error)
+        except OSError as error:
+            log.error("an executor can't be started: %s", error)
+        finally:
+            self._others.discard(child)
+            child.ended.set()
+            self._has_changed()
+
+    def _has_changed(self) -> None:
+        for child in self._all:
+            if child.served is not None and not self._served:
+                self._served = {served.type.name: served for served in child.served}
+        self._changed.set()
+        self.changed.set()
+
+    async def _started(self, child: Child) -> Child:
+        while child.served is None and not child.ended.is_set():
+            self._changed.clear()
+            await self._changed.wait()
+        if child.ended.is_set():
+            raise Unavailable("No executor can be started: see the log of the worker.")
+        return child
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            for child in self._all:
+                if self._most and (used := _resident(child.pid)) > 1.25 * self._most:
+                    log.error("ending executor %s: it has %d MiB", child.pid, used >> 20)
+                    child.end(TOO_LARGE)
+            for seat, child in enumerate(self._seats):
+                if child is not None and child.is_ready and (why := self._is_worn(child)):
+                    log.warning("replacing executor %s: %s", child.pid, why)
+                    fresh = await self._started(self._spawn(child.capacity))
+                    self._seats[seat] = fresh
+                    self._retire(child)
+
+    def _is_worn(self, child: Child) -> str:
+        worker = self._settings.worker
+        if child.left * LOST_SHARE >= child.capacity:
+            return f"{child.left} of its {child.capacity} slots are lost to code that does not end"
+        if worker.max_runs_per_process and child.runs >= worker.max_runs_per_process:
+            return f"it has made {child.runs} attempts"
+        if self._most and (used := _resident(child.pid)) > self._most:
+            return f"it has {used >> 20} MiB"
+        return ""
+
+    def _retire(self, child: Child) -> None:
+        """It gets no more runs, and ends when those that it has are over."""
+        child.is_retiring = True
+        self._others.add(child)
+
+        async def end() -> None:
+            while child.taken > child.left and not child.ended.is_set():
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), 0.5)
+            child.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.ended.wait(), _FAREWELL)
+            child.kill()
+            await child.ended.wait()
+            self._others.discard(child)
+            self._has_changed()
+
+        task = asyncio.create_task(end())
+        self._lives.add(task)
+        task.add_done_callback(self._lives.discard)
+
+    async def aclose(self) -> None:
+        """End all executors, whatever their code does."""
+        self._is_closing = True
+        children = list(self._all)
+        for child in children:
+            child.close()
+        ended = asyncio.gather(*(child.ended.wait() for child in children))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended, _FAREWELL)
+        for child in children:
+            child.kill()
+        await asyncio.wait({*self._lives, asyncio.create_task(asyncio.sleep(0))}, timeout=2)
+
+
+def _resident(pid: int | None) -> int:
+    """Bytes of memory that a process has; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0

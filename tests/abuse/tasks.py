@@ -1,0 +1,364 @@
+"""Tasks that misbehave: what users of background tasks have reported, each in a few lines."""
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from backcast.options import options
+
+
+@task
+async def nap(seconds: float = 0.5) -> float:
+    """The neighbour."""
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+@task
+def sync_nap(seconds: float = 0.5) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+@task(timeout_seconds=2)
+async def spin() -> None:
+    while True:
+        pass
+
+
+@options(history="none")
+@task
+async def spin_later() -> None:
+    await asyncio.sleep(0.1)
+    await asyncio.gather(_spin(), asyncio.sleep(100))
+
+
+async def _spin() -> None:
+    await asyncio.sleep(0.1)
+    while True:
+        pass
+
+
+@task
+async def sleep_in_the_loop() -> None:
+    time.sleep(3600)
+
+
+@task
+def hold_gil(n: int = 40) -> bool:
+    return bool(re.match(r"(a+)+$", "a" * n + "b"))
+
+
+@task
+async def hold_gil_in_the_loop(n: int = 40) -> bool:
+    return bool(re.match(r"(a+)+$", "a" * n + "b"))
+
+
+@task
+async def exit_in_task() -> None:
+    sys.exit(3)
+
+
+@task
+def exit_in_thread() -> None:
+    sys.exit(3)
+
+
+@task
+async def exit_in_child() -> None:
+    async def child() -> None:
+        sys.exit(3)
+
+    await asyncio.gather(child(), asyncio.sleep(5))
+
+
+@task
+async def exit_in_callback() -> str:
+    asyncio.get_running_loop().call_soon(sys.exit)
+    await asyncio.sleep(0.2)
+    return "survived"
+
+
+@task
+async def stop_the_loop() -> str:
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(0.2)
+    return "survived"
+
+
+@task
+async def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@task
+def generator_exit() -> None:
+    raise GeneratorExit
+
+
+@task
+async def generator_exit_in_the_loop() -> None:
+    raise GeneratorExit
+
+
+@task
+async def os_exit() -> None:
+    os._exit(7)
+
+
+@task
+def os_exit_in_thread() -> None:
+    os._exit(7)
+
+
+@task
+async def abort() -> None:
+    os.abort()
+
+
+@task
+async def segfault() -> None:
+    await asyncio.sleep(0.05)
+    ctypes.string_at(0)
+
+
+@task
+def segfault_in_thread() -> None:
+    ctypes.string_at(0)
+
+
+@task
+async def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@task
+async def terminate_itself() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(60)
+
+
+@task
+def kill_its_group() -> None:
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+@task
+async def shout(megabytes: int = 50) -> str:
+    print("m" * megabytes * 1_000_000)
+    return "shouted"
+
+
+@task
+def chatter(lines: int = 20_000) -> str:
+    for _ in range(lines):
+        print("c" * 1000)
+    return "chattered"
+
+
+@task
+def long_message(megabytes: int = 50) -> None:
+    raise ValueError("m" * megabytes * 1_000_000)
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        return self.nothing  # type: ignore[attr-defined]
+
+
+@task(retries=2, retry_delay_seconds=0)
+async def unprintable() -> None:
+    raise Unprintable
+
+
+@task
+async def steal_signals() -> int:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGABRT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_IGN)
+    return 1
+
+
+@task
+async def steal_signals_and_spin() -> None:
+    signal.signal(signal.SIGABRT, signal.SIG_IGN)
+    while True:
+        pass
+
+
+@task(timeout_seconds=1)
+def sleep_on(seconds: float = 3600) -> None:
+    time.sleep(seconds)
+
+
+@task
+async def stubborn() -> None:
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(600)
+
+
+@task
+def fork_and_leave(seconds: float = 300) -> int:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,))
+    child.start()
+    return int(child.pid or 0)
+
+
+@task
+def leave_a_server() -> list[int]:
+    """A process that holds a port after its run."""
+    code = "import socket, sys, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); "
+    code += "print(s.getsockname()[1], flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    return [child.pid, int(child.stdout.readline())]
+
+
+@task
+def forks(count: int = 100) -> int:
+    """Forks while threads hold locks."""
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def hold() -> None:
+        while not stop.is_set():
+            with lock:
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=hold, daemon=True) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for _ in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    stop.set()
+    return count
+
+
+@task(timeout_seconds=1)
+def shell() -> None:
+    subprocess.run(["sleep", "600"])
+
+
+@task
+async def close_descriptors() -> None:
+    for number in range(100):
+        with contextlib.suppress(OSError):
+            os.close(number)
+    await asyncio.sleep(60)
+
+
+@task
+async def hog(megabytes: int = 100_000) -> int:
+    kept = []
+    for _ in range(megabytes):
+        kept.append(bytearray(os.urandom(1)) * 1_000_000)
+        await asyncio.sleep(0)
+    return len(kept)
+
+
+@task
+async def wander() -> str:
+    os.chdir("/")
+    os.environ.clear()
+    logging.disable(logging.CRITICAL)
+    sys.setrecursionlimit(200)
+    return "wandered"
+
+
+@task
+async def close_the_loop() -> None:
+    asyncio.get_running_loop().close()
+
+
+@task
+async def new_loop() -> None:
+    """As libraries that nest event loops do."""
+    asyncio.get_event_loop().run_until_complete(asyncio.sleep(1))
+
+
+@task
+async def leave_a_task() -> str:
+    asyncio.get_running_loop().create_task(asyncio.sleep(3600))
+    return "left"
+
+
+@task
+async def cancel_all() -> None:
+    """Cancels everything that it finds on its loop."""
+    for one in asyncio.all_tasks():
+        one.cancel()
+    await asyncio.sleep(1)
+
+
+@task
+def threads(count: int = 200) -> str:
+    for _ in range(count):
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    return "started"
+
+
+@task
+async def unserialisable() -> Any:
+    return threading.Lock()
+
+
+@task
+async def huge(megabytes: int = 20) -> str:
+    return "h" * megabytes * 1_000_000
+
+
+@task(retries=5, retry_delay_seconds=0)
+def kills_after_retries(marks: str) -> None:
+    """Fails three times, then kills its process; `marks` is a file that counts."""
+    with Path(marks).open("a+") as file:
+        file.write("x")
+        file.seek(0)
+        count = len(file.read())
+    if count % 4 == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("again")
+
+
+@task
+async def secrets() -> dict[str, str]:
+    """Everything that a thief would look at."""
+    found = {"environ": "\n".join(f"{name}={value}" for name, value in os.environ.items())}
+    for pid in ("self", str(os.getppid())):
+        try:
+            found[f"environ of {pid}"] = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+        except OSError as error:
+            found[f"environ of {pid}"] = type(error).__name__
+        with contextlib.suppress(OSError):
+            found[f"cmdline of {pid}"] = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    found["descriptors"] = "\n".join(_target(each) for each in Path("/proc/self/fd").iterdir())
+    return found
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
+
+
+@task
+def connect(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

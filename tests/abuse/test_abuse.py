@@ -1,0 +1,205 @@
+"""Nothing that a task does can hurt its worker, or the runs beside it: each misbehaviour beside twenty ordinary runs.
+
+`max_attempts` is 1: a run that were charged for another's doing would fail.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.stack import Stack, stack
+from tests.support.waiting import PATIENCE, until
+
+NEIGHBOURS = 20
+STALL = 3.0
+SECRET = "correct-horse-battery-staple"
+
+
+@pytest.fixture
+async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with stack(
+        database,
+        tmp_path,
+        BACKCAST_TASKS="tests.abuse.tasks",
+        BACKCAST_BUILTIN_TASKS="false",
+        BACKCAST_MAX_ATTEMPTS="1",
+        BACKCAST_WORKER__SLOTS="40",
+        BACKCAST_WORKER__STALL=str(STALL),
+        BACKCAST_WORKER__MAX_MEMORY=str(512 * 1024 * 1024),
+        BACKCAST_WORKER__GRACE="3",
+        BACKCAST_API__KEYS="",
+        BACKCAST_STORE__SECRET_KEY=SECRET,
+        BACKCAST_STORE__ACCESS_KEY="access",
+    ) as running:
+        await running.up("api", "worker", "steward")
+        yield running
+
+
+async def beside(product: Stack, task: str, **given: Any) -> dict[str, Any]:
+    """The end of a run of this task, beside twenty ordinary runs that complete once and uncharged."""
+    before = [await product.submit("nap", seconds=0.5) for _ in range(NEIGHBOURS // 4)]
+    before += [await product.submit("sync_nap", seconds=0.3) for _ in range(NEIGHBOURS // 4)]
+    offender = await product.submit(task, **given)
+    after = [await product.submit("nap", seconds=0.1) for _ in range(NEIGHBOURS // 2)]
+    for run in [await product.ended(each) for each in before + after]:
+        assert run["state"] == "completed", run
+        assert run["attempts"] == 1, run
+    return await product.ended(offender)
+
+
+async def still_serves(product: Stack) -> None:
+    """The pool works, the worker is ready, and a SIGTERM still drains it."""
+    assert await product.result(await product.submit("nap", seconds=0.05)) == 0.05
+    worker = product.parts[1]
+    await worker.ready()
+    last = await product.submit("nap", seconds=1)
+    await product.state(last, "running")
+    worker.process.terminate()
+    assert await worker.ended() == 0, worker.text
+    assert (await product.run(last))["state"] == "completed", "the drain waited for it"
+
+
+FAILING = {
+    "spin": "blocked_worker",
+    "spin_later": "blocked_worker",
+    "sleep_in_the_loop": "blocked_worker",
+    "hold_gil": "blocked_worker",
+    "hold_gil_in_the_loop": "blocked_worker",
+    "steal_signals_and_spin": "blocked_worker",
+    "exit_in_task": "task_failed",
+    "exit_in_thread": "task_failed",
+    "exit_in_child": "task_failed",
+    "interrupt": "task_failed",
+    "generator_exit": "task_failed",
+    "generator_exit_in_the_loop": "task_failed",
+    "long_message": "task_failed",
+    "unprintable": "task_failed",
+    "new_loop": "task_failed",
+    "unserialisable": "unserialisable_result",
+    "os_exit": "executor_died",
+    "os_exit_in_thread": "executor_died",
+    "abort": "executor_died",
+    "segfault": "executor_died",
+    "segfault_in_thread": "executor_died",
+    "kill_itself": "executor_died",
+    "terminate_itself": "executor_died",
+    "kill_its_group": "executor_died",
+    "close_descriptors": "executor_died",
+    "hog": "out_of_memory",
+    "sleep_on": "timeout",
+    "shell": "timeout",
+}
+COMPLETING: dict[str, Any] = {
+    "exit_in_callback": "survived",
+    "stop_the_loop": "survived",
+    "shout": "shouted",
+    "chatter": "chattered",
+    "steal_signals": 1,
+    "forks": 100,
+    "wander": "wandered",
+    "leave_a_task": "left",
+    "threads": "started",
+    "huge": "h" * 20_000_000,
+}
+
+
+@pytest.mark.parametrize("task", FAILING)
+async def test_only_the_run_that_misbehaves_fails(product: Stack, task: str) -> None:
+    run = await beside(product, task)
+    assert run["state"] == "failed", run
+    assert run["error"]["code"] == FAILING[task], run
+    assert len(run["error"]["detail"]) < 10_000
+    await still_serves(product)
+
+
+@pytest.mark.parametrize("task", COMPLETING)
+async def test_what_is_only_rude_completes(product: Stack, task: str) -> None:
+    run = await beside(product, task)
+    assert run["state"] == "completed", run
+    answer = await product.http.get(f"/v1/runs/{run['id']}/result")
+    assert answer.json() == COMPLETING[task]
+    await still_serves(product)
+
+
+async def test_the_error_of_a_blocked_run_shows_where(product: Stack) -> None:
+    run = await beside(product, "spin_later")
+    assert "in _spin" in run["error"]["detail"]
+
+
+async def test_who_swallows_a_cancellation_is_cancelled_all_the_same(product: Stack) -> None:
+    runs = [await product.submit("stubborn") for _ in range(12)]
+    for run in runs:
+        await product.state(run, "running")
+    await asyncio.gather(*(product.http.post(f"/v1/runs/{run}/cancel") for run in runs))
+    for run in runs:
+        await product.state(run, "cancelled")
+    # More than a quarter of its slots are lost: the executor is replaced, and all slots are there again.
+    await until(lambda: lost(product), lambda count: count == 0, timeout=PATIENCE)
+    await still_serves(product)
+
+
+async def lost(product: Stack) -> float:
+    text = (await product.http.get(product.parts[1].url + "/metrics")).text
+    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("backcast_worker_slots_lost "))
+
+
+async def test_a_drain_ends_whatever_the_code_does(product: Stack) -> None:
+    runs = [await product.submit("stubborn"), await product.submit("sleep_in_the_loop")]
+    for run in runs:
+        await product.state(run, "running")
+    began = time.monotonic()
+    worker = product.parts[1]
+    worker.process.terminate()
+    assert await worker.ended() == 0
+    assert time.monotonic() - began < 3 + 5 + 5, "grace and five seconds, and what a loaded machine takes"
+    for run in runs:
+        state = (await product.run(run))["state"]
+        assert state in ("queued", "failed"), "given back, or charged with the block"
+
+
+@pytest.mark.parametrize("task", ["fork_and_leave", "leave_a_server"])
+async def test_what_a_run_leaves_behind_ends_with_its_executor(product: Stack, task: str) -> None:
+    left = await product.result(await product.submit(task))
+    pid = left if isinstance(left, int) else left[0]
+    assert Path(f"/proc/{pid}").exists()
+    await product.ended(await product.submit("kill_itself"))
+
+    async def is_there() -> bool:
+        return Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+    await until(is_there, lambda there: not there)
+
+
+async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:
+    """It fails three times, then kills its process: `max_attempts` executors end, and no more."""
+    env = {"BACKCAST_TASKS": "tests.abuse.tasks", "BACKCAST_BUILTIN_TASKS": "false", "BACKCAST_MAX_ATTEMPTS": "3"}
+    async with stack(database, tmp_path, **env) as product:
+        await product.up("api", "worker", "steward")
+        marks = tmp_path / "marks"
+        run = await product.ended(await product.submit("kills_after_retries", marks=str(marks)))
+        assert run["state"] == "failed", run
+        kills = marks.read_text().count("x") // 4
+        assert kills <= 3
+        assert run["attempts"] == marks.read_text().count("x"), "each execution counts once"
+
+
+async def test_a_task_finds_no_secrets(product: Stack) -> None:
+    found = await product.result(await product.submit("secrets"))
+    for where, text in found.items():
+        assert SECRET not in text, where
+        assert "postgresql://" not in text, where
+
+
+async def test_a_supervisor_imports_neither_prefect_nor_marvin_nor_the_tasks(tmp_path: Path) -> None:
+    code = (
+        "import sys, backcast.worker.main; print([m for m in ('prefect', 'marvin', 'pydantic_ai') if m in sys.modules])"
+    )
+    import sys
+
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert output.decode().strip() == "[]"

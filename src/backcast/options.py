@@ -17,6 +17,10 @@ History = Literal["full", "none"]
 """`full`: Prefect shows every run of the task. `none`: the function is called without Prefect's engine, which is cheap;
 the ledger still has every run."""
 
+Isolation = Literal["none", "process"]
+"""`none`: its runs share the executors of their worker. `process`: each has a fresh process of its own, which is ended
+with it, and at once when its time is over or it is cancelled; that costs about a second of processor time a run."""
+
 T = TypeVar("T")
 _MARK = "__backcast_options__"
 _requested: ContextVar[threading.Event | None] = ContextVar("backcast_cancel_requested", default=None)
@@ -28,9 +32,18 @@ class Options:
 
     history: History = "full"
     lane: str | None = None
+    isolation: Isolation = "none"
+    may_block: float | None = None
 
 
-def options(*, history: History = "full", lane: str | None = None, **unknown: Never) -> Callable[[T], T]:
+def options(
+    *,
+    history: History = "full",
+    lane: str | None = None,
+    isolation: Isolation = "none",
+    may_block: float | None = None,
+    **unknown: Never,
+) -> Callable[[T], T]:
     """Set how backcast treats a task; it stays the same task for all other code.
 
         @options(history="none", lane="openai")
@@ -43,6 +56,9 @@ def options(*, history: History = "full", lane: str | None = None, **unknown: Ne
         history: `none` trades Prefect's engine for speed: no states, logs, caching or hooks for these runs; retries,
             time-outs and results are the same.
         lane: the lane of the runs, such as a provider's quota, unless a submission names another one.
+        isolation: `process` gives each run a process of its own: for code that crashes, leaks, or can't be interrupted.
+        may_block: seconds for which a run may keep its process from answering, if that is longer than the setting
+            `worker.stall`: for code that holds the interpreter's lock, or blocks the event loop, on purpose.
     """
     refuse_unknown("options", unknown, Options.__slots__)
     if history not in get_args(History):
@@ -52,7 +68,11 @@ def options(*, history: History = "full", lane: str | None = None, **unknown: Ne
             names.check(lane)
         except ValueError as error:
             raise ValueError(f"lane is {lane!r}: {error}.") from None
-    chosen = Options(history, lane)
+    if isolation not in get_args(Isolation):
+        raise ValueError(f"isolation is {isolation!r}: write 'none' or 'process'.")
+    if may_block is not None and not 0 < may_block <= 86400:
+        raise ValueError(f"may_block is {may_block!r}: write seconds, at most 86400.")
+    chosen = Options(history, lane, isolation, may_block)
 
     def mark(task: T) -> T:
         setattr(task, _MARK, chosen)

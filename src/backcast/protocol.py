@@ -62,6 +62,10 @@ class Served(BaseModel):
     type: TaskType
     is_cached: bool
     """Whether a run may take the value of another run: then it has a cache key."""
+    is_isolated: bool = False
+    """Whether each run gets a process of its own."""
+    may_block: float | None = None
+    """Seconds for which a run may keep the loop from answering."""
 
 
 _SERVED = TypeAdapter(list[Served])

@@ -1,7 +1,19 @@
 """The error codes of runs that backcast itself gives, each with its title and what to do. Tasks may add their own."""
 
 RUN_CODES = {
+    "blocked_worker": (
+        "The run has blocked the process that executed it",
+        "The event loop stood still for BACKCAST_WORKER__STALL; the detail shows where. Use `await` or a sync task.",
+    ),
     "cancelled": ("The run was cancelled", "Its caller, or the caller of its batch, asked for that."),
+    "executor_died": (
+        "The process that executed the run has ended",
+        "Code of the task, or of a library, has ended it: the detail has the signal or the exit code, and where.",
+    ),
+    "executor_disturbed": (
+        "The run's own asyncio task was cancelled",
+        "Code of the task cancels what it finds on the event loop: let it cancel only what it has started.",
+    ),
     "expired": (
         "The deadline passed while the run waited",
         "It was not running when its deadline came. Submit it with a later one, or see why the queue is long.",
@@ -51,10 +63,18 @@ RUN_CODES = {
         "Check BACKCAST_MODEL__BASE_URL; the detail has the reason.",
     ),
     "model_unusable": ("The model can't be used", "The installed versions or the answers do not fit; see the detail."),
+    "out_of_memory": (
+        "The process that executed the run took too much memory",
+        "Work on less at a time, or raise BACKCAST_WORKER__MAX_MEMORY.",
+    ),
     "result_too_large": ("The result is too large", "Return less, store it elsewhere, or raise BACKCAST_MAX_RESULT."),
     "same_value": (
         "Another run computes the same value",
         "Seen while the run waits for that one; it goes on by itself.",
+    ),
+    "still_executing": (
+        "An earlier attempt of the run has not ended",
+        "Seen while code goes on that was asked to stop; the run goes on by itself.",
     ),
     "task_failed": ("The task failed", "Its code raised an error, which the detail quotes."),
     "temporarily_failed": ("The task failed for a reason that may pass", "It was retried as often as the task allows."),

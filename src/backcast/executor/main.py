@@ -79,7 +79,15 @@ class _Process:
         asyncio.get_running_loop().set_task_factory(task_factory(self._marks))
         async with executor:
             self._jobs = Jobs(channel, executor, objects, max_result=given.max_result)
-            served = [Served(type=each.type, is_cached=each.is_cached) for each in executor.registered.values()]
+            served = [
+                Served(
+                    type=each.type,
+                    is_cached=each.is_cached,
+                    is_isolated=each.options.isolation == "process",
+                    may_block=each.options.may_block,
+                )
+                for each in executor.registered.values()
+            ]
             channel.send(protocol.ready(served))
             while not (channel.lost.is_set() or self._closing.is_set()):
                 publishing = background.keep("publish history", lambda: sink.run(self._identify))

@@ -50,8 +50,8 @@ class Claim:
 # A worker whose own lease has run out gets nothing: the steward is about to give its runs to others. Runs past their
 # deadline are passed over; `dispatch_due`, which every worker polls, takes them out of the index.
 # Of $3 rows, those after the first $6 are prefetched, but no runs that were ever lost (see `recovery.requeue`): those
-# are claimed for a free slot only. A
-# quarantined run always counts as prefetched: it waits until all the others have ended, and then `begin` marks it.
+# are claimed for a free slot only. A quarantined run always counts as prefetched: it waits until all the others have
+# ended, and then `begin` marks it.
 # A picked run whose task this worker lacks stays as it is; `lacking` has its owner: see `routing.clear`.
 _CLAIM = """
 with recursive

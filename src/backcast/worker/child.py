@@ -50,6 +50,7 @@ class ExecutorEnded(Exception):
 class _Job:
     ended: asyncio.Future[Attempt]
     retries: int
+    stall: float
     is_over: bool = False
     """Its run is settled or stopped, but its code may go on: it still takes a slot."""
 
@@ -179,7 +180,7 @@ class Child:
             log.error(
                 "executor %s ended %s, with %d runs; at fault: %s",
                 *(self.pid, _how(code), len(self._jobs)),
-                ", ".join(f"{run} ({verdict})" for run, verdict in verdicts.items() if verdict != "innocent") or "none",
+                ", ".join(map(str, [run for run, verdict in verdicts.items() if verdict == "charged"])) or "not known",
             )
         for run, job in self._jobs.items():
             if not job.ended.done():
@@ -220,11 +221,12 @@ class Child:
                     if watch.silent == 0.0 and self.pid is not None:
                         watch.before = blame.spent_by(self.pid)
                     watch.silent += min(now - before, 2 * PING)
-                    if watch.silent >= self._stall:
-                        await self._abort()
+                    limit = max([self._stall, *(job.stall for job in self._jobs.values())])
+                    if watch.silent >= limit:
+                        await self._abort(limit)
             before = now
 
-    async def _abort(self) -> None:
+    async def _abort(self, limit: float) -> None:
         """End a process whose loop does not answer: first by a signal that makes it dump its threads, whatever holds
         the interpreter's lock."""
         assert self.pid is not None
@@ -234,7 +236,7 @@ class Child:
         self._end = Problem(
             code="blocked_worker",
             title="The run has blocked the process that executed it",
-            detail=f"Its event loop did not answer for {self._stall:g} s, so the process was ended: use `await`, a sync"
+            detail=f"Its event loop did not answer for {limit:g} s, so the process was ended: use `await`, a sync"
             " task, or shorter steps.",
         )
         self._evidence = Evidence(seen, spent=spent)
@@ -269,7 +271,7 @@ class Child:
         """Those of them that are over: their code has not ended when it was asked to."""
         return sum(job.is_over for job in self._jobs.values())
 
-    async def execute(self, name: str, run: UUID, given: bytes, *, retries: int) -> Attempt:
+    async def execute(self, name: str, run: UUID, given: bytes, *, retries: int, may_block: float = 0.0) -> Attempt:
         """Make an attempt.
 
         Cancelled, it returns as well: once the code of the run has ended, or after `STOP_WITHIN`.
@@ -280,7 +282,7 @@ class Child:
         assert self._channel is not None
         if run in self._jobs:
             return Attempt(Retry(_STILL_HERE, delay=STOP_WITHIN, retries=retries), retries)
-        job = self._jobs[run] = _Job(asyncio.get_running_loop().create_future(), retries)
+        job = self._jobs[run] = _Job(asyncio.get_running_loop().create_future(), retries, may_block)
         self.runs += 1
         self._channel.send(Message(protocol.EXECUTE, run.bytes, retries, name.encode(), given))
         try:

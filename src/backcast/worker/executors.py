@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections import deque
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -27,6 +28,8 @@ BUILTIN = "backcast.llm.tasks"
 """The module of the built-in tasks."""
 LOST_SHARE = 4
 """An executor is replaced when one of so many of its slots is lost to code that does not end."""
+SPARES = 2
+"""Executors that are kept ready for runs that get one of their own, once such a run has come."""
 _PAGE = 4096
 _FAREWELL = 4.0
 """Seconds that an executor has to publish what is left and to end."""
@@ -46,11 +49,13 @@ class Executors:
         self._seats: list[Child | None] = [None] * count
         self._shares = shares
         self._most = worker.max_memory
-        self._others = set[Child]()
-        """Retiring ones, replacements on their way, and the one for suspects."""
+        self._all = set[Child]()
+        """Also retiring ones, replacements on their way, and the one for suspects."""
         self._lives = set[asyncio.Task[None]]()
         self._changed = asyncio.Event()
         self._alone, self._alone_lock, self._alone_asked = None, asyncio.Lock(), 0
+        self._spares = deque[Child]()
+        """For runs that get a process of their own."""
         self._is_closing = False
         self._served = dict[str, Served]()
         self.identity: UUID | None = None
@@ -91,10 +96,6 @@ class Executors:
     def is_ready(self) -> bool:
         return any(child is not None and child.is_ready for child in self._seats)
 
-    @property
-    def _all(self) -> Iterable[Child]:
-        return [*(child for child in self._seats if child is not None), *self._others]
-
     def is_cached(self, task: str) -> bool:
         return self._served[task].is_cached
 
@@ -104,13 +105,17 @@ class Executors:
         Raises:
             ExecutorEnded: with its executor; the verdict is that it was, or was not, the run's doing.
         """
+        served = self._served[name]
+        how = {"may_block": served.may_block or 0.0}
+        if served.is_isolated:
+            return await self._execute_isolated(name, run, given, retries=retries, **how)
         child = await self._free()
         try:
-            return await child.execute(name, run, given, retries=retries)
+            return await child.execute(name, run, given, retries=retries, **how)
         except ExecutorEnded as ended:
             if ended.verdict != "suspect":
                 raise
-            return await self._execute_alone(name, run, given, retries=ended.retries)
+            return await self._execute_alone(name, run, given, retries=ended.retries, **how)
 
     async def cache_key(self, name: str, run: UUID, given: bytes) -> str | None:
         child = await self._free()
@@ -126,13 +131,25 @@ class Executors:
                 return best
             await self._changed.wait()
 
-    async def _execute_alone(self, name: str, run: UUID, given: bytes, *, retries: int) -> Attempt:
+    async def _execute_isolated(self, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
+        child = self._spares.popleft() if self._spares else self._spawn(1)
+        try:
+            child = await self._started(child)
+            if len(self._spares) < SPARES:
+                self._spares.append(self._spawn(1))
+            return await child.execute(name, run, given, **how)
+        finally:
+            if child.left:
+                child.kill()
+            self._retire(child)
+
+    async def _execute_alone(self, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
         self._alone_asked += 1
         try:
             async with self._alone_lock:
                 if self._alone is None or not self._alone.is_ready:
                     self._alone = await self._started(self._spawn(1))
-                return await self._alone.execute(name, run, given, retries=retries)
+                return await self._alone.execute(name, run, given, **how)
         finally:
             self._alone_asked -= 1
             if not self._alone_asked and self._alone is not None:
@@ -183,7 +200,7 @@ class Executors:
             identity=lambda: self.identity,
             changed=self._has_changed,
         )
-        self._others.add(child)
+        self._all.add(child)
         life = asyncio.create_task(self._live(child))
         self._lives.add(life)
         life.add_done_callback(self._lives.discard)
@@ -204,7 +221,7 @@ class Executors:
         except OSError as error:
             log.error("an executor can't be started: %s", error)
         finally:
-            self._others.discard(child)
+            self._all.discard(child)
             child.ended.set()
             self._has_changed()
 
@@ -226,7 +243,7 @@ class Executors:
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(1)
-            for child in self._all:
+            for child in list(self._all):
                 if self._most and (used := _resident(child.pid)) > 1.25 * self._most:
                     log.error("ending executor %s: it has %d MiB", child.pid, used >> 20)
                     child.end(TOO_LARGE)
@@ -250,7 +267,6 @@ class Executors:
     def _retire(self, child: Child) -> None:
         """It gets no more runs, and ends when those that it has are over."""
         child.is_retiring = True
-        self._others.add(child)
 
         async def end() -> None:
             while child.taken > child.left and not child.ended.is_set():
@@ -262,8 +278,6 @@ class Executors:
                 await asyncio.wait_for(child.ended.wait(), _FAREWELL)
             child.kill()
             await child.ended.wait()
-            self._others.discard(child)
-            self._has_changed()
 
         task = asyncio.create_task(end())
         self._lives.add(task)

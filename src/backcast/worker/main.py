@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from backcast.errors import Unavailable
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
-from backcast.process import background
+from backcast.process import background, privacy
 from backcast.process.logs import configure_logging
 from backcast.process.probes import probes
 from backcast.process.stop import Stop
@@ -76,5 +76,6 @@ async def _started(executors: Executors, stop: Stop) -> bool:
 
 def main(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT."""
+    privacy.hide()
     configure_logging(settings.log_level)
     uvloop.run(_serve(settings))

@@ -358,6 +358,31 @@ def _target(link: Path) -> str:
         return ""
 
 
+@options(isolation="process")
+@task(timeout_seconds=1)
+def sleep_on_apart(seconds: float = 3600) -> None:
+    time.sleep(seconds)
+
+
+@options(isolation="process")
+@task
+async def crash_apart() -> None:
+    ctypes.string_at(0)
+
+
+@options(isolation="process")
+@task
+async def who_apart() -> int:
+    return os.getpid()
+
+
+@options(may_block=60)
+@task
+async def block_with_leave(seconds: float) -> str:
+    time.sleep(seconds)
+    return "blocked"
+
+
 @task
 def connect(port: int) -> bool:
     with socket.socket() as probe:

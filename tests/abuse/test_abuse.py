@@ -174,6 +174,24 @@ async def test_what_a_run_leaves_behind_ends_with_its_executor(product: Stack, t
     await until(is_there, lambda there: not there)
 
 
+async def test_a_run_with_a_process_of_its_own_disturbs_nobody(product: Stack) -> None:
+    """Its neighbours are not even executed again."""
+    neighbours = [await product.submit("nap", seconds=3) for _ in range(5)]
+    pids = [await product.result(await product.submit("who_apart")) for _ in range(2)]
+    assert len(set(pids)) == 2, "a fresh one each"
+    crashed, late = await product.ended(await product.submit("crash_apart")), await product.submit("sleep_on_apart")
+    assert crashed["error"]["code"] == "executor_died"
+    assert (await product.ended(late))["error"]["code"] == "timeout"
+    for run in neighbours:
+        assert await product.result(run) == 3
+    assert "ended by SIGSEGV, with 1 runs" in product.parts[1].text
+    assert (await lost(product)) == 0, "the thread that slept on has ended with its process"
+
+
+async def test_a_task_may_have_leave_to_block(product: Stack) -> None:
+    assert await product.result(await product.submit("block_with_leave", seconds=2 * STALL)) == "blocked"
+
+
 async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:
     """It fails three times, then kills its process: `max_attempts` executors end, and no more."""
     env = {"BACKCAST_TASKS": "tests.abuse.tasks", "BACKCAST_BUILTIN_TASKS": "false", "BACKCAST_MAX_ATTEMPTS": "3"}

@@ -95,6 +95,11 @@ def _dawdle(_: random.Random, key: str) -> Case:
     return Case("dawdle", {"key": key}, ends="failed", code="timeout")
 
 
+def _offend(dice: random.Random, key: str) -> Case:
+    kind = dice.choice(["block", "crash", "kill", "exit"])
+    return Case("offend", {"key": key, "kind": kind}, [key, kind])
+
+
 def _later(dice: random.Random, key: str) -> Case:
     case = _add(dice, key)
     case.options["run_at"] = (datetime.now(UTC) + timedelta(seconds=dice.uniform(0.5, 6))).isoformat()
@@ -124,6 +129,7 @@ MIX: list[tuple[int, Callable[[random.Random, str], Case]]] = [
     (3, _measure),
     (3, _enlarge),
     (3, _dawdle),
+    (1, _offend),
     (5, _later),
     (6, _narrow),
     (5, _urgent),

@@ -3,7 +3,10 @@ in a file: so executions are known, and a task can fail a number of times, whate
 """
 
 import asyncio
+import ctypes
 import hashlib
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,23 @@ async def enlarge(key: str, word: str, times: int) -> Any:
     """Returns a large result."""
     call(key)
     return [key, word * times]
+
+
+@task
+async def offend(key: str, kind: str) -> Any:
+    """Its first call blocks, crashes or ends its process."""
+    if call(key) == 1:
+        match kind:
+            case "block":
+                while True:
+                    pass
+            case "crash":
+                ctypes.string_at(0)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case _:
+                os._exit(1)
+    return [key, kind]
 
 
 @task(timeout_seconds=0.5)

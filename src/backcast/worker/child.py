@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from backcast import protocol
@@ -33,6 +33,8 @@ log = logging.getLogger("backcast.worker")
 
 PING = 0.5
 """Seconds between two pings."""
+DUMP_WITHIN = 3.0
+"""Seconds that a process has to write its dump, and to end by itself, after the signal for that."""
 STOP_WITHIN = 3.0
 """Seconds that the code of a run has to end after it was asked to; then it no longer matters to the run."""
 _SECRETS = re.compile(r"BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)")
@@ -165,11 +167,8 @@ class Child:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _has_ended(self, code: int) -> None:
-        evidence = self._evidence or Evidence(
-            marks.read(self._marks.fileno(), self._assignment.slots),
-            self._dumped(),
-            is_exit=code >= 0,
-        )
+        seen = marks.read(self._marks.fileno(), self._assignment.slots)
+        evidence = replace(self._evidence or Evidence(seen, is_exit=code >= 0), dump=self._dumped())
         problem = self._end or Problem(
             code="executor_died",
             title="The process that executed this run has ended",
@@ -242,12 +241,7 @@ class Child:
         self._evidence = Evidence(seen, spent=spent)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGABRT)
-        for _ in range(20):
-            await asyncio.sleep(0.05)
-            if (dump := self._dumped()).count("\n") > 2:
-                await asyncio.sleep(0.05)
-                self._evidence = Evidence(seen, self._dumped() or dump, spent)
-                break
+        await asyncio.sleep(DUMP_WITHIN)  # its end, which comes as soon as it has written the dump, ends this
         self.kill()
 
     def _send_tag(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from importlib.util import find_spec
 
 import uvloop
 from prometheus_client import CollectorRegistry
@@ -76,6 +77,8 @@ async def _started(executors: Executors, stop: Stop) -> bool:
 
 def main(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT."""
+    if find_spec("prefect") is None:  # its executors would fail one after the other
+        raise ModuleNotFoundError("No module named 'prefect'", name="prefect")
     privacy.hide()
     configure_logging(settings.log_level)
     uvloop.run(_serve(settings))

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
-from backcast.errors import BackcastError, ConfigurationError, StoreUnavailable, Unavailable
+from backcast.errors import BackcastError, ConfigurationError, LedgerUnavailable, StoreUnavailable, Unavailable
 from backcast.ledger import inspection, provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
@@ -40,12 +40,12 @@ def prepare(settings: Settings, report: Report) -> None:
     if setup.admin_url is not None:
         admin = setup.admin_url.get_secret_value()
         _wait(admin, deadline, report)
-        asyncio.run(_verify(admin))
+        _verify(admin, deadline, report)
         for each in (settings.database.url, setup.prefect_url):
             if each is not None:
                 report(provisioning.provision(admin, each.get_secret_value()))
     _wait(url, deadline, report)
-    asyncio.run(_verify(url))
+    _verify(url, deadline, report)
     report(migrate(url))
     if setup.admin_url is not None:
         for part, its in setup.roles.items():
@@ -83,9 +83,18 @@ def _wait(url: str, deadline: float, report: Report) -> None:
         raise Unavailable(f"{why}. Is it running, and does the setting name its address?")
 
 
-async def _verify(url: str) -> None:
+def _verify(url: str, deadline: float, report: Report) -> None:
     """Before anything is set or locked: behind some poolers, another client's session would be."""
-    await Ledger(url, name="backcast-setup").verify()
+
+    def why_not() -> str | None:
+        try:
+            asyncio.run(Ledger(url, name="backcast-setup").verify())
+        except LedgerUnavailable as error:
+            return error.detail
+        return None
+
+    if why := _until_there(why_not, deadline, report):
+        raise Unavailable(why)
 
 
 async def _inspect(settings: Settings, part: str) -> None:

@@ -358,6 +358,16 @@ def _target(link: Path) -> str:
         return ""
 
 
+def _spinning_key(*_: Any) -> str:
+    while True:
+        pass
+
+
+@task(cache_key_fn=_spinning_key)
+async def spin_in_the_key() -> None:
+    """Not reached."""
+
+
 @options(isolation="process")
 @task(timeout_seconds=1)
 def sleep_on_apart(seconds: float = 3600) -> None:

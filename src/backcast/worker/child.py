@@ -86,7 +86,7 @@ class Child:
         self._assignment, self._store, self._stall = assignment, store, stall
         self._identity, self._changed = identity, changed
         self._jobs = dict[UUID, _Job]()
-        self._keys = dict[bytes, asyncio.Future[str | None]]()
+        self._keys = dict[UUID, tuple[asyncio.Future[str | None], int]]()
         self._requests = set[asyncio.Task[None]]()
         self._watch = _Watch()
         self._evidence: Evidence | None = None
@@ -118,7 +118,8 @@ class Child:
         environment = {name: value for name, value in os.environ.items() if not _SECRETS.match(name)}
         if URL_VARIABLE in os.environ:
             environment[URL_VARIABLE] = os.environ[URL_VARIABLE]
-        with theirs:
+        with theirs, contextlib.ExitStack() as unless_started:
+            unless_started.callback(ours.close)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "backcast.executor.main", *map(str, files)),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -126,6 +127,7 @@ class Child:
                 env=environment,
                 start_new_session=True,
             )
+            unless_started.pop_all()
         self.pid = process.pid
         watching = None
         try:
@@ -174,7 +176,7 @@ class Child:
             title="The process that executed this run has ended",
             detail=f"It ended {_how(code)}. Code of a task did that, or the machine was short of memory.",
         )
-        verdicts = blame.verdicts(self._jobs, evidence)
+        verdicts = blame.verdicts({*self._jobs, *self._keys}, evidence)
         if self.served is not None and (self._jobs or not self.is_retiring):
             log.error(
                 "executor %s ended %s, with %d runs; at fault: %s",
@@ -187,9 +189,9 @@ class Child:
                 told = problem.model_copy(update={"detail": f"{problem.detail}\n{stack}".strip()})
                 job.ended.set_exception(ExecutorEnded(told, verdicts[run], job.retries))
                 job.ended.exception()  # its run may have been stopped, so that nobody asks
-        for key in self._keys.values():
+        for run, (key, retries) in self._keys.items():
             if not key.done():
-                key.set_exception(ExecutorEnded(problem, "suspect", 0))
+                key.set_exception(ExecutorEnded(problem, verdicts[run], retries))
                 key.exception()
         self._jobs.clear()
         if self._channel is not None:
@@ -297,14 +299,16 @@ class Child:
     def _is_left(job: _Job) -> bool:
         return job.ended.exception() is None and job.ended.result().is_left
 
-    async def cache_key(self, name: str, run: UUID, given: bytes) -> str | None:
+    async def cache_key(self, name: str, run: UUID, given: bytes, *, retries: int) -> str | None:
+        """Code of the user may compute it: raises `ExecutorEnded` as `execute` does."""
         assert self._channel is not None
-        key = self._keys[run.bytes] = asyncio.get_running_loop().create_future()
+        key = asyncio.get_running_loop().create_future()
+        self._keys[run] = key, retries
         self._channel.send(Message(protocol.KEY, run.bytes, meta=name.encode(), body=given))
         try:
             return await key
         finally:
-            self._keys.pop(run.bytes, None)
+            self._keys.pop(run, None)
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
@@ -324,8 +328,8 @@ class Child:
                 self._watch.answered = message.number
                 self.figures = json.loads(message.body)
             case protocol.KEY:
-                if (key := self._keys.get(message.id)) is not None and not key.done():
-                    key.set_result(message.body.decode() if message.number == protocol.FOUND else None)
+                if (asked := self._keys.get(UUID(bytes=message.id))) is not None and not asked[0].done():
+                    asked[0].set_result(message.body.decode() if message.number == protocol.FOUND else None)
             case protocol.READY:
                 self.served = protocol.served(message)
                 self._changed()

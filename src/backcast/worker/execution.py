@@ -70,7 +70,7 @@ class Execution:
             route = routing.version_route(claim.task, claim.signature)
             return _unstarted(claim, Retry(routing.UNFIT_INPUT, 0.0, claim.retries_used, route=route))
         if self._executors.is_cached(claim.task):
-            key = await self._executors.cache_key(claim.task, claim.id, given)
+            key = await self._executors.cache_key(claim.task, claim.id, given, retries=claim.retries_used)
             if key is not None:
                 self._flights[claim.id] = key, claim.fence
                 if not await flights.take(self._ledger, key, claim):

@@ -117,9 +117,15 @@ class Executors:
                 raise
             return await self._execute_alone(name, run, given, retries=ended.retries, **how)
 
-    async def cache_key(self, name: str, run: UUID, given: bytes) -> str | None:
+    async def cache_key(self, name: str, run: UUID, given: bytes, *, retries: int) -> str | None:
+        """None as well if it can't be known whose doing the end of an executor was: the attempt will show."""
         child = await self._free()
-        return await child.cache_key(name, run, given)
+        try:
+            return await child.cache_key(name, run, given, retries=retries)
+        except ExecutorEnded as ended:
+            if ended.verdict == "suspect":
+                return None
+            raise
 
     async def _free(self) -> Child:
         """The executor with the most room, once there is one."""

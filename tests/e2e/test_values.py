@@ -97,7 +97,8 @@ async def test_what_is_global_is_the_parents(bare: Cluster) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.stem)
 async def test_every_scenario_is_accepted_by_the_cluster(bare: Cluster, scenario: Path) -> None:
     await bare.make_namespace(NAMESPACE)
-    await bare.apply(NAMESPACE, secret("backcast", "database-url", "prefect-auth-string", *KEYS))
+    urls = [f"{each}database-url" for each in ("", "api-", "worker-", "steward-")]
+    await bare.apply(NAMESPACE, secret("backcast", *urls, "prefect-auth-string", *KEYS))
     done = await render(yaml.safe_load(scenario.read_text()))
     await accepted(bare, objects(json.loads(done.out)))
 

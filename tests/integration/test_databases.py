@@ -165,6 +165,28 @@ async def test_a_missing_right_or_column_is_a_fault_and_no_outage(
         assert "waiting for the database" not in worker.text
 
 
+async def test_a_database_that_does_not_let_the_role_in_yet_is_waited_for(database: str, tmp_path: Path) -> None:
+    """As between the two steps of `backcast setup`: it makes the roles first, and lets them in last."""
+    admin = await asyncpg.connect(database)
+    name = await admin.fetchval("select current_database()")
+    await admin.execute(
+        f"""do $$ begin create role early login; exception when duplicate_object then null; end $$;
+            grant usage on schema backcast to early;
+            grant all on all tables in schema backcast to early;
+            revoke connect on database "{name}" from public"""
+    )
+    async with stack(database.replace("postgres@", "early@"), tmp_path) as product:
+        worker = product.start("worker")
+
+        async def waits() -> bool:
+            return "waiting for the database: The database has no schema of this release" in worker.text
+
+        await worker.does(waits)
+        await admin.execute(f'grant connect on database "{name}" to early')
+        await worker.ready()
+    await admin.close()
+
+
 async def test_a_connection_that_is_lost_in_silence_is_opened_again(
     database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,10 +164,14 @@ class Ledger:
             self._full = None
 
     async def _lacks_schema(self) -> bool:
-        """Whether the database has no schema yet, or that of an older release. One that can't be read is a fault."""
+        """Whether the database has no schema yet, or that of an older release. One that can't be read is a fault, but
+        for a database that does not let this role in: `backcast setup` does that last."""
         try:
             with _reaching():
-                connection = await self._connect()
+                try:
+                    connection = await self._connect()
+                except asyncpg.InsufficientPrivilegeError:
+                    return True
                 try:
                     version = await connection.fetchval("select version_num from backcast.alembic_version")
                     return version is None or version < NEWEST

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import re
 import secrets
 import time
@@ -295,9 +296,14 @@ class Retry:
     """The flight to wait for: another run computes the same value."""
     route: str = ""
     """The route to the workers that can do the run: see `ledger.routing`."""
-    is_charged: bool = False
+    counts: bool = False
     """Whether it counts against `max_attempts`, beside its retries: it has ended its executor, or its result can't be
     stored."""
+
+    @classmethod
+    def after_outage(cls, error: BackcastError, retries: int, *, counts: bool = False) -> Self:
+        """Spread, or all runs that met the same outage come back at the same moment."""
+        return cls(Problem.from_error(error), random.uniform(2.5, 7.5), retries, counts=counts)  # noqa: S311
 
 
 AttemptResult = Succeeded | Failed | Retry

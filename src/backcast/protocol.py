@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 from pydantic import BaseModel, SecretStr, TypeAdapter
@@ -24,6 +24,15 @@ FOUND, MISSING, UNAVAILABLE = range(3)
 """The number of an `ANSWER`."""
 _SUCCEEDED, _FAILED, _RETRY, _STOPPED, DISTURBED = range(5)
 """The number of a `RESULT`. `DISTURBED`: it was stopped, but nobody had asked for it."""
+
+
+HISTORY = {
+    "waiting": "Events not yet published to Prefect, the spooled ones included",
+    "waiting_bytes": "Bytes of events and log lines in memory",
+    "spooled_bytes": "Bytes of events on the disk",
+}
+"""The figures of a history sink, which a `PONG` carries, with their descriptions."""
+DROPPED = "Events and log lines that Prefect never gets: it refuses them, or they found no room"
 
 
 class Assignment(BaseModel):
@@ -115,17 +124,10 @@ def result(run: UUID, attempt: Attempt) -> Message:
 def attempt(message: Message, retries: int) -> Attempt:
     meta = json.loads(message.meta) if message.meta else {}
     ended: AttemptResult | None = None
-    match message.number:
-        case 0:
-            ended = Succeeded(message.body)
-        case 1:
-            ended = Failed(Problem(**meta["problem"]))
-        case 2:
-            ended = Retry(Problem(**meta["problem"]), meta["delay"], meta["retries"])
-        case _:
-            pass
+    if message.number == _SUCCEEDED:
+        ended = Succeeded(message.body)
+    elif message.number == _FAILED:
+        ended = Failed(Problem(**meta["problem"]))
+    elif message.number == _RETRY:
+        ended = Retry(Problem(**meta["problem"]), meta["delay"], meta["retries"])
     return Attempt(ended, retries, meta.get("usage"), meta.get("left", False))
-
-
-Verdict = Literal["charged", "innocent", "suspect"]
-"""What the end of an executor means for a run that it had: its doing, another's, or perhaps its own."""

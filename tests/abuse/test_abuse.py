@@ -1,6 +1,6 @@
 """Nothing that a task does can hurt its worker, or the runs beside it: each misbehaviour beside twenty ordinary runs.
 
-`max_attempts` is 1: a run that were charged for another's doing would fail.
+`max_attempts` is 1: a run for which another's doing counted would fail.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:
 
 
 async def beside(product: Stack, task: str, **given: Any) -> dict[str, Any]:
-    """The end of a run of this task, beside twenty ordinary runs that complete once and uncharged."""
+    """The end of a run of this task, beside twenty ordinary runs that complete in their first counted attempt."""
     before = [await product.submit("nap", seconds=0.5) for _ in range(NEIGHBOURS // 4)]
     before += [await product.submit("sync_nap", seconds=0.3) for _ in range(NEIGHBOURS // 4)]
     offender = await product.submit(task, **given)
@@ -159,7 +159,7 @@ async def test_a_drain_ends_whatever_the_code_does(product: Stack) -> None:
     assert time.monotonic() - began < 3 + 5 + 5, "grace and five seconds, and what a loaded machine takes"
     for run in runs:
         state = (await product.run(run))["state"]
-        assert state in ("queued", "failed"), "given back, or charged with the block"
+        assert state in ("queued", "failed"), "released, or failed as it has blocked"
 
 
 @pytest.mark.parametrize("task", ["fork_and_leave", "leave_a_server"])

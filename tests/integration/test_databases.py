@@ -52,6 +52,15 @@ def configured(database: str, folder: Path) -> Settings:
     )
 
 
+async def make_role(admin: asyncpg.Connection, name: str) -> None:
+    """Make a role that may use every table, but owns none."""
+    await admin.execute(
+        f"""do $$ begin create role {name} login; exception when duplicate_object then null; end $$;
+            grant usage on schema backcast to {name};
+            grant all on all tables in schema backcast to {name}"""
+    )
+
+
 async def works(product: Stack) -> None:
     """Submitting, claiming, retrying, waiting for a time and for a lane, listing, cancelling."""
     assert (await product.http.put("/v1/lanes/narrow", json={"max_running": 1})).status_code == 200
@@ -144,11 +153,7 @@ async def test_a_missing_right_or_column_is_a_fault_and_no_outage(
     database: str, tmp_path: Path, sql: str, found: str, words: str
 ) -> None:
     admin = await asyncpg.connect(database)
-    await admin.execute(
-        """do $$ begin create role clerk login; exception when duplicate_object then null; end $$;
-           grant usage on schema backcast to clerk;
-           grant all on all tables in schema backcast to clerk"""
-    )
+    await make_role(admin, "clerk")
     await admin.execute(sql)
     await admin.close()
     as_clerk, lines = database.replace("postgres@", "clerk@"), list[str]()
@@ -169,12 +174,8 @@ async def test_a_database_that_does_not_let_the_role_in_yet_is_waited_for(databa
     """As between the two steps of `backcast setup`: it makes the roles first, and lets them in last."""
     admin = await asyncpg.connect(database)
     name = await admin.fetchval("select current_database()")
-    await admin.execute(
-        f"""do $$ begin create role early login; exception when duplicate_object then null; end $$;
-            grant usage on schema backcast to early;
-            grant all on all tables in schema backcast to early;
-            revoke connect on database "{name}" from public"""
-    )
+    await make_role(admin, "early")
+    await admin.execute(f'revoke connect on database "{name}" from public')
     async with stack(database.replace("postgres@", "early@"), tmp_path) as product:
         worker = product.start("worker")
 

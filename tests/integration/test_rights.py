@@ -31,7 +31,7 @@ def admin(database: str) -> Iterator[Connection]:
 
 
 def test_every_table_is_some_parts(admin: Connection) -> None:
-    """A migration that makes a table or view says here which parts may do what with it."""
+    """A migration that makes a table or view states here which parts may do what with it."""
     made = admin.execute(
         "select relname from pg_class where relnamespace = 'backcast'::regnamespace"
         " and relkind in ('r', 'p', 'v', 'm', 'f', 'S') and not relispartition"
@@ -157,8 +157,8 @@ async def test_an_older_release_leaves_the_rights_of_a_newer_schema(database: st
 
 async def test_parts_may_share_a_role_and_the_owner_keeps_its_own(database: str, admin: Connection) -> None:
     both = role_url(database, "worker")
-    said = provisioning.grant(database, {"worker": both, "steward": both, "api": database.replace("@", ":any@", 1)})
-    assert said == "Rights are granted to backcast_worker."
+    report = provisioning.grant(database, {"worker": both, "steward": both, "api": database.replace("@", ":any@", 1)})
+    assert report == "Rights are granted to backcast_worker."
     for part, url in (("worker", both), ("steward", both), ("api", database)):
         ledger = Ledger(url)
         await inspection.rights(ledger, part)

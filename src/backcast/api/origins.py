@@ -83,7 +83,7 @@ class OwnPages:
         elif site in ("none", "same-origin"):
             return None
         elif not site:
-            page = "/".join(_header(scope, b"referer").split("/")[:3])  # all that an old browser may tell of a form
+            page = "/".join(_header(scope, b"referer").split("/")[:3])  # all that an old browser may send with a form
             if scope["method"] in _SAFE or page in ("", *self._origins) or _same(page, _header(scope, b"host")):
                 return None
             foreign = f"The page {page} may not use this service"

@@ -6,7 +6,6 @@ import contextvars
 import json
 import logging
 import os
-import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from uuid import UUID
 from backcast import llm, protocol
 from backcast.errors import FatalError, Unavailable, UsageError
 from backcast.executor.executor import Executor
-from backcast.executor.objects import RemoteObjects
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded
 from backcast.process.channel import Channel, Message
@@ -26,8 +24,8 @@ log = logging.getLogger("backcast.executor")
 
 
 class Jobs:
-    def __init__(self, channel: Channel, executor: Executor, objects: RemoteObjects, *, max_result: int) -> None:
-        self._channel, self._executor, self._objects, self._max_result = channel, executor, objects, max_result
+    def __init__(self, channel: Channel, executor: Executor, *, max_result: int) -> None:
+        self._channel, self._executor, self._max_result = channel, executor, max_result
         self._tasks = dict[bytes, asyncio.Task[None]]()
         self._asked = set[bytes]()
         self._restore = _habits()
@@ -93,8 +91,7 @@ class Jobs:
         except asyncio.CancelledError:
             return None
         except Unavailable as error:
-            # Spread, or all runs that met the same outage come back at the same moment.
-            return Retry(Problem.from_error(error), delay=random.uniform(2.5, 7.5), retries=retries)  # noqa: S311
+            return Retry.after_outage(error, retries)
         if isinstance(result, Succeeded) and len(result.body) > self._max_result:
             return _failed(
                 FatalError(

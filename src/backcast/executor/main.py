@@ -78,7 +78,7 @@ class _Process:
         )
         asyncio.get_running_loop().set_task_factory(task_factory(self._marks))
         async with executor:
-            self._jobs = Jobs(channel, executor, objects, max_result=given.max_result)
+            self._jobs = Jobs(channel, executor, max_result=given.max_result)
             served = [
                 Served(
                     type=each.type,
@@ -106,7 +106,7 @@ class _Process:
     def _received(self, message: Message) -> None:
         match message.kind:
             case protocol.PING:
-                figures = {} if self._sink is None else self._sink.figures
+                figures = [{}, {}] if self._sink is None else [self._sink.figures, self._sink.counted]
                 self._channel.send(Message(protocol.PONG, number=message.number, body=json.dumps(figures).encode()))
             case protocol.EXECUTE if self._jobs is not None:
                 self._jobs.execute(message)

@@ -18,6 +18,7 @@ from uuid import UUID
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from backcast import protocol
 from backcast.errors import LedgerUnavailable
 from backcast.history import cleaning
 from backcast.history.delivery import Delivery, Refused, Undelivered
@@ -77,7 +78,7 @@ class Sink:
         self.is_enabled = settings.api_url is not None and settings.history
         self.dropped = Counter(
             "backcast_history_dropped",
-            "Events and log lines that Prefect never gets: it refuses them, or they found no room",
+            protocol.DROPPED,
             ["why"],
             registry=None,
         )
@@ -86,25 +87,22 @@ class Sink:
 
     @property
     def figures(self) -> dict[str, float]:
-        """As `measure` shows them, for a process whose metrics another one serves."""
-        dropped = {s.labels["why"]: s.value for m in self.dropped.collect() for s in m.samples if "why" in s.labels}
-        return {
-            "waiting": self.waiting,
-            "waiting_bytes": self._bytes + self._log_bytes,
-            "spooled_bytes": self._spool.size,
-            "refused": dropped.get("refused", 0.0),
-            "no_room": dropped.get("no_room", 0.0),
-        }
+        """By the names of `protocol.HISTORY`."""
+        held = self._bytes + self._log_bytes
+        return {"waiting": self.waiting, "waiting_bytes": held, "spooled_bytes": self._spool.size}
+
+    @property
+    def counted(self) -> dict[str, float]:
+        """Dropped events and log lines, by reason."""
+        samples = [sample for metric in self.dropped.collect() for sample in metric.samples]
+        return {sample.labels["why"]: sample.value for sample in samples if sample.name.endswith("_total")}
 
     def measure(self, registry: CollectorRegistry) -> None:
         """Show the sink's figures among the metrics of its process."""
         registry.register(self.dropped)
-        for name, text, value in (
-            ("waiting", "Events not yet published to Prefect, the spooled ones included", lambda: self.waiting),
-            ("waiting_bytes", "Bytes of events and log lines in memory", lambda: self._bytes + self._log_bytes),
-            ("spooled_bytes", "Bytes of events on the disk", lambda: self._spool.size),
-        ):
-            Gauge(f"backcast_history_{name}", text, registry=registry).set_function(value)
+        for name, text in protocol.HISTORY.items():
+            gauge = Gauge(f"backcast_history_{name}", text, registry=registry)
+            gauge.set_function(lambda name=name: self.figures[name])
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 

@@ -6,11 +6,13 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 from backcast.process.marks import Mark
-from backcast.protocol import Verdict
 
+Fault = Literal["own", "other", "unknown"]
+"""Whose doing the end of an executor was, for a run that it had."""
 TRACEBACK = 4000
 """Characters of a dump that go to the error of a run."""
 _THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-f]+)", re.MULTILINE)
@@ -29,16 +31,16 @@ class Evidence:
     """It has ended by a call of `exit`, and by no signal."""
 
 
-def verdicts(runs: Collection[UUID], evidence: Evidence) -> dict[UUID, Verdict]:
+def faults(runs: Collection[UUID], evidence: Evidence) -> dict[UUID, Fault]:
     """One for each of the runs that the executor had."""
     runs = set(runs)
     if len(runs) == 1:
-        return dict.fromkeys(runs, "charged")
+        return dict.fromkeys(runs, "own")
     culprits = _culprits(evidence) & runs if evidence.marks else set[UUID]()
     if not culprits:
-        return dict.fromkeys(runs, "suspect")
-    verdict: Verdict = "charged" if len(culprits) == 1 else "suspect"
-    return {run: verdict if run in culprits else "innocent" for run in runs}
+        return dict.fromkeys(runs, "unknown")
+    fault: Fault = "own" if len(culprits) == 1 else "unknown"
+    return {run: fault if run in culprits else "other" for run in runs}
 
 
 def _culprits(evidence: Evidence) -> set[UUID]:
@@ -49,8 +51,8 @@ def _culprits(evidence: Evidence) -> set[UUID]:
     for found in _THREAD.finditer(evidence.dump):
         if found[1] == "Current thread":
             return _of(next((mark for mark in evidence.marks if mark.ident == int(found[2], 16)), None))
-    # Who called exit is still marked. A thread that sleeps is marked too, so that only the loop's own mark says who;
-    # and a signal, such as the kernel's when memory is short, says nothing about the code that was executing.
+    # The caller of exit is still marked. A thread that sleeps is marked too, so that only the loop's own mark is clear;
+    # and a signal, such as the kernel's when memory is short, need not come from the code that was executing.
     is_clear = evidence.is_exit and not any(mark.run for mark in threads)
     return _of(loop) if is_clear else set()
 
@@ -79,7 +81,7 @@ def stack(dump: str, marks: list[Mark], run: UUID) -> str:
 
 
 def spent_by(pid: int) -> dict[int, float]:
-    """Seconds of CPU that each thread of a process has spent; empty where the system does not tell."""
+    """Seconds of CPU that each thread of a process has spent; empty where the system does not show them."""
     seconds = dict[int, float]()
     for folder in Path(f"/proc/{pid}/task").glob("*"):
         try:

@@ -23,11 +23,11 @@ from backcast.errors import ConfigurationError, StoreUnavailable
 from backcast.models import Problem, Retry
 from backcast.process import marks
 from backcast.process.channel import Channel, Message
-from backcast.protocol import Assignment, Attempt, Served, Verdict
+from backcast.protocol import Assignment, Attempt, Served
 from backcast.store import Missing, Store
 from backcast.variables import URL_VARIABLE
 from backcast.worker import blame
-from backcast.worker.blame import Evidence
+from backcast.worker.blame import Evidence, Fault
 
 log = logging.getLogger("backcast.worker")
 
@@ -43,9 +43,9 @@ _SECRETS = re.compile(r"BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)")
 class ExecutorEnded(Exception):
     """The executor of a run has ended before the run."""
 
-    def __init__(self, problem: Problem, verdict: Verdict, retries: int) -> None:
+    def __init__(self, problem: Problem, fault: Fault, retries: int) -> None:
         super().__init__(problem.code)
-        self.problem, self.verdict, self.retries = problem, verdict, retries
+        self.problem, self.fault, self.retries = problem, fault, retries
 
 
 @dataclass(slots=True)
@@ -53,8 +53,6 @@ class _Job:
     ended: asyncio.Future[Attempt]
     retries: int
     stall: float
-    is_over: bool = False
-    """Its run is settled or stopped, but its code may go on: it still takes a slot."""
 
 
 @dataclass(slots=True)
@@ -80,12 +78,16 @@ class Child:
         stall: float,
         identity: Callable[[], UUID | None],
         changed: Callable[[], object],
+        dropped: Callable[[str, float], object],
     ) -> None:
-        """`changed` is called whenever a slot gets free, and when the child is ready or has ended."""
+        """`changed` is called whenever a slot gets free, and when the child is ready or has ended; `dropped` with the
+        reason and the number of items that its history sink has dropped."""
         self.capacity = assignment.slots
         self._assignment, self._store, self._stall = assignment, store, stall
-        self._identity, self._changed = identity, changed
+        self._identity, self._changed, self._dropped = identity, changed, dropped
         self._jobs = dict[UUID, _Job]()
+        self._left = dict[UUID, _Job]()
+        """Those whose run is settled or stopped, but whose code may go on: each still takes a slot."""
         self._keys = dict[UUID, tuple[asyncio.Future[str | None], int]]()
         self._requests = set[asyncio.Task[None]]()
         self._watch = _Watch()
@@ -100,6 +102,7 @@ class Child:
         """Set once it is ready."""
         self.figures: dict[str, float] = {}
         """Of its history sink."""
+        self._counted = dict[str, float]()
         self.is_retiring = False
         """It gets no more runs."""
         self.runs = 0
@@ -176,24 +179,25 @@ class Child:
             title="The process that executed this run has ended",
             detail=f"It ended {_how(code)}. Code of a task did that, or the machine was short of memory.",
         )
-        verdicts = blame.verdicts({*self._jobs, *self._keys}, evidence)
-        if self.served is not None and (self._jobs or not self.is_retiring):
+        faults = blame.faults({*self._jobs, *self._left, *self._keys}, evidence)
+        if self.served is not None and (self.taken or not self.is_retiring):
             log.error(
                 "executor %s ended %s, with %d runs; at fault: %s",
-                *(self.pid, _how(code), len(self._jobs)),
-                ", ".join(map(str, [run for run, verdict in verdicts.items() if verdict == "charged"])) or "not known",
+                *(self.pid, _how(code), self.taken),
+                ", ".join(str(run) for run, fault in faults.items() if fault == "own") or "not known",
             )
         for run, job in self._jobs.items():
             if not job.ended.done():
-                stack = blame.stack(evidence.dump, evidence.marks, run) if verdicts[run] == "charged" else ""
-                told = problem.model_copy(update={"detail": f"{problem.detail}\n{stack}".strip()})
-                job.ended.set_exception(ExecutorEnded(told, verdicts[run], job.retries))
+                stack = blame.stack(evidence.dump, evidence.marks, run) if faults[run] == "own" else ""
+                with_stack = problem.model_copy(update={"detail": f"{problem.detail}\n{stack}".strip()})
+                job.ended.set_exception(ExecutorEnded(with_stack, faults[run], job.retries))
                 job.ended.exception()  # its run may have been stopped, so that nobody asks
         for run, (key, retries) in self._keys.items():
             if not key.done():
-                key.set_exception(ExecutorEnded(problem, verdicts[run], retries))
+                key.set_exception(ExecutorEnded(problem, faults[run], retries))
                 key.exception()
         self._jobs.clear()
+        self._left.clear()
         if self._channel is not None:
             self._channel.close()
         self._marks.close()
@@ -222,7 +226,7 @@ class Child:
                     if watch.silent == 0.0 and self.pid is not None:
                         watch.before = blame.spent_by(self.pid)
                     watch.silent += min(now - before, 2 * PING)
-                    limit = max([self._stall, *(job.stall for job in self._jobs.values())])
+                    limit = max([self._stall, *(job.stall for job in (*self._jobs.values(), *self._left.values()))])
                     if watch.silent >= limit:
                         await self._abort(limit)
             before = now
@@ -260,12 +264,12 @@ class Child:
     @property
     def taken(self) -> int:
         """Runs whose code may be executing, over or not."""
-        return len(self._jobs)
+        return len(self._jobs) + len(self._left)
 
     @property
     def left(self) -> int:
         """Those of them that are over: their code has not ended when it was asked to."""
-        return sum(job.is_over for job in self._jobs.values())
+        return len(self._left)
 
     async def execute(self, name: str, run: UUID, given: bytes, *, retries: int, may_block: float = 0.0) -> Attempt:
         """Make an attempt.
@@ -276,7 +280,7 @@ class Child:
             ExecutorEnded: the process has ended.
         """
         assert self._channel is not None
-        if run in self._jobs:
+        if run in self._jobs or run in self._left:
             return Attempt(Retry(_STILL_HERE, delay=STOP_WITHIN, retries=retries), retries)
         job = self._jobs[run] = _Job(asyncio.get_running_loop().create_future(), retries, may_block)
         self.runs += 1
@@ -291,13 +295,8 @@ class Child:
             has_answered = bool(ended) and job.ended.exception() is None
             return Attempt(None, job.retries, job.ended.result().usage if has_answered else None)
         finally:
-            job.is_over = True
-            if job.ended.done() and not self._is_left(job):
-                self._jobs.pop(run, None)
-
-    @staticmethod
-    def _is_left(job: _Job) -> bool:
-        return job.ended.exception() is None and job.ended.result().is_left
+            if self._jobs.pop(run, None) is not None and not (job.ended.done() and _is_gone(job.ended)):
+                self._left[run] = job
 
     async def cache_key(self, name: str, run: UUID, given: bytes, *, retries: int) -> str | None:
         """Code of the user may compute it: raises `ExecutorEnded` as `execute` does."""
@@ -320,13 +319,18 @@ class Child:
                 if (job := self._jobs.get(UUID(bytes=message.id))) is not None:
                     job.retries = message.number
             case protocol.FREE:
-                job = self._jobs.get(run := UUID(bytes=message.id))
-                if job is not None and job.ended.done():
-                    del self._jobs[run]
-                    self._changed()
+                run = UUID(bytes=message.id)
+                for jobs in (self._jobs, self._left):
+                    if run in jobs and jobs[run].ended.done():
+                        del jobs[run]
+                        self._changed()
             case protocol.PONG:
                 self._watch.answered = message.number
-                self.figures = json.loads(message.body)
+                self.figures, counted = json.loads(message.body)
+                for why, count in counted.items():
+                    if (more := count - self._counted.get(why, 0.0)) > 0:
+                        self._dropped(why, more)
+                self._counted = counted
             case protocol.KEY:
                 if (asked := self._keys.get(UUID(bytes=message.id))) is not None and not asked[0].done():
                     asked[0].set_result(message.body.decode() if message.number == protocol.FOUND else None)
@@ -343,19 +347,16 @@ class Child:
                 pass
 
     def _attempted(self, run: UUID, message: Message) -> None:
-        job = self._jobs.get(run)
+        job = self._jobs.get(run) or self._left.get(run)
         if job is None or job.ended.done():
             return
         if message.number == protocol.DISTURBED:
-            verdict: Verdict = "charged" if len(self._jobs) == 1 else "suspect"
-            job.ended.set_exception(ExecutorEnded(_DISTURBED, verdict, job.retries))
+            job.ended.set_exception(ExecutorEnded(_DISTURBED, "own" if self.taken == 1 else "unknown", job.retries))
             job.ended.exception()
-            self._jobs.pop(run)
-            return
-        attempt = protocol.attempt(message, job.retries)
-        job.ended.set_result(attempt)
-        if job.is_over and not attempt.is_left:  # nobody has waited for it any more
-            del self._jobs[run]
+        else:
+            job.ended.set_result(protocol.attempt(message, job.retries))
+        if run in self._left and _is_gone(job.ended):  # nobody has waited for it any more
+            del self._left[run]
             self._changed()
 
     async def _answer(self, asked: Message) -> None:
@@ -385,6 +386,11 @@ _STILL_HERE = Problem(
     title="An earlier attempt of this run has not ended",
     detail="Its code goes on, although it was asked to stop.",
 )
+
+
+def _is_gone(ended: asyncio.Future[Attempt]) -> bool:
+    """Whether no code of the run goes on, once it is reported how its attempt has ended."""
+    return ended.exception() is not None or not ended.result().is_left
 
 
 def _how(code: int) -> str:

@@ -6,7 +6,6 @@ Decides nothing about slots, and nothing about how a result is settled.
 
 import json
 import logging
-import random
 from collections.abc import Collection
 from uuid import UUID
 
@@ -46,12 +45,10 @@ class Execution:
         try:
             return await self._attempt(claim)
         except ExecutorEnded as ended:
-            retry = Retry(ended.problem, 0.0, ended.retries, is_charged=True)
-            return Attempt(retry if ended.verdict == "charged" else None, ended.retries)
+            retry = Retry(ended.problem, 0.0, ended.retries, counts=True)
+            return Attempt(retry if ended.fault == "own" else None, ended.retries)
         except (Unavailable, LedgerFault) as error:
-            # Spread, or all runs that met the same outage come back at the same moment.
-            delay = random.uniform(2.5, 7.5)  # noqa: S311
-            return _unstarted(claim, Retry(Problem.from_error(error), delay, claim.retries_used))
+            return _unstarted(claim, Retry.after_outage(error, claim.retries_used))
         except Missing:
             error = UsageError("The stored input is gone: submit the run again.", code="input_lost")
             return _unstarted(claim, Failed(Problem.from_error(error)))

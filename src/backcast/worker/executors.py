@@ -13,6 +13,7 @@ from uuid import UUID
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from backcast import protocol
 from backcast.errors import ConfigurationError, Unavailable
 from backcast.models import Problem, TaskType
 from backcast.process import background
@@ -45,15 +46,14 @@ class Executors:
         self._settings, self._store = settings, store
         worker = settings.worker
         count = min(worker.processes, worker.slots)
-        shares = [worker.slots // count + (seat < worker.slots % count) for seat in range(count)]
         self._seats: list[Child | None] = [None] * count
-        self._shares = shares
+        self._shares = [worker.slots // count + (seat < worker.slots % count) for seat in range(count)]
         self._most = worker.max_memory
         self._all = set[Child]()
-        """Also retiring ones, replacements on their way, and the one for suspects."""
+        """Also retiring ones, replacements on their way, and the one for quarantine."""
         self._lives = set[asyncio.Task[None]]()
-        self._changed = asyncio.Event()
-        self._alone, self._alone_lock, self._alone_asked = None, asyncio.Lock(), 0
+        self._quarantine: Child | None = None
+        self._quarantine_lock, self._quarantined = asyncio.Lock(), 0
         self._spares = deque[Child]()
         """For runs that get a process of their own."""
         self._is_closing = False
@@ -61,25 +61,21 @@ class Executors:
         self.identity: UUID | None = None
         """Of the ledger: history is published under it."""
         self.changed = asyncio.Event()
-        """Set when slots have got free."""
+        """Set when slots have got free, or an executor is ready or has ended. Whoever waits clears it, looks, and waits
+        again."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Has the `ConfigurationError` with which the first executor could not start."""
         self._metrics(registry)
 
     def _metrics(self, registry: CollectorRegistry) -> None:
-        for name, text in (
-            ("waiting", "Events not yet published to Prefect, the spooled ones included"),
-            ("waiting_bytes", "Bytes of events and log lines in memory"),
-            ("spooled_bytes", "Bytes of events on the disk"),
-        ):
-            Gauge(f"backcast_history_{name}", text, registry=registry).set_function(lambda name=name: self._sum(name))
+        for name, text in protocol.HISTORY.items():
+            gauge = Gauge(f"backcast_history_{name}", text, registry=registry)
+            gauge.set_function(lambda name=name: sum(child.figures.get(name, 0.0) for child in self._all))
+        self._dropped = Counter("backcast_history_dropped", protocol.DROPPED, ["why"], registry=registry)
         Gauge(
             "backcast_worker_slots_lost", "Slots that code of runs takes which are over", registry=registry
         ).set_function(lambda: self.left)
         self._ended = Counter("backcast_worker_executors_ended", "Executors that have ended unasked", registry=registry)
-
-    def _sum(self, name: str) -> float:
-        return sum(child.figures.get(name, 0.0) for child in self._all)
 
     # -- what the worker sees -----------------------------------------------------------------------------------------
 
@@ -103,7 +99,7 @@ class Executors:
         """Make an attempt. A run that may have ended its executor is executed again, with nothing beside it.
 
         Raises:
-            ExecutorEnded: with its executor; the verdict is that it was, or was not, the run's doing.
+            ExecutorEnded: with its executor; it is known whose doing that was.
         """
         served = self._served[name]
         how = {"may_block": served.may_block or 0.0}
@@ -113,9 +109,9 @@ class Executors:
         try:
             return await child.execute(name, run, given, retries=retries, **how)
         except ExecutorEnded as ended:
-            if ended.verdict != "suspect":
+            if ended.fault != "unknown":
                 raise
-            return await self._execute_alone(name, run, given, retries=ended.retries, **how)
+            return await self._execute_quarantined(name, run, given, retries=ended.retries, **how)
 
     async def cache_key(self, name: str, run: UUID, given: bytes, *, retries: int) -> str | None:
         """None as well if it can't be known whose doing the end of an executor was: the attempt will show."""
@@ -123,19 +119,19 @@ class Executors:
         try:
             return await child.cache_key(name, run, given, retries=retries)
         except ExecutorEnded as ended:
-            if ended.verdict == "suspect":
+            if ended.fault == "unknown":
                 return None
             raise
 
     async def _free(self) -> Child:
         """The executor with the most room, once there is one."""
         while True:
-            self._changed.clear()
+            self.changed.clear()
             ready = [child for child in self._seats if child is not None and child.is_ready]
             best = max(ready, key=lambda child: child.capacity - child.taken, default=None)
             if best is not None and best.taken < best.capacity:
                 return best
-            await self._changed.wait()
+            await self.changed.wait()
 
     async def _execute_isolated(self, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
         child = self._spares.popleft() if self._spares else self._spawn(1)
@@ -149,18 +145,18 @@ class Executors:
                 child.kill()
             self._retire(child)
 
-    async def _execute_alone(self, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
-        self._alone_asked += 1
+    async def _execute_quarantined(self, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
+        self._quarantined += 1
         try:
-            async with self._alone_lock:
-                if self._alone is None or not self._alone.is_ready:
-                    self._alone = await self._started(self._spawn(1))
-                return await self._alone.execute(name, run, given, **how)
+            async with self._quarantine_lock:
+                if self._quarantine is None or not self._quarantine.is_ready:
+                    self._quarantine = await self._started(self._spawn(1))
+                return await self._quarantine.execute(name, run, given, **how)
         finally:
-            self._alone_asked -= 1
-            if not self._alone_asked and self._alone is not None:
-                self._retire(self._alone)
-                self._alone = None
+            self._quarantined -= 1
+            if not self._quarantined and self._quarantine is not None:
+                self._retire(self._quarantine)
+                self._quarantine = None
 
     # -- their lives --------------------------------------------------------------------------------------------------
 
@@ -205,6 +201,7 @@ class Executors:
             stall=settings.worker.stall.total_seconds(),
             identity=lambda: self.identity,
             changed=self._has_changed,
+            dropped=lambda why, count: self._dropped.labels(why).inc(count),
         )
         self._all.add(child)
         life = asyncio.create_task(self._live(child))
@@ -235,13 +232,12 @@ class Executors:
         for child in self._all:
             if child.served is not None and not self._served:
                 self._served = {served.type.name: served for served in child.served}
-        self._changed.set()
         self.changed.set()
 
     async def _started(self, child: Child) -> Child:
         while child.served is None and not child.ended.is_set():
-            self._changed.clear()
-            await self._changed.wait()
+            self.changed.clear()
+            await self.changed.wait()
         if child.ended.is_set():
             raise Unavailable("No executor can be started: see the log of the worker.")
         return child
@@ -276,9 +272,9 @@ class Executors:
 
         async def end() -> None:
             while child.taken > child.left and not child.ended.is_set():
-                self._changed.clear()
+                self.changed.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), 0.5)
+                    await asyncio.wait_for(self.changed.wait(), 0.5)
             child.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(child.ended.wait(), _FAREWELL)
@@ -304,7 +300,7 @@ class Executors:
 
 
 def _resident(pid: int | None) -> int:
-    """Bytes of memory that a process has; 0 where the system does not tell."""
+    """Bytes of memory that a process has; 0 where the system does not show it."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
     except (OSError, IndexError):

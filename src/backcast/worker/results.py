@@ -6,7 +6,6 @@ of slots or batches.
 
 import asyncio
 import logging
-import random
 import time
 from functools import partial
 from uuid import UUID
@@ -82,9 +81,9 @@ class Results:
                 return stopped(claim, reason, attempt.retries)
             case Failed(problem):
                 return _failed(claim, problem, attempt.retries)
-            case Retry(problem, is_charged=True) if claim.losses + 1 >= claim.max_attempts:
+            case Retry(problem, counts=True) if claim.losses + 1 >= claim.max_attempts:
                 return _failed(claim, problem, attempt.retries)
-            case Retry(problem, delay, retries, behind, route, is_charged):
+            case Retry(problem, delay, retries, behind, route, counts):
                 return Settlement(
                     id=claim.id,
                     fence=claim.fence,
@@ -95,7 +94,7 @@ class Results:
                     route=route,
                     error=problem,
                     retries_used=retries,
-                    counts=retries - claim.retries_used + is_charged,
+                    counts=retries - claim.retries_used + counts,
                 )
             case Succeeded(body):
                 return await self._stored(claim, body, attempt.retries)
@@ -110,8 +109,7 @@ class Results:
             except StoreUnavailable as error:
                 self._outage.failed(error)
                 if time.monotonic() > give_up or self.is_hurried:
-                    delay = random.uniform(2.5, 7.5)  # noqa: S311
-                    again = Retry(Problem.from_error(error), delay, retries, is_charged=not self.is_hurried)
+                    again = Retry.after_outage(error, retries, counts=not self.is_hurried)
                     return await self.settlement(claim, Attempt(again, retries))
                 await asyncio.sleep(next(delays))
             else:

@@ -17,7 +17,7 @@ from backcast.settings import Model, Prefect
 ASSIGN, EXECUTE, KEY, STOP, PING, TAG, ANSWER, CLOSE = range(8)
 """`ASSIGN` is the first message. `EXECUTE` and `KEY` name the task in `meta` and have the input as their body."""
 # From the executor.
-READY, REFUSED, RESULT, FREE, RETRYING, PONG, GET, PUT = range(16, 24)
+READY, REFUSED, RESULT, FREE, PONG, GET, PUT = range(16, 23)
 """`FREE`: the code of an attempt that is over has ended at last. `GET` and `PUT` ask for objects of the store; an
 `ANSWER` has the request's id."""
 FOUND, MISSING, UNAVAILABLE = range(3)
@@ -110,10 +110,12 @@ def result(run: UUID, attempt: Attempt) -> Message:
             kind = _SUCCEEDED
         case Failed(problem):
             kind, meta = _FAILED, {"problem": problem.model_dump()}
-        case Retry(problem, delay, retries):
-            kind, meta = _RETRY, {"problem": problem.model_dump(), "delay": delay, "retries": retries}
+        case Retry(problem, delay):
+            kind, meta = _RETRY, {"problem": problem.model_dump(), "delay": delay}
         case None:
             pass
+    if attempt.retries:
+        meta["retries"] = attempt.retries
     if attempt.usage is not None:
         meta["usage"] = attempt.usage
     if attempt.is_left:
@@ -121,13 +123,14 @@ def result(run: UUID, attempt: Attempt) -> Message:
     return Message(RESULT, run.bytes, kind, json.dumps(meta).encode() if meta else b"", body)
 
 
-def attempt(message: Message, retries: int) -> Attempt:
+def attempt(message: Message) -> Attempt:
     meta = json.loads(message.meta) if message.meta else {}
+    retries = meta.get("retries", 0)
     ended: AttemptResult | None = None
     if message.number == _SUCCEEDED:
         ended = Succeeded(message.body)
     elif message.number == _FAILED:
         ended = Failed(Problem(**meta["problem"]))
     elif message.number == _RETRY:
-        ended = Retry(Problem(**meta["problem"]), meta["delay"], meta["retries"])
+        ended = Retry(Problem(**meta["problem"]), meta["delay"], retries)
     return Attempt(ended, retries, meta.get("usage"), meta.get("left", False))

@@ -101,6 +101,22 @@ async def stop_the_loop() -> str:
 
 
 @task
+async def stop_and_close_the_loop() -> None:
+    """Stops it, and closes it before anybody can go on with it."""
+    loop = asyncio.get_running_loop()
+
+    def close() -> None:
+        while not loop.is_closed():
+            with contextlib.suppress(RuntimeError):
+                loop.close()
+
+    threading.Thread(target=close, daemon=True).start()
+    while True:
+        loop.stop()
+        await asyncio.sleep(0.05)
+
+
+@task
 async def interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -219,6 +235,15 @@ def fork_and_leave(seconds: float = 300) -> int:
 
 
 @task
+def leave_a_daemon() -> int:
+    """In a session of its own, and no child of anybody."""
+    code = "import os, time; os.fork() and os._exit(0); os.setsid(); print(os.getpid(), flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    return int(child.stdout.readline())
+
+
+@task
 def leave_a_server() -> list[int]:
     """A process that holds a port after its run."""
     code = "import socket, sys, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); "
@@ -324,7 +349,7 @@ async def huge(megabytes: int = 20) -> str:
     return "h" * megabytes * 1_000_000
 
 
-@task(retries=5, retry_delay_seconds=0)
+@task(retries=20, retry_delay_seconds=0)
 def kills_after_retries(marks: str) -> None:
     """Fails three times, then kills its process; `marks` is a file that counts."""
     with Path(marks).open("a+") as file:

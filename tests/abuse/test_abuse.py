@@ -90,6 +90,8 @@ FAILING = {
     "terminate_itself": "executor_died",
     "kill_its_group": "executor_died",
     "close_descriptors": "executor_died",
+    "close_the_loop": "task_failed",
+    "stop_and_close_the_loop": "executor_died",
     "hog": "out_of_memory",
     "sleep_on": "timeout",
     "shell": "timeout",
@@ -162,7 +164,7 @@ async def test_a_drain_ends_whatever_the_code_does(product: Stack) -> None:
         assert state in ("queued", "failed"), "released, or failed as it has blocked"
 
 
-@pytest.mark.parametrize("task", ["fork_and_leave", "leave_a_server"])
+@pytest.mark.parametrize("task", ["fork_and_leave", "leave_a_server", "leave_a_daemon"])
 async def test_what_a_run_leaves_behind_ends_with_its_executor(product: Stack, task: str) -> None:
     left = await product.result(await product.submit(task))
     pid = left if isinstance(left, int) else left[0]
@@ -201,11 +203,9 @@ async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:
         marks = tmp_path / "marks"
         run = await product.ended(await product.submit("kills_after_retries", marks=str(marks)))
         assert run["state"] == "failed", run
-        kills = marks.read_text().count("x") // 4
-        assert kills <= 3
         executions = marks.read_text().count("x")
-        # A retry that begins just before its process is killed may not be reported any more.
-        assert executions - kills <= run["attempts"] <= executions, "each execution counts once"
+        assert executions == 3 * 4, "it has killed three executors"
+        assert run["attempts"] == executions, "each execution counts once, also one that begins just before a kill"
 
 
 async def test_a_task_finds_no_secrets(product: Stack) -> None:

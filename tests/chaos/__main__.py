@@ -39,6 +39,7 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
         "outcomes are right": checks.outcomes(load.cases, ledger),
         "one outcome each": await checks.audited(it),
         "attempts are bounded": checks.bounded(ledger),
+        "slots are a bound": checks.slots(it),
         "limits of lanes hold": await checks.lanes(it),
         "values are right": await checks.values(it, load.cases, ledger),
         "objects are right": await checks.stored(bucket, load.cases, ledger),

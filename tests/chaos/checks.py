@@ -4,6 +4,7 @@ Every check returns one sentence for each violation, and none when it holds.
 """
 
 import asyncio
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ import httpx
 from s3fs import S3FileSystem
 
 from tests.chaos.load import Case, Load
-from tests.chaos.world import BUCKET, NARROW, World
+from tests.chaos.world import BUCKET, NARROW, WORKERS, World
 from tests.support.waiting import until
 
 KNOWN_MISSING: frozenset[str] = frozenset()
@@ -111,6 +112,22 @@ def bounded(ledger: dict[str, Row]) -> list[str]:
         if row["attempts_used"] - row["retries_used"] > row["max_attempts"]
         or row["retries_used"] > retries.get(row["task"], 0)
     ]
+
+
+def slots(world: World) -> list[str]:
+    """No worker executes more runs at once than it has slots."""
+    limits = {str(pid): (name, WORKERS[name][0]) for name in WORKERS for pid in world.processes[name].pids}
+    changes = dict[str, list[tuple[float, int]]]()
+    for path in (world.folder / "slots").iterdir():
+        own = [(float(at), int(change)) for at, change in map(str.split, path.read_text().splitlines())]
+        own.append((own[-1][0], -sum(change for _, change in own)))  # what the end of the process has ended
+        changes.setdefault(path.name.partition("-")[0], []).extend(own)
+    wrong: list[str] = []
+    for pid, own in changes.items():
+        name, limit = limits[pid]
+        reached = max(itertools.accumulate(change for _, change in sorted(own)))
+        wrong += [f"{name} executed {reached} runs at once, {limit} may"] if reached > limit else []
+    return wrong
 
 
 async def audited(world: World) -> list[str]:

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,8 @@ class Process:
     look: Callable[[], Awaitable[bool]]
     """Whether it is ready."""
     child: subprocess.Popen[bytes] | None = None
+    pids: list[int] = field(default_factory=list[int])
+    """Of each time that it was started."""
     is_wanted: bool = False
     """False while a fault keeps it down."""
 
@@ -33,6 +35,7 @@ class Process:
                 self.child = subprocess.Popen(
                     self.command(), env=self.environ, cwd=self.cwd, stdout=out, stderr=out, start_new_session=True
                 )
+            self.pids.append(self.child.pid)
 
     @property
     def is_running(self) -> bool:

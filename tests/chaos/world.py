@@ -34,7 +34,7 @@ MAX_ATTEMPTS = 12
 BUCKET = "chaos"
 SWEEP = 5.0
 """Seconds between two sweeps of the steward."""
-_WORKERS = {"worker-1": (4, 6), "worker-2": (8, 6), "worker-3": (12, 1)}
+WORKERS = {"worker-1": (4, 6), "worker-2": (8, 6), "worker-3": (12, 1)}
 """Slots and seconds of grace by worker: the last one must release its runs."""
 
 NARROW = "narrow", 2
@@ -85,7 +85,8 @@ class World:
         self._ports = iter(free_ports(8))
         self.s3 = S3Server(self.folder / "s3")
         self.stage = Stack("", self.folder)
-        (self.folder / "calls").mkdir()
+        for folder in ("calls", "slots"):
+            (self.folder / folder).mkdir()
 
     @property
     def now(self) -> float:
@@ -265,7 +266,7 @@ async def world(folder: Path) -> AsyncIterator[World]:
         await it.add_servers()
         for number in (1, 2):
             await it.add_part("api", f"api-{number}")
-        for name, (slots, grace) in _WORKERS.items():
+        for name, (slots, grace) in WORKERS.items():
             await it.add_part("worker", name, WORKER__SLOTS=str(slots), WORKER__GRACE=f"PT{grace}S")
         for number in (1, 2):
             await it.add_part("steward", f"steward-{number}")

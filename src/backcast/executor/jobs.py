@@ -18,25 +18,29 @@ from backcast.executor.executor import Executor
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded
 from backcast.process.channel import Channel, Message
+from backcast.process.marks import Marks
 from backcast.protocol import Attempt
 
 log = logging.getLogger("backcast.executor")
 
 
 class Jobs:
-    def __init__(self, channel: Channel, executor: Executor, *, max_result: int) -> None:
-        self._channel, self._executor, self._max_result = channel, executor, max_result
+    def __init__(self, channel: Channel, executor: Executor, marks: Marks, *, max_result: int) -> None:
+        self._channel, self._executor, self._marks, self._max_result = channel, executor, marks, max_result
         self._tasks = dict[bytes, asyncio.Task[None]]()
+        self._retries = dict[bytes, int]()
         self._asked = set[bytes]()
         self._restore = _habits()
 
     def execute(self, message: Message) -> None:
+        self._retries[message.id] = message.number
         self._tasks[message.id] = task = self._start(self._attempt(message), message.id)
         task.add_done_callback(lambda _: self._ended(message.id))
 
     def _ended(self, run: bytes) -> None:
-        del self._tasks[run]
+        del self._tasks[run], self._retries[run]
         self._asked.discard(run)
+        self._marks.ended(run)
 
     def stop(self, message: Message) -> None:
         if (task := self._tasks.get(message.id)) is not None:
@@ -69,16 +73,15 @@ class Jobs:
             self._channel.send(Message(protocol.RESULT, message.id, protocol.DISTURBED))
             return
         left = self._executor.has_left(message.id)
-        self._channel.send(protocol.result(run, Attempt(result, usage=_usage(used), is_left=left)))
+        retries = result.retries if isinstance(result, Retry) else self._retries[message.id]
+        self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left)))
 
     async def _result(self, message: Message, run: UUID) -> AttemptResult | None:
         """None: it was stopped."""
-        retries = message.number
 
         def retried(count: int) -> None:
-            nonlocal retries
-            retries = count
-            self._channel.send(Message(protocol.RETRYING, message.id, count))
+            self._retries[message.id] = count
+            self._marks.retried(message.id, count)
 
         try:
             given: dict[str, JSON] = json.loads(message.body)
@@ -91,7 +94,7 @@ class Jobs:
         except asyncio.CancelledError:
             return None
         except Unavailable as error:
-            return Retry.after_outage(error, retries)
+            return Retry.after_outage(error, self._retries[message.id])
         if isinstance(result, Succeeded) and len(result.body) > self._max_result:
             return _failed(
                 FatalError(

@@ -22,6 +22,7 @@ import uvloop
 
 from backcast import protocol
 from backcast.errors import ConfigurationError
+from backcast.process import orphans
 from backcast.process.channel import Channel, Message, packed, receive
 from backcast.process.logs import configure_logging
 from backcast.process.marks import Marks
@@ -78,7 +79,7 @@ class _Process:
         )
         asyncio.get_running_loop().set_task_factory(task_factory(self._marks))
         async with executor:
-            self._jobs = Jobs(channel, executor, max_result=given.max_result)
+            self._jobs = Jobs(channel, executor, self._marks, max_result=given.max_result)
             served = [
                 Served(
                     type=each.type,
@@ -126,7 +127,7 @@ class _Process:
 
 def _run(end: socket.socket, assignment: Assignment, marks: Marks) -> None:
     """Serve to the end. `sys.exit()` in a callback or a task of a run leaves the loop, and `stop()` does: it goes on,
-    as the other runs must."""
+    as the other runs must. Only from `close()` it does not come back."""
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
 
@@ -135,6 +136,10 @@ def _run(end: socket.socket, assignment: Assignment, marks: Marks) -> None:
 
     serving = loop.create_task(serve())
     while not serving.done():
+        if loop.is_closed():
+            log.error("user code has closed the event loop")
+            logging.shutdown()
+            os._exit(1)
         try:
             loop.run_until_complete(serving)
         except (SystemExit, KeyboardInterrupt) as error:
@@ -154,6 +159,7 @@ def main() -> None:
     supervisor = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    orphans.adopt()  # they go to the supervisor when this ends, which ends them
     faulthandler.enable(file=dump_fd)
     end = socket.socket(fileno=channel_fd)
     os.set_inheritable(channel_fd, False)

@@ -190,7 +190,7 @@ class Child:
             if not job.ended.done():
                 stack = blame.stack(evidence.dump, evidence.marks, run) if faults[run] == "own" else ""
                 with_stack = problem.model_copy(update={"detail": f"{problem.detail}\n{stack}".strip()})
-                job.ended.set_exception(ExecutorEnded(with_stack, faults[run], job.retries))
+                job.ended.set_exception(ExecutorEnded(with_stack, faults[run], self._retries(run, job)))
                 job.ended.exception()  # its run may have been stopped, so that nobody asks
         for run, (key, retries) in self._keys.items():
             if not key.done():
@@ -204,6 +204,10 @@ class Child:
         self._dump.close()
         self.ended.set()
         self._changed()
+
+    def _retries(self, run: UUID, job: _Job) -> int:
+        """How many have begun; its own report may never come."""
+        return max(job.retries, marks.retries(self._marks.fileno(), self._assignment.slots).get(run, 0))
 
     def _dumped(self) -> str:
         return os.pread(self._dump.fileno(), 1 << 20, 0).decode(errors="replace")
@@ -292,8 +296,11 @@ class Child:
             ended, _ = await asyncio.wait({job.ended}, timeout=STOP_WITHIN)
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
-            has_answered = bool(ended) and job.ended.exception() is None
-            return Attempt(None, job.retries, job.ended.result().usage if has_answered else None)
+            if not ended:
+                return Attempt(None, self._retries(run, job))
+            if isinstance(error := job.ended.exception(), ExecutorEnded):
+                return Attempt(None, error.retries)
+            return replace(job.ended.result(), result=None)
         finally:
             if self._jobs.pop(run, None) is not None and not (job.ended.done() and _is_gone(job.ended)):
                 self._left[run] = job
@@ -315,9 +322,6 @@ class Child:
         match message.kind:
             case protocol.RESULT:
                 self._attempted(UUID(bytes=message.id), message)
-            case protocol.RETRYING:
-                if (job := self._jobs.get(UUID(bytes=message.id))) is not None:
-                    job.retries = message.number
             case protocol.FREE:
                 run = UUID(bytes=message.id)
                 for jobs in (self._jobs, self._left):
@@ -351,10 +355,11 @@ class Child:
         if job is None or job.ended.done():
             return
         if message.number == protocol.DISTURBED:
-            job.ended.set_exception(ExecutorEnded(_DISTURBED, "own" if self.taken == 1 else "unknown", job.retries))
+            fault: Fault = "own" if self.taken == 1 else "unknown"
+            job.ended.set_exception(ExecutorEnded(_DISTURBED, fault, self._retries(run, job)))
             job.ended.exception()
         else:
-            job.ended.set_result(protocol.attempt(message, job.retries))
+            job.ended.set_result(protocol.attempt(message))
         if run in self._left and _is_gone(job.ended):  # nobody has waited for it any more
             del self._left[run]
             self._changed()

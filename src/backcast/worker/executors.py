@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from backcast import protocol
 from backcast.errors import ConfigurationError, Unavailable
 from backcast.models import Problem, TaskType
-from backcast.process import background
+from backcast.process import background, orphans
 from backcast.process.outages import backoff
 from backcast.protocol import Assignment, Attempt, Served
 from backcast.settings import Settings
@@ -31,6 +31,8 @@ LOST_SHARE = 4
 """An executor is replaced when one of so many of its slots is lost to code that does not end."""
 SPARES = 2
 """Executors that are kept ready for runs that get one of their own, once such a run has come."""
+QUARANTINES = 4
+"""Runs at once that are executed again, each in an executor of its own: any of them may have ended the one before."""
 _PAGE = 4096
 _FAREWELL = 4.0
 """Seconds that an executor has to publish what is left and to end."""
@@ -50,10 +52,11 @@ class Executors:
         self._shares = [worker.slots // count + (seat < worker.slots % count) for seat in range(count)]
         self._most = worker.max_memory
         self._all = set[Child]()
-        """Also retiring ones, replacements on their way, and the one for quarantine."""
+        """Also retiring ones, replacements on their way, and those apart."""
         self._lives = set[asyncio.Task[None]]()
-        self._quarantine: Child | None = None
-        self._quarantine_lock, self._quarantined = asyncio.Lock(), 0
+        self._quarantine = deque[Child]()
+        """Ready for the next run that is in quarantine."""
+        self._quarantines, self._quarantined = asyncio.Semaphore(QUARANTINES), 0
         self._spares = deque[Child]()
         """For runs that get a process of their own."""
         self._is_closing = False
@@ -148,15 +151,20 @@ class Executors:
     async def _execute_quarantined(self, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
         self._quarantined += 1
         try:
-            async with self._quarantine_lock:
-                if self._quarantine is None or not self._quarantine.is_ready:
-                    self._quarantine = await self._started(self._spawn(1))
-                return await self._quarantine.execute(name, run, given, **how)
+            async with self._quarantines:
+                child = self._quarantine.popleft() if self._quarantine else self._spawn(1)
+                try:
+                    child = await self._started(child)
+                    return await child.execute(name, run, given, **how)
+                finally:
+                    if child.is_ready and not child.left:
+                        self._quarantine.append(child)
+                    else:
+                        self._retire(child)
         finally:
             self._quarantined -= 1
-            if not self._quarantined and self._quarantine is not None:
-                self._retire(self._quarantine)
-                self._quarantine = None
+            while self._quarantine and not self._quarantined:
+                self._retire(self._quarantine.popleft())
 
     # -- their lives --------------------------------------------------------------------------------------------------
 
@@ -245,6 +253,7 @@ class Executors:
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(1)
+            self._end_orphans()
             for child in list(self._all):
                 if self._most and (used := _resident(child.pid)) > 1.25 * self._most:
                     log.error("ending executor %s: it has %d MiB", child.pid, used >> 20)
@@ -255,6 +264,12 @@ class Executors:
                     fresh = await self._started(self._spawn(child.capacity))
                     self._seats[seat] = fresh
                     self._retire(child)
+
+    def _end_orphans(self) -> None:
+        """What runs have left behind ends with their executor, in whatever session it is."""
+        pids = [child.pid for child in self._all]
+        if None not in pids:  # or the one that starts would be taken for an orphan
+            orphans.end([pid for pid in pids if pid is not None])
 
     def _is_worn(self, child: Child) -> str:
         worker = self._settings.worker
@@ -297,6 +312,7 @@ class Executors:
         for child in children:
             child.kill()
         await asyncio.wait({*self._lives, asyncio.create_task(asyncio.sleep(0))}, timeout=2)
+        self._end_orphans()
 
 
 def _resident(pid: int | None) -> int:

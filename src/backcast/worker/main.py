@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from backcast.errors import Unavailable
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
-from backcast.process import background, privacy
+from backcast.process import background, orphans, privacy
 from backcast.process.logs import configure_logging
 from backcast.process.probes import probes
 from backcast.process.stop import Stop
@@ -80,5 +80,6 @@ def main(settings: Settings) -> None:
     if find_spec("prefect") is None:  # its executors would fail one after the other
         raise ModuleNotFoundError("No module named 'prefect'", name="prefect")
     privacy.hide()
+    orphans.adopt()
     configure_logging(settings.log_level)
     uvloop.run(_serve(settings))

@@ -1,0 +1,35 @@
+"""Ends what processes leave behind when they end: their children come to the nearest ancestor that adopts them."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+_ADOPT = 36
+"""PR_SET_CHILD_SUBREAPER, of prctl(2)."""
+
+
+def adopt() -> None:
+    """Become the parent of whatever descendants of this process leave behind, also in a session of its own."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_ADOPT, 1)
+
+
+def end(known: Collection[int]) -> None:
+    """Kill and reap all children of this process but these; nothing where the system does not list them."""
+    for pid in _children() - set(known):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+
+
+def _children() -> set[int]:
+    found = set[int]()
+    for file in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found.update(map(int, file.read_text().split()))
+    return found

@@ -35,6 +35,10 @@ class Folder:
         self._root = root
         self.address = str(root)
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="store")
+        self._drafts, self._draft_numbers = f"{root}/{_DRAFTS}/{secrets.token_hex(12)}", itertools.count()
+        self._copied = dict[asyncio.Future[None], tuple[str, bytes]]()
+        """To be written by the next `_write_copied`."""
+        self._writing: asyncio.Task[None] | None = None
 
     def __str__(self) -> str:
         return "The folder of the store"
@@ -46,7 +50,42 @@ class Folder:
         return await self._in_thread(lambda: self._read(key, start))
 
     async def write(self, key: str, body: bytes, is_copied: bool) -> None:
-        await self._in_thread(lambda: self._write(key, body, is_copied))
+        if not is_copied:
+            return await self._in_thread(lambda: self._write(key, body, is_copied))
+        written = asyncio.get_running_loop().create_future()
+        self._copied[written] = key, body
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write_copied())
+        try:
+            return await written
+        finally:
+            self._copied.pop(written, None)
+
+    async def _write_copied(self) -> None:
+        """Write what has come together, time and again: a thread for each of many small objects costs more than they."""
+        try:
+            while self._copied:
+                batch, self._copied = self._copied, {}
+                try:
+                    failures = await self._in_thread(lambda: [self._failure(*each) for each in batch.values()])  # noqa: B023
+                except OSError as error:
+                    failures = [error] * len(batch)
+                for written, failure in zip(batch, failures, strict=True):
+                    if written.done():  # nobody waits for it any more
+                        continue
+                    if failure is None:
+                        written.set_result(None)
+                    else:
+                        written.set_exception(failure)
+        finally:
+            self._writing = None
+
+    def _failure(self, key: str, body: bytes) -> Exception | None:
+        try:
+            self._write(key, body, is_copied=True)
+        except Exception as error:  # noqa: BLE001  # each write has its own
+            return error
+        return None
 
     async def create(self, key: str, body: bytes) -> bool:
         return await self._in_thread(lambda: self._create(key, body))
@@ -118,7 +157,7 @@ class Folder:
 
     def _write(self, key: str, body: bytes, is_copied: bool, place: Callable[[str, str], object] = os.replace) -> None:
         # Every result passes here: plain calls on strings cost half as much as pathlib and file objects.
-        path, draft = self._place(key), f"{self._root}/{_DRAFTS}/{secrets.token_hex(12)}"
+        path, draft = self._place(key), f"{self._drafts}.{next(self._draft_numbers)}"
         try:
             file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:

@@ -325,7 +325,7 @@ class Worker:
         if settlement is None:
             self._drop(claim.id, claim.fence)
         else:
-            self._settler.put(replace(settlement, usage=attempt.usage))
+            self._settler.put(replace(settlement, usage=attempt.usage) if attempt.usage else settlement)
 
     async def _settlement(self, held: _Claimed, attempt: Attempt) -> Settlement | None:
         """However storing the value fails, the run is settled: its lease would never end."""

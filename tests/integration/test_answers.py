@@ -112,7 +112,12 @@ async def _scenario(product: Stack) -> str:
         page = await ask("GET", f"/v1/runs?limit=3&{filters}")
         while page["next_cursor"]:
             page = await ask("GET", f"/v1/runs?limit=3&{filters}&cursor={page['next_cursor']}")
-    for path in ("/v1/runs?limit=0", "/v1/runs?cursor=x", f"/v1/runs/{'0' * 8}-0000-7000-8000-{'0' * 12}", "/v1/runs/x"):
+    for path in (
+        "/v1/runs?limit=0",
+        "/v1/runs?cursor=x",
+        f"/v1/runs/{'0' * 8}-0000-7000-8000-{'0' * 12}",
+        "/v1/runs/x",
+    ):
         await ask("GET", path)
     return "\n".join(ask.lines)
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import asyncpg
 import httpx
 
-from tests.chaos.world import NARROW, World
+from tests.chaos.world import GONE, NARROW, World
 
 UNFINISHED = 400
 """Runs that wait or run at once, at most: the load limits itself."""
@@ -211,7 +210,7 @@ class Load:
         """Count unfinished and finished runs, for ever."""
         last = self.world.now
         while True:
-            with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            with contextlib.suppress(*GONE, OSError, TimeoutError):
                 [row] = await self.world.sql(
                     """select count(*) filter (where finished_at is null) as unfinished,
                               count(*) filter (where finished_at is not null) as finished from backcast.runs"""

@@ -39,6 +39,8 @@ WORKERS = {"worker-1": (4, 6), "worker-2": (8, 6), "worker-3": (12, 1)}
 
 NARROW = "narrow", 2
 """A lane, and how many of its runs may run at once."""
+GONE = asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
+"""What asyncpg raises when its server goes away in the middle of something."""
 # Every change of a run, in the order in which its row lock was taken. Written by the test's own
 # trigger, outside of the product's schema, so that no statement of the product can go by unseen.
 _AUDIT = """
@@ -126,7 +128,7 @@ class World:
         async def look() -> bool:
             try:
                 await self.sql(statement, database="postgres")
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+            except (*GONE, TimeoutError) as error:
                 raise OSError(repr(error)) from error
             return True
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate

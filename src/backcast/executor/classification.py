@@ -15,19 +15,18 @@ _DETAIL = 2000
 
 
 def problem(cause: BaseException | None, message: str | None = None) -> Problem:
-    """The problem of a failed attempt: from its exception, or from the message of the failed state that it returned."""
-    if cause is not None:
-        cause = readable(cause)
+    """The problem of a failed attempt: from its exception, which is `readable`, or from the message of the failed state
+    that it returned."""
     if isinstance(cause, RunError):
-        return Problem(code=cause.code, title=cause.title, detail=storable(cause.detail)[:_DETAIL])
+        return Problem(code=cause.code, title=cause.title, detail=storable(cause.detail[:_DETAIL]))
     detail = message or "" if cause is None else f"{type(cause).__name__}: {cause}"
-    return Problem(code=RunError.code, title=RunError.title, detail=storable(detail)[:_DETAIL])
+    return Problem(code=RunError.code, title=RunError.title, detail=storable(detail[:_DETAIL]))
 
 
 def readable(error: E) -> E:
     """The same exception, with a message and a `repr` of ours if its own raise: whoever shows it must not fail."""
     try:
-        _ = f"{error}{error!r}"
+        _ = str(error), repr(error)
     except Exception as failure:  # noqa: BLE001  # whatever the user's code raises
         words = f"(its message can't be read: {type(failure).__name__})"
         kind = type(error)

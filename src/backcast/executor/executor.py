@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 from backcast.errors import Unavailable
 from backcast.executor import plain, prefect_engine
 from backcast.executor.cache import CacheStorage
-from backcast.executor.classification import problem
+from backcast.executor.classification import problem, readable
 from backcast.executor.objects import Objects
 from backcast.executor.plain import Job, Template
 from backcast.executor.prefect_engine import Publish
@@ -131,11 +131,11 @@ class Executor:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            return Failed(problem(stop))  # no request to stop: something that the task awaited was cancelled
+            return Failed(problem(readable(stop)))  # no request to stop: something that the task awaited was cancelled
         except Unavailable:
             raise
         except BaseException as error:  # noqa: BLE001  # sys.exit() in a task must not end the worker
-            return Failed(problem(error))
+            return Failed(problem(readable(error)))
 
     def cache_key(self, name: str, run_id: UUID, given: dict[str, JSON]) -> str | None:
         """The cache key of this run, as Prefect's engine computes it. None: the task is not cached, it refreshes its

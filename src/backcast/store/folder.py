@@ -62,7 +62,7 @@ class Folder:
             self._copied.pop(written, None)
 
     async def _write_copied(self) -> None:
-        """Write what has come together, time and again: a thread for each of many small objects costs more than they."""
+        """Write what has come together, time and again: a thread for each small object would cost more than they do."""
         try:
             while self._copied:
                 batch, self._copied = self._copied, {}

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -159,7 +160,9 @@ async def values(world: World, cases: list[Case], ledger: dict[str, Row]) -> lis
         async def take() -> None:
             for case in left:
                 api = world.apis[hash(case.key) % len(world.apis)]
-                answer = await client.get(f"{api}/v1/runs/{case.id}/result")
+                answer = await until(
+                    partial(client.get, f"{api}/v1/runs/{case.id}/result"), lambda answer: answer.status_code != 503
+                )  # 503 asks for another try, and so many at once may keep the store from answering in time
                 if answer.status_code != 200 or _parsed(answer.content) != case.value:
                     wrong.append(
                         f"{case.id}: the API has {answer.status_code} {answer.text[:200]!r}, not {case.value!r:.200}"

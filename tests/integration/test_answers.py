@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 
 from backcast.ledger import provisioning
@@ -80,11 +81,13 @@ async def _scenario(product: Stack) -> str:
     await ask("PUT", "/v1/lanes/narrow", json={"max_running": 1})
     running = await submit("linger", {"name": "first"}, lane="narrow")
     await product.state(running, "running")
-    soon = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
-    late = await submit("echo", {"value": 1}, lane="narrow", deadline=soon)
+    late = await submit("echo", {"value": 1}, lane="narrow", deadline=later)
     held = await submit("echo", {"value": 2}, lane="narrow")
     await look(running, ended=False)
     await look(held, ended=False)
+    admin = await asyncpg.connect(product.database)
+    await admin.execute("update backcast.runs set deadline = now() where id = $1", late)
+    await admin.close()
     await look(late)
     await ask("GET", "/v1/lanes/narrow")
     await ask("POST", f"/v1/runs/{running}/cancel")

@@ -42,7 +42,7 @@ class Connection:
 
     async def ask(self, method: str, path: str, body: object = None) -> Any:
         content = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         self.writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         top = (await self.reader.readuntil(b"\r\n\r\n")).lower()
         length = int(top.partition(b"content-length:")[2].split(b"\r\n")[0])

@@ -37,6 +37,8 @@ LEASE = timedelta(hours=1)
 OWNERS = 100
 POOLS = {"one": 1, "many": OWNERS}
 """Pools and how many owners have runs in them; each pool has half of the backlog."""
+DAYS = 29
+"""Of the history."""
 FEW = 1000
 """Ended runs of the empty system, so that its pages are full too."""
 SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "checkpoint_timeout": "15min", "max_connections": "50"}
@@ -44,33 +46,41 @@ EXPLAINED = "&session_preload_libraries=auto_explain" + "".join(
     f"&auto_explain.log_{what}" for what in ("min_duration=0", "analyze=on", "buffers=on", "timing=off")
 )
 
-# Ids as if they had been made, one every 250 ms up to `$2` seconds ago; about 300 bytes a row.
-FILL = """
-insert into runs (id, task, pool, owner, state, max_attempts, input, metadata, created_at, run_at, priority, fence,
-                  attempts_used, worker_id, started_at, finished_at, result, result_key, error)
-select id, 'cast', pool, owner, state, 3, '{"payload": "' || repeat(md5(n::text), 3) || '", "target": "int"}', '{}',
-       at, at, 0, ended, ended, case when ended = 1 then id end, case when ended = 1 then at end,
-       case when ended = 1 then at end,
-       case when state = 'completed' then '{"value": ' || n || '}' end,
+# Ids as if they had been made, one every `$2` seconds up to `$3` seconds ago; about 300 bytes a row.
+_MADE = """
+select (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '7' || substr(hash, 1, 3) || '8'
+        || substr(hash, 4, 15))::uuid as id, n, pool, owner, at
+  from (select n, md5(n::text) as hash, now() - make_interval(secs => $3::float8 + ($1::bigint - n) * $2::float8) as at,
+               case when n % 2 = 0 then 'one' else 'many' end as pool,
+               case when n % 2 = 0 then 'solo' else 'o' || (n / 2 % 100) end as owner
+          from generate_series($4::bigint, $5::bigint) n) given"""
+_QUEUED = f"""
+insert into runs (id, task, pool, owner, state, max_attempts, input, metadata, created_at, run_at)
+select id, 'cast', pool, owner, 'queued', 3, '{{"payload": "' || repeat(md5(n::text), 3) || '", "target": "int"}}',
+       '{{}}', at, at
+  from ({_MADE}) made"""
+_ENDED = f"""
+insert into ended (id, task, pool, owner, priority, state, run_at, fence, attempts_used, retries_used, max_attempts,
+                   worker_id, signature, input, metadata, created_at, started_at, finished_at, result, result_key,
+                   error)
+select id, 'cast', pool, owner, 0, state, at, 1, 1, 0, 3, id, '',
+       '{{"payload": "' || repeat(md5(n::text), 3) || '", "target": "int"}}', '{{}}', at, at, at,
+       case when state = 'completed' then '{{"value": ' || n || '}}' end,
        case when state = 'completed' then 'results/' || id || '/1.json' end,
-       case when state = 'failed' then '{"code": "task_failed", "title": "t", "detail": "d"}'::json end
-  from (select n, pool, owner, at, case when $4 then 1 else 0 end as ended,
-               case when not $4 then 'queued' when n % 100 < 94 then 'completed' when n % 100 < 97 then 'failed'
-                    when n % 100 < 99 then 'cancelled' else 'expired' end as state,
-               (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '7' || substr(hash, 1, 3) || '8'
-                || substr(hash, 4, 15))::uuid as id
-          from (select n, md5(n::text || $3) as hash, now() - make_interval(secs => $2 + ($1::bigint - n) * 0.25) as at,
-                       case when n % 2 = 0 then 'one' else 'many' end as pool,
-                       case when n % 2 = 0 then 'solo' else 'o' || (n / 2 % 100) end as owner
-                  from generate_series($5::bigint, $6::bigint) n) given) made"""
+       case when state = 'failed' then '{{"code": "task_failed", "title": "t", "detail": "d"}}'::json end
+  from (select *, case when n % 100 < 94 then 'completed' when n % 100 < 97 then 'failed'
+                       when n % 100 < 99 then 'cancelled' else 'expired' end as state from ({_MADE}) given_) made"""
 
 
-async def fill(url: str, count: int, *, ago: float, ended: bool) -> None:
+async def fill(url: str, count: int, *, ago: float, ended: bool, every: float = 0.25) -> None:
+    """Make `count` runs, one every so many seconds, the last one `ago` seconds ago."""
     connection = await asyncpg.connect(url, server_settings={"search_path": "backcast"}, command_timeout=None)
+    if ended:
+        await connection.execute(f"select make_partitions(current_date - {DAYS + 1}, current_date + 14)")
     for first in range(1, count + 1, 250_000):
         last = min(first + 249_999, count)
-        await connection.execute(FILL, count, ago, str(ended), ended, first, last)
-    await connection.execute("vacuum (analyze) runs")
+        await connection.execute(_ENDED if ended else _QUEUED, count, every, ago, first, last)
+    await connection.execute(f"vacuum (analyze) {'ended' if ended else 'runs'}")
     await connection.execute("checkpoint")
     await connection.close()
 
@@ -227,7 +237,7 @@ async def fairness(url: str) -> str:
     connection = await asyncpg.connect(url, server_settings={"search_path": "backcast"})
     await connection.execute(
         """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
-           select gen_random_uuid(), 'cast_many', 'many', 'bulk', 'queued', 3, '{}', '{}'
+           select uuidv7(), 'cast_many', 'many', 'bulk', 'queued', 3, '{}', '{}'
              from generate_series(1, 100000)"""
     )
     await connection.execute("vacuum (analyze) runs")
@@ -279,7 +289,9 @@ def main() -> None:
                 asyncio.run(fill(urls["empty"], FEW, ago=60, ended=True))
                 for name in ("backlog", "history"):
                     if name == "history":
-                        asyncio.run(fill(urls[name], args.history, ago=args.queued * 0.25, ended=True))
+                        asyncio.run(
+                            fill(urls[name], args.history, ago=60, ended=True, every=DAYS * 86_400 / args.history)
+                        )
                     asyncio.run(fill(urls[name], args.queued, ago=60, ended=False))
                 console.print(f"filled in {time.monotonic() - began:.0f} s")
             fair = asyncio.run(fairness(urls.pop("fair")))

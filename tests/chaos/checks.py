@@ -28,9 +28,9 @@ _PAGE = 200
 Row = dict[str, Any]
 
 _ROWS = """
-select id::text, task, idem_key as key, state, fence, attempts_used, retries_used, max_attempts, worker_id::text,
+select id::text, task, k.key, state, fence, attempts_used, retries_used, max_attempts, worker_id::text,
        error->>'code' as code, error->>'detail' as detail, cancel_requested_at, run_at, started_at, finished_at,
-       result_key, input_key from backcast.runs"""
+       result_key, input_key from backcast.all_runs r left join backcast.idempotency_keys k on k.run_id = r.id"""
 
 # A change after a final state, a second final state, a fence that fell or a claim that did not raise it by one, and
 # an attempt with two workers. A run's rows are in the order in which its row lock was taken.
@@ -44,7 +44,8 @@ union all
 select id::text, format('fence %s after %s', fence, fence_was) from runs
  where fence < fence_was or state = 'running' and fence <> fence_was + 1
 union all
-select id::text, format('ended %s times', count(*) filter (where final and not coalesce(was_final, false))) from runs
+select id::text, format('ended %s times', count(*) filter (where final and not coalesce(was_final, false)))
+  from runs
  group by id having count(*) filter (where final and not coalesce(was_final, false)) <> 1
 union all
 select id::text, format('attempt %s ran on %s workers', fence, count(distinct worker_id)) from runs
@@ -56,7 +57,8 @@ async def settled(world: World, *, timeout: float) -> list[str]:
 
     async def look() -> list[asyncpg.Record]:
         return await world.sql(
-            "select state, count(*), min(id::text) as first from backcast.runs where finished_at is null group by state"
+            "select state, count(*), min(id::text) as first from backcast.all_runs where finished_at is null"
+            " group by state"
         )
 
     try:
@@ -138,7 +140,7 @@ async def audited(world: World) -> list[str]:
 _LANE = """
 with changes as (
   select n, state = 'running' as runs, coalesce(lag(state) over (partition by id order by n) = 'running', false) as ran
-    from audit.changes where id in (select id from backcast.runs where lane = $1)),
+    from audit.changes where id in (select id from backcast.all_runs where lane = $1)),
 running as (select sum(runs::int - ran::int) over (order by n) as count from changes)
 select (select max(count) from running) as most, promoted from backcast.lanes where name = $1"""
 

@@ -80,7 +80,7 @@ async def _snapshot(world: World) -> AsyncIterator[None]:
     holder: asyncpg.Connection | None = None
     with contextlib.suppress(asyncpg.PostgresError, OSError, TimeoutError):
         holder = opened = await asyncpg.connect(world.database, timeout=5)
-        await opened.execute("begin isolation level repeatable read; select count(*) from backcast.runs")
+        await opened.execute("begin isolation level repeatable read; select count(*) from backcast.all_runs")
     yield
     if holder is not None:
         holder.terminate()

@@ -213,7 +213,7 @@ class Load:
             with contextlib.suppress(*GONE, OSError, TimeoutError):
                 [row] = await self.world.sql(
                     """select count(*) filter (where finished_at is null) as unfinished,
-                              count(*) filter (where finished_at is not null) as finished from backcast.runs"""
+                              count(*) filter (where finished_at is not null) as finished from backcast.all_runs"""
                 )
                 if row["finished"] > self.finished or self._unfinished == 0:
                     last = self.world.now

@@ -51,13 +51,15 @@ create table audit.changes (
 create index on audit.changes (id, n);
 create function audit.note() returns trigger language plpgsql security definer as $$ begin
     insert into audit.changes (id, state, fence, worker_id, result_key)
-    values (new.id, new.state, new.fence, new.worker_id, new.result_key);
+    values (new.id, new.state, new.fence, new.worker_id, to_jsonb(new)->>'result_key');
     return null;
 end $$;
 create trigger audit_inserts after insert on backcast.runs for each row execute function audit.note();
 create trigger audit_updates after update on backcast.runs for each row
-    when ((old.state, old.fence, old.worker_id, old.result_key) is distinct from
-          (new.state, new.fence, new.worker_id, new.result_key)) execute function audit.note()"""
+    when ((old.state, old.fence, old.worker_id) is distinct from (new.state, new.fence, new.worker_id))
+    execute function audit.note();
+create trigger audit_ends after insert or update on backcast.ended for each row execute function audit.note();
+create trigger audit_late after insert or update on backcast.ended_late for each row execute function audit.note()"""
 
 
 def _answers(url: str) -> Callable[[], Awaitable[bool]]:

@@ -144,7 +144,7 @@ class Load:
         bad = [run for run in runs.values() if run["state"] != "completed"]
         assert not bad, f"{len(bad)} runs did not complete: {bad[:3]}"
         ends = await self.release.sql(
-            "select e.id, count(*) from e2e.ends e join backcast.runs r using (id) "
+            "select e.id, count(*) from e2e.ends e join backcast.all_runs r using (id) "
             f"where r.owner = '{self.owner}' group by e.id"
         )
         counted = {run_id: int(count) for run_id, count in ends}

@@ -275,9 +275,8 @@ create or replace function e2e.note() returns trigger language plpgsql security 
     insert into e2e.ends values (new.id, new.state, new.fence, new.result_key);
     return null;
 end $$;
-create or replace trigger e2e_ends after update on backcast.runs for each row
-    when (new.finished_at is not null and
-          (old.state, old.fence, old.result_key) is distinct from (new.state, new.fence, new.result_key))
+create or replace trigger e2e_ends after insert or update on backcast.ended for each row execute function e2e.note();
+create or replace trigger e2e_late after insert or update on backcast.ended_late for each row
     execute function e2e.note();
 """
 

@@ -22,7 +22,7 @@ async def test_a_worker_dies(shared: Release) -> None:
         naps = [await shared.submit("nap", key=f"{n}", seconds=8) for n in range(4)]
 
         async def running() -> set[str]:
-            rows = await shared.sql("select id from backcast.runs where state = 'running' and task = 'nap'")
+            rows = await shared.sql("select id from backcast.all_runs where state = 'running' and task = 'nap'")
             return {run_id for [run_id] in rows} & set(naps)
 
         on_it = await until(running, timeout=60, every=0.2)

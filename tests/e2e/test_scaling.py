@@ -43,7 +43,7 @@ async def test_scaling_down_takes_idle_workers(shared: Release) -> None:
 
         async def places() -> dict[str, str]:
             rows = await shared.sql(
-                "select r.id, w.host from backcast.runs r join backcast.workers w on w.id = r.worker_id "
+                "select r.id, w.host from backcast.all_runs r join backcast.workers w on w.id = r.worker_id "
                 "where r.state = 'running' and r.task = 'nap'"
             )
             return {row[0]: row[1] for row in rows}

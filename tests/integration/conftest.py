@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[postgres.Postgr
 @pytest.fixture(scope="session")
 def _template(server: postgres.Postgres) -> str:
     provisioning.create_database(server.url(), "template_backcast")
-    assert migrate(server.url("template_backcast")) == "The schema is now 0003."
+    assert migrate(server.url("template_backcast")) == "The schema is now 0001."
     give_roles(server.url("template_backcast"))
     return "template_backcast"
 

@@ -205,7 +205,7 @@ async def test_other_numbers_arrive_as_they_were_sent(api: httpx.AsyncClient, le
     for number in _OTHER_NUMBERS_ARRIVE_AS:
         text = f'{{"input": {{"x": {number}}}}}'
         run = await api.post("/v1/tasks/echo/runs", content=text, headers={"content-type": "application/json"})
-        row = await ledger.fetchrow("select input from runs where id = $1", run.json()["id"])
+        row = await ledger.fetchrow("select input from all_runs where id = $1", run.json()["id"])
         assert row is not None
         assert json.loads(row["input"]) == {"x": json.loads(number)}
 

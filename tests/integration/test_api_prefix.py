@@ -9,7 +9,7 @@ from backcast.store import open_store
 
 
 async def test_links_begin_with_the_prefix_that_the_request_came_with(ledger: Ledger, folder: str) -> None:
-    await ledger.execute("insert into task_types values ('echo', 'default', '1', '', '{}', '{}', 0, null, 1)")
+    await ledger.execute("insert into task_types values ('echo', 'default', '', '1', '', '{}', '{}', 0, null, 1)")
     app = create_app(ledger, open_store(Store(url=folder)), Api(prefix="/casts", keys=["a-key-of-16-letters"]))
     headers = {"Authorization": "Bearer a-key-of-16-letters"}
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://h", headers=headers) as client:

@@ -110,7 +110,7 @@ async def test_a_promotion_that_failed_is_not_the_last_one(database: str, tmp_pa
         async def states() -> set[str]:
             answer = await product.http.post("/v1/tasks/echo/runs", json={"input": {}, "lane": "narrow"})
             assert answer.status_code == 202
-            return {row["state"] for row in await ledger.fetch("select state from runs")}
+            return {row["state"] for row in await ledger.fetch("select state from all_runs")}
 
         await break_table(ledger, "lanes", "update")
         assert await states() == {"held"}
@@ -133,7 +133,8 @@ async def test_a_steward_leads_again_after_an_error(database: str, tmp_path: Pat
 async def test_a_worker_outlasts_an_error_that_nobody_expected(
     database: str, tmp_path: Path, ledger: Ledger, state: str, words: str
 ) -> None:
-    await break_table(ledger, "runs", "update", f"if new.state <> '{state}' then return new; end if; raise 'as asked'")
+    at = ("runs", "update") if state == "running" else ("ended", "insert")
+    await break_table(ledger, *at, f"if new.state <> '{state}' then return new; end if; raise 'as asked'")
     async with stack(database, tmp_path) as product:
         await product.up("api", "worker")
         run = await product.submit("echo", value=1)
@@ -153,7 +154,7 @@ async def test_a_slow_dispatch_does_not_delay_the_recovery_of_lost_runs(
     due, lost = await add(ledger, "scheduled", ago=60), await add(ledger, "running", ago=60)
 
     async def states() -> dict[UUID, str]:
-        return {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
+        return {row["id"]: row["state"] for row in await ledger.fetch("select id, state from all_runs")}
 
     async with stack(database, tmp_path, BACKCAST_LEASE="2") as product:
         product.start("steward")

@@ -15,6 +15,7 @@ from backcast.ledger import dispatch, fleet, history, lanes, recovery, runs, set
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Limits, uuid7
 from tests.integration.test_lanes import LEASE, NOOP, claim, ended, fill, register, submit
+from tests.support.ended import end
 from tests.support.stack import stack
 from tests.support.waiting import until
 
@@ -91,14 +92,12 @@ async def test_a_run_with_an_impossible_value(ledger: Ledger, column: str) -> No
     for value in RUNS[column]:
         for state in ("queued", "scheduled", "running", "failed"):
             bad.append((await submit(ledger, None)).id)
-            await ledger.execute(
-                """update runs set state = $2, worker_id = $3, finished_at = case when $2 = 'failed' then now() end,
-                          run_at = now() where id = $1""",
-                bad[-1],
-                state,
-                uuid7(),
-            )
+            await ledger.execute("update runs set worker_id = $2, run_at = now() where id = $1", bad[-1], uuid7())
             await ledger.execute(f"update runs set {column} = {value} where id = $1", bad[-1])
+            if state == "failed":
+                await end(ledger, state, "id = $1", bad[-1])
+            else:
+                await ledger.execute("update runs set state = $2 where id = $1", bad[-1], state)
     await healthy(ledger, worker)
     found, _ = await runs.find(ledger, limit=200)
     for run in (*found, *[await runs.cancel(ledger, one) for one in bad]):

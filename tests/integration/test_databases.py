@@ -53,11 +53,12 @@ def configured(database: str, folder: Path) -> Settings:
 
 
 async def make_role(admin: asyncpg.Connection, name: str) -> None:
-    """Make a role that may use every table, but owns none."""
+    """Make a role that may use every table and function, but owns none."""
     await admin.execute(
         f"""do $$ begin create role {name} login; exception when duplicate_object then null; end $$;
             grant usage on schema backcast to {name};
-            grant all on all tables in schema backcast to {name}"""
+            grant all on all tables in schema backcast to {name};
+            grant execute on all functions in schema backcast to {name}"""
     )
 
 
@@ -145,7 +146,7 @@ async def test_a_pooler_that_keeps_sessions_is_fine(database: str, tmp_path: Pat
         ("revoke update on backcast.runs from clerk", "runs: update (state)", "permission denied for table runs"),
         ("revoke select on backcast.lanes from clerk", "lanes: select", "permission denied for table lanes"),
         ("revoke usage on schema backcast from clerk", "permission denied for schema backcast", ""),
-        ("alter table backcast.runs rename column fence to sense", "fence does not exist", ""),
+        ("alter table backcast.runs rename column fence to sense", 'column "fence"', ""),
         ("alter table backcast.task_types rename column history to past", 'column "history"', ""),
     ],
 )

@@ -102,8 +102,9 @@ async def test_prefect_also_shows_runs_that_no_worker_has_published(
             await product.up("api", "worker", "steward")
             product.parts[1].kill()
             await ledger.execute(
-                """insert into task_types select 'gone', pool, version, '', '{}', '{}', 0, null, 1
-                     from task_types limit 1"""
+                """insert into task_types (name, pool, version, description, input_schema, output_schema, retries,
+                                           max_attempts)
+                   select 'gone', pool, version, '', '{}', '{}', 0, 1 from task_types limit 1"""
             )
             done, cancelled, gone = [
                 await product.submit("echo", value=1),

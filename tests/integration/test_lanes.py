@@ -26,7 +26,7 @@ NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 # those of this transaction, so only the lane's lock makes it exact; a claim does not need the lock.
 NEVER_OVER = """
 create function never_over() returns trigger language plpgsql as $$ declare n integer; begin
-  select count(*) into n from backcast.runs where lane = new.lane and state = 'running';
+  select count(*) into n from backcast.all_runs where lane = new.lane and state = 'running';
   if n > (select max_running from backcast.lanes where name = new.lane) then raise 'over the limit of %', new.lane;
   end if;
   return null;
@@ -68,7 +68,7 @@ def ended(claim: Claim, **fields: object) -> Settlement:
 
 
 async def states(ledger: Ledger, lane: str = "lane") -> dict[str, int]:
-    rows = await ledger.fetch("select state, count(*) from runs where lane = $1 group by 1", lane)
+    rows = await ledger.fetch("select state, count(*) from all_runs where lane = $1 group by 1", lane)
     return {row["state"]: row["count"] for row in rows}
 
 
@@ -116,14 +116,14 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
         nonlocal most
         while done < total:
             row = await ledger.fetchrow(
-                "select max(n) from (select count(*) as n from runs where state = 'running' group by lane) lanes"
+                "select max(n) from (select count(*) as n from all_runs where state = 'running' group by lane) lanes"
             )
             most = max(most, row["max"] or 0)  # type: ignore[index]
 
     async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*[work() for _ in range(8)], look())
     assert 0 < most <= 5
-    assert await ledger.fetch("select from runs where state <> 'completed'") == []
+    assert await ledger.fetch("select from all_runs where state <> 'completed'") == []
 
 
 async def test_a_rate_promotes_no_more_than_its_burst_and_its_time(ledger: Ledger) -> None:
@@ -269,7 +269,7 @@ async def test_a_place_is_free_again_however_its_run_leaves_it(ledger: Ledger) -
     await dispatch.dispatch_due(ledger)
     assert (await states(ledger)).get("held") == 1
     await runs.cancel(ledger, other.id)
-    [held] = await ledger.fetch("select id, fence from runs where state = 'running'")
+    [held] = await ledger.fetch("select id, fence from all_runs where state = 'running'")
     stopped = Settlement(id=held["id"], fence=held["fence"], lane="lane", state="failed")
     assert len((await settlement.settle(ledger, worker, [stopped])).cancelled) == 1  # while it ran
     taken = await running()

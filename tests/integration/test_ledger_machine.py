@@ -62,8 +62,16 @@ create function see() returns trigger language plpgsql as $$ begin
   return null;
 end $$;
 create trigger see after insert or update on runs for each row execute function see();
+create index on seen ((now->>'id'), seq);
+create function see_end() returns trigger language plpgsql as $$ declare was jsonb; begin
+  select s.now into was from backcast.seen s where s.now->>'id' = new.id::text order by seq desc limit 1;
+  insert into backcast.seen (tx, was, now) values (txid_current(), was, was || to_jsonb(new));
+  return null;
+end $$;
+create trigger see after insert or update on ended for each row execute function see_end();
+create trigger see after insert or update on ended_late for each row execute function see_end();
 """
-FRESH = "truncate runs, workers, lanes, flights, seen"
+FRESH = "truncate runs, ended, ended_late, idempotency_keys, workers, lanes, flights, seen"
 
 # One statement, so one snapshot: it holds also while others are at work.
 COUNTED = """
@@ -444,7 +452,7 @@ class Machine(RuleBasedStateMachine):
             self.last = row["seq"]
         for lost in losses.values():
             self._counting(lost)
-        rows = {row["id"]: row for row in await self.ledger.fetch("select * from runs")}
+        rows = {row["id"]: row for row in await self.ledger.fetch("select * from all_runs")}
         assert set(rows) == self.accepted, "a run is lost, or was never accepted"
         for run_id, row in rows.items():
             self._check_run(run_id, row)
@@ -463,6 +471,8 @@ class Machine(RuleBasedStateMachine):
     def _follow(self, was: dict[str, Any] | None, now: dict[str, Any]) -> None:
         """One change of one run."""
         state = now["state"]
+        now = {"result_key": None, "finished_at": None} | now
+        was = was and {"result_key": None, "finished_at": None} | was
         assert (state == "completed") == (now["result_key"] is not None)
         assert (state in FINAL) == (now["finished_at"] is not None)
         assert not (now["promoted"] and state in ("held", "scheduled"))
@@ -471,7 +481,7 @@ class Machine(RuleBasedStateMachine):
             assert state in NEXT[None]
             assert (now["fence"], now["promoted"], now["worker_id"]) == (0, False, None)
             return
-        changed = {name for name in now if now[name] != was[name]}
+        changed = {name for name in now if now[name] != was.get(name)}
         if state == was["state"]:
             assert (
                 changed <= {"run_at", "deadline", "parked_at"}
@@ -571,7 +581,7 @@ class Machine(RuleBasedStateMachine):
                     self._took(healthy, taken)
                 await self._settle(worker=len(self.workers) - 1, ends=["completed"] * 150, lost=False)
                 left = await self.ledger.fetch(
-                    """select r.id, r.state, r.lane, r.worker_id from runs r left join lanes l on l.name = r.lane
+                    """select r.id, r.state, r.lane, r.worker_id from all_runs r left join lanes l on l.name = r.lane
                         where r.state = any($1) and not (r.state = 'held' and l.max_running = 0)""",
                     list({*NEXT} - {None}),
                 )

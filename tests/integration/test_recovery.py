@@ -16,6 +16,7 @@ from backcast.models import TaskType, uuid7
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
 from tests.integration.test_ledger import LEASE, claim, register, silence, submit
+from tests.support.ended import end
 from tests.support.stack import Stack, stack
 from tests.support.waiting import until
 
@@ -27,7 +28,9 @@ async def lose(ledger: Ledger, worker: UUID) -> dict[UUID, str]:
 
 
 async def losses(ledger: Ledger) -> dict[UUID, int]:
-    return {row["id"]: row["n"] for row in await ledger.fetch("select id, attempts_used - retries_used as n from runs")}
+    return {
+        row["id"]: row["n"] for row in await ledger.fetch("select id, attempts_used - retries_used as n from all_runs")
+    }
 
 
 async def take(ledger: Ledger, worker: UUID, limit: int, prefetch: int = 0) -> list[Claim]:
@@ -59,7 +62,7 @@ async def test_a_loss_counts_against_the_run_with_most_losses_only(ledger: Ledge
         counted = await losses(ledger)
         assert counted[killer] == round_
         assert {counted[run] for run in others} == {1 if round_ == 1 else 0}
-        await ledger.execute("update runs set state = 'cancelled', finished_at = now() where id <> $1", killer)
+        await end(ledger, "cancelled", "id <> $1", killer)
     [quarantined] = await claim(ledger, await register(ledger))
     assert quarantined.is_quarantined, "its third worker must be its own"
     assert quarantined.lost_fence == 2
@@ -113,7 +116,7 @@ async def test_the_stored_result_of_a_lost_worker_is_not_computed_again(
         late = Settlement(id=claimed.id, fence=1, state="completed", result_key=f"results/{run_id}/1.json")
         assert (await settlement.settle(ledger, lost, [late])).accepted == set()
         await store.delete([f"results/{run_id}/1.json"])
-        [row] = await ledger.fetch("select result_key, attempts_used from runs")
+        [row] = await ledger.fetch("select result_key, attempts_used from all_runs")
         assert await store.get(row["result_key"]) == b"[42]"
         await store.aclose()
 
@@ -234,7 +237,7 @@ async def test_a_deadline_ends_a_run_that_has_not_started(ledger: Ledger) -> Non
     assert await claim(ledger, worker) == []
     await dispatch.dispatch_due(ledger)
     await settlement.settle(ledger, worker, [Settlement(id=running.id, fence=1, state="completed", result_key="k")])
-    states = {row["id"]: row["state"] for row in await ledger.fetch("select id, state from runs")}
+    states = {row["id"]: row["state"] for row in await ledger.fetch("select id, state from all_runs")}
     assert states == {running.id: "completed", ({late, later} - {running.id}).pop(): "expired"}
 
 

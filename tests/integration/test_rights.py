@@ -34,7 +34,9 @@ def test_every_table_is_some_parts(admin: Connection) -> None:
     """A migration that makes a table or view states here which parts may do what with it."""
     made = admin.execute(
         "select relname from pg_class where relnamespace = 'backcast'::regnamespace"
-        " and relkind in ('r', 'p', 'v', 'm', 'f', 'S') and not relispartition"
+        " and (relkind = 'p' or relkind in ('r', 'v', 'm', 'f', 'S') and not relispartition)"
+        " union all select oid::regprocedure::text from pg_proc"
+        " where pronamespace = 'backcast'::regnamespace and prosecdef"
     )
     assert {name for rights in RIGHTS.values() for name in rights} == {name for (name,) in made}
 
@@ -82,10 +84,11 @@ NOBODYS: list[LiteralString] = [
 
 REFUSED: dict[str, list[LiteralString]] = {
     "api": [
-        "delete from backcast.runs",
+        "delete from backcast.ended",
+        "update backcast.ended set result = '1'",
+        "select backcast.drop_retired()",
         "delete from backcast.lanes",
         "delete from backcast.batches",
-        "update backcast.runs set result = '1'",
         "update backcast.runs set fence = 9",
         "insert into backcast.task_types default values",
         "update backcast.workers set draining = true",
@@ -93,7 +96,9 @@ REFUSED: dict[str, list[LiteralString]] = {
         "select * from backcast.flights",
     ],
     "worker": [
-        "delete from backcast.runs",
+        "delete from backcast.ended",
+        "update backcast.ended set result = '1'",
+        "select backcast.retire_partition('ended_completed_20260101')",
         "delete from backcast.lanes",
         "delete from backcast.task_types",
         "delete from backcast.cursors",
@@ -102,13 +107,14 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update backcast.lanes set max_running = 9",
         "update backcast.runs set max_attempts = 9",
         "update backcast.cursors set value = '00000000-0000-0000-0000-000000000000'",
-        "select result from backcast.runs",
-        "select owner, metadata from backcast.runs",
+        "select result from backcast.ended",
+        "select result from backcast.all_runs",
+        "select owner, metadata from backcast.all_runs",
         "select * from backcast.batches",
     ],
     "steward": [
         "insert into backcast.runs default values",
-        "update backcast.runs set result = '1'",
+        "update backcast.ended set result = '1'",
         "update backcast.runs set fence = 9",
         "delete from backcast.lanes",
         "delete from backcast.cursors",
@@ -141,7 +147,7 @@ async def test_the_rights_of_an_older_release_go(database: str, admin: Connectio
     admin.execute("grant create on schema backcast to backcast_worker")
     admin.execute("grant update (owner) on runs to backcast_steward")
     give_roles(database)
-    rights = "select has_table_privilege(%s, 'runs', 'delete'), has_schema_privilege(%s, 'backcast', 'create')"
+    rights = "select has_table_privilege(%s, 'ended', 'delete'), has_schema_privilege(%s, 'backcast', 'create')"
     assert admin.execute(rights, ["backcast_worker"] * 2).fetchone() == (False, False)
     row = admin.execute("select has_column_privilege('backcast_steward', 'runs', 'owner', 'update')").fetchone()
     assert row == (False,)

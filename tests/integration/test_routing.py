@@ -199,7 +199,7 @@ async def test_runs_of_a_removed_task_are_out_of_the_way_after_few_statements(le
     await ledger.execute(
         """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
            select gen_random_uuid(), task, pool, owner, state, max_attempts, input, metadata
-             from runs, generate_series(1, 1000)"""
+             from all_runs, generate_series(1, 1000)"""
     )
     wanted = {(await accept(ledger, y, owner=name)).id for name in "abc"}
     got = {run.id for _ in range(5) for run in await claim(watched, has_y)}

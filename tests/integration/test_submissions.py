@@ -75,7 +75,7 @@ def new(value: object = 1, *, key: str | None = None, **fields: Any) -> New:
 
 
 async def count(ledger: Ledger, where: str = "true") -> int:
-    row = await ledger.fetchrow(f"select count(*) as n from runs where {where}")
+    row = await ledger.fetchrow(f"select count(*) as n from all_runs where {where}")
     assert row is not None
     return int(row["n"])
 

@@ -187,7 +187,9 @@ async def test_sigkill_of_each_process_in_turn_loses_nothing(tmp_path: Path) -> 
             assert run["state"] == "completed", run
             assert (await it.get(f"/v1/runs/{run_id}/result")) == 0.5
         with psycopg.connect(postgres.url(it.data / "postgres", "backcast")) as ledger:
-            count, keys = ledger.execute("select count(*), array_agg(result_key) from backcast.runs").fetchone() or (
+            count, keys = ledger.execute(
+                "select count(*), array_agg(result_key) from backcast.all_runs"
+            ).fetchone() or (
                 0,
                 [],
             )

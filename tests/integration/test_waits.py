@@ -15,6 +15,7 @@ from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import TaskType, uuid7
 from tests.integration.test_ledger import LEASE
+from tests.support import ended
 from tests.support.stack import Stack, stack
 from tests.support.waiting import PATIENCE, until
 
@@ -91,7 +92,7 @@ async def test_every_end_wakes(served: Stack, ledger: Ledger, worker: UUID, verb
     if verb == "cancel":
         await served.http.post(f"/v1/runs/{run_id}/cancel")
     else:  # without a word from the process that does it
-        await ledger.execute("update runs set state = 'expired', finished_at = now()")
+        await ended.end(ledger, "expired")
     assert (await waiting).json()["state"] in ("cancelled", "expired")
 
 

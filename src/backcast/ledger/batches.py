@@ -8,7 +8,7 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import IdempotencyConflict, InvalidInput, UnknownBatch
-from backcast.ledger import lanes, reading
+from backcast.ledger import ended, lanes, reading
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.submissions import INSERT, New, columns, too_late
 from backcast.models import Batch, Problem, State
@@ -95,7 +95,7 @@ async def get(ledger: Ledger, batch_id: UUID) -> Batch:
         raise UnknownBatch(f"There is no batch {batch_id}: it was never accepted here, or it has been removed.")
     counts = await ledger.fetch(
         """select case when state in ('held', 'scheduled') then 'queued' else state end as state, count(*) as runs
-             from runs where batch_id = $1 group by 1 order by 1""",
+             from all_runs where batch_id = $1 group by 1 order by 1""",
         batch_id,
     )
     return _batch(row, {State(count["state"]): count["runs"] for count in counts})
@@ -118,7 +118,7 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
     after = UUID(int=0)
     while True:
         rows = await ledger.fetch(
-            """select id, state, result, result_key, error from runs where batch_id = $1 and id > $2
+            """select id, state, result, result_key, error from all_runs where batch_id = $1 and id > $2
                 order by id limit $3""",
             batch_id,
             after,
@@ -136,26 +136,25 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
 # The bulk form of the statement that cancels one run, with the same order of locks: lanes by name, then runs. Other
 # statements, which lock many runs, are claiming or settling the locked ones: those are skipped, so that the two
 # statements never wait for each other, and tried again.
-_CANCEL = """
+_CANCEL = f"""
 with due as materialized (
-  select id, lane from runs where batch_id = $1 and id > $2 and cancel_requested_at is null
-     and state in ('held', 'scheduled', 'queued', 'running') order by id limit $3),
+  select id, lane from runs where batch_id = $1 and id > $2 and cancel_requested_at is null order by id limit $3),
 lane as materialized (
   select name from lanes where name = any(array(select lane from due)) order by name for update),
 mine as materialized (
-  select id from runs where id = any(array(select id from due)) and (select count(*) from lane) >= 0
-     and state in ('held', 'scheduled', 'queued', 'running') for update skip locked),
-cancelled as (
-  update runs set cancel_requested_at = now(),
-         state = case when state = 'running' then state else 'cancelled' end,
-         finished_at = case when state = 'running' then null else now() end
-   where id = any(array(select id from mine)) returning lane, promoted, state),
+  select id, state = 'running' as runs from runs
+   where id = any(array(select id from due)) and (select count(*) from lane) >= 0 for update skip locked),
+asked as (
+  update runs set cancel_requested_at = now() where id = any(array(select id from mine where runs)) returning id),
+gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
+{ended.moved("gone", state="'cancelled'", cancel_requested_at="now()")},
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from cancelled where promoted and state = 'cancelled' group by lane) c
+    from (select lane, count(*) as n from gone where promoted group by lane) c
    where lanes.name = c.lane returning name)
 select (select count(*) from due) as due, (select max(id::text)::uuid from due) as last,
-       (select count(*) from cancelled) as cancelled, array(select name from freed) as freed"""
+       (select count(*) from asked) + (select count(*) from moved) as cancelled,
+       array(select name from freed) as freed"""  # noqa: S608  # constants
 
 
 async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
@@ -163,7 +162,8 @@ async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
     await get(ledger, batch_id)
     for delay in backoff(0.01, 1.0):
         after, skipped = UUID(int=0), 0
-        while row := await ledger.fetchrow(_CANCEL, batch_id, after, AT_ONCE):
+        while rows := await ended.fetch(ledger, _CANCEL, batch_id, after, AT_ONCE):
+            [row] = rows
             await lanes.try_promote(ledger, row["freed"])
             skipped += row["due"] - row["cancelled"]
             if row["due"] < AT_ONCE:

@@ -1,6 +1,6 @@
 """Makes the changes that are due by time alone: to scheduled runs, late runs, and lanes with room."""
 
-from backcast.ledger import lanes
+from backcast.ledger import ended, lanes
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
 
@@ -21,8 +21,14 @@ with due as materialized (
 update runs r set state = {lanes.READY}
  where id = any(array(select id from due)) returning pool, route, state"""  # noqa: S608  # a constant
 
+_MOVED = ended.moved(
+    "gone",
+    state="'expired'",
+    error="""json_build_object('code', $1::text, 'title', $2::text, 'detail',
+        case when state = 'held' then replace($4, '{lane}', lane) else $3::text end)""",
+)
 # Lanes first, then runs, as everywhere; a run that is locked is being claimed or cancelled. The index is runs_deadline.
-_EXPIRE = """
+_EXPIRE = f"""
 with due as materialized (
   select id, lane from runs where deadline <= now() and state in ('held', 'scheduled', 'queued')
    order by deadline limit 1000),
@@ -31,15 +37,13 @@ lane as materialized (
 late as materialized (
   select id from runs where id = any(array(select id from due)) and state in ('held', 'scheduled', 'queued')
      and (select count(*) from lane) >= 0 for update skip locked),
-expired as (
-  update runs set state = 'expired', finished_at = now(), error = case when state = 'held' then
-           json_build_object('code', $1::text, 'title', $2::text, 'detail', replace($4, '{lane}', lane)) else
-           json_build_object('code', $1::text, 'title', $2::text, 'detail', $3::text) end
-   where id = any(array(select id from late)) returning lane, promoted),
+gone as (
+  delete from runs where id = any(array(select id from late)) returning *),
+{_MOVED},
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from expired where promoted group by lane) e where lanes.name = e.lane)
-select count(*) as expired from expired"""
+    from (select lane, count(*) as n from gone where promoted group by lane) e where lanes.name = e.lane)
+select count(*) as expired from moved"""  # noqa: S608  # a constant
 
 EXPIRED = Problem(
     code="expired",
@@ -66,10 +70,10 @@ async def dispatch_due(ledger: Ledger) -> None:
 
 
 async def _expire(ledger: Ledger) -> None:
-    while row := await ledger.fetchrow(_EXPIRE, EXPIRED.code, EXPIRED.title, EXPIRED.detail, _HELD):
-        if row["expired"]:
+    while rows := await ended.fetch(ledger, _EXPIRE, EXPIRED.code, EXPIRED.title, EXPIRED.detail, _HELD):
+        if rows[0]["expired"]:
             ledger.report_ends()
-        if row["expired"] < AT_ONCE:
+        if rows[0]["expired"] < AT_ONCE:
             break
 
 

@@ -18,7 +18,7 @@ BURDEN = 10.0
 
 # Probes of the primary key; it locks nothing. All waits of a process share one statement.
 MARK = "/* ended */"
-_ENDED = f"{MARK} select {COLUMNS} from runs where id = any($1::uuid[]) and finished_at is not null"  # noqa: S608  # a constant
+_ENDED = f"{MARK} select {COLUMNS} from all_runs where id = any($1::uuid[]) and finished_at is not null"  # noqa: S608  # a constant
 
 
 def _set(look: asyncio.Event, *_: object) -> None:

@@ -56,33 +56,34 @@ def _entry(row: asyncpg.Record) -> Entry:
 
 _TIMES = ("created_at", "run_at", "started_at", "finished_at")
 _COLUMNS = f"id, task, state, input, error, attempts_used, {', '.join(map(reading.time, _TIMES))}"
-_SHOWN = "not exists (select from task_types t where t.name = runs.task and not t.history)"
+_SHOWN = "not exists (select from task_types t where t.name = r.task and not t.history)"
 """Tasks may switch their history off."""
 
 # By the primary key: ids are time-ordered, so "accepted since" is a range of ids, and each row is read once.
 _WAITING = f"""
-select {_COLUMNS}, null as reported_at from runs
+select {_COLUMNS}, null as reported_at from all_runs r
  where id > $1 and id <= $2 and fence = 0 and state in ('held', 'scheduled', 'queued') and {_SHOWN}
  order by id limit $3"""  # noqa: S608  # constants
 
-# By runs_ended_badly. The latest second is left out: a slow transaction may still commit an earlier `finished_at`.
+# By ended_badly and ended_late_finished. The latest second is left out: a slow transaction may still commit an earlier
+# `finished_at`.
 _ENDED_BADLY = f"""
-select {_COLUMNS}, null as reported_at from runs
+select {_COLUMNS}, null as reported_at from all_runs r
  where state in ('failed', 'cancelled', 'expired') and finished_at > $1
-   and finished_at <= now() - interval '1 second' and {_SHOWN} order by runs.finished_at limit $2"""  # noqa: S608  # constants
+   and finished_at <= now() - interval '1 second' and {_SHOWN} order by r.finished_at limit $2"""  # noqa: S608  # constants
 
 # By the primary key, a page; `ended` drops the runs that need no check afterwards, so that the last id is known.
 _ENDED = f"""
 select id, state, {_SHOWN} and finished_at is not null
        and ($3::interval is null or finished_at > now() - $3) as asked
-  from runs where id > $1 and id <= $2 order by id limit $4"""  # noqa: S608  # constants
+  from all_runs r where id > $1 and id <= $2 order by id limit $4"""  # noqa: S608  # constants
 
-_BY_ID = f"select {_COLUMNS}, now() as reported_at from runs where id = any($1) and finished_at is not null"  # noqa: S608
+_BY_ID = f"select {_COLUMNS}, now() as reported_at from all_runs where id = any($1) and finished_at is not null"  # noqa: S608
 
 
 async def reach(ledger: Ledger, after: UUID, until: UUID, *, rows: int) -> UUID:
     """The end of a range of at most `rows` ids: `until`, or less. A range without an end might take for ever."""
-    sql = "select id from runs where id > $1 and id <= $2 order by id offset $3 limit 1"
+    sql = "select id from all_runs where id > $1 and id <= $2 order by id offset $3 limit 1"
     end = await ledger.fetchrow(sql, after, until, rows - 1)
     return end["id"] if end else until
 

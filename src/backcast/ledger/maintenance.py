@@ -14,32 +14,46 @@ from backcast.models import uuid7
 
 PAGE = 1000
 """Rows read, or removed, by one statement: a fraction of a second."""
-_NIL = UUID(int=0)
+_NIL, _MAX = UUID(int=0), UUID(int=(1 << 128) - 1)
 _FINAL = "('completed', 'failed', 'cancelled', 'expired')"
 
 
-# By the primary key, from the oldest: ids are time-ordered, and no run ends before it was accepted. A sweep passes once
-# over the runs that have not ended.
+# By the primary key, from the oldest: ids are time-ordered, and no run ends before it was accepted, but for ids of a
+# clock that was far ahead, which are in ended_late.
 _OLD = f"""
-select id, input_key, result_key, state in {_FINAL} and finished_at < now() - $3::interval as is_over
-  from runs where id > $1 and id <= $2 order by id limit {PAGE}"""  # noqa: S608  # constants
+select id, input_key, result_key, finished_at < now() - $3::interval as is_old
+  from {{table}} where id > $1 and id <= $2 order by id limit {PAGE}"""  # noqa: S608  # a constant
 
 
-async def old_runs(ledger: Ledger, keep: timedelta) -> AsyncIterator[Mapping[UUID, list[str]]]:
-    """Pages of the runs that ended longer ago than `keep`, with the keys of their objects."""
-    after, until = _NIL, uuid7(keep.total_seconds())
-    while rows := await ledger.fetch(_OLD, after, until, keep):
+async def old_runs(ledger: Ledger, table: str, keep: timedelta) -> AsyncIterator[Mapping[UUID, list[str]]]:
+    """Pages of the runs in a table of ended runs that ended longer ago than `keep`, with the keys of their objects."""
+    after, until = _NIL, _MAX if table == "ended_late" else uuid7(keep.total_seconds())
+    while rows := await ledger.fetch(_OLD.format(table=table), after, until, keep):
         after = rows[-1]["id"]
         yield {
             row["id"]: [key for key in (row["input_key"], row["result_key"]) if key is not None]
             for row in rows
-            if row["is_over"]
+            if row["is_old"]
         }
 
 
-async def remove(ledger: Ledger, runs: Sequence[UUID]) -> None:
-    """Remove runs that have ended. A request with the same Idempotency-Key waits, then makes a new run."""
-    await ledger.execute(f"delete from runs where id = any($1) and state in {_FINAL}", runs)  # noqa: S608  # a constant
+async def remove(ledger: Ledger, table: str, runs: Sequence[UUID]) -> None:
+    """Remove runs that have ended."""
+    await ledger.execute(f"delete from {table} where id = any($1)", runs)  # noqa: S608  # a name of ours
+
+
+# By idempotency_keys_by_age. A run that waits or runs keeps its key.
+_OLD_KEYS = f"""
+with page as materialized (
+  select owner, key from idempotency_keys k where created_at < now() - $1::interval
+     and not exists (select from runs r where r.id = k.run_id) order by created_at limit {PAGE} for update skip locked)
+delete from idempotency_keys k using page p where k.owner = p.owner and k.key = p.key"""  # noqa: S608  # a constant
+
+
+async def remove_old_keys(ledger: Ledger, keep: timedelta) -> None:
+    """Remove Idempotency-Keys that were given longer ago than `keep`, and whose runs are over."""
+    while await ledger.execute(_OLD_KEYS, keep) == f"DELETE {PAGE}":
+        pass
 
 
 # By the primary key and runs_in_batch. A batch is recorded together with its runs; the hour allows for wrong clocks.
@@ -47,7 +61,7 @@ _OLD_BATCHES = f"""
 with page as materialized (select id from batches where id > $1 and id <= $2 order by id limit {PAGE}),
 gone as (
   delete from batches where id = any(array(select id from page))
-     and not exists (select from runs where batch_id = batches.id))
+     and not exists (select from all_runs where batch_id = batches.id))
 select id from page order by id desc limit 1"""  # noqa: S608  # constants
 
 
@@ -72,9 +86,9 @@ async def remove_stale_flights(ledger: Ledger) -> None:
 # An object is needed until its run ends (an attempt may have stored a value that the next one takes over), and
 # afterwards if the run names it. One probe of the primary key for each.
 _ORPHANS = f"""
-select o.key, not exists (select from runs r where r.id = o.run_id) as is_unknown
+select o.key, not exists (select from all_runs r where r.id = o.run_id) as is_unknown
   from unnest($1::text[], $2::uuid[]) as o(key, run_id)
- where not exists (select from runs r where r.id = o.run_id
+ where not exists (select from all_runs r where r.id = o.run_id
                       and (r.state not in {_FINAL} or o.key = r.result_key or o.key = r.input_key))"""  # noqa: S608
 
 

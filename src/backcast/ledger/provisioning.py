@@ -107,7 +107,10 @@ def _grant(connection: _Connection, role: str, parts: list[Mapping[str, str]]) -
     assert row is not None
     database, role = (Identifier(name).as_string(connection) for name in (row[0], role))
     statements = [  # first of all, what an older release has granted goes
-        *(f"revoke all on {of} backcast from {role}" for of in ("all tables in schema", "schema")),
+        *(
+            f"revoke all on {of} backcast from {role}"
+            for of in ("all tables in schema", "all functions in schema", "schema")
+        ),
         f"grant connect on database {database} to {role}",
         f"grant usage on schema backcast to {role}",
     ]
@@ -115,7 +118,8 @@ def _grant(connection: _Connection, role: str, parts: list[Mapping[str, str]]) -
         for right, columns in rights.each(granted):
             if right != "maintain" or connection.info.server_version >= 170000:
                 of = f"({', '.join(columns)})" if columns else ""
-                statements.append(f"grant {right} {of} on backcast.{name} to {role}")
+                kind = "function " if right == "execute" else ""
+                statements.append(f"grant {right} {of} on {kind}backcast.{name} to {role}")
     for statement in statements:
         connection.execute(statement.encode())
 

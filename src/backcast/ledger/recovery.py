@@ -4,10 +4,17 @@ from collections.abc import Collection
 from datetime import timedelta
 from uuid import UUID
 
-from backcast.ledger import lanes
+from backcast.ledger import ended, lanes
 from backcast.ledger.connection import Ledger
 from backcast.models import Problem
 
+_MOVED = ended.moved(
+    "gone",
+    state="case when cancel_requested_at is not null then 'cancelled' else 'failed' end",
+    error="case when counts then $2::json else error end",
+    attempts_used="attempts_used + counts::int",
+    lost_fence="fence",
+)
 # A worker is dead when it holds a running run and has sent no heartbeat for a lease, by the database's clock, or has no
 # row: the row may have been removed while a claim of the worker was under way. The statement takes all runs of a worker
 # at once, after locking their lanes. SKIP LOCKED: a row locked now is being settled or cancelled, and the next round
@@ -17,7 +24,7 @@ from backcast.models import Problem
 # started; later only against those of them with the most counted losses. A run with two losses runs alone
 # (`Claim.is_quarantined`), so its third is its own. A loss does not count against prefetched runs, but they are not
 # prefetched again: if one did start, unseen, its next loss counts.
-_REQUEUE = """
+_REQUEUE = f"""
 with dead as materialized (
   select r.worker_id as id from runs r where r.state = 'running' and not exists (
     select from workers w where w.id = r.worker_id and w.heartbeat_at >= now() - $1::interval)
@@ -29,30 +36,32 @@ lane as materialized (
    order by name for update),
 lost as materialized (
   select r.id, r.worker_id, r.attempts_used - r.retries_used as losses,
+         r.max_attempts, r.cancel_requested_at is not null as is_cancelled,
          not r.prefetched and r.cancel_requested_at is null as liable from runs r
    where r.state = 'running' and r.worker_id = any(array(select id from dead)) and (select count(*) from lane) >= 0
      for update skip locked),
 most as materialized (select worker_id, max(losses) as losses from lost where liable group by worker_id),
 counting as materialized (
   select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.liable),
+judged as materialized (
+  select l.id, c.counts, l.is_cancelled or c.counts and l.losses + 1 >= l.max_attempts as ends
+    from lost l cross join lateral (select l.id = any(array(select id from counting)) as counts) c),
+gone as (
+  delete from runs r using judged j where r.id = j.id and r.id = any(array(select id from judged where ends))
+  returning r.*, j.counts),
+{_MOVED},
 requeued as (
-  update runs r set
-      state = case when r.cancel_requested_at is not null then 'cancelled'
-                   when c.counts and r.attempts_used - r.retries_used + 1 >= r.max_attempts then 'failed'
-                   else 'queued' end,
-      finished_at = case when r.cancel_requested_at is not null
-                           or c.counts and r.attempts_used - r.retries_used + 1 >= r.max_attempts then now() end,
-      error = case when c.counts then $2::json else r.error end,
-      attempts_used = r.attempts_used + c.counts::int,
-      lost_fence = r.fence
-    from (select id, id = any(array(select id from counting)) as counts from lost) c
-   where r.id = c.id and r.id = any(array(select id from lost))
-  returning r.id, r.state, r.pool, r.route, r.lane, r.promoted),
+  update runs r set state = 'queued', lost_fence = r.fence, attempts_used = r.attempts_used + j.counts::int,
+         error = case when j.counts then $2::json else r.error end
+    from judged j where r.id = j.id and r.id = any(array(select id from judged where not ends))
+  returning r.id, r.state, r.pool, r.route),
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from requeued where promoted and state <> 'queued' group by lane) s
+    from (select lane, count(*) as n from gone where promoted group by lane) s
    where lanes.name = s.lane)
-select id, state, pool, route, case when promoted then lane end as lane from requeued"""
+select id, state, pool, route, null as lane from requeued
+union all
+select m.id, m.state, g.pool, g.route, case when g.promoted then g.lane end from moved m join gone g on g.id = m.id"""  # noqa: S608
 
 WORKER_LOST = Problem(
     code="worker_lost",
@@ -69,7 +78,7 @@ async def requeue(ledger: Ledger, lease: timedelta, dead: Collection[UUID] | Non
     """
     states = dict[UUID, str]()
     among = None if dead is None else list(dead)
-    while rows := await ledger.fetch(_REQUEUE, lease, WORKER_LOST.model_dump_json(), among):
+    while rows := await ended.fetch(ledger, _REQUEUE, lease, WORKER_LOST.model_dump_json(), among):
         states |= {row["id"]: row["state"] for row in rows}
         ledger.wake_for(rows)
         await lanes.try_promote(

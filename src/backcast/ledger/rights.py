@@ -10,14 +10,11 @@ from collections.abc import Mapping
 from backcast.errors import ConfigurationError
 from backcast.ledger.connection import Ledger
 
-# A worker claims any run, so it must read inputs; it needs neither the results of others nor whom they belong to.
-_EXECUTED = """id, task, pool, owner_key, lane, priority, state, run_at, deadline, fence, attempts_used, retries_used,
-    max_attempts, worker_id, cancel_requested_at, input, input_key, error, usage, promoted, prefetched, lost_fence,
-    flight, route, signature"""
-_SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, result, result_key, usage, run_at,
-    flight"""
-_MOVED = "state, finished_at, error, promoted, pool, route, parked_at"
+# A worker claims any run, and moves it when it is over: it reads all of it. It needs no results of others.
+_SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, usage, run_at, flight"""
+_MOVED = "state, error, promoted, pool, route, parked_at"
 """What the dispatch of due runs, a route or an unusable row changes: every worker and steward does that."""
+_WRITTEN = "id, fence, state, pool"
 _COUNTED = "promoted, refilled_at, tokens, served"
 """What a promotion, or the end of a promoted run, changes in its lane."""
 
@@ -26,7 +23,12 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "alembic_version": "select",
         "batches": "select, insert, update (idem_key)",
         "lanes": "select, insert, update",
-        "runs": "select, insert, update (idem_key, state, promoted, cancel_requested_at, finished_at)",
+        "make_partitions(date,date)": "execute",
+        "all_runs": "select",
+        "ended": "select, insert",
+        "ended_late": "select, insert",
+        "idempotency_keys": "select, insert, delete, update (key)",
+        "runs": "select, insert, delete, update (state, promoted, cancel_requested_at)",
         "task_types": "select",
         "workers": "select",
     },
@@ -35,24 +37,37 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "cursors": "select, insert, update (moved_at)",
         "flights": "select, insert, update, delete",
         "lanes": f"select, update ({_COUNTED})",
-        "runs": f"select ({_EXECUTED}), update ({_MOVED}, {_SETTLED})",
+        "make_partitions(date,date)": "execute",
+        "all_runs": "select (id, fence, state, worker_id, lost_fence)",
+        "ended": f"select ({_WRITTEN}), insert",
+        "ended_late": f"select ({_WRITTEN}), insert",
+        "runs": f"select, delete, update ({_MOVED}, {_SETTLED})",
         "task_types": "select, insert, update",
         "workers": "select, insert, update, delete",
     },
     "steward": {
         "alembic_version": "select",
+        "retire_partition(text)": "execute",
+        "drop_retired()": "execute",
         "backlog": "select",
         "batches": "select, delete",
         "cursors": "select, insert, update",
         "flights": "select, delete",
         "lanes": f"select, update ({_COUNTED})",
+        "make_partitions(date,date)": "execute",
+        "all_runs": "select",
+        "ended": "select, insert",
+        "ended_completed": "select, delete",
+        "ended_late": "select, insert, delete",
+        "ended_otherwise": "select, delete",
+        "idempotency_keys": "select, delete, update (key)",
         "runs": f"select, delete, maintain, update ({_MOVED}, attempts_used, lost_fence)",
         "task_types": "select, delete, update (seen_at)",
         "workers": "select, delete",
     },
     "scaler": {"backlog": "select"},
 }
-"""By part and table or view, in the words of GRANT. `maintain` is the right to vacuum."""
+"""By part and table, view or function, in the words of GRANT. `maintain` is the right to vacuum."""
 PROCESSES = ("api", "worker", "steward")
 """The parts that are processes of ours."""
 
@@ -66,15 +81,16 @@ def each(rights: str) -> list[tuple[str, list[str]]]:
 # Before PostgreSQL 17 only the owner of a table, and members of its role, may vacuum it.
 _LACKING = """
 with given as (
-  select name, right_, column_, n, ('backcast.' || name)::regclass as id,
+  select name, right_, column_, n, case when name !~ '\\(' then ('backcast.' || name)::regclass end as id,
          right_ = 'maintain' and current_setting('server_version_num')::int < 170000 as is_owners
     from unnest($1::text[], $2::text[], $3::text[]) with ordinality as g(name, right_, column_, n))
 select name || ': ' || string_agg(
          concat(right_, ' (' || column_ || ')',
                 case when is_owners then format(' (`grant %I to %I`)', owner, current_user) end),
          ', ' order by n) as lacks
-  from given cross join lateral (select pg_get_userbyid(relowner) as owner from pg_class where oid = id) o
- where not case when is_owners then pg_has_role(owner, 'usage')
+  from given left join lateral (select pg_get_userbyid(relowner) as owner from pg_class where oid = id) o on true
+ where not case when id is null then has_function_privilege('backcast.' || name, right_)
+                when is_owners then pg_has_role(owner, 'usage')
                 when column_ is null then has_table_privilege(id, right_)
                 else has_column_privilege(id, column_, right_) end
  group by name order by name"""

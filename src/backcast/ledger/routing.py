@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from backcast.ledger import lanes
+from backcast.ledger import ended, lanes
 from backcast.ledger.connection import Ledger
 from backcast.models import Problem, TaskType
 
@@ -142,8 +142,10 @@ with late as materialized (
   select id from runs where route <> '' and state = 'scheduled' and parked_at <= now() - $1::interval
      and exists (select from workers w where w.pool = runs.pool and {LIVE}
                     and w.started_at < now() - least($1, interval '1 minute'))
-   limit {AT_ONCE} for update skip locked)
-update runs set state = 'failed', finished_at = now() where id = any(array(select id from late)) returning id"""  # noqa: S608
+   limit {AT_ONCE} for update skip locked),
+gone as (delete from runs where id = any(array(select id from late)) returning *),
+{ended.moved("gone", state="'failed'")}
+select id from moved"""  # noqa: S608
 
 
 _PROBLEMS = UNKNOWN_TASK.model_dump_json(), UNFIT_INPUT.model_dump_json()
@@ -197,7 +199,7 @@ async def _unpark(ledger: Ledger, pool: str, route: str, to: str) -> None:
 async def fail_late(ledger: Ledger, *, unknown_after: timedelta) -> int:
     """Fail parked runs for which no worker came in time; returns how many."""
     failed = 0
-    while rows := await ledger.fetch(_FAIL, unknown_after):
+    while rows := await ended.fetch(ledger, _FAIL, unknown_after):
         failed += len(rows)
         ledger.report_ends()
     return failed

@@ -11,13 +11,15 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import UnknownRun
-from backcast.ledger import lanes, reading
+from backcast.ledger import ended, lanes, reading
 from backcast.ledger.connection import Ledger
 from backcast.models import Run, State
 
 _TIMES = ("created_at", "run_at", "deadline", "started_at", "finished_at")
 COLUMNS = f"""id, task, state, owner, priority, lane, batch_id, attempts_used, error, usage, metadata,
     {", ".join(map(reading.time, _TIMES))}"""
+LIVE_COLUMNS = COLUMNS.replace(reading.time("finished_at"), "null::timestamptz as finished_at")
+"""The same of a run that is not over, from `runs`."""
 
 
 def shown(row: asyncpg.Record) -> Run:
@@ -46,7 +48,7 @@ def shown(row: asyncpg.Record) -> Run:
 
 async def get(ledger: Ledger, run_id: UUID) -> Run:
     """Raises `UnknownRun`."""
-    row = await ledger.fetchrow(f"select {COLUMNS} from runs where id = $1", run_id)  # noqa: S608  # a constant
+    row = await ledger.fetchrow(f"select {COLUMNS} from all_runs where id = $1", run_id)  # noqa: S608  # a constant
     if row is None:
         raise UnknownRun(f"There is no run {run_id}: it was never accepted here, or it has been removed.")
     return shown(row)
@@ -63,17 +65,17 @@ class Result:
 
 async def result(ledger: Ledger, run_id: UUID) -> Result:
     """Raises `UnknownRun`."""
-    row = await ledger.fetchrow(f"select {COLUMNS}, result, result_key from runs where id = $1", run_id)  # noqa: S608
+    row = await ledger.fetchrow(f"select {COLUMNS}, result, result_key from all_runs where id = $1", run_id)  # noqa: S608
     if row is None:
         raise UnknownRun(f"There is no run {run_id}: it was never accepted here, or it has been removed.")
     return Result(shown(row), row["result"], row["result_key"])
 
 
-# One index gives the newest rows of a batch, an owner or a state. Further filters apply to the next 10,000 of them, so
-# that a filter which matches next to nothing does not walk through years of history. The two row comparisons mean
-# `state = …`, in a form for which the planner takes runs_by_state and not the primary key.
-_BY_STATE = f"""
-select r.* from unnest($2::text[]) s cross join lateral (
+# One index of each table gives the newest rows of a batch, an owner or a state. Further filters apply to the next
+# 10,000 of them, so that a filter which matches next to nothing does not walk through years of history. The two row
+# comparisons mean `state = …`, in a form for which the planner takes runs_by_state and not the primary key.
+_WAITING_OR_RUNNING = f"""
+select r.*, null::timestamptz as finished_at from unnest($2::text[]) s cross join lateral (
   select * from runs where (runs.state, runs.id) < (s, $1) and (runs.state, runs.id) >= (s, '{UUID(int=0)}'::uuid)
    order by runs.state desc, runs.id desc limit {{most}}) r
  order by id desc limit {{most}}"""  # noqa: S608  # a constant
@@ -100,11 +102,17 @@ async def find(
     most = WALK if filters else limit + 1
     values: list[object] = [before or UUID(int=(1 << 128) - 1)]
     if base is None:
-        walk = f"select * from runs where id < $1 order by id desc limit {most}"  # noqa: S608  # a number
+        walk = f"select * from all_runs where id < $1 order by id desc limit {most}"  # noqa: S608  # a number
+    elif base[0] == "state =" and state is not None and state.is_final:
+        # its name and no parameter: the planner leaves out the tables that have no run in this state
+        walk = (
+            f"select * from all_runs where state = '{state.value}' and $2::text[] is not null and id < $1"  # noqa: S608
+            f" order by id desc limit {most}"
+        )
     elif base[0] == "state =":
-        walk = _BY_STATE.format(most=most)
+        walk = _WAITING_OR_RUNNING.format(most=most)
     else:
-        walk = f"select * from runs where {base[0]} $2 and id < $1 order by id desc limit {most}"  # noqa: S608
+        walk = f"select * from all_runs where {base[0]} $2 and id < $1 order by id desc limit {most}"  # noqa: S608
     values += [base[1]] if base is not None else []
     at = len(values)
     rest = [f"{column} {'any' if column == 'state =' else ''}(${at + n})" for n, (column, _) in enumerate(filters, 1)]
@@ -119,29 +127,34 @@ async def find(
     return found, None if last is None else last["id"]
 
 
+_MOVED = ended.moved(
+    "gone", state="'cancelled'", cancel_requested_at="coalesce(cancel_requested_at, now())", returning=COLUMNS
+)
 # One row, by its key: its lock decides between this and a claim or settlement at the same moment. A run that is not
 # running is cancelled here; a running one is only asked to stop, and `settlement.settle` makes its state cancelled. The
 # row of its lane is locked first, as everywhere; no statement changes the lane of a run, so it is the right one.
 _CANCEL = f"""
 with lane as materialized (
   select name from lanes where name = (select lane from runs where id = $1) for update),
-cancelled as (
-  update runs set cancel_requested_at = coalesce(cancel_requested_at, now()),
-         state = case when state = 'running' then state else 'cancelled' end,
-         finished_at = case when state = 'running' then null else now() end
-   where id = $1 and state in ('held', 'scheduled', 'queued', 'running') and (select count(*) from lane) >= 0
-  returning {COLUMNS}, promoted),
+mine as materialized (
+  select id, state = 'running' as runs from runs where id = $1 and (select count(*) from lane) >= 0 for update),
+asked as (
+  update runs set cancel_requested_at = coalesce(cancel_requested_at, now())
+   where id = any(array(select id from mine where runs)) returning {LIVE_COLUMNS}),
+gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
+{_MOVED},
 freed as (
-  update lanes set promoted = greatest(lanes.promoted, -1000000000) - 1 from cancelled c
-   where lanes.name = c.lane and c.promoted and c.state = 'cancelled' returning name)
-select c.*, (select count(*) from freed) as freed from cancelled c"""  # noqa: S608  # a constant
+  update lanes set promoted = greatest(lanes.promoted, -1000000000) - 1 from gone g
+   where lanes.name = g.lane and g.promoted returning name)
+select c.*, (select count(*) from freed) as freed from (select * from asked union all select * from moved) c"""  # noqa: S608
 
 
 async def cancel(ledger: Ledger, run_id: UUID) -> Run:
     """Cancel a run, or ask a running one to stop; a run that has ended stays as it is. Raises `UnknownRun`."""
-    row = await ledger.fetchrow(_CANCEL, run_id)
-    if row is None:
+    rows = await ended.fetch(ledger, _CANCEL, run_id)
+    if not rows:
         return await get(ledger, run_id)
+    [row] = rows
     ledger.report_ends()
     if row["freed"]:
         await lanes.try_promote(ledger, {row["lane"]})

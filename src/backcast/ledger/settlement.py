@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
 
-from backcast.ledger import lanes
+from backcast.ledger import ended, lanes
 from backcast.ledger.connection import Ledger
 from backcast.models import JSON, Problem
 
@@ -50,61 +50,80 @@ class Settled:
     """Those of them whose run had been cancelled meanwhile, so that the run ended as cancelled."""
 
 
+_ADDED = """case when {new} is null or {old} is null then coalesce({new}, {old}) else json_build_object(
+        'model', {new}->'model',
+        'input_tokens', ({old}->>'input_tokens')::bigint + ({new}->>'input_tokens')::bigint,
+        'output_tokens', ({old}->>'output_tokens')::bigint + ({new}->>'output_tokens')::bigint) end"""
+
+_MOVED = ended.moved(
+    "gone",
+    state="case when cancel_requested_at is not null then 'cancelled' else sent end",
+    result="case when cancel_requested_at is null then result end",
+    result_key="case when cancel_requested_at is null then result_key end",
+    error="coalesce(new_error, error)",
+    usage=_ADDED.format(old="usage", new="new_usage"),
+    attempts_used="attempts_used + counts",
+    retries_used="retries",
+    returning="id, fence, state, pool, '' as route",
+)
 # The fence decides: the row must still be running, under the same fence and worker, when its lock is held. The
 # settlement of a stale worker changes nothing. A cancel that came first wins over any result. Only this statement
 # writes result_key, so an object of a lost attempt is never read. No other statement holds one of the rows while it
 # waits for another: they are this worker's own, and statements that take many rows at once skip locked ones. But a
 # settlement may be sent again while its first sending is under way: so the rows are locked in the order of their ids
 # before they are changed.
-_SETTLE = """
-update runs r set
-    state = case when r.cancel_requested_at is not null then 'cancelled'
-                 when d.state = 'queued' and d.counts > 0 and r.promoted then 'held' else d.state end,
-    finished_at = case when r.cancel_requested_at is not null or d.state in ('completed', 'failed') then now() end,
-    result = case when r.cancel_requested_at is null then d.result end,
-    result_key = case when r.cancel_requested_at is null then d.result_key end,
-    error = coalesce(d.error, r.error),
-    usage = case when d.usage is null or r.usage is null then coalesce(d.usage, r.usage) else json_build_object(
-        'model', d.usage->'model',
-        'input_tokens', (r.usage->>'input_tokens')::bigint + (d.usage->>'input_tokens')::bigint,
-        'output_tokens', (r.usage->>'output_tokens')::bigint + (d.usage->>'output_tokens')::bigint) end,
-    run_at = case when d.state = 'scheduled' and d.route = ''
-                  then now() + make_interval(secs => least(greatest(d.delay, 0), {longest})) else r.run_at end,
-    parked_at = case when d.state = 'scheduled' and d.route <> '' then now() end,
-    attempts_used = r.attempts_used + d.counts,
-    retries_used = d.retries,
-    flight = d.flight,
-    route = case when d.state = 'scheduled' then d.route else r.route end,
-    promoted = r.promoted and (r.cancel_requested_at is not null or d.state <> 'scheduled')
-                          and (d.state <> 'queued' or d.counts = 0)
-  from unnest($2::uuid[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::json[], $8::json[], $9::float8[],
-              $10::int[], $11::int[], $12::text[], $13::text[])
-       as d(id, fence, state, result, result_key, error, usage, delay, counts, retries, flight, route)
- where r.id = any(array(select id from runs where id = any($2::uuid[]) and worker_id = $1 and state = 'running'
-                                                {locked_first} order by id for update))
-   and r.id = d.id and r.fence = d.fence and r.worker_id = $1 and r.state = 'running'"""
-_LANES_FIRST = "and (select count(*) from lane) >= 0"
-_SETTLE_FREE = (
-    f"{_SETTLE.format(locked_first='', longest=LONGEST_DELAY)} returning r.id, r.fence, r.state, r.pool, r.route"
-)
+_SETTLE = f"""
+sent as materialized (
+  select * from unnest($2::uuid[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::json[], $8::json[],
+                       $9::float8[], $10::int[], $11::int[], $12::text[], $13::text[])
+       as d(id, fence, state, result, result_key, error, usage, delay, counts, retries, flight, route)),
+mine as materialized (
+  select id, fence, cancel_requested_at is not null as is_cancelled from runs
+   where id = any($2::uuid[]) and worker_id = $1 and state = 'running' {{locked_first}} order by id for update),
+judged as materialized (
+  select d.*, m.is_cancelled or d.state in ('completed', 'failed') as ends
+    from mine m join sent d on d.id = m.id and d.fence = m.fence),
+gone as (
+  delete from runs r using judged d where r.id = d.id and r.id = any(array(select id from judged where ends))
+  returning r.*, d.state as sent, d.result, d.result_key, d.error as new_error, d.usage as new_usage, d.counts,
+            d.retries),
+{_MOVED},
+kept as (
+  update runs r set
+      state = case when d.state = 'queued' and d.counts > 0 and r.promoted then 'held' else d.state end,
+      error = coalesce(d.error, r.error),
+      usage = {_ADDED.format(old="r.usage", new="d.usage")},
+      run_at = case when d.state = 'scheduled' and d.route = ''
+                    then now() + make_interval(secs => least(greatest(d.delay, 0), {LONGEST_DELAY})) else r.run_at end,
+      parked_at = case when d.state = 'scheduled' and d.route <> '' then now() end,
+      attempts_used = r.attempts_used + d.counts,
+      retries_used = d.retries,
+      flight = d.flight,
+      route = case when d.state = 'scheduled' then d.route else r.route end,
+      promoted = r.promoted and d.state <> 'scheduled' and (d.state <> 'queued' or d.counts = 0)
+    from judged d where r.id = d.id and r.id = any(array(select id from judged where not ends))
+  returning r.id, r.fence, r.state, r.pool, r.route, r.lane)"""  # noqa: S608  # constants
+_SETTLED = """
+select id, fence, state, pool, route from moved union all select id, fence, state, pool, route from kept"""
+_SETTLE_FREE = f"with {_SETTLE.format(locked_first='')} {_SETTLED}"
 
 # For runs that are counted in lanes: their lanes' rows are locked first, by name, as everywhere, then the runs.
 _SETTLE_COUNTED = f"""
 with lane as materialized (select name from lanes where name = any($14::text[]) order by name for update),
-settled as (
-{_SETTLE.format(locked_first=_LANES_FIRST, longest=LONGEST_DELAY)}
-returning r.id, r.fence, r.state, r.pool, r.route, r.lane),
+{_SETTLE.format(locked_first="and (select count(*) from lane) >= 0")},
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from settled where state <> 'queued' group by lane) s where lanes.name = s.lane)
-select id, fence, state, pool, route from settled"""  # noqa: S608  # constants
+    from (select lane, count(*) as n
+            from (select lane from gone union all select lane from kept where state <> 'queued') left_ group by lane) s
+   where lanes.name = s.lane)
+{_SETTLED}"""  # noqa: S608  # constants
 
 # Finds settlements that were recorded before, when the answer was lost: no other attempt can have ended a run whose
 # fence is still ours, and `recovery.requeue`, which ends runs without a new fence, sets lost_fence.
 _SETTLED_BEFORE = """
 select r.id, r.fence, r.state
-  from runs r join unnest($2::uuid[], $3::bigint[]) as d(id, fence) on r.id = d.id and r.fence = d.fence
- where r.worker_id = $1 and r.lost_fence is distinct from r.fence
+  from all_runs r join unnest($2::uuid[], $3::bigint[]) as d(id, fence) on r.id = d.id and r.fence = d.fence
+ where r.id = any($2::uuid[]) and r.worker_id = $1 and r.lost_fence is distinct from r.fence
    and r.state in ('completed', 'failed', 'cancelled')"""
 
 
@@ -139,10 +158,10 @@ async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlem
         [e.route for e in settlements],
     ]
     if counted:
-        rows = await ledger.fetch(_SETTLE_COUNTED, *values, sorted(counted))
+        rows = await ended.fetch(ledger, _SETTLE_COUNTED, *values, sorted(counted))
         await lanes.try_promote(ledger, counted)
     else:
-        rows = await ledger.fetch(_SETTLE_FREE, *values)
+        rows = await ended.fetch(ledger, _SETTLE_FREE, *values)
     ledger.wake_for(rows)
     if any(row["state"] in ("completed", "failed", "cancelled") for row in rows):
         ledger.report_ends()

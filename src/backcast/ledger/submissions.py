@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from backcast.errors import (
 )
 from backcast.ledger import lanes
 from backcast.ledger.connection import REFUSED, Ledger
-from backcast.ledger.runs import COLUMNS, shown
+from backcast.ledger.runs import COLUMNS, LIVE_COLUMNS, shown
 from backcast.models import Run, Submission, TaskType, uuid7
 from backcast.process.background import OnDemand
 
@@ -65,28 +65,35 @@ class SubmittedRun:
     """False when an earlier request with the same Idempotency-Key made this run."""
 
 
-# One parameter per column, each an array. Idempotency: the unique index on (owner, idem_key) makes one of any number of
-# racing statements insert. The others wait for its commit and then *update* the row, so that RETURNING shows it ("do
-# nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may be
-# in the arrays once, and keys come in one order, so that two statements with the same keys do not deadlock.
+# One parameter per column, each an array. Idempotency: the primary key of idempotency_keys lets one of any number of
+# racing statements insert a key. The others wait for its commit and then *update* its row, so that RETURNING shows it
+# ("do nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may
+# be in the arrays once, and keys come in one order, so that two statements with the same keys do not deadlock.
 # $17: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
 INSERT = f"""
-insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, idem_key, request_hash, input,
-                  input_key, metadata, lane, deadline, batch_id, signature)
-select id, task, pool, owner, priority,
-       case when run_at > now() then 'scheduled'
-            when lane is not null and exists (select from lanes where name = lane and limited) then 'held'
-            else 'queued' end,
-       coalesce(run_at, now()), max_attempts, idem_key, request_hash, input, input_key, metadata, lane, deadline,
-       batch_id, signature
-  from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[], $7::integer[],
-              $8::text[], $9::bytea[], $10::text[], $11::text[], $12::json[], $13::text[], $14::timestamptz[],
-              $15::uuid[], $16::text[])
-    as given(id, task, pool, owner, priority, run_at, max_attempts, idem_key, request_hash, input, input_key, metadata,
+with given as materialized (
+  select * from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[],
+              $7::integer[], $8::text[], $9::bytea[], $10::text[], $11::text[], $12::json[], $13::text[],
+              $14::timestamptz[], $15::uuid[], $16::text[])
+      as g(id, task, pool, owner, priority, run_at, max_attempts, idem_key, request_hash, input, input_key, metadata,
            lane, deadline, batch_id, signature)
- where $17::timestamptz is null or now() < $17
-on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
-returning {COLUMNS}, pool, idem_key, request_hash, xmax = 0 as fresh"""  # noqa: S608  # a constant
+   where $17::timestamptz is null or now() < $17),
+keyed as (
+  insert into idempotency_keys as k (owner, key, run_id, request_hash)
+  select owner, idem_key, id, request_hash from given where idem_key is not null
+      on conflict (owner, key) do update set key = excluded.key
+  returning owner, key, run_id, request_hash, xmax = 0 as fresh),
+made as (
+  insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, input, input_key, metadata, lane,
+                    deadline, batch_id, signature)
+  select id, task, pool, owner, priority,
+         case when run_at > now() then 'scheduled'
+              when lane is not null and exists (select from lanes where name = lane and limited) then 'held'
+              else 'queued' end,
+         coalesce(run_at, now()), max_attempts, input, input_key, metadata, lane, deadline, batch_id, signature
+    from given g where idem_key is null or exists (select from keyed k where k.run_id = g.id and k.fresh)
+  returning {LIVE_COLUMNS}, pool)
+select m.*, k.owner as key_owner, k.key, k.run_id, k.request_hash from made m full join keyed k on k.run_id = m.id"""  # noqa: S608
 
 
 def columns(rows: Sequence[New]) -> list[Any]:
@@ -150,7 +157,7 @@ def new(
 
 async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
     """Whether this owner has made a run with this Idempotency-Key."""
-    sql = "select 1 from runs where owner = $1 and idem_key = $2"
+    sql = "select 1 from idempotency_keys where owner = $1 and key = $2"
     return await ledger.fetchrow(sql, owner, key) is not None
 
 
@@ -250,28 +257,54 @@ async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitt
     promote from."""
     hashes = {_name(row): row.request_hash for row in rows}
     found = dict[object, SubmittedRun | IdempotencyConflict]()
+    earlier = dict[tuple[str, str], UUID]()
     ready, held = set[str](), set[str]()
     # In the order of their keys, see INSERT; the others may be anywhere.
     ordered = sorted(rows, key=lambda row: (row.owner, row.idem_key or "")) if len(rows) > 1 else rows
     for record in await ledger.fetch(INSERT, *columns(ordered)):
-        name = record["id"] if record["idem_key"] is None else (record["owner"], record["idem_key"])
-        if record["fresh"] and record["state"] == "queued":
-            ready.add(record["pool"])
-        elif record["fresh"] and record["state"] == "held":
-            held.add(record["lane"])
-        found[name] = (
-            SubmittedRun(shown(record), record["fresh"])
-            if record["fresh"] or record["request_hash"] == hashes[name]
-            else IdempotencyConflict(
+        name = record["id"] if record["key"] is None else (record["key_owner"], record["key"])
+        if record["id"] is not None:
+            if record["state"] == "queued":
+                ready.add(record["pool"])
+            elif record["state"] == "held":
+                held.add(record["lane"])
+            found[name] = SubmittedRun(shown(record), fresh=True)
+        elif record["request_hash"] == hashes[name]:
+            earlier[record["key_owner"], record["key"]] = record["run_id"]
+        else:
+            found[name] = IdempotencyConflict(
                 "An earlier request of this owner used the same Idempotency-Key for something else: use a new key for"
                 " a new run, or repeat the earlier request unchanged."
             )
-        )
     for pool in ready:
         ledger.wake(pool)
-    if not found:
+    if earlier:
+        found |= await _earlier(ledger, earlier)
+    if not found and not earlier:
         raise too_late()
+    if again := [row for row in rows if _name(row) not in found]:
+        answers, more = await _record(ledger, again)
+        found |= zip(map(_name, again), answers, strict=True)
+        held |= more
     return [found[_name(row)] for row in rows], held
+
+
+# A key may outlive its run, which may have been kept for less long. Then it is free: the next statement takes it.
+_FREE = """
+delete from idempotency_keys k using unnest($1::text[], $2::text[], $3::uuid[]) as gone(owner, key, run_id)
+ where k.owner = gone.owner and k.key = gone.key and k.run_id = gone.run_id
+   and not exists (select from all_runs r where r.id = gone.run_id)"""
+
+
+async def _earlier(
+    ledger: Ledger, named: Mapping[tuple[str, str], UUID]
+) -> dict[object, SubmittedRun | IdempotencyConflict]:
+    """The runs that earlier requests have made, by the names of their keys; without those that have been removed."""
+    sql = f"select {COLUMNS} from all_runs where id = any($1)"  # noqa: S608  # a constant
+    runs = {row["id"]: shown(row) for row in await ledger.fetch(sql, list(named.values()))}
+    if gone := [(*name, run_id) for name, run_id in named.items() if run_id not in runs]:
+        await ledger.execute(_FREE, *map(list, zip(*gone, strict=True)))
+    return {name: SubmittedRun(runs[run_id], fresh=False) for name, run_id in named.items() if run_id in runs}
 
 
 def _name(row: New) -> object:

@@ -8,6 +8,7 @@ import json
 import logging
 from uuid import UUID
 
+from backcast.ledger import ended
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
 
@@ -29,20 +30,18 @@ with turn as materialized (
       on conflict (name) do update set moved_at = now() where c.moved_at < now() - interval '10 seconds'
   returning name),
 bad as materialized (
-  select id, lane from runs where exists (select from turn) and state in ('held', 'scheduled', 'queued', 'running')
+  select id, lane from runs where exists (select from turn)
      and not (fence between 0 and 1000000000000000000 and attempts_used {_COUNT} and retries_used {_COUNT}
               and max_attempts {_COUNT} and run_at between '1900-01-01' and '9999-12-31')),
 lane as materialized (
   select name from lanes where name = any(array(select lane from bad)) order by name for update),
-failed as (
-  update runs set state = 'failed', finished_at = now(), error = $1::json
-   where id = any(array(select id from bad)) and state in ('held', 'scheduled', 'queued', 'running')
-     and (select count(*) from lane) >= 0
-  returning id, lane, promoted),
+gone as (
+  delete from runs where id = any(array(select id from bad)) and (select count(*) from lane) >= 0 returning *),
+{ended.moved("gone", state="'failed'", error="$1::json")},
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, 0)
-    from (select lane, count(*) as n from failed where promoted group by lane) f where lanes.name = f.lane)
-select id from failed"""  # noqa: S608  # constants
+    from (select lane, count(*) as n from gone where promoted group by lane) f where lanes.name = f.lane)
+select id from moved"""  # noqa: S608  # constants
 
 
 async def set_aside(ledger: Ledger, error: Exception) -> None:
@@ -51,7 +50,7 @@ async def set_aside(ledger: Ledger, error: Exception) -> None:
     if not isinstance(error, REFUSED):
         return
     try:
-        for row in await ledger.fetch(_SET_ASIDE, json.dumps(UNUSABLE.model_dump())):
+        for row in await ended.fetch(ledger, _SET_ASIDE, json.dumps(UNUSABLE.model_dump())):
             log.error("run %s is set aside as failed: its row has an impossible value", row["id"])
     except Exception:
         log.exception("can't look for runs with impossible values")

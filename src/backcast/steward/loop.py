@@ -167,7 +167,11 @@ class Steward:
             ("fail runs that no worker can do", self._fail_late, ROUTE_EVERY),
             ("move runs with their tasks", self._follow, FOLLOW_EVERY),
             ("remove old tasks", partial(task_types.remove_unseen, self._ledger, self._settings.keep_tasks), every),
-            ("apply retention", Retention(self._ledger, self._store, keep), every),
+            (
+                "apply retention",
+                Retention(self._ledger, self._store, keep, self._settings.keep_failed, self._settings.keep_keys),
+                every,
+            ),
         ]
         if self._settings.deletion_cost:  # made anew: another leader may have marked the pods meanwhile
             duties.append(("mark busy pods", partial(Pods().mark, self._ledger), MARK_EVERY))

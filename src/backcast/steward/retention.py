@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from backcast.history.sink import Sink
-from backcast.ledger import maintenance
+from backcast.ledger import ended, maintenance
 from backcast.ledger.connection import Ledger
 from backcast.steward import orphans
 from backcast.store import Store
 
 log = logging.getLogger("backcast.steward")
 
+_DAY = timedelta(days=1)
 DELETED_AT_ONCE = 200
 """Prefect's runs deleted before a pause of twice the time that this took: a third of a core of its server at most."""
 
@@ -28,22 +29,33 @@ class Retention:
     store: Store
     keep: timedelta | None
     """How long runs, results and cached values are kept after they ended; None: for ever."""
+    keep_failed: timedelta | None = None
+    """How long runs that did not complete are kept, if longer."""
+    keep_keys: timedelta | None = None
+    """How long an Idempotency-Key is remembered; None: as long as runs are."""
     _unknown: int = field(default=0, init=False)
     """Results of unknown runs that the log has reported."""
 
     async def __call__(self) -> None:
+        await ended.make_ahead(self.ledger)
         await self.store.check()
         if await orphans.is_ours(self.ledger, self.store):
             if self.keep is not None:
                 await self._old_cache(self.keep)
             await self._sweep()  # before the rows go: the results of their lost attempts have a known run
         if self.keep is not None:
-            await self._old_runs(self.keep)
+            await self._old_runs(self.keep, self._longest)
             await maintenance.remove_empty_batches(self.ledger, self.keep)
+        if (keys := self.keep_keys or self.keep) is not None:
+            await maintenance.remove_old_keys(self.ledger, keys)
         await maintenance.remove_stale_flights(self.ledger)
 
+    @property
+    def _longest(self) -> timedelta:
+        return max(self.keep or timedelta(), self.keep_failed or timedelta())
+
     async def _sweep(self) -> None:
-        unknown = await orphans.sweep(self.ledger, self.store, self.keep)
+        unknown = await orphans.sweep(self.ledger, self.store, self.keep and self._longest)
         if unknown > self._unknown:
             log.warning(
                 "%d results belong to runs that the ledger does not know: was it restored from an older backup?"
@@ -52,15 +64,28 @@ class Retention:
             )
         self._unknown = unknown
 
-    async def _old_runs(self, keep: timedelta) -> None:
+    async def _old_runs(self, completed: timedelta, others: timedelta) -> None:
         """Objects first: while the store is away, the rows that name them stay. A request in between is answered that
         the result is gone. Results of lost attempts, which no row names, are orphans."""
+        await ended.drop_retired(self.ledger)
+        for partition in await ended.partitions(self.ledger):
+            keep = completed if partition.table == "ended_completed" else others
+            if partition.age > keep and await ended.is_old(self.ledger, partition, keep):
+                async for keys in ended.objects(self.ledger, partition):
+                    await self.store.delete(keys)
+                await ended.drop(self.ledger, partition)
+                log.info("removed %s: its runs ended more than %s ago", partition.name, keep)
+        # One by one: the few that ended late, and those that are kept for less than the day of a partition.
+        tables = {"ended_late": max(completed, others), "ended_completed": completed, "ended_otherwise": others}
+        for table, keep in tables.items():
+            if table == "ended_late" or keep < _DAY:
+                await self._one_by_one(table, keep)
+
+    async def _one_by_one(self, table: str, keep: timedelta) -> None:
         removed = 0
-        async for runs in maintenance.old_runs(self.ledger, keep):
-            if not runs:
-                continue
+        async for runs in maintenance.old_runs(self.ledger, table, keep):
             await self.store.delete(key for keys in runs.values() for key in keys)
-            await maintenance.remove(self.ledger, list(runs))
+            await maintenance.remove(self.ledger, table, list(runs))
             removed += len(runs)
         if removed:
             log.info("removed %d runs that ended more than %s ago", removed, keep)

@@ -1,0 +1,123 @@
+"""The second home of runs: those that are over. Decides which partition a run goes to, and when a partition goes.
+
+The statement that ends a run takes it out of `runs` and puts it here. The row lock of `delete` lets one statement do
+it: whoever waited for it finds no row any more, and reads `all_runs` again to see how the run ended.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from backcast.ledger.connection import Ledger
+
+AHEAD = 14
+"""Days for which partitions are made ahead: so long may the steward be away before a run makes its own."""
+LATE = 7
+"""Days after which a run that ends goes to the table of late ones: its partition need not stay for it. So does one
+whose id is from a clock that was far ahead."""
+_TODAY = "(now() at time zone 'utc')::date"
+_KEPT = (
+    "id, task, pool, owner, lane, batch_id, priority, run_at, deadline, fence, attempts_used, retries_used,"
+    " max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key, error, usage, metadata,"
+    " created_at, started_at"
+)
+
+
+def moved(gone: str, *, state: str, into: str = "moved", returning: str = "id, state", **changes: str) -> str:
+    """SQL: the common table expressions that put the rows of `gone`, which a `delete` has returned, into their home.
+
+    Args:
+        state: an expression over the columns of `gone`, as each of `changes` is; these take the place of its columns.
+    """
+    columns = [*_KEPT.split(", "), "state", *[name for name in changes if name not in _KEPT.split(", ")]]
+    values = [changes.get(name, state if name == "state" else name) for name in columns]
+    insert = f"({', '.join(columns)}) select {', '.join(values)} from {gone} where id"  # noqa: S608
+    first, last = (f"(select first_id({_TODAY} + {days}))" for days in (-LATE, AHEAD))
+    return f"""
+{into}_now as (insert into ended {insert} >= {first} and id < {last}
+    returning {returning}),
+{into}_late as (insert into ended_late {insert} < {first} or id >= {last}
+    returning {returning}),
+{into} as (select * from {into}_now union all select * from {into}_late)"""  # noqa: S608  # constants
+
+
+_MAKE = f"select make_partitions({_TODAY} - $1::int, {_TODAY} + {AHEAD})"
+
+
+async def fetch(ledger: Ledger, sql: str, *values: Any) -> list[asyncpg.Record]:
+    """Run a statement that moves runs. If a partition is missing, those of all days that it may name are made, and it
+    is sent again."""
+    while True:
+        try:
+            return await ledger.fetch(sql, *values)
+        except asyncpg.CheckViolationError as error:
+            if "no partition" not in str(error):
+                raise
+        await ledger.execute(_MAKE, LATE)
+
+
+async def make_ahead(ledger: Ledger) -> None:
+    """Make the partitions of today and the next days that are missing."""
+    await ledger.execute(_MAKE, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    table: str
+    """`ended_completed` or `ended_otherwise`."""
+    day: date
+    age: timedelta
+    """Since the end of its day, by the database's clock; negative before it."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.table}_{self.day:%Y%m%d}"
+
+
+async def partitions(ledger: Ledger) -> list[Partition]:
+    """All of them, the oldest first."""
+    rows = await ledger.fetch(
+        """select p.relname as table, d.day, now() - (d.day + 1)::timestamp at time zone 'utc' as age
+             from pg_inherits join pg_class c on c.oid = inhrelid join pg_class p on p.oid = inhparent
+                  cross join lateral (select to_date(right(c.relname, 8), 'YYYYMMDD') as day) d
+            where inhparent in ('backcast.ended_completed'::regclass, 'backcast.ended_otherwise'::regclass)
+            order by age desc"""
+    )
+    return [Partition(**row) for row in rows]
+
+
+# By way of its table: a part has rights on that.
+_OF_DAY = "{table} where id >= first_id($1) and id < first_id($1 + 1)"
+
+
+async def is_old(ledger: Ledger, partition: Partition, keep: timedelta) -> bool:
+    """Whether all of its runs ended longer ago than `keep`."""
+    rows = _OF_DAY.format(table=partition.table)
+    sql = f"select exists (select from {rows} and finished_at >= now() - $2::interval) as has_young"  # noqa: S608
+    row = await ledger.fetchrow(sql, partition.day, keep)
+    return row is not None and not row["has_young"]
+
+
+async def objects(ledger: Ledger, partition: Partition) -> AsyncIterator[list[str]]:
+    """The keys of the objects that its runs name, in pages."""
+    after = UUID(int=0)
+    rows = _OF_DAY.format(table=partition.table)
+    sql = f"select id, input_key, result_key from {rows} and id > $2 order by id limit 1000"  # noqa: S608
+    while page := await ledger.fetch(sql, partition.day, after):
+        after = page[-1]["id"]
+        yield [key for row in page for key in (row["input_key"], row["result_key"]) if key is not None]
+
+
+async def drop(ledger: Ledger, partition: Partition) -> None:
+    """Raises `LedgerUnavailable` when somebody reads it for long: it goes another time."""
+    await ledger.execute("select retire_partition($1)", partition.name)
+    await drop_retired(ledger)
+
+
+async def drop_retired(ledger: Ledger) -> None:
+    """Remove partitions that were taken away, by a steward that was stopped before it could remove them."""
+    await ledger.execute("select drop_retired()")

@@ -90,7 +90,7 @@ class Database(_Section):
     url: SecretStr = SecretStr("postgresql://localhost/backcast")
     """PostgreSQL 15 to 18, as `postgresql://user:password@host:port/database`."""
     pool: int = Field(default=10, ge=2, le=200)
-    """Connections that one process may hold open, besides one for listening and one for heartbeats."""
+    """Connections that an API process may hold open, besides one that listens. A worker holds up to 4, a steward 7."""
     timeout: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
     """How long a statement may take, including the wait for a connection, before the database counts as unavailable."""
 
@@ -198,8 +198,6 @@ class Worker(_Section):
     """Address of the health and metrics port; 0.0.0.0 in a cluster."""
     port: int = Field(default=8081, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
-    poll: Duration = timedelta(seconds=1)
-    """How often an idle worker looks for runs without a notification, because notifications may be lost."""
     grace: Duration = timedelta(seconds=30)
     """After SIGTERM: how long running work may go on before its runs are released to the queue."""
     processes: int = Field(default=1, ge=1, le=64)

@@ -102,7 +102,7 @@ ALL = {"api", "worker", "steward", "llm"}
     [
         ({"log_level": "debug"}, ALL),
         ({"api": {"max_body": 2097152}}, {"api"}),
-        ({"worker": {"poll": 3}}, {"worker"}),
+        ({"worker": {"stall": 3}}, {"worker"}),
         ({"steward": {"keep_runs": "P1D"}}, {"steward"}),
         ({"store": {"timeout": 5}}, {"api", "worker", "steward"}),
         ({"model": {"max_tokens": 100}}, {"worker", "llm"}),

@@ -258,12 +258,58 @@ async def test_a_heartbeat_returns_the_held_runs_and_their_cancels(ledger: Ledge
     taken = await claim(ledger, worker)
     await runs.cancel(ledger, taken[0].id)
     async with ledger.session() as connection:
-        held = await fleet.beat(connection, worker, busy=3, draining=False, settled=0)
-        assert held is not None
-        assert {run_id: h.cancel for run_id, h in held.items()} == {c.id: c is taken[0] for c in taken}
+        beat = await fleet.beat(connection, worker, busy=3, draining=False, settled=0)
+        assert beat is not None
+        assert {run_id: h.cancel for run_id, h in beat.holds.items()} == {c.id: c is taken[0] for c in taken}
         assert await fleet.beat(connection, uuid7(), busy=0, draining=False, settled=0) is None, (
             "an unknown worker gets None"
         )
+
+
+async def test_a_heartbeat_tells_what_waits(ledger: Ledger) -> None:
+    worker = await register(ledger)
+
+    async def waiting() -> tuple[bool, bool]:
+        async with ledger.session() as connection:
+            beat = await fleet.beat(connection, worker, busy=0, draining=False, settled=0)
+        assert beat is not None
+        return beat.queued, beat.routed
+
+    assert await waiting() == (False, False)
+    await submit(ledger)
+    assert await waiting() == (True, False)
+    await ledger.execute("update runs set route = 'noop'")
+    assert await waiting() == (False, True)
+    await ledger.execute("update runs set pool = 'another'")
+    assert await waiting() == (False, False)
+
+
+async def test_one_live_worker_of_each_pool_dispatches(ledger: Ledger) -> None:
+    workers = {uuid7(): pool for pool in ("a", "b", "a", "a", "b")}
+    for each, pool in workers.items():
+        await fleet.register(ledger, each, pool=pool, host="h", version="1", slots=1, tasks=[NOOP])
+    draining = set[UUID]()
+
+    async def dispatching() -> list[int]:
+        async with ledger.session() as connection:
+            beats = [
+                await fleet.beat(connection, each, busy=0, draining=each in draining, settled=0) for each in workers
+            ]
+        return [n for n, beat in enumerate(beats) if beat is not None and beat.dispatches]
+
+    [first, _, third, *_] = workers
+    assert await dispatching() == [0, 1]
+    await ledger.execute("update workers set heartbeat_at = now() + interval '1 hour' where id <> $1", first)
+    async with ledger.session() as connection:
+        await ledger.execute("update workers set heartbeat_at = now() - interval '4 seconds' where id = $1", first)
+        beat = await fleet.beat(connection, third, busy=0, draining=False, settled=0)
+        assert beat is not None
+        assert beat.dispatches, "the first is silent"
+    draining.add(first)
+    await dispatching()
+    assert await dispatching() == [0, 1, 2], "one that drains does as long as it is there, another does too"
+    await fleet.retire(ledger, first)
+    assert await dispatching() == [1, 2]
 
 
 async def test_cancelling(ledger: Ledger) -> None:

@@ -361,10 +361,10 @@ class Machine(RuleBasedStateMachine):
         worker_id = self._worker(worker)
         known = {(c.id, c.fence) for w, c in self.claims if w == worker_id}
         async with self.ledger.transaction() as connection:
-            held = await fleet.beat(connection, worker_id, busy=0, draining=False, settled=0)
-        if held is None:
+            beat = await fleet.beat(connection, worker_id, busy=0, draining=False, settled=0)
+        if beat is None:
             await self._register(worker_id)
-            held = {}
+        held = beat.holds if beat else {}
         # A run whose claim's answer was lost is released.
         lost = [(run_id, h) for run_id, h in held.items() if (run_id, h.fence) not in known]
         await self._send(

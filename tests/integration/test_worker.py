@@ -1,9 +1,12 @@
 """The worker as a real process, with real signals: every accepted run is finished, with exactly one outcome."""
 
 import asyncio
+import re
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -285,6 +288,51 @@ async def test_a_run_that_kills_its_worker_gets_through_on_a_later_attempt(
 
         run = await until(look, lambda run: run["state"] in FINAL, timeout=2 * PATIENCE)
         assert (run["state"], run["attempts"]) == ("completed", 3)
+
+
+async def test_the_worker_that_dispatches_is_replaced(database: str, tmp_path: Path, ledger: Ledger) -> None:
+    """Without a steward, runs that become due are started by the rest of the pool."""
+    async with stack(database, tmp_path) as product:
+        await product.up("api")
+        for _ in range(3):
+            await product.up("worker")
+        [first] = await ledger.fetch("select id from workers order by id limit 1")
+        for part in product.parts[1:3]:
+            part.signal(signal.SIGSTOP)
+        await ledger.execute("update workers set heartbeat_at = now() - interval '1 minute' where id = $1", first["id"])
+        soon = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
+        body = {"input": {"value": 1}, "run_at": soon}
+        answer = await product.http.post("/v1/tasks/echo/runs", json=body)
+        assert await product.result(answer.json()["id"]) == 1
+
+
+async def test_idle_workers_send_few_statements_over_few_connections(
+    database: str, server: postgres.Postgres, tmp_path: Path, ledger: Ledger
+) -> None:
+    """A heartbeat a second each; one of a pool dispatches too, by five statements."""
+    name = database.partition("?")[0].rpartition("/")[2]
+    await ledger.execute(f'alter database "{name}" set log_min_duration_statement = 0')
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "worker", "worker", "worker")
+        for run in [await product.submit("echo", value=n) for n in range(50)]:
+            await product.result(run)
+
+        async def sessions() -> set[int]:
+            rows = await ledger.fetch(
+                "select pid from pg_stat_activity where application_name = 'backcast-worker'"
+                " and datname = current_database()"
+            )
+            return {row["pid"] for row in rows}
+
+        pids = await until(sessions, lambda pids: len(pids) <= 4 * 3)  # the first ones try what they have reached
+        log, began = server.data.with_name(f"{server.data.name}.log"), time.monotonic()
+        before = log.stat().st_size
+        await asyncio.sleep(5)
+        with log.open("rb") as lines:
+            lines.seek(before)
+            sent = re.findall(r"\[(\d+)\] LOG:  duration: .* execute ", lines.read().decode())
+        seconds = time.monotonic() - began
+        assert seconds < sum(int(pid) in pids for pid in sent) <= 11 * (seconds + 1)
 
 
 async def test_two_stewards_are_safe(database: str, tmp_path: Path, ledger: Ledger) -> None:

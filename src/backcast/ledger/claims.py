@@ -48,7 +48,7 @@ class Claim:
 # 1,000,000 rows queued. SKIP LOCKED keeps claims from waiting for each other: another statement is claiming or
 # cancelling a locked row. `= any(array(...))` and not a join: a generic plan might hash-join, which scans the table.
 # A worker whose own lease has run out gets nothing: the steward is about to give its runs to others. Runs past their
-# deadline are passed over; `dispatch_due`, which every worker polls, takes them out of the index.
+# deadline are passed over; `dispatch_due`, which is called each second, takes them out of the index.
 # Of $3 rows, those after the first $6 are prefetched, but no runs that were ever lost (see `recovery.requeue`): those
 # are claimed for a free slot only. A quarantined run always counts as prefetched: it waits until all the others have
 # ended, and then `begin` marks it.

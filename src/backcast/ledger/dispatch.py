@@ -12,7 +12,7 @@ _OPEN = """
 select name from lanes l where (max_running is null or promoted < max_running)
    and exists (select from runs where state = 'held' and lane = l.name)"""
 
-# SKIP LOCKED: every worker runs this on its poll, and none waits for another. The index is runs_scheduled. Runs with a
+# SKIP LOCKED: several processes run this at once, and none waits for another. The index is runs_scheduled. Runs with a
 # route wait for a worker, not for a time: see `routing`.
 _DUE = f"""
 with due as materialized (
@@ -56,8 +56,8 @@ _HELD = "The lane '{lane}' held it when its deadline came: submit it with a late
 async def dispatch_due(ledger: Ledger) -> None:
     """Queue scheduled runs whose time has come, expire late ones, and promote from lanes that have room again.
 
-    Every worker and the steward call this on their polls, so that no run waits for one of them. A step that meets a
-    refused value does not keep the next ones from being taken; its error is raised last.
+    A worker of each pool and every steward call this each second, so that no run waits for one of them. A step that
+    meets a refused value does not keep the next ones from being taken; its error is raised last.
     """
     refused = None
     for step in (_expire, _queue, _promote):

@@ -11,6 +11,9 @@ from backcast.ledger import routing, task_types
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType
 
+SILENCE = 3
+"""Seconds without a heartbeat after which another worker of the pool dispatches."""
+
 
 async def register(
     ledger: Ledger, worker_id: UUID, *, pool: str, host: str, version: str, slots: int, tasks: Sequence[TaskType]
@@ -42,28 +45,48 @@ class Held:
     lane: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a worker learns from its heartbeat. An idle one polls for nothing else."""
+
+    holds: dict[UUID, Held]
+    queued: bool
+    """Whether runs of its pool wait that have no route."""
+    routed: bool
+    """Whether others of its pool do."""
+    dispatches: bool
+    """Whether this worker dispatches due runs for its pool. For a moment two may, or none."""
+
+
 # One row per worker, by its key. The runs are read in the same snapshot: a run that a worker believes to hold, and that
-# is missing here or has another fence, has been given to another worker.
-_BEAT = """
+# is missing here or has another fence, has been given to another worker. Of each pool the live worker with the lowest
+# id dispatches: by the primary key that is the first row that is looked at, whatever the number of workers.
+_BEAT = f"""
 with beat as (
-  update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1 returning id)
+  update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1 returning id, pool)
 select r.id, r.fence, r.cancel_requested_at is not null as cancel, r.retries_used,
-       case when r.promoted then r.lane end as lane, (select count(*) from beat) as known
-  from (select 1) one left join runs r on r.worker_id = $1 and r.state = 'running'"""
+       case when r.promoted then r.lane end as lane, b.*
+  from (select exists (select from runs q where q.pool = b.pool and q.route = '' and q.state = 'queued') as queued,
+               exists (select from runs q where q.pool = b.pool and q.route <> '' and q.state = 'queued') as routed,
+               not exists (select from workers w where w.id < b.id and w.pool = b.pool and not w.draining
+                              and w.heartbeat_at > now() - interval '{SILENCE} s') as dispatches
+          from beat b) b
+       left join runs r on r.worker_id = $1 and r.state = 'running'"""  # noqa: S608  # a constant
 
 
 async def beat(
     connection: asyncpg.Connection, worker_id: UUID, *, busy: int, draining: bool, settled: int
-) -> dict[UUID, Held] | None:
-    """Extend the worker's lease; returns the runs it holds, or None when the worker is not registered (any more)."""
+) -> Beat | None:
+    """Extend the worker's lease; returns None when the worker is not registered (any more)."""
     rows = await connection.fetch(_BEAT, worker_id, busy, draining, settled)
-    if not rows[0]["known"]:
+    if not rows:
         return None
-    return {
+    holds = {
         row["id"]: Held(row["fence"], row["cancel"], row["retries_used"], row["lane"])
         for row in rows
         if row["id"] is not None
     }
+    return Beat(holds, rows[0]["queued"], rows[0]["routed"], rows[0]["dispatches"])
 
 
 async def retire(ledger: Ledger, worker_id: UUID) -> None:

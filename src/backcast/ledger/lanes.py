@@ -89,7 +89,7 @@ async def promote(ledger: Ledger, names: Iterable[str]) -> None:
 
 
 async def try_promote(ledger: Ledger, names: Iterable[str]) -> None:
-    """`promote` after a change that has been committed. When it fails, the next poll of any worker makes up for it."""
+    """`promote` after a change that has been committed. When it fails, the next dispatch makes up for it."""
     with contextlib.suppress(LedgerUnavailable, LedgerFault):
         await promote(ledger, names)
 

@@ -17,7 +17,7 @@ from backcast import __version__
 from backcast.errors import LedgerUnavailable
 from backcast.ledger import fleet
 from backcast.ledger.connection import Ledger
-from backcast.ledger.fleet import Held
+from backcast.ledger.fleet import Beat
 from backcast.models import TaskType, uuid7
 from backcast.process import background
 from backcast.process.outages import Outage
@@ -46,8 +46,8 @@ class Heartbeat:
 class Lease:
     """Registration and heartbeats of one worker.
 
-    `report` makes each heartbeat; `acknowledged` is called with it and with the runs that the ledger has this worker
-    hold.
+    `report` makes each heartbeat; `acknowledged` is called with it and with its answer, which is empty if the worker is
+    not registered.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Lease:
         types: list[TaskType],
         *,
         report: Callable[[], Heartbeat],
-        acknowledged: Callable[[Heartbeat, dict[UUID, Held]], None],
+        acknowledged: Callable[[Heartbeat, Beat], None],
     ) -> None:
         self.id = uuid7()
         self._settings, self._ledger, self._types = settings, ledger, types
@@ -111,23 +111,25 @@ class Lease:
         while True:
             with contextlib.suppress(LedgerUnavailable):  # the statements that fail log it; the lease decides
                 async with self._ledger.session() as connection:
+                    # A crash of the server may lose heartbeats: after it, all workers have been silent anyway.
+                    await connection.execute("set synchronous_commit = off")
                     while True:
                         at, sent = time.monotonic(), self._report()
                         async with asyncio.timeout(self._ledger.timeout):
-                            held = await fleet.beat(
+                            beat = await fleet.beat(
                                 connection, self.id, busy=sent.busy, draining=sent.draining, settled=sent.settled
                             )
-                        self._answered(at, sent, held)
+                        self._answered(at, sent, beat)
                         await asyncio.sleep(BEAT)
             await asyncio.sleep(BEAT / 2)
 
-    def _answered(self, at: float, sent: Heartbeat, held: dict[UUID, Held] | None) -> None:
-        if held is not None:
+    def _answered(self, at: float, sent: Heartbeat, beat: Beat | None) -> None:
+        if beat is not None:
             self._last = at
         elif self._registering is None or self._registering.done():
             # Removed from the fleet after a long silence: the ledger holds no run for this worker any more.
             self._registering = asyncio.create_task(background.keep("register again", self.register))
-        self._acknowledged(sent, held or {})
+        self._acknowledged(sent, beat or Beat({}, queued=False, routed=False, dispatches=False))
 
     async def give_up(self) -> None:
         """Leave the fleet, unless a run is still held."""

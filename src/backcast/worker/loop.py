@@ -95,7 +95,8 @@ class Worker:
         self._execution = Execution(ledger, store, executors, worker_id=self._lease.id)
         self._names = sorted(task.name for task in executors.types)
         self._turns = Turns(routing.routes_to(executors.types))
-        self._rerouted = asyncio.Event()
+        self._due = asyncio.Event()
+        self._dispatches = True
         self._held: dict[UUID, _Claimed] = {}
         self._prefetched: deque[_Claimed] = deque()
         self._quarantine: deque[_Claimed] = deque()
@@ -136,8 +137,15 @@ class Worker:
         fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
         return Heartbeat(fences, claims, self._busy, self._draining, self._settler.count)
 
-    def _acknowledged(self, sent: Heartbeat, holds: dict[UUID, fleet.Held]) -> None:
-        """Stop the runs that the ledger has given to others, and release those that this worker does not know of."""
+    def _acknowledged(self, sent: Heartbeat, beat: fleet.Beat) -> None:
+        """Stop the runs that the ledger has given to others, and release those that this worker does not know of. Look
+        for the work that no notification has reported."""
+        holds = beat.holds
+        if beat.queued:
+            self._wake.set()
+        self._dispatches = beat.dispatches
+        if beat.routed or beat.dispatches:
+            self._due.set()
         for run_id, fence in sent.fences.items():
             ours, theirs = self._held.get(run_id), holds.get(run_id)
             if ours is None or ours.claim.fence != fence:
@@ -225,7 +233,7 @@ class Worker:
                         worker_id=self._lease.id,
                         lease=self._settings.lease,
                         route=self._turns.next,
-                        routed=self._rerouted.set,
+                        routed=self._due.set,
                     )
                     has_claimed = True
                     self._turns.claimed(is_empty=len(taken) < free + prefetch)
@@ -253,7 +261,8 @@ class Worker:
             # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
             if not 1 < len(taken) < free + prefetch:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._settings.worker.poll.total_seconds())
+                    async with asyncio.timeout(BEAT if outage else None):
+                        await self._wake.wait()
 
     def _ready(self, route: str) -> None:
         self._turns.ready(route)
@@ -267,7 +276,7 @@ class Worker:
     async def _dispatch_due(self) -> None:
         outage = Outage(partial(log.error, "can't dispatch due runs: %s", exc_info=True))
         while True:
-            for step in (self._route, partial(dispatch.dispatch_due, self._ledger)):
+            for step in (self._route, partial(dispatch.dispatch_due, self._ledger))[: 2 if self._dispatches else 1]:
                 try:
                     await step()
                     outage.ended()
@@ -277,9 +286,8 @@ class Worker:
                     outage.failed(error)
                     await unusable.set_aside(self._ledger, error)
             await asyncio.sleep(REROUTE_EVERY)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._rerouted.wait(), self._settings.worker.poll.total_seconds())
-            self._rerouted.clear()
+            await self._due.wait()
+            self._due.clear()
 
     # -- executing --------------------------------------------------------------------------------------------------
 
@@ -340,7 +348,7 @@ class Worker:
         for settlement in batch:
             self._drop(settlement.id, settlement.fence)
             if settlement.route:
-                self._rerouted.set()
+                self._due.set()
         self._wake.set()
 
     def _drop(self, run_id: UUID, fence: int) -> None:

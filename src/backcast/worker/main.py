@@ -24,7 +24,8 @@ async def _serve(settings: Settings) -> None:
     stop = Stop()
     registry = CollectorRegistry()
     store = open_store(settings.store)
-    ledger = Ledger.of(settings.database, name="backcast-worker")
+    # One for claims and one for settlements; with those for heartbeats and for notifications, four.
+    ledger = Ledger.of(settings.database, name="backcast-worker", pool=2)
     executors = Executors(settings, store, registry)
     worker: Worker | None = None
 

@@ -56,14 +56,14 @@ select (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '7' ||
           from generate_series($4::bigint, $5::bigint) n) given"""
 _QUEUED = f"""
 insert into runs (id, task, pool, owner, state, max_attempts, input, metadata, created_at, run_at)
-select id, 'cast', pool, owner, 'queued', 3, '{{"payload": "' || repeat(md5(n::text), 3) || '", "target": "int"}}',
-       '{{}}', at, at
+select id, 'cast_' || pool, pool, owner, 'queued', 3,
+       '{{"payload": "' || repeat(md5(n::text), 3) || '", "target": "int"}}', '{{}}', at, at
   from ({_MADE}) made"""
 _ENDED = f"""
 insert into ended (id, task, pool, owner, priority, state, run_at, fence, attempts_used, retries_used, max_attempts,
                    worker_id, signature, input, metadata, created_at, started_at, finished_at, result, result_key,
                    error)
-select id, 'cast', pool, owner, 0, state, at, 1, 1, 0, 3, id, '',
+select id, 'cast_' || pool, pool, owner, 0, state, at, 1, 1, 0, 3, id, '',
        '{{"payload": "' || repeat(md5(n::text), 3) || '", "target": "int"}}', '{{}}', at, at, at,
        case when state = 'completed' then '{{"value": ' || n || '}}' end,
        case when state = 'completed' then 'results/' || id || '/1.json' end,

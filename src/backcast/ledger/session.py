@@ -28,11 +28,15 @@ _SETTINGS = {
     "standard_conforming_strings": "on",
     "transform_null_equals": "off",
 }
-# Every statement on the hot path is an index probe; planning it anew costs more than running it, and a plan made while
-# a table was empty must not become a scan of a million rows.
+# Every statement on the hot path is an index probe; planning it anew costs more than running it. A plan made with the
+# statistics of another moment, when a table was empty or no run was queued, must not become a scan, or a sort, of a
+# million rows.
 _PLANS = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
+    "enable_sort": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
     "enable_indexscan": "on",
     "enable_indexonlyscan": "on",
     "enable_nestloop": "on",

@@ -76,7 +76,8 @@ async def fill(url: str, count: int, *, ago: float, ended: bool, every: float = 
     """Make `count` runs, one every so many seconds, the last one `ago` seconds ago."""
     connection = await asyncpg.connect(url, server_settings={"search_path": "backcast"}, command_timeout=None)
     if ended:
-        await connection.execute(f"select make_partitions(current_date - {DAYS + 1}, current_date + 14)")
+        days = max(DAYS, int((ago + count * every) / 86_400)) + 1
+        await connection.execute(f"select make_partitions(current_date - {days}, current_date - {int(ago / 86_400)})")
     for first in range(1, count + 1, 250_000):
         last = min(first + 249_999, count)
         await connection.execute(_ENDED if ended else _QUEUED, count, every, ago, first, last)

@@ -36,6 +36,7 @@ class Waits:
         self._ledger, self._most = ledger, most
         self._held = 0
         self._waiting: dict[UUID, set[asyncio.Future[Run]]] = {}
+        self._new = set[UUID]()
         self._look = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._stopped = False
@@ -56,6 +57,7 @@ class Waits:
         ended: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
         self._held += 1
         self._waiting.setdefault(run_id, set()).add(ended)
+        self._new.add(run_id)  # it may have ended since it was read
         self._watch()
         gone = asyncio.create_task(_gone(request))
         try:
@@ -83,7 +85,7 @@ class Waits:
         """Deliver ends to the waits, until there have been none for a while. An outage of the database ends no wait."""
         while True:
             with contextlib.suppress(LedgerUnavailable):
-                await endings.watch(self._ledger, self._wanted, self._found, self._look, idle=_LINGER)
+                await endings.watch(self._ledger, self._wanted, self._new, self._found, self._look, idle=_LINGER)
                 return
             await asyncio.sleep(1)
 

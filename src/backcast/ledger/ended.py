@@ -55,7 +55,7 @@ async def fetch(ledger: Ledger, sql: str, *values: Any) -> list[asyncpg.Record]:
         try:
             return await ledger.fetch(sql, *values)
         except asyncpg.CheckViolationError as error:
-            if "no partition" not in str(error):
+            if getattr(error, "constraint_name", None) is not None:  # a missing partition is no constraint
                 raise
         await ledger.execute(_MAKE, LATE)
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 from uuid import UUID
 
@@ -331,6 +332,25 @@ async def test_a_reader_that_stays_stops_retention_and_nobody_else(
 async def _refused(retention: Retention) -> None:
     with pytest.raises(LedgerUnavailable):
         await retention()
+
+
+async def test_a_clock_that_is_far_ahead_drops_nothing(
+    ledger: Ledger, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database's and the steward's must agree that a day is old enough."""
+
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Behind":
+            return cls.fromtimestamp(time.time() - 20 * 86400, tz)
+
+    run = await old_run(ledger)
+    monkeypatch.setattr(ended, "datetime", Behind)  # for it, the database's clock is twenty days ahead
+    await Retention(ledger, store, KEEP)()
+    assert set(await at_home(ledger)) == {run}
+    monkeypatch.undo()
+    await Retention(ledger, store, KEEP)()
+    assert await at_home(ledger) == {}
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ it: whoever waited for it finds no row any more, and reads `all_runs` again to s
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -71,7 +71,7 @@ class Partition:
     """`ended_completed` or `ended_otherwise`."""
     day: date
     age: timedelta
-    """Since the end of its day, by the database's clock; negative before it."""
+    """Since the end of its day, by the database's clock and by ours, whichever is less: a wrong clock drops nothing."""
 
     @property
     def name(self) -> str:
@@ -87,7 +87,11 @@ async def partitions(ledger: Ledger) -> list[Partition]:
             where inhparent in ('backcast.ended_completed'::regclass, 'backcast.ended_otherwise'::regclass)
             order by age desc"""
     )
-    return [Partition(**row) for row in rows]
+    return [Partition(row["table"], row["day"], min(row["age"], _since(row["day"]))) for row in rows]
+
+
+def _since(day: date) -> timedelta:
+    return datetime.now(UTC) - datetime.combine(day + timedelta(days=1), time(), UTC)
 
 
 # By way of its table: a part has rights on that.

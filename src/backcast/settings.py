@@ -217,12 +217,12 @@ class Steward(_Section):
     port: int = Field(default=8082, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     keep_runs: Duration | None = timedelta(days=30)
-    """How long runs and their results are kept after their end, by whole days if it is a day or more; none keeps them
-    for ever."""
+    """How long runs and their results are kept after their end: if it is a week or more, for up to two days longer,
+    because days go whole. None keeps them for ever."""
     keep_failed: Duration | None = None
     """How long runs that did not complete are kept, if longer than `keep_runs`."""
     keep_keys: Duration | None = None
-    """How long an Idempotency-Key is remembered, and until its run has ended; none: as long as `keep_runs`."""
+    """How long an Idempotency-Key is remembered, and until its run has ended; none: as long as the run is kept."""
     keep_tasks: Duration = Field(default=timedelta(days=30), ge=timedelta(hours=1))
     """How long a task stays known, and inputs for it are accepted, after the last worker that had it."""
     keep_history: Duration | None = None

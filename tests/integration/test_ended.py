@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from backcast.errors import LedgerFull, LedgerUnavailable, UnknownRun
+from backcast.errors import LedgerFull, UnknownRun
 from backcast.ledger import batches, dispatch, ended, lanes, maintenance, recovery, runs, settlement, submissions
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
@@ -209,7 +209,7 @@ async def test_many_that_find_no_partition_make_one(ledger: Ledger) -> None:
     assert f"ended_otherwise_{day_of(made[0].run.id)}" in await names(ledger)
 
 
-FAR = [-40.0, -8.5, -6.5, -1.0, -0.0001, 0.0001, 1.0, 10.0, 13.5, 16.0, 400.0]
+FAR = [-40.0, -2.5, -1.5, -1.0, -0.0001, 0.0001, 1.0, 10.0, 13.5, 16.0, 400.0]
 """Days by which the clock is wrong that made a run's id."""
 
 
@@ -265,15 +265,45 @@ async def old_run(ledger: Ledger, state: str = "completed", *, days: float = 40,
     return run
 
 
-async def test_days_go_whole_and_a_run_that_ended_later_keeps_its_day(ledger: Ledger, retention: Retention) -> None:
-    gone = [await old_run(ledger, state) for state in FINAL]
-    kept = {await old_run(ledger, days=35, since=29.5), await old_run(ledger, days=35), await old_run(ledger, days=1)}
-    late = await old_run(ledger, days=40, since=29.5), await old_run(ledger, days=80, since=31)
+async def test_days_go_whole(ledger: Ledger, retention: Retention) -> None:
+    gone = [await old_run(ledger, state) for state in FINAL] + [await old_run(ledger, days=80, since=31)]
+    kept = {await old_run(ledger, days=30.5), await old_run(ledger, days=31, since=30), await old_run(ledger, days=1)}
+    late = await old_run(ledger, days=40, since=29.5)
     await retention()
-    assert set(await at_home(ledger)) == kept | {late[0]}
-    left = {f"ended_completed_{day_of(each)}" for each in kept}
-    assert left <= await names(ledger)
+    assert set(await at_home(ledger)) == kept | {late}
+    assert {f"ended_completed_{day_of(each)}" for each in kept} <= await names(ledger)
     assert not {f"ended_{which}_{day_of(gone[0])}" for which in ("completed", "otherwise")} & await names(ledger)
+
+
+@pytest.mark.parametrize("keep", [timedelta(), timedelta(hours=1), DAY, 3 * DAY], ids=str)
+async def test_a_run_that_ends_while_others_go_stays(
+    ledger: Ledger, store: Store, monkeypatch: pytest.MonkeyPatch, keep: timedelta
+) -> None:
+    """Its day may be old, and its outcome is not."""
+    worker = await register(ledger)
+    began = [await submit_with_id(ledger, uuid7(days * 86400.0)) for days in (0.01, 0.99, 1.5, 3.0, 5.0, 40.0)]
+    left = await claim(ledger, worker, 100)
+    for days in (0.01, 0.99, 1.5, 3.0, 5.0, 40.0):
+        await old_run(ledger, days=days, since=min(days, (keep + DAY).total_seconds() / 86400))
+    delete = store.delete
+
+    async def meanwhile(keys: Iterable[str]) -> None:
+        await delete(keys)
+        if left:
+            await settlement.settle(ledger, worker, [completed(left.pop())])
+
+    monkeypatch.setattr(store, "delete", meanwhile)
+    while left:
+        await Retention(ledger, store, max(keep, timedelta(minutes=10)))()
+        await meanwhile([])
+    assert set(began) <= set(await at_home(ledger))
+
+
+async def test_what_an_administrator_detaches_stays(ledger: Ledger, retention: Retention) -> None:
+    day = day_of(await old_run(ledger))
+    await ledger.execute(f"alter table ended_completed detach partition ended_completed_{day}")
+    await retention()
+    assert len(await ledger.fetch(f"select id from ended_completed_{day}")) == 1
 
 
 async def test_failed_runs_may_be_kept_for_longer(ledger: Ledger, store: Store) -> None:
@@ -296,24 +326,24 @@ async def test_two_stewards_drop_and_make_at_once(database: str, ledger: Ledger,
 
 
 async def test_a_steward_that_was_stopped_between_the_two_steps(ledger: Ledger, retention: Retention) -> None:
-    day = day_of(await old_run(ledger))
-    await ledger.execute("select retire_partition($1)", f"ended_completed_{day}")
-    late = await old_run(ledger, days=40)  # its partition is made anew
-    assert set(await at_home(ledger)) == {late}
-    await ledger.execute("select retire_partition($1)", f"ended_completed_{day}")
+    for _ in range(2):
+        day = day_of(await old_run(ledger))  # its partition is made anew
+        await ledger.execute("select retire_partition($1)", f"ended_completed_{day}")
+    assert await at_home(ledger) == {}
+    assert len(await ledger.fetch("select from pg_class where relname like 'retired%' and relkind = 'r'")) == 2
     await retention()
-    assert await ledger.fetch("select from pg_class where relname like $1", f"ended%{day}%") == []
+    assert await ledger.fetch("select from pg_class where relname like 'retired%' and relkind = 'r'") == []
 
 
 async def test_a_reader_that_stays_stops_retention_and_nobody_else(
-    database: str, ledger: Ledger, retention: Retention
+    database: str, ledger: Ledger, retention: Retention, caplog: pytest.LogCaptureFixture
 ) -> None:
     day = day_of(await old_run(ledger))
     worker = await register(ledger)
     reader = await asyncpg.connect(database, server_settings={"search_path": "backcast"})
     await reader.execute("begin isolation level repeatable read")
     await reader.execute("select count(*) from ended")
-    dropping = asyncio.create_task(_refused(retention))
+    dropping = asyncio.create_task(retention())
     ends = 0
     while not dropping.done() or ends < 20:  # others wait no longer than the attempt to drop may
         run = await submit(ledger)
@@ -322,16 +352,13 @@ async def test_a_reader_that_stays_stops_retention_and_nobody_else(
             assert (await runs.get(ledger, run.run.id)).state == State.COMPLETED
         ends += 1
     await dropping
+    assert f"ended_completed_{day}" in await names(ledger)
+    assert "stay until the next sweep" in caplog.text
     await reader.execute("commit")
     await retention()
     assert f"ended_completed_{day}" not in await names(ledger)
     assert len(await at_home(ledger)) == ends
     await reader.close()
-
-
-async def _refused(retention: Retention) -> None:
-    with pytest.raises(LedgerUnavailable):
-        await retention()
 
 
 async def test_a_clock_that_is_far_ahead_drops_nothing(
@@ -344,30 +371,49 @@ async def test_a_clock_that_is_far_ahead_drops_nothing(
         def now(cls, tz: tzinfo | None = None) -> "Behind":
             return cls.fromtimestamp(time.time() - 20 * 86400, tz)
 
-    run = await old_run(ledger)
-    monkeypatch.setattr(ended, "datetime", Behind)  # for it, the database's clock is twenty days ahead
-    await Retention(ledger, store, KEEP)()
-    assert set(await at_home(ledger)) == {run}
-    monkeypatch.undo()
+    runs_ = {await old_run(ledger), await old_run(ledger, days=80, since=31)}
+    await ledger.execute(
+        "insert into idempotency_keys values ('me', 'k', $1, '', now() - interval '40 days')", uuid7(40 * 86400)
+    )
+    with monkeypatch.context() as wrong:  # for it, the database's clock is twenty days ahead
+        for module in (ended, maintenance):
+            wrong.setattr(module, "datetime", Behind)
+        await Retention(ledger, store, KEEP)()
+        assert set(await at_home(ledger)) == runs_
+        assert len(await ledger.fetch("select from idempotency_keys")) == 1
     await Retention(ledger, store, KEEP)()
     assert await at_home(ledger) == {}
+    assert await ledger.fetch("select from idempotency_keys") == []
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_key_whose_run_was_removed_is_free(ledger: Ledger, store: Store) -> None:
-    """Completed runs may go before their keys: twenty requests with such a key make one new run."""
+@pytest.mark.parametrize("value", [1, 2])
+async def test_a_key_whose_run_was_removed_is_free(ledger: Ledger, value: int) -> None:
+    """Twenty requests with such a key, the same one again or another, make one new run."""
     worker = await register(ledger)
     first = await submit(ledger, key="k")
     await settlement.settle(ledger, worker, [completed(each) for each in await claim(ledger, worker)])
     await remove_partitions(ledger)
     with pytest.raises(UnknownRun):
         await runs.get(ledger, first.run.id)
-    again = await asyncio.gather(*[submit(ledger, key="k") for _ in range(20)])
+    again = await asyncio.gather(*[submit(ledger, key="k", value=value) for _ in range(20)])
     assert len({each.run.id for each in again}) == 1
     assert sum(each.fresh for each in again) == 1
     assert again[0].run.id != first.run.id
+
+
+async def test_a_key_stays_as_long_as_its_run(ledger: Ledger, store: Store) -> None:
+    """A run may end long after its key was given, or be kept for longer than others."""
+    first = await submit(ledger, key="k")
+    await runs.cancel(ledger, first.run.id)
+    await ledger.execute("update idempotency_keys set created_at = now() - interval '100 days'")
+    await Retention(ledger, store, KEEP)()
+    assert (await submit(ledger, key="k")).run.id == first.run.id
+    await remove_partitions(ledger)
+    await Retention(ledger, store, KEEP)()
+    assert await ledger.fetch("select from idempotency_keys") == []
 
 
 async def test_keys_have_a_life_of_their_own(ledger: Ledger, store: Store) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
@@ -94,6 +95,21 @@ async def test_every_end_wakes(served: Stack, ledger: Ledger, worker: UUID, verb
     else:  # without a word from the process that does it
         await ended.end(ledger, "expired")
     assert (await waiting).json()["state"] in ("cancelled", "expired")
+
+
+async def test_new_waits_do_not_delay_the_poll(served: Stack, ledger: Ledger, worker: UUID) -> None:
+    first = await served.submit("echo")
+    waiting = asyncio.create_task(served.http.get(f"/v1/runs/{first}", headers=WAIT))
+    await until(lambda: held(ledger))
+    await ended.end(ledger, "expired", "id = $1", UUID(first))  # without a word
+    others = list[asyncio.Task[httpx.Response]]()
+    began = time.monotonic()
+    while not waiting.done() and time.monotonic() < began + 30:
+        other = await served.submit("echo")
+        others.append(asyncio.create_task(served.http.get(f"/v1/runs/{other}", headers={"Prefer": "wait=2"})))
+        await asyncio.sleep(0.3)
+    assert waiting.done(), "it would be answered after 50 s"
+    await asyncio.gather(*others)
 
 
 async def test_more_waits_than_may_be_are_answered_at_once_until_a_client_leaves(served: Stack, ledger: Ledger) -> None:

@@ -257,7 +257,7 @@ class Ledger:
     def wake(self, pool: str, route: str = "") -> None:
         """Notify idle workers of `pool` that runs are ready on `route`: at once, then at most every 10 ms.
 
-        The notification is a hint, sent after the commit and outside of its transaction; workers also poll.
+        The notification is a hint, sent after the commit and outside of its transaction; heartbeats see what waits too.
         """
         self._hint(CHANNEL, f"{pool}\n{route}" if route else pool, NOTIFY_INTERVAL)
 

@@ -16,9 +16,11 @@ from backcast.ledger.connection import Ledger
 
 AHEAD = 14
 """Days for which partitions are made ahead: so long may the steward be away before a run makes its own."""
-LATE = 7
-"""Days after which a run that ends goes to the table of late ones: its partition need not stay for it. So does one
-whose id is from a clock that was far ahead."""
+LATE = 1
+"""Days that the partition of a day takes runs after it. A run that ends later goes to the table of late ones: no
+partition has to stay for it. So does one whose id is from a clock that was far ahead."""
+TAKES_RUNS = timedelta(days=LATE, hours=1)
+"""Age at which no statement puts a run into a partition any more, the slowest one included."""
 _TODAY = "(now() at time zone 'utc')::date"
 _KEPT = (
     "id, task, pool, owner, lane, batch_id, priority, run_at, deadline, fence, attempts_used, retries_used,"
@@ -94,23 +96,11 @@ def _since(day: date) -> timedelta:
     return datetime.now(UTC) - datetime.combine(day + timedelta(days=1), time(), UTC)
 
 
-# By way of its table: a part has rights on that.
-_OF_DAY = "{table} where id >= first_id($1) and id < first_id($1 + 1)"
-
-
-async def is_old(ledger: Ledger, partition: Partition, keep: timedelta) -> bool:
-    """Whether all of its runs ended longer ago than `keep`."""
-    rows = _OF_DAY.format(table=partition.table)
-    sql = f"select exists (select from {rows} and finished_at >= now() - $2::interval) as has_young"  # noqa: S608
-    row = await ledger.fetchrow(sql, partition.day, keep)
-    return row is not None and not row["has_young"]
-
-
 async def objects(ledger: Ledger, partition: Partition) -> AsyncIterator[list[str]]:
     """The keys of the objects that its runs name, in pages."""
     after = UUID(int=0)
-    rows = _OF_DAY.format(table=partition.table)
-    sql = f"select id, input_key, result_key from {rows} and id > $2 order by id limit 1000"  # noqa: S608
+    sql = f"""select id, input_key, result_key from {partition.table}
+               where id >= first_id($1) and id < first_id($1 + 1) and id > $2 order by id limit 1000"""  # noqa: S608
     while page := await ledger.fetch(sql, partition.day, after):
         after = page[-1]["id"]
         yield [key for row in page for key in (row["input_key"], row["result_key"]) if key is not None]

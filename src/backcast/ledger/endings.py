@@ -1,6 +1,7 @@
 """Learns which of the runs that somebody waits for have ended, on a connection of its own."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from uuid import UUID
@@ -44,11 +45,13 @@ async def watch(
 
     async with ledger.session() as connection:
         await connection.add_listener(ENDED, report)
-        needed = time.monotonic()
+        needed = due = time.monotonic()
         while wanted() or time.monotonic() - needed < idle:
             look.clear()  # before the look: what ends from here on sets it again
-            for_all = reported.is_set()
+            for_all = reported.is_set() or time.monotonic() >= due
             reported.clear()
+            if for_all:
+                due = time.monotonic() + POLL
             ids = list(wanted() if for_all else new)
             new.clear()
             if ids:
@@ -59,8 +62,6 @@ async def watch(
                     await asyncio.sleep(max(0.005, BURDEN * (time.monotonic() - began)))
             elif for_all:
                 await connection.fetchval("select 1")  # a connection that is lost in silence is noticed
-            try:
-                async with asyncio.timeout(POLL):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0, due - time.monotonic())):
                     await look.wait()
-            except TimeoutError:
-                reported.set()

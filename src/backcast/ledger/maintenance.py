@@ -4,7 +4,7 @@ A run that has ended never runs again, so a decision about it stays right, howev
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import asyncpg
@@ -18,17 +18,19 @@ _NIL, _MAX = UUID(int=0), UUID(int=(1 << 128) - 1)
 _FINAL = "('completed', 'failed', 'cancelled', 'expired')"
 
 
+_NOW = "least(now(), {}::timestamptz)"
+"""By the database's clock and by ours, whichever is behind: a wrong clock removes nothing."""
 # By the primary key, from the oldest: ids are time-ordered, and no run ends before it was accepted, but for ids of a
 # clock that was far ahead, which are in ended_late.
 _OLD = f"""
-select id, input_key, result_key, finished_at < now() - $3::interval as is_old
+select id, input_key, result_key, finished_at < {_NOW.format("$4")} - $3::interval as is_old
   from {{table}} where id > $1 and id <= $2 order by id limit {PAGE}"""  # noqa: S608  # a constant
 
 
 async def old_runs(ledger: Ledger, table: str, keep: timedelta) -> AsyncIterator[Mapping[UUID, list[str]]]:
     """Pages of the runs in a table of ended runs that ended longer ago than `keep`, with the keys of their objects."""
     after, until = _NIL, _MAX if table == "ended_late" else uuid7(keep.total_seconds())
-    while rows := await ledger.fetch(_OLD.format(table=table), after, until, keep):
+    while rows := await ledger.fetch(_OLD.format(table=table), after, until, keep, datetime.now(UTC)):
         after = rows[-1]["id"]
         yield {
             row["id"]: [key for key in (row["input_key"], row["result_key"]) if key is not None]
@@ -42,18 +44,34 @@ async def remove(ledger: Ledger, table: str, runs: Sequence[UUID]) -> None:
     await ledger.execute(f"delete from {table} where id = any($1)", runs)  # noqa: S608  # a name of ours
 
 
-# By idempotency_keys_by_age. A run that waits or runs keeps its key.
+# By idempotency_keys_by_age, page after page. SKIP LOCKED: a request that comes with the key keeps it.
 _OLD_KEYS = f"""
 with page as materialized (
-  select owner, key from idempotency_keys k where created_at < now() - $1::interval
-     and not exists (select from runs r where r.id = k.run_id) order by created_at limit {PAGE} for update skip locked)
-delete from idempotency_keys k using page p where k.owner = p.owner and k.key = p.key"""  # noqa: S608  # a constant
+  select owner, key, run_id, created_at from idempotency_keys
+   where (created_at, owner, key) > ($1, $2, $3) and created_at < {_NOW.format("$5")} - $4::interval
+   order by created_at, owner, key limit {PAGE}),
+gone as materialized (
+  select k.owner, k.key from idempotency_keys k join page p on p.owner = k.owner and p.key = k.key
+   where not exists (select from {{runs}} r where r.id = k.run_id) for update of k skip locked),
+removed as (delete from idempotency_keys k using gone g where k.owner = g.owner and k.key = g.key)
+select owner, key, created_at from page order by created_at desc, owner desc, key desc limit 1"""  # noqa: S608  # constants
 
 
 async def remove_old_keys(ledger: Ledger, keep: timedelta) -> None:
     """Remove Idempotency-Keys that were given longer ago than `keep`, and whose runs are over."""
-    while await ledger.execute(_OLD_KEYS, keep) == f"DELETE {PAGE}":
-        pass
+    await _remove_keys(ledger, keep, unless_in="runs")
+
+
+async def remove_keys_of_removed_runs(ledger: Ledger, keep: timedelta) -> None:
+    """Remove Idempotency-Keys whose runs are gone, which are older than runs are kept."""
+    await _remove_keys(ledger, keep, unless_in="all_runs")
+
+
+async def _remove_keys(ledger: Ledger, keep: timedelta, *, unless_in: str) -> None:
+    after = datetime(1, 1, 1, tzinfo=UTC), "", ""
+    sql = _OLD_KEYS.format(runs=unless_in)
+    while last := await ledger.fetchrow(sql, *after, keep, datetime.now(UTC)):
+        after = last["created_at"], last["owner"], last["key"]
 
 
 # By the primary key and runs_in_batch. A batch is recorded together with its runs; the hour allows for wrong clocks.

@@ -81,6 +81,7 @@ async def requeue(ledger: Ledger, lease: timedelta, dead: Collection[UUID] | Non
     while rows := await ended.fetch(ledger, _REQUEUE, lease, WORKER_LOST.model_dump_json(), among):
         states |= {row["id"]: row["state"] for row in rows}
         ledger.wake_for(rows)
+        ledger.report_ends()
         await lanes.try_promote(
             ledger, {row["lane"] for row in rows if row["lane"] is not None and row["state"] != "queued"}
         )

@@ -257,7 +257,7 @@ async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitt
     promote from."""
     hashes = {_name(row): row.request_hash for row in rows}
     found = dict[object, SubmittedRun | IdempotencyConflict]()
-    earlier = dict[tuple[str, str], UUID]()
+    earlier = dict[tuple[str, str], tuple[UUID, bool]]()
     ready, held = set[str](), set[str]()
     # In the order of their keys, see INSERT; the others may be anywhere.
     ordered = sorted(rows, key=lambda row: (row.owner, row.idem_key or "")) if len(rows) > 1 else rows
@@ -269,13 +269,9 @@ async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitt
             elif record["state"] == "held":
                 held.add(record["lane"])
             found[name] = SubmittedRun(shown(record), fresh=True)
-        elif record["request_hash"] == hashes[name]:
-            earlier[record["key_owner"], record["key"]] = record["run_id"]
         else:
-            found[name] = IdempotencyConflict(
-                "An earlier request of this owner used the same Idempotency-Key for something else: use a new key for"
-                " a new run, or repeat the earlier request unchanged."
-            )
+            is_same = record["request_hash"] == hashes[name]
+            earlier[record["key_owner"], record["key"]] = record["run_id"], is_same
     for pool in ready:
         ledger.wake(pool)
     if earlier:
@@ -289,6 +285,10 @@ async def _record(ledger: Ledger, rows: Sequence[New]) -> tuple[Sequence[Submitt
     return [found[_name(row)] for row in rows], held
 
 
+_ANOTHER = (
+    "An earlier request of this owner used the same Idempotency-Key for something else: use a new key for a new run, or"
+    " repeat the earlier request unchanged."
+)
 # A key may outlive its run, which may have been kept for less long. Then it is free: the next statement takes it.
 _FREE = """
 delete from idempotency_keys k using unnest($1::text[], $2::text[], $3::uuid[]) as gone(owner, key, run_id)
@@ -297,14 +297,19 @@ delete from idempotency_keys k using unnest($1::text[], $2::text[], $3::uuid[]) 
 
 
 async def _earlier(
-    ledger: Ledger, named: Mapping[tuple[str, str], UUID]
+    ledger: Ledger, named: Mapping[tuple[str, str], tuple[UUID, bool]]
 ) -> dict[object, SubmittedRun | IdempotencyConflict]:
-    """The runs that earlier requests have made, by the names of their keys; without those that have been removed."""
+    """What requests that come again are answered, by the names of their keys: the earlier run, or that it was made by
+    another request. None for keys whose run has been removed: they are free."""
     sql = f"select {COLUMNS} from all_runs where id = any($1)"  # noqa: S608  # a constant
-    runs = {row["id"]: shown(row) for row in await ledger.fetch(sql, list(named.values()))}
-    if gone := [(*name, run_id) for name, run_id in named.items() if run_id not in runs]:
+    runs = {row["id"]: shown(row) for row in await ledger.fetch(sql, [run_id for run_id, _ in named.values()])}
+    if gone := [(*name, run_id) for name, (run_id, _) in named.items() if run_id not in runs]:
         await ledger.execute(_FREE, *map(list, zip(*gone, strict=True)))
-    return {name: SubmittedRun(runs[run_id], fresh=False) for name, run_id in named.items() if run_id in runs}
+    return {
+        name: SubmittedRun(runs[run_id], fresh=False) if is_same else IdempotencyConflict(_ANOTHER)
+        for name, (run_id, is_same) in named.items()
+        if run_id in runs
+    }
 
 
 def _name(row: New) -> object:

@@ -52,5 +52,6 @@ async def set_aside(ledger: Ledger, error: Exception) -> None:
     try:
         for row in await ended.fetch(ledger, _SET_ASIDE, json.dumps(UNUSABLE.model_dump())):
             log.error("run %s is set aside as failed: its row has an impossible value", row["id"])
+            ledger.report_ends()
     except Exception:
         log.exception("can't look for runs with impossible values")

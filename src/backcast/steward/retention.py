@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
+from backcast.errors import LedgerUnavailable
 from backcast.history.sink import Sink
 from backcast.ledger import ended, maintenance
 from backcast.ledger.connection import Ledger
@@ -18,7 +19,8 @@ from backcast.store import Store
 
 log = logging.getLogger("backcast.steward")
 
-_DAY = timedelta(days=1)
+_EXACT_BELOW = timedelta(days=7)
+"""Runs that are kept for less than this are removed one by one when their time is over, and not with the day."""
 DELETED_AT_ONCE = 200
 """Prefect's runs deleted before a pause of twice the time that this took: a third of a core of its server at most."""
 
@@ -46,8 +48,10 @@ class Retention:
         if self.keep is not None:
             await self._old_runs(self.keep, self._longest)
             await maintenance.remove_empty_batches(self.ledger, self.keep)
-        if (keys := self.keep_keys or self.keep) is not None:
-            await maintenance.remove_old_keys(self.ledger, keys)
+        if self.keep_keys is not None:
+            await maintenance.remove_old_keys(self.ledger, self.keep_keys)
+        elif self.keep is not None:
+            await maintenance.remove_keys_of_removed_runs(self.ledger, self.keep)
         await maintenance.remove_stale_flights(self.ledger)
 
     @property
@@ -67,19 +71,21 @@ class Retention:
     async def _old_runs(self, completed: timedelta, others: timedelta) -> None:
         """Objects first: while the store is away, the rows that name them stay. A request in between is answered that
         the result is gone. Results of lost attempts, which no row names, are orphans."""
-        await ended.drop_retired(self.ledger)
-        for partition in await ended.partitions(self.ledger):
-            keep = completed if partition.table == "ended_completed" else others
-            if partition.age > keep and await ended.is_old(self.ledger, partition, keep):
-                async for keys in ended.objects(self.ledger, partition):
-                    await self.store.delete(keys)
-                await ended.drop(self.ledger, partition)
-                log.info("removed %s: its runs ended more than %s ago", partition.name, keep)
-        # One by one: the few that ended late, and those that are kept for less than the day of a partition.
-        tables = {"ended_late": max(completed, others), "ended_completed": completed, "ended_otherwise": others}
-        for table, keep in tables.items():
-            if table == "ended_late" or keep < _DAY:
-                await self._one_by_one(table, keep)
+        keep = {"ended_completed": completed, "ended_otherwise": others}
+        await self._one_by_one("ended_late", others)
+        for table, age in keep.items():
+            if age < _EXACT_BELOW:
+                await self._one_by_one(table, age)
+        try:
+            await ended.drop_retired(self.ledger)
+            for partition in await ended.partitions(self.ledger):
+                if partition.age > (age := keep[partition.table]) + ended.TAKES_RUNS:
+                    async for keys in ended.objects(self.ledger, partition):
+                        await self.store.delete(keys)
+                    await ended.drop(self.ledger, partition)
+                    log.info("removed %s: its runs ended more than %s ago", partition.name, age)
+        except LedgerUnavailable as error:  # a reader stops this and nothing else
+            log.warning("days of history that are old stay until the next sweep: %s", error.reason or error)
 
     async def _one_by_one(self, table: str, keep: timedelta) -> None:
         removed = 0

@@ -92,15 +92,13 @@ def upgrade() -> None:
     ) partition by list (state);
     create index ended_by_owner on ended (owner, id);
     create index ended_in_batch on ended (batch_id, id) where batch_id is not null;
-    -- Rows come in the order of this time. Without autosummarize the newest ranges would be read whole.
-    create index ended_finished on ended using brin (finished_at) with (autosummarize = on);
     create table ended_completed partition of ended for values in ('completed') partition by range (id);
     create table ended_otherwise partition of ended for values in ('failed', 'cancelled', 'expired')
         partition by range (id);
     create index ended_by_state on ended_otherwise (state, id);
     create index ended_badly on ended_otherwise (finished_at);
-    -- Those that ended more than a week after their id was made: few, and no partition has to stay for them. Also those
-    -- with an id of a clock that was far ahead.
+    -- Those that ended more than a day after the day of their id: few, and no partition has to stay for them. Also
+    -- those with an id of a clock that was far ahead.
     create table ended_late (like ended including defaults including constraints, primary key (id));
     create index ended_late_by_owner on ended_late (owner, id);
     create index ended_late_in_batch on ended_late (batch_id, id) where batch_id is not null;
@@ -136,7 +134,6 @@ def upgrade() -> None:
             foreach home in array array['ended_completed', 'ended_otherwise'] loop
                 name := home || '_' || to_char(day, 'YYYYMMDD');
                 continue when exists (select from pg_class where oid = to_regclass(name) and relispartition);
-                execute format('drop table if exists %I', name);  -- it was retired: nobody sees it any more
                 -- Rows are frozen by the first vacuum that sees them: none has to read a day that is over again.
                 execute format('create table %I (like %I including all) with (autovacuum_freeze_min_age = 0)',
                                name, home);
@@ -147,15 +144,17 @@ def upgrade() -> None:
     end $$;
 
     -- Takes a partition away from its table, and removes it. In two steps: `detach` locks the whole table, for an
-    -- instant; to remove a large file takes longer, and locks nobody out.
+    -- instant; to remove a large file takes longer, and locks nobody out. What an administrator detaches is not
+    -- renamed, and stays.
     create function retire_partition(name text) returns void language plpgsql security definer
         set search_path = backcast, pg_temp set lock_timeout = '500ms' as $$
-    declare home regclass;
+    declare home regclass; id oid := to_regclass(quote_ident(name));
     begin
         perform pg_advisory_xact_lock(hashtext('backcast.partitions'));
-        for home in select inhparent::regclass from pg_inherits where inhrelid = to_regclass(quote_ident(name))
+        for home in select inhparent::regclass from pg_inherits where inhrelid = id
                        and inhparent in ('ended_completed'::regclass, 'ended_otherwise'::regclass) loop
             execute format('alter table %s detach partition %I', home, name);
+            execute format('alter table %I rename to %I', name, 'retired_' || id);
         end loop;
     end $$;
     create function drop_retired() returns void language plpgsql security definer
@@ -164,7 +163,7 @@ def upgrade() -> None:
     begin
         perform pg_advisory_xact_lock(hashtext('backcast.partitions'));
         for name in select relname from pg_class where relnamespace = 'backcast'::regnamespace and relkind = 'r'
-                       and not relispartition and relname ~ '^ended_(completed|otherwise)_[0-9]+$' loop
+                       and not relispartition and relname ~ '^retired_[0-9]+$' loop
             execute format('drop table %I', name);
         end loop;
     end $$;
@@ -179,7 +178,7 @@ def upgrade() -> None:
         created_at   timestamptz not null default now(),
         primary key (owner, key)
     );
-    create index idempotency_keys_by_age on idempotency_keys (created_at);
+    create index idempotency_keys_by_age on idempotency_keys (created_at, owner, key);
 
     create table batches (
         id           uuid primary key,

@@ -94,7 +94,7 @@ LABEL org.opencontainers.image.source="https://github.com/backcast/backcast" \
 FROM runtime AS common
 COPY --from=api-env /app/.venv /app/.venv
 RUN --mount=type=tmpfs,target=/tmp python -c 'import anyio._backends._asyncio, asyncpg, fastapi, httpcore, httpx, \
-    jsonschema, jsonschema_rs, prometheus_client, psycopg, pydantic.v1, pydantic_settings.main, rich.progress, rich.table, s3fs, typer, \
+    jsonschema, prometheus_client, psycopg, pydantic.v1, pydantic_settings.main, rich.progress, rich.table, s3fs, typer, \
     uvicorn.lifespan.on, uvicorn.loops.uvloop, uvicorn.protocols.http.auto, uvicorn.protocols.websockets.auto, yaml'
 
 # The API; with other arguments the steward, setup, check and the command line.

@@ -2,13 +2,13 @@
 
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from jsonschema import Draft202012Validator
 
 from backcast import settings
 from backcast.api.waits import Waits
-from backcast.input_schemas import InputSchema
 from backcast.ledger import task_types
 from backcast.ledger.admission import Admission
 from backcast.ledger.connection import Ledger
@@ -22,10 +22,10 @@ _FRESH = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a task, with the check of its input that is made once."""
+    """A version of a task, with the validator of its input that is made once."""
 
     task: TaskType
-    inputs: InputSchema
+    validator: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,7 @@ class Backend:
         known = self._known.get(name)
         if known is None or time.monotonic() - known.at > _FRESH:
             found = await task_types.versions(self.ledger, name)
-            before = {version.task.signature: version for version in known.versions} if known else {}
-            versions = [
-                old
-                if (old := before.get(task.signature)) is not None and old.task == task
-                else Version(task, InputSchema(task.input_schema))
-                for task in found
-            ]
+            versions = [Version(task, Draft202012Validator(task.input_schema)) for task in found]
             known = self._known[name] = Known(versions, time.monotonic())
         return known
 

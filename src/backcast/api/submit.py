@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from fastapi import Request
+from jsonschema.exceptions import ValidationError
 
 from backcast import targets
 from backcast.api.deps import Backend, Known, Version
@@ -46,10 +47,10 @@ def _check(version: Version, given: dict[str, JSON], places: Mapping[str, str]) 
         why = version.task.warnings[0] if version.task.warnings else "It can't be run here."
         raise InvalidInput(f"The task {version.task.name}: {why}", errors=(FieldError("", why),))
     try:
-        found = version.inputs.errors(given)
+        found: list[ValidationError] = list(version.validator.iter_errors(given))
     except RecursionError:
         raise InvalidInput("The input is nested too deeply.", errors=(FieldError(place([]), "too deep"),)) from None
-    except OverflowError as error:
+    except OverflowError as error:  # an integer that no float can hold, against a `multipleOf` that is one
         why = f"The input can't be checked: {error}."
         raise InvalidInput(why, errors=(FieldError(place([]), str(error)),)) from None
     errors = tuple(FieldError(place(error.absolute_path), error.message[:_MESSAGE]) for error in found)

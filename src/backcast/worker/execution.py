@@ -9,8 +9,9 @@ import logging
 from collections.abc import Collection
 from uuid import UUID
 
+from jsonschema import Draft202012Validator
+
 from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable, UsageError
-from backcast.input_schemas import InputSchema
 from backcast.ledger import claims, flights, routing
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
@@ -90,8 +91,8 @@ class Execution:
         if claim.signature in ("", task.signature):
             return True
         try:
-            return InputSchema(task.input_schema).accepts(json.loads(given))
-        except (ValueError, RecursionError, OverflowError):
+            return Draft202012Validator(task.input_schema).is_valid(json.loads(given))
+        except (ValueError, RecursionError):
             return True  # the executor reports it
 
     async def settled(self, runs: Collection[UUID]) -> None:

@@ -503,6 +503,7 @@ async def test_a_migration_keeps_nobody_waiting_for_long(
     (tmp_path / "migrations" / "versions" / "0002.py").write_text(NEXT)
     monkeypatch.setattr(migration, "SCRIPTS", tmp_path / "migrations")
     monkeypatch.setattr(migration, "LOCK_TIMEOUT", 0.5)
+    monkeypatch.setattr(migration, "TRIES", 1000)  # it goes on trying on a slow machine too
     reader = await asyncpg.connect(database)
     await reader.execute("begin; select from backcast.ended")
     migrating = asyncio.create_task(asyncio.to_thread(migrate, database))

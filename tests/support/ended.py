@@ -7,13 +7,10 @@ from uuid import UUID
 from backcast.ledger import ended
 from backcast.ledger.connection import Ledger
 
-A_DAY_ID = "(left(first_id(current_date)::text, 13) || substr(gen_random_uuid()::text, 14))::uuid"
-"""SQL: a random id of today."""
-
 
 async def end(ledger: Ledger, state: str, where: str = "true", *values: object) -> None:
     """End these runs, in this state."""
-    moved = ended.moved("gone", state=f"'{state}'", result_key="'k'" if state == "completed" else "null::text")
+    moved = ended.moved(state=f"'{state}'", result_key="'k'" if state == "completed" else "null::text")
     sql = f"with gone as (delete from runs where {where} returning *), {moved} select id from moved"
     await ended.fetch(ledger, sql, *values)
 

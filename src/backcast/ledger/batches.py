@@ -147,11 +147,8 @@ mine as materialized (
 asked as (
   update runs set cancel_requested_at = now() where id = any(array(select id from mine where runs)) returning id),
 gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
-{ended.moved("gone", state="'cancelled'", cancel_requested_at="now()")},
-freed as (
-  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from gone where promoted group by lane) c
-   where lanes.name = c.lane returning name)
+{ended.moved(state="'cancelled'", cancel_requested_at="now()")},
+{lanes.FREED}
 select (select count(*) from due) as due, (select max(id::text)::uuid from due) as last,
        (select count(*) from asked) + (select count(*) from moved) as cancelled,
        array(select name from freed) as freed"""  # noqa: S608  # constants

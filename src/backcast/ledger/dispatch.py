@@ -22,7 +22,6 @@ update runs r set state = {lanes.READY}
  where id = any(array(select id from due)) returning pool, route, state"""  # noqa: S608  # a constant
 
 _MOVED = ended.moved(
-    "gone",
     state="'expired'",
     error="""json_build_object('code', $1::text, 'title', $2::text, 'detail',
         case when state = 'held' then replace($4, '{lane}', lane) else $3::text end)""",
@@ -40,9 +39,7 @@ late as materialized (
 gone as (
   delete from runs where id = any(array(select id from late)) returning *),
 {_MOVED},
-freed as (
-  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from gone where promoted group by lane) e where lanes.name = e.lane)
+{lanes.FREED}
 select count(*) as expired from moved"""  # noqa: S608  # a constant
 
 EXPIRED = Problem(

@@ -29,22 +29,22 @@ _KEPT = (
 )
 
 
-def moved(gone: str, *, state: str, into: str = "moved", returning: str = "id, state", **changes: str) -> str:
-    """SQL: the common table expressions that put the rows of `gone`, which a `delete` has returned, into their home.
+def moved(*, returning: str = "id, state", **changes: str) -> str:
+    """SQL: the common table expressions that put the rows of `gone`, which a `delete` has returned, into their home;
+    `moved` is what they return.
 
     Args:
-        state: an expression over the columns of `gone`, as each of `changes` is; these take the place of its columns.
+        changes: expressions over the columns of `gone`, which take the place of its columns; one for `state` at least.
     """
-    columns = [*_KEPT.split(", "), "state", *[name for name in changes if name not in _KEPT.split(", ")]]
-    values = [changes.get(name, state if name == "state" else name) for name in columns]
-    insert = f"({', '.join(columns)}) select {', '.join(values)} from {gone} where id"  # noqa: S608
+    values = {name: name for name in _KEPT.split(", ")} | changes
+    insert = f"({', '.join(values)}) select {', '.join(values.values())} from gone where id"  # noqa: S608
     first, last = (f"(select first_id({_TODAY} + {days}))" for days in (-LATE, AHEAD))
     return f"""
-{into}_now as (insert into ended {insert} >= {first} and id < {last}
+moved_now as (insert into ended {insert} >= {first} and id < {last}
     returning {returning}),
-{into}_late as (insert into ended_late {insert} < {first} or id >= {last}
+moved_late as (insert into ended_late {insert} < {first} or id >= {last}
     returning {returning}),
-{into} as (select * from {into}_now union all select * from {into}_late)"""  # noqa: S608  # constants
+moved as (select * from moved_now union all select * from moved_late)"""  # noqa: S608  # constants
 
 
 _MAKE = f"select make_partitions({_TODAY} - $1::int, {_TODAY} + {AHEAD})"
@@ -103,7 +103,12 @@ async def objects(ledger: Ledger, partition: Partition) -> AsyncIterator[list[st
                where id >= first_id($1) and id < first_id($1 + 1) and id > $2 order by id limit 1000"""  # noqa: S608
     while page := await ledger.fetch(sql, partition.day, after):
         after = page[-1]["id"]
-        yield [key for row in page for key in (row["input_key"], row["result_key"]) if key is not None]
+        yield [key for row in page for key in object_keys(row)]
+
+
+def object_keys(row: asyncpg.Record) -> list[str]:
+    """The keys of the objects that an ended run names."""
+    return [key for key in (row["input_key"], row["result_key"]) if key is not None]
 
 
 async def drop(ledger: Ledger, partition: Partition) -> None:

@@ -25,6 +25,11 @@ BURST = 2.0
 
 READY = "case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held' else 'queued' end"
 """The state of the run `r` once it waits for nothing but a worker, or a place in its lane."""
+FREED = """freed as (
+  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
+    from (select lane, count(*) as n from gone where promoted group by lane) g
+   where lanes.name = g.lane returning name)"""
+"""SQL: a common table expression that takes the runs in `gone` out of the counts of their lanes, which are locked."""
 
 _HIGHEST = 1e6
 _RATE = f"case when max_per_minute is not null then least(greatest(max_per_minute, 1e-6), {_HIGHEST}) end"

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import asyncpg
 
+from backcast.ledger import ended
 from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 
@@ -32,11 +33,7 @@ async def old_runs(ledger: Ledger, table: str, keep: timedelta) -> AsyncIterator
     after, until = _NIL, _MAX if table == "ended_late" else uuid7(keep.total_seconds())
     while rows := await ledger.fetch(_OLD.format(table=table), after, until, keep, datetime.now(UTC)):
         after = rows[-1]["id"]
-        yield {
-            row["id"]: [key for key in (row["input_key"], row["result_key"]) if key is not None]
-            for row in rows
-            if row["is_old"]
-        }
+        yield {row["id"]: ended.object_keys(row) for row in rows if row["is_old"]}
 
 
 async def remove(ledger: Ledger, table: str, runs: Sequence[UUID]) -> None:

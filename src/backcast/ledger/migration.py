@@ -23,7 +23,7 @@ def migrate(url: str) -> str:
 
     Raises:
         LedgerUnavailable: the database can't be reached, this role may not change it, or somebody has locked a table
-            for about a minute.
+            for a minute and a half.
     """
     from alembic import command
     from alembic.config import Config

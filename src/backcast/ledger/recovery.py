@@ -9,7 +9,6 @@ from backcast.ledger.connection import Ledger
 from backcast.models import Problem
 
 _MOVED = ended.moved(
-    "gone",
     state="case when cancel_requested_at is not null then 'cancelled' else 'failed' end",
     error="case when counts then $2::json else error end",
     attempts_used="attempts_used + counts::int",
@@ -55,10 +54,7 @@ requeued as (
          error = case when j.counts then $2::json else r.error end
     from judged j where r.id = j.id and r.id = any(array(select id from judged where not ends))
   returning r.id, r.state, r.pool, r.route),
-freed as (
-  update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
-    from (select lane, count(*) as n from gone where promoted group by lane) s
-   where lanes.name = s.lane)
+{lanes.FREED}
 select id, state, pool, route, null as lane from requeued
 union all
 select m.id, m.state, g.pool, g.route, case when g.promoted then g.lane end from moved m join gone g on g.id = m.id"""  # noqa: S608

@@ -144,7 +144,7 @@ with late as materialized (
                     and w.started_at < now() - least($1, interval '1 minute'))
    limit {AT_ONCE} for update skip locked),
 gone as (delete from runs where id = any(array(select id from late)) returning *),
-{ended.moved("gone", state="'failed'")}
+{ended.moved(state="'failed'")}
 select id from moved"""  # noqa: S608
 
 

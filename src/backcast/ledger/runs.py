@@ -137,9 +137,7 @@ def _a_day_before(run: UUID) -> UUID:
     return UUID(int=max(0, newest - _A_DAY) << 80)
 
 
-_MOVED = ended.moved(
-    "gone", state="'cancelled'", cancel_requested_at="coalesce(cancel_requested_at, now())", returning=COLUMNS
-)
+_MOVED = ended.moved(state="'cancelled'", cancel_requested_at="coalesce(cancel_requested_at, now())", returning=COLUMNS)
 # One row, by its key: its lock decides between this and a claim or settlement at the same moment. A run that is not
 # running is cancelled here; a running one is only asked to stop, and `settlement.settle` makes its state cancelled. The
 # row of its lane is locked first, as everywhere; no statement changes the lane of a run, so it is the right one.

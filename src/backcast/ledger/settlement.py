@@ -56,7 +56,6 @@ _ADDED = """case when {new} is null or {old} is null then coalesce({new}, {old})
         'output_tokens', ({old}->>'output_tokens')::bigint + ({new}->>'output_tokens')::bigint) end"""
 
 _MOVED = ended.moved(
-    "gone",
     state="case when cancel_requested_at is not null then 'cancelled' else sent end",
     result="case when cancel_requested_at is null then result end",
     result_key="case when cancel_requested_at is null then result_key end",

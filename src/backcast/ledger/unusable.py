@@ -37,7 +37,7 @@ lane as materialized (
   select name from lanes where name = any(array(select lane from bad)) order by name for update),
 gone as (
   delete from runs where id = any(array(select id from bad)) and (select count(*) from lane) >= 0 returning *),
-{ended.moved("gone", state="'failed'", error="$1::json")},
+{ended.moved(state="'failed'", error="$1::json")},
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, 0)
     from (select lane, count(*) as n from gone where promoted group by lane) f where lanes.name = f.lane)

@@ -90,6 +90,8 @@ class Retention:
     async def _one_by_one(self, table: str, keep: timedelta) -> None:
         removed = 0
         async for runs in maintenance.old_runs(self.ledger, table, keep):
+            if not runs:
+                continue
             await self.store.delete(key for keys in runs.values() for key in keys)
             await maintenance.remove(self.ledger, table, list(runs))
             removed += len(runs)

@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from uuid import UUID
@@ -276,7 +276,10 @@ class Worker:
     async def _dispatch_due(self) -> None:
         outage = Outage(partial(log.error, "can't dispatch due runs: %s", exc_info=True))
         while True:
-            for step in (self._route, partial(dispatch.dispatch_due, self._ledger))[: 2 if self._dispatches else 1]:
+            steps: list[Callable[[], Awaitable[None]]] = [self._route]
+            if self._dispatches:
+                steps.append(partial(dispatch.dispatch_due, self._ledger))
+            for step in steps:
                 try:
                     await step()
                     outage.ended()

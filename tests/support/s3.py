@@ -59,6 +59,7 @@ class S3Server:
             "-admin.ui=false",
             "-webdav=false",
             "-master.telemetry=false",
+            "-volume.max=1000",  # else one for each free GB of the disk, and every bucket takes one
             *ports,
         ]
 

@@ -16,7 +16,8 @@
     │   ├── RequestTooSlow      408
     │   ├── NotFinished         409
     │   ├── NoResult            409
-    │   └── ResultGone          410
+    │   ├── ResultGone          410
+    │   └── InputGone           410
     ├── Unavailable             503     a needed service is away; the same request may succeed later
     │   ├── LedgerUnavailable
     │   │   └── LedgerFull
@@ -178,6 +179,12 @@ class NoResult(ClientError):
 class ResultGone(ClientError):
     code = "result_gone"
     title = "The result is no longer stored"
+    status = 410
+
+
+class InputGone(ClientError):
+    code = "input_gone"
+    title = "The input is no longer stored"
     status = 410
 
 

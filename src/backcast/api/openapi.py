@@ -23,7 +23,13 @@ Document = dict[str, Any]
 _ALWAYS = (ForeignHost, ForeignOrigin, MethodNotAllowed, InvalidInput, BackcastError)
 _OF_A_BODY = (MalformedBody, RequestTooSlow, BodyTooLarge, UnsupportedBody)
 _LINKS = {
-    "run_id": ("/v1/runs/{run_id}", "/v1/runs/{run_id}/result", "/v1/runs/{run_id}/cancel", "/tasks/{run_id}/status"),
+    "run_id": (
+        "/v1/runs/{run_id}",
+        "/v1/runs/{run_id}/input",
+        "/v1/runs/{run_id}/result",
+        "/v1/runs/{run_id}/cancel",
+        "/tasks/{run_id}/status",
+    ),
     "batch_id": ("/v1/batches/{batch_id}", "/v1/batches/{batch_id}/results", "/v1/batches/{batch_id}/cancel"),
 }
 _MAKES = {

@@ -1,14 +1,13 @@
 """Runs: submit, get, wait, fetch the result, cancel."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import RedirectResponse, StreamingResponse
 from pydantic import BaseModel
 
-from backcast.api import problems
+from backcast.api import objects, problems
 from backcast.api.body import json_body, validate
 from backcast.api.deps import Backend, Deps, backend
 from backcast.api.fast_path import NAME, RUN_ID, FastRoute, in_header, run_id
@@ -18,6 +17,7 @@ from backcast.api.waits import LONGEST
 from backcast.errors import (
     BodyTooLarge,
     IdempotencyConflict,
+    InputGone,
     InvalidInput,
     InvalidTarget,
     LedgerUnavailable,
@@ -33,11 +33,8 @@ from backcast.errors import (
     UnsupportedBody,
 )
 from backcast.ledger import runs
-from backcast.ledger.runs import Result
+from backcast.ledger.runs import Value
 from backcast.models import Name, Run, State, Submission
-from backcast.store import Missing
-
-T = TypeVar("T")
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
@@ -138,7 +135,7 @@ async def get_run(request: Request) -> Response:
     response_model=None,
     responses={
         200: {"description": "The result, any JSON value", "content": {"application/json": {"schema": {}}}},
-        307: {"description": "A large result: fetch it from the store itself, within five minutes"},
+        307: objects.REDIRECT,
         **problems.responses(UnknownRun, NotFinished, NoResult, ResultGone, LedgerUnavailable, StoreUnavailable),
     },
 )
@@ -151,22 +148,40 @@ async def get_result(run_id: UUID, deps: Deps) -> Response:
         raise NoResult(f"The run is {found.run.state.value}{why}.")
     if found.text is not None:
         return Response(found.text, media_type="application/json")
-    if (link := await _stored(found, deps.store.link)) is not None:
-        return RedirectResponse(link, headers={"Cache-Control": "no-store"})
-    return StreamingResponse(await stored(deps, found), media_type="application/json")
-
-
-async def stored(deps: Backend, found: Result) -> AsyncIterator[bytes]:
-    """The stored result in chunks; an error before the first one still becomes a problem document."""
-    return await _stored(found, deps.store.stream)
-
-
-async def _stored(found: Result, take: Callable[[str], Awaitable[T]]) -> T:
     assert found.key is not None
-    try:
-        return await take(found.key)
-    except Missing:
-        raise ResultGone("The run completed, but its result is no longer in the store: submit it again.") from None
+    return await objects.response(deps.store, found.key, _result_gone())
+
+
+async def stored(deps: Backend, found: Value) -> AsyncIterator[bytes]:
+    """The stored result in chunks; an error before the first one still becomes a problem document."""
+    assert found.key is not None
+    return await objects.taken(deps.store.stream, found.key, _result_gone())
+
+
+def _result_gone() -> ResultGone:
+    return ResultGone("The run completed, but its result is no longer in the store: submit it again.")
+
+
+@router.get(
+    "/runs/{run_id}/input",
+    summary="Get the input of a run",
+    response_model=None,
+    responses={
+        200: {"description": "The input, a JSON object", "content": {"application/json": {"schema": {}}}},
+        307: objects.REDIRECT,
+        **problems.responses(UnknownRun, InputGone, LedgerUnavailable, StoreUnavailable),
+    },
+)
+async def get_input(run_id: UUID, deps: Deps) -> Response:
+    found = await runs.kept_input(deps.ledger, run_id)
+    if found.text is not None:
+        return Response(found.text, media_type="application/json")
+    assert found.key is not None
+    return await objects.response(deps.store, found.key, input_gone())
+
+
+def input_gone() -> InputGone:
+    return InputGone("The input was large, and its object is no longer in the store: submit the run anew.")
 
 
 @router.post(

@@ -49,27 +49,35 @@ def shown(row: asyncpg.Record) -> Run:
 
 async def get(ledger: Ledger, run_id: UUID) -> Run:
     """Raises `UnknownRun`."""
-    row = await ledger.fetchrow(f"select {COLUMNS} from all_runs where id = $1", run_id)  # noqa: S608  # a constant
+    return shown(await _row(ledger, run_id))
+
+
+async def _row(ledger: Ledger, run_id: UUID, more: str = "") -> asyncpg.Record:
+    row = await ledger.fetchrow(f"select {COLUMNS}{more} from all_runs where id = $1", run_id)  # noqa: S608  # constants
     if row is None:
         raise UnknownRun(f"There is no run {run_id}: it was never accepted here, or it has been removed.")
-    return shown(row)
+    return row
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """Where a run's result is: `text` holds small results, `key` names the object in the store."""
+class Value:
+    """Where the input or the result of a run is: `text` holds a small one, `key` names the object in the store."""
 
     run: Run
     text: str | None
     key: str | None
 
 
-async def result(ledger: Ledger, run_id: UUID) -> Result:
+async def result(ledger: Ledger, run_id: UUID) -> Value:
     """Raises `UnknownRun`."""
-    row = await ledger.fetchrow(f"select {COLUMNS}, result, result_key from all_runs where id = $1", run_id)  # noqa: S608
-    if row is None:
-        raise UnknownRun(f"There is no run {run_id}: it was never accepted here, or it has been removed.")
-    return Result(shown(row), row["result"], row["result_key"])
+    row = await _row(ledger, run_id, ", result, result_key")
+    return Value(shown(row), row["result"], row["result_key"])
+
+
+async def kept_input(ledger: Ledger, run_id: UUID) -> Value:
+    """Exactly one of `text` and `key` is set. Raises `UnknownRun`."""
+    row = await _row(ledger, run_id, ", input, input_key")
+    return Value(shown(row), row["input"], row["input_key"])
 
 
 # One index of each table gives the newest rows of a batch, an owner or a state. Further filters apply to the next

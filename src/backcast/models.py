@@ -129,14 +129,19 @@ class Problem(_Noun):
         return cls(code=error.code, title=error.title, detail=error.detail)
 
 
+Input = dict[str, JSON]
+Priority = Annotated[int, Field(ge=-100, le=100), _Number]
+Metadata = Annotated[dict[str, str], Field(max_length=32), AfterValidator(_bounded)]
+
+
 class Submission(_Noun):
     """A request to run a task."""
 
-    input: dict[str, JSON] = {}
+    input: Input = {}
     """The task's parameters by name; checked against the task's input schema."""
     owner: Name = "default"
     """The party that the run belongs to; owners take turns in the queue."""
-    priority: Annotated[int, Field(ge=-100, le=100), _Number] = 0
+    priority: Priority = 0
     """Higher runs first, among the runs of the same owner."""
     run_at: Moment | None = None
     """Not before this time (RFC 3339, with an offset); a past one means now."""
@@ -145,7 +150,7 @@ class Submission(_Noun):
     lie in the future, and after `run_at`."""
     lane: Name | None = None
     """The lane of the run, such as a provider's quota; it may have limits. None: the task's own lane, if any."""
-    metadata: Annotated[dict[str, str], AfterValidator(_bounded)] = Field(default={}, max_length=32)
+    metadata: Metadata = {}
     """The caller's own labels, at most 32, and 16 KiB of JSON in all; returned with the run, not read by backcast."""
 
     @field_validator("deadline")
@@ -155,6 +160,20 @@ class Submission(_Noun):
         if deadline is not None and run_at is not None and deadline <= run_at:
             raise ValueError("the deadline is not after run_at, so the run could never start")
         return deadline
+
+
+class Changes(_Noun):
+    """The things in which a retry differs from the run that it repeats. Each one that is absent or null is as in that
+    run; but `run_at` and `deadline` are not taken over, and nor is the lane if the task is another one."""
+
+    input: Input | None = None
+    """The whole new input."""
+    task: Name | None = None
+    priority: Priority | None = None
+    run_at: Moment | None = None
+    deadline: Moment | None = None
+    lane: Name | None = None
+    metadata: Metadata | None = None
 
 
 class Run(_Noun):
@@ -168,6 +187,10 @@ class Run(_Noun):
     priority: int
     lane: str | None = None
     batch_id: UUID | None = None
+    retry_of: UUID | None = None
+    """The run that this one repeats."""
+    retried_by: list[UUID] = []
+    """The runs that repeat this one, the latest 20 of them, the newest last."""
     attempts: int
     """Attempts that have been started, the present one included."""
     error: Problem | None = None

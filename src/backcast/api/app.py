@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from backcast import __version__
 from backcast.api import (
+    again,
     auth,
     batches,
     compatibility,
@@ -69,7 +70,16 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         app.add_middleware(Prefix, prefix=limits.prefix)
     openapi.describe(app)
     problems.install(app)
-    nouns = (tasks.router, runs.router, batches.router, lanes.router, health.router, problems.router, docs.router)
+    nouns = (
+        tasks.router,
+        runs.router,
+        again.router,
+        batches.router,
+        lanes.router,
+        health.router,
+        problems.router,
+        docs.router,
+    )
     for router in (runs.hot, compatibility.router, *nouns):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     app.router.routes.append(docs.assets)

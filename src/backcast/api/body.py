@@ -54,6 +54,11 @@ async def json_body(request: Request) -> JSON:
     return parse_json(await request.body())
 
 
+async def optional_body(request: Request) -> JSON:
+    """As `json_body`; a request without a body counts as an empty object."""
+    return await json_body(request) if await request.body() else {}
+
+
 def media_type(request: Request) -> str:
     """The stated type of the body, or "". Raises `UnsupportedBody`: it is compressed."""
     if encoding := request.headers.get("content-encoding", "identity").strip().removeprefix("identity"):

@@ -28,6 +28,7 @@ _LINKS = {
         "/v1/runs/{run_id}/input",
         "/v1/runs/{run_id}/result",
         "/v1/runs/{run_id}/cancel",
+        "/v1/runs/{run_id}/retry",
         "/tasks/{run_id}/status",
     ),
     "batch_id": ("/v1/batches/{batch_id}", "/v1/batches/{batch_id}/results", "/v1/batches/{batch_id}/cancel"),

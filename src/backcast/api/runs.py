@@ -17,7 +17,6 @@ from backcast.api.waits import LONGEST
 from backcast.errors import (
     BodyTooLarge,
     IdempotencyConflict,
-    InputGone,
     InvalidInput,
     InvalidTarget,
     LedgerUnavailable,
@@ -34,6 +33,7 @@ from backcast.errors import (
 )
 from backcast.ledger import runs
 from backcast.ledger.runs import Value
+from backcast.ledger.submissions import SubmittedRun
 from backcast.models import Name, Run, State, Submission
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
@@ -60,11 +60,16 @@ SUBMIT_PROBLEMS = problems.responses(
 )
 
 
-def json_request(model: type[BaseModel]) -> dict[str, Any]:
+ENDED: dict[int | str, dict[str, Any]] = {
+    200: {"model": Run, "description": "The run has ended: only with `Prefer: wait`"}
+}
+
+
+def json_request(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """For the OpenAPI document: bodies are read by `body.py`, so FastAPI does not see their shape."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
 
 
 @hot.post(
@@ -72,15 +77,19 @@ def json_request(model: type[BaseModel]) -> dict[str, Any]:
     status_code=202,
     summary="Submit a run",
     response_model=Run,
-    responses={200: {"model": Run, "description": "The run has ended: only with `Prefer: wait`"}}
-    | problems.responses(UnknownTask)
-    | SUBMIT_PROBLEMS,
+    responses=ENDED | problems.responses(UnknownTask) | SUBMIT_PROBLEMS,
     openapi_extra={"parameters": [NAME, IDEMPOTENCY_KEY, PREFER], **json_request(Submission)},
 )
 async def submit_run(request: Request) -> Response:
     submission, deps = validate(Submission, await json_body(request)), backend(request)
-    submitted = await submit(deps, request.path_params["name"], submission, key=idempotency_key(request))
-    run, headers = await deps.waits.until_ended(request, submitted.run)
+    return await accepted(
+        request, await submit(deps, request.path_params["name"], submission, key=idempotency_key(request))
+    )
+
+
+async def accepted(request: Request, submitted: SubmittedRun) -> Response:
+    """The answer for a new run, which may be waited for."""
+    run, headers = await backend(request).waits.until_ended(request, submitted.run)
     headers |= {"Location": f"/v1/runs/{run.id}"}
     if not submitted.fresh:
         headers["Idempotent-Replayed"] = "true"
@@ -160,28 +169,6 @@ async def stored(deps: Backend, found: Value) -> AsyncIterator[bytes]:
 
 def _result_gone() -> ResultGone:
     return ResultGone("The run completed, but its result is no longer in the store: submit it again.")
-
-
-@router.get(
-    "/runs/{run_id}/input",
-    summary="Get the input of a run",
-    response_model=None,
-    responses={
-        200: {"description": "The input, a JSON object", "content": {"application/json": {"schema": {}}}},
-        307: objects.REDIRECT,
-        **problems.responses(UnknownRun, InputGone, LedgerUnavailable, StoreUnavailable),
-    },
-)
-async def get_input(run_id: UUID, deps: Deps) -> Response:
-    found = await runs.kept_input(deps.ledger, run_id)
-    if found.text is not None:
-        return Response(found.text, media_type="application/json")
-    assert found.key is not None
-    return await objects.response(deps.store, found.key, input_gone())
-
-
-def input_gone() -> InputGone:
-    return InputGone("The input was large, and its object is no longer in the store: submit the run anew.")
 
 
 @router.post(

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from uuid import UUID
 
 from fastapi import Request
 from jsonschema.exceptions import ValidationError
@@ -111,7 +112,13 @@ def late(submission: Submission) -> InvalidInput | None:
 
 
 async def submit(
-    backend: Backend, name: str, submission: Submission, *, key: str | None, places: Mapping[str, str] = _NOWHERE_ELSE
+    backend: Backend,
+    name: str,
+    submission: Submission,
+    *,
+    key: str | None,
+    places: Mapping[str, str] = _NOWHERE_ELSE,
+    retry_of: UUID | None = None,
 ) -> SubmittedRun:
     """Check and record a run; see `Submissions.submit` for the errors. A request that was accepted before, under its
     key, is refused neither because its deadline has passed nor because the queue is full."""
@@ -140,6 +147,7 @@ async def submit(
             input_key=large,
             input_hash=hashlib.sha256(body).digest() if key is not None else b"",
             idempotency_key=key,
+            retry_of=retry_of,
             stored_until=until,
         )
     )

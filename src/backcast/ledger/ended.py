@@ -23,7 +23,7 @@ TAKES_RUNS = timedelta(days=LATE, hours=1)
 """Age at which no statement puts a run into a partition any more, the slowest one included."""
 _TODAY = "(now() at time zone 'utc')::date"
 _KEPT = (
-    "id, task, pool, owner, lane, batch_id, priority, run_at, deadline, fence, attempts_used, retries_used,"
+    "id, task, pool, owner, lane, batch_id, retry_of, priority, run_at, deadline, fence, attempts_used, retries_used,"
     " max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key, error, usage, metadata,"
     " created_at, started_at"
 )

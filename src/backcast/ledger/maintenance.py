@@ -87,6 +87,25 @@ async def remove_empty_batches(ledger: Ledger, keep: timedelta) -> None:
         after = row["id"]
 
 
+# By the primary keys of both. Neither the run nor its retries change: the run has ended, and a retry that is made at
+# this moment was asked for before the run was removed; the next sweep removes its row.
+_OLD_RETRIES = f"""
+with page as materialized (
+  select run_id, retry_id from retries where (run_id, retry_id) > ($1, $2) and run_id <= $3
+   order by run_id, retry_id limit {PAGE}),
+gone as (
+  delete from retries r using page p where r.run_id = p.run_id and r.retry_id = p.retry_id
+     and not exists (select from all_runs a where a.id = p.run_id))
+select run_id, retry_id from page order by run_id desc, retry_id desc limit 1"""  # noqa: S608  # constants
+
+
+async def remove_retries_of_removed_runs(ledger: Ledger, keep: timedelta) -> None:
+    """Remove what names the retries of runs that are gone, which are older than runs are kept."""
+    after, until = (_NIL, _NIL), uuid7(keep.total_seconds())
+    while row := await ledger.fetchrow(_OLD_RETRIES, *after, until):
+        after = row["run_id"], row["retry_id"]
+
+
 async def remove_stale_flights(ledger: Ledger) -> None:
     """Remove flights whose attempt is over; the runs that wait for them become ready by their own time.
 

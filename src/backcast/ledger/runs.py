@@ -17,9 +17,16 @@ from backcast.ledger.connection import Ledger
 from backcast.models import Run, State
 
 _TIMES = ("created_at", "run_at", "deadline", "started_at", "finished_at")
-COLUMNS = f"""id, task, state, owner, priority, lane, batch_id, attempts_used, error, usage, metadata,
-    {", ".join(map(reading.time, _TIMES))}"""
-LIVE_COLUMNS = COLUMNS.replace(reading.time("finished_at"), "null::timestamptz as finished_at")
+RETRIES = 20
+"""Retries of a run that are shown, the newest ones."""
+# One probe of the primary key of `retries`, for ended runs only.
+_RETRIED_BY = f"""case when finished_at is not null then array(
+      select retry_id from retries where run_id = id order by retry_id desc limit {RETRIES}) end as retried_by"""  # noqa: S608
+COLUMNS = f"""id, task, state, owner, priority, lane, batch_id, retry_of, attempts_used, error, usage, metadata,
+    {", ".join(map(reading.time, _TIMES))}, {_RETRIED_BY}"""
+LIVE_COLUMNS = COLUMNS.replace(reading.time("finished_at"), "null::timestamptz as finished_at").replace(
+    _RETRIED_BY, "null::uuid[] as retried_by"
+)
 """The same of a run that is not over, from `runs`."""
 
 
@@ -35,6 +42,8 @@ def shown(row: asyncpg.Record) -> Run:
         priority=row["priority"],
         lane=row["lane"],
         batch_id=row["batch_id"],
+        retry_of=row["retry_of"],
+        retried_by=(row["retried_by"] or [])[::-1],
         attempts=row["attempts_used"] + running,
         error=reading.problem(row["error"]) if row["error"] and state != "completed" else None,
         usage=reading.mapping(row["usage"]) if row["usage"] else None,

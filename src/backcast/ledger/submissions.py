@@ -54,6 +54,7 @@ class New(NamedTuple):
     deadline: datetime | None
     batch_id: UUID | None
     signature: str
+    retry_of: UUID | None = None
     stored_until: datetime | None = None
     """Of a run with a stored input: see `stored_until`."""
 
@@ -69,15 +70,16 @@ class SubmittedRun:
 # racing statements insert a key. The others wait for its commit and then *update* its row, so that RETURNING shows it
 # ("do nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may
 # be in the arrays once, and keys come in one order, so that two statements with the same keys do not deadlock.
-# $17: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
+# $18: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
+# A row of `retries` has the id of its new run, which nobody else knows yet: its insert waits for nothing.
 INSERT = f"""
 with given as materialized (
   select * from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[],
               $7::integer[], $8::text[], $9::bytea[], $10::text[], $11::text[], $12::json[], $13::text[],
-              $14::timestamptz[], $15::uuid[], $16::text[])
+              $14::timestamptz[], $15::uuid[], $16::text[], $17::uuid[])
       as g(id, task, pool, owner, priority, run_at, max_attempts, idem_key, request_hash, input, input_key, metadata,
-           lane, deadline, batch_id, signature)
-   where $17::timestamptz is null or now() < $17),
+           lane, deadline, batch_id, signature, retry_of)
+   where $18::timestamptz is null or now() < $18),
 keyed as (
   insert into idempotency_keys as k (owner, key, run_id, request_hash)
   select owner, idem_key, id, request_hash from given where idem_key is not null
@@ -85,14 +87,16 @@ keyed as (
   returning owner, key, run_id, request_hash, xmax = 0 as fresh),
 made as (
   insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, input, input_key, metadata, lane,
-                    deadline, batch_id, signature)
+                    deadline, batch_id, signature, retry_of)
   select id, task, pool, owner, priority,
          case when run_at > now() then 'scheduled'
               when lane is not null and exists (select from lanes where name = lane and limited) then 'held'
               else 'queued' end,
-         coalesce(run_at, now()), max_attempts, input, input_key, metadata, lane, deadline, batch_id, signature
+         coalesce(run_at, now()), max_attempts, input, input_key, metadata, lane, deadline, batch_id, signature,
+         retry_of
     from given g where idem_key is null or exists (select from keyed k where k.run_id = g.id and k.fresh)
-  returning {LIVE_COLUMNS}, pool)
+  returning {LIVE_COLUMNS}, pool),
+linked as (insert into retries (run_id, retry_id) select retry_of, id from made where retry_of is not null)
 select m.*, k.owner as key_owner, k.key, k.run_id, k.request_hash from made m full join keyed k on k.run_id = m.id"""  # noqa: S608
 
 
@@ -127,13 +131,15 @@ def new(
     input_hash: bytes,
     idempotency_key: str | None = None,
     batch_id: UUID | None = None,
+    retry_of: UUID | None = None,
     stored_until: datetime | None = None,
 ) -> New:
     """Exactly one of `input_text` and `input_key` is given; `input_hash` is the digest of the input's JSON."""
     request_hash = None
     if idempotency_key is not None:
         rest = submission.model_dump_json(exclude={"input", "owner"}, exclude_defaults=True)
-        request_hash = hashlib.sha256(b"\n".join([task.name.encode(), input_hash, rest.encode()])).digest()
+        repeated = b"" if retry_of is None else retry_of.bytes
+        request_hash = hashlib.sha256(b"\n".join([task.name.encode(), input_hash, rest.encode(), repeated])).digest()
     return New(
         id=run_id or uuid7(),
         task=task.name,
@@ -151,6 +157,7 @@ def new(
         deadline=submission.deadline,
         batch_id=batch_id,
         signature=task.signature,
+        retry_of=retry_of,
         stored_until=stored_until,
     )
 

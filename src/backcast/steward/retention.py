@@ -48,6 +48,7 @@ class Retention:
         if self.keep is not None:
             await self._old_runs(self.keep, self._longest)
             await maintenance.remove_empty_batches(self.ledger, self.keep)
+            await maintenance.remove_retries_of_removed_runs(self.ledger, self.keep)
         if self.keep_keys is not None:
             await maintenance.remove_old_keys(self.ledger, self.keep_keys)
         elif self.keep is not None:

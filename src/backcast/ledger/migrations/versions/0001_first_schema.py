@@ -20,6 +20,7 @@ _RUN = """
         owner         text not null,
         lane          text,
         batch_id      uuid,
+        retry_of      uuid,                          -- the ended run that it repeats
         priority      smallint not null,
         state         text not null,
         run_at        timestamptz not null,
@@ -106,16 +107,16 @@ def upgrade() -> None:
 
     -- Both homes, for everybody who reads runs without regard to where they are.
     create view all_runs as
-        select id, task, pool, owner, lane, batch_id, priority, state, run_at, deadline, fence, attempts_used,
+        select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
                error, usage, metadata, created_at, started_at, null::text as result, null::text as result_key,
                null::timestamptz as finished_at from runs
         union all
-        select id, task, pool, owner, lane, batch_id, priority, state, run_at, deadline, fence, attempts_used,
+        select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
                error, usage, metadata, created_at, started_at, result, result_key, finished_at from ended
         union all
-        select id, task, pool, owner, lane, batch_id, priority, state, run_at, deadline, fence, attempts_used,
+        select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
                error, usage, metadata, created_at, started_at, result, result_key, finished_at from ended_late;
 
@@ -179,6 +180,13 @@ def upgrade() -> None:
         primary key (owner, key)
     );
     create index idempotency_keys_by_age on idempotency_keys (created_at, owner, key);
+
+    -- The runs that repeat an ended one, which never changes itself: written with the new run, by the same statement.
+    create table retries (
+        run_id   uuid not null,
+        retry_id uuid not null,
+        primary key (run_id, retry_id)
+    );
 
     create table batches (
         id           uuid primary key,

@@ -11,7 +11,9 @@
     │   │   ├── UnknownTask             └── HeadTooLarge        431
     │   │   ├── UnknownRun
     │   │   ├── UnknownBatch
-    │   │   └── UnknownLane
+    │   │   ├── UnknownLane
+    │   │   ├── UnknownPool
+    │   │   └── UnknownWorker
     │   ├── MethodNotAllowed    405
     │   ├── RequestTooSlow      408
     │   ├── NotFinished         409
@@ -149,6 +151,16 @@ class UnknownBatch(NotFound):
 class UnknownLane(NotFound):
     code = "unknown_lane"
     title = "This lane has no limits"
+
+
+class UnknownPool(NotFound):
+    code = "unknown_pool"
+    title = "There is no such pool"
+
+
+class UnknownWorker(NotFound):
+    code = "unknown_worker"
+    title = "There is no such worker"
 
 
 class MethodNotAllowed(ClientError):

@@ -269,16 +269,59 @@ class Limits(_Noun):
     """Attempts that may start in a minute, retries included."""
 
 
+class PauseKind(StrEnum):
+    """What can be paused."""
+
+    TASK = "task"
+    LANE = "lane"
+    POOL = "pool"
+
+
+class Release(StrEnum):
+    """What becomes of runs that have begun when their task, lane or pool is paused."""
+
+    CONTINUE = "continue"
+    RELEASE = "release"
+
+
+class PauseRequest(_Noun):
+    """A request to start nothing new of a task, a lane or a pool."""
+
+    reason: Annotated[str, Field(max_length=300)] = ""
+    """Shown to everybody who asks why a run waits."""
+    by: Annotated[str, Field(max_length=100)] = ""
+    """Who asks for it."""
+    until: Moment | None = None
+    """When it ends by itself; it must lie in the future. None: when it is resumed."""
+    running: Release = Release.CONTINUE
+    """`release` also stops the runs that have begun, as when a worker drains: they begin again once it has ended, and
+    no attempt is counted."""
+
+
+class Pause(_Noun):
+    """A pause of a task, a lane or a pool."""
+
+    kind: PauseKind
+    name: str
+    reason: str
+    by: str
+    since: datetime
+    until: datetime | None
+    running: Release
+
+
 class Lane(_Noun):
-    """A lane with limits, and how many of its runs are promoted and held."""
+    """A lane that has limits or is paused, and its runs; each number is counted up to 10,000."""
 
     name: str
     max_running: int | None = None
     max_per_minute: float | None = None
-    promoted: int
-    """Its runs that are running, or may run as soon as a slot is free."""
+    running: int
+    queued: int
+    """Its runs that may start as soon as a slot is free."""
     held: int
-    """Its runs that wait for the lane; counted up to 10,000."""
+    """Its runs that wait for the lane: for a place, or for the end of a pause."""
+    paused: Pause | None = None
     problem: str | None = None
     """What is wrong with its limits, if they were not set by this interface."""
 

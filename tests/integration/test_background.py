@@ -9,7 +9,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from backcast.ledger import fleet, lanes, provisioning, submissions
+from backcast.ledger import fleet, limits, provisioning, submissions
 from backcast.ledger.connection import CHANNEL, Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
@@ -103,7 +103,7 @@ async def test_a_notification_that_failed_is_not_the_last_one(tmp_path: Path) ->
 
 async def test_a_promotion_that_failed_is_not_the_last_one(database: str, tmp_path: Path, ledger: Ledger) -> None:
     await fleet.register(ledger, uuid7(), pool="default", host="h", version="1", slots=1, tasks=[ECHO])
-    await lanes.limit(ledger, "narrow", Limits(max_running=10))
+    await limits.limit(ledger, "narrow", Limits(max_running=10))
     async with stack(database, tmp_path) as product:
         await product.up("api")
 

@@ -11,7 +11,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from backcast.ledger import dispatch, fleet, history, lanes, recovery, runs, settlement, task_types, unusable
+from backcast.ledger import dispatch, fleet, history, limits, recovery, runs, settlement, task_types, unusable
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Limits, uuid7
 from tests.integration.test_lanes import LEASE, NOOP, claim, ended, fill, register, submit
@@ -57,7 +57,7 @@ async def tried(ledger: Ledger, step: Awaitable[T]) -> T | None:
 
 async def healthy(ledger: Ledger, worker: UUID) -> None:
     """Runs with and without a lane become ready, are claimed and end, whatever the polls meet."""
-    await lanes.limit(ledger, "healthy", Limits(max_running=5))
+    await limits.limit(ledger, "healthy", Limits(max_running=5))
     mine = {(await submit(ledger, lane)).id for lane in ("healthy", None)}
 
     async def work() -> set[UUID]:
@@ -74,15 +74,15 @@ async def healthy(ledger: Ledger, worker: UUID) -> None:
 async def test_a_lane_with_an_impossible_number(ledger: Ledger, column: str) -> None:
     worker = await register(ledger)
     for value in LANES[column]:
-        await lanes.limit(ledger, "bad", Limits(max_running=3, max_per_minute=1000))
+        await limits.limit(ledger, "bad", Limits(max_running=3, max_per_minute=1000))
         await fill(ledger, ["bad"], each=3)
         await ledger.execute(f"update lanes set {column} = {value} where name = 'bad'")
         await healthy(ledger, worker)
-        shown = await lanes.get(ledger, "bad")
+        shown = await limits.get(ledger, "bad")
         json.dumps(shown.model_dump(), allow_nan=False)
         assert (shown.problem is not None) == (column == "max_per_minute")
-        assert len(await lanes.limited(ledger)) == 2
-        await lanes.lift(ledger, "bad")
+        assert len(await limits.all_(ledger)) == 2
+        await limits.lift(ledger, "bad")
         await healthy(ledger, worker)
 
 

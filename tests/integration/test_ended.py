@@ -13,7 +13,17 @@ import asyncpg
 import pytest
 
 from backcast.errors import LedgerFull, UnknownRun
-from backcast.ledger import batches, dispatch, ended, lanes, maintenance, recovery, runs, settlement, submissions
+from backcast.ledger import (
+    batches,
+    dispatch,
+    ended,
+    limits,
+    maintenance,
+    recovery,
+    runs,
+    settlement,
+    submissions,
+)
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
@@ -77,7 +87,7 @@ async def newest_first(ledger: Ledger, **filters: Any) -> list[UUID]:
 async def test_one_outcome_whoever_ends_a_run(ledger: Ledger) -> None:
     """Settlements that are sent twice race with cancels, recovery, expiry and the cancel of the batch. Lanes are
     counted, so a run that was ended twice would free two places."""
-    await lanes.limit(ledger, "narrow", Limits(max_running=40))
+    await limits.limit(ledger, "narrow", Limits(max_running=40))
     dice = random.Random(1)
     for turn in range(8):
         worker = await register(ledger)

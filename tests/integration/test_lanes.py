@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from backcast.errors import UnknownLane
-from backcast.ledger import claims, dispatch, fleet, lanes, recovery, runs, settlement, submissions
+from backcast.ledger import claims, dispatch, fleet, lanes, limits, recovery, runs, settlement, submissions
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
@@ -96,7 +96,7 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
     await ledger.execute("create index runs_of_lanes on runs (lane) where state = 'running'")
     await ledger.execute(NEVER_OVER)
     for name in names:
-        await lanes.limit(ledger, name, Limits(max_running=5))
+        await limits.limit(ledger, name, Limits(max_running=5))
     await fill(ledger, names, each=30)
     total, done, most = 30 * len(names), 0, 0
 
@@ -128,7 +128,7 @@ async def test_fifty_lanes_under_eight_workers_are_never_over_and_everything_end
 
 async def test_a_rate_promotes_no_more_than_its_burst_and_its_time(ledger: Ledger) -> None:
     rate = 600 / 60
-    await lanes.limit(ledger, "lane", Limits(max_per_minute=600))
+    await limits.limit(ledger, "lane", Limits(max_per_minute=600))
     began = await now(ledger)
     await fill(ledger, ["lane"], each=100)
     worker, taken = await register(ledger), 0
@@ -157,26 +157,26 @@ async def now(ledger: Ledger) -> datetime:
 
 async def test_a_rate_that_follows_a_count_begins_with_a_token(ledger: Ledger) -> None:
     """Tokens are not spent while there is no rate."""
-    await lanes.limit(ledger, "lane", Limits(max_running=0))
+    await limits.limit(ledger, "lane", Limits(max_running=0))
     for _ in range(5):
         await submit(ledger)
-    await lanes.limit(ledger, "lane", Limits(max_running=5))
+    await limits.limit(ledger, "lane", Limits(max_running=5))
     assert await states(ledger) == {"queued": 5}
-    await lanes.limit(ledger, "lane", Limits(max_per_minute=60))
+    await limits.limit(ledger, "lane", Limits(max_per_minute=60))
     await submit(ledger)
     assert (await states(ledger))["queued"] == 6
 
 
 async def test_a_clock_that_is_behind_spends_nothing(ledger: Ledger) -> None:
     """now() is the time when a transaction began: another one may have refilled the tokens after that."""
-    await lanes.limit(ledger, "lane", Limits(max_per_minute=60))
+    await limits.limit(ledger, "lane", Limits(max_per_minute=60))
     await ledger.execute("update lanes set tokens = 0, refilled_at = now() + interval '1 minute'")
     await submit(ledger)
     assert await states(ledger) == {"held": 1}
 
 
 async def test_an_owner_with_a_thousand_held_runs_does_not_hold_up_another_ones_first(ledger: Ledger) -> None:
-    await lanes.limit(ledger, "lane", Limits(max_running=1))
+    await limits.limit(ledger, "lane", Limits(max_running=1))
     together = submissions.Submissions(ledger)
     bulk = [submissions.new(NOOP, Submission(owner="bulk", lane="lane"), input_text="{}", input_hash=b"")]
     bulk += [bulk[0]._replace(id=uuid7()) for _ in range(999)]
@@ -191,30 +191,30 @@ async def test_an_owner_with_a_thousand_held_runs_does_not_hold_up_another_ones_
 
 
 async def test_zero_holds_and_lifting_frees(ledger: Ledger) -> None:
-    await lanes.limit(ledger, "lane", Limits(max_running=0))
+    await limits.limit(ledger, "lane", Limits(max_running=0))
     for _ in range(5):
         assert (await submit(ledger)).state is State.QUEUED
     worker = await register(ledger)
     await dispatch.dispatch_due(ledger)
     assert await claim(ledger, worker) == []
-    assert (await lanes.get(ledger, "lane")).held == 5
-    await lanes.lift(ledger, "lane")
+    assert (await limits.get(ledger, "lane")).held == 5
+    await limits.lift(ledger, "lane")
     taken = await claim(ledger, worker)
     assert len(taken) == 5
     with pytest.raises(UnknownLane):
-        await lanes.get(ledger, "lane")
+        await limits.get(ledger, "lane")
     await settlement.settle(ledger, worker, [ended(c) for c in taken])
     assert await promoted(ledger) == 0, "a promoted run is still counted down"
 
 
 async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> None:
-    await lanes.limit(ledger, "lane", Limits(max_running=4))
+    await limits.limit(ledger, "lane", Limits(max_running=4))
     for _ in range(8):
         await submit(ledger)
     worker = await register(ledger)
     first = await claim(ledger, worker)
     assert len(first) == 4
-    await lanes.limit(ledger, "lane", Limits(max_running=2))
+    await limits.limit(ledger, "lane", Limits(max_running=2))
     for c in first[:2]:
         await settlement.settle(ledger, worker, [ended(c)])
         assert await claim(ledger, worker) == []
@@ -224,7 +224,7 @@ async def test_a_lowered_limit_waits_until_enough_have_ended(ledger: Ledger) -> 
 
 
 async def test_a_run_that_expires_while_its_lane_holds_it_names_the_lane(ledger: Ledger) -> None:
-    await lanes.limit(ledger, "it's {shut}", Limits(max_running=0))
+    await limits.limit(ledger, "it's {shut}", Limits(max_running=0))
     late = await submit(ledger, "it's {shut}", deadline=datetime.now(UTC) + timedelta(hours=1))
     await ledger.execute("update runs set deadline = now()")
     await dispatch.dispatch_due(ledger)
@@ -234,7 +234,7 @@ async def test_a_run_that_expires_while_its_lane_holds_it_names_the_lane(ledger:
 
 
 async def test_a_place_is_free_again_however_its_run_leaves_it(ledger: Ledger) -> None:
-    await lanes.limit(ledger, "lane", Limits(max_running=1))
+    await limits.limit(ledger, "lane", Limits(max_running=1))
     worker = await register(ledger)
 
     async def running() -> Claim:
@@ -286,7 +286,7 @@ async def test_a_place_is_free_again_however_its_run_leaves_it(ledger: Ledger) -
 
 
 async def test_a_run_that_fails_with_its_worker_gives_its_place_to_the_next(ledger: Ledger) -> None:
-    await lanes.limit(ledger, "lane", Limits(max_running=1))
+    await limits.limit(ledger, "lane", Limits(max_running=1))
     worker = await register(ledger)
     first, second = await submit(ledger), await submit(ledger)
     await ledger.execute("update runs set max_attempts = 1")
@@ -296,24 +296,46 @@ async def test_a_run_that_fails_with_its_worker_gives_its_place_to_the_next(ledg
     assert [c.id for c in await claim(ledger, await register(ledger))] == [second.id]
 
 
-async def test_a_limit_holds_for_runs_submitted_after_it(ledger: Ledger) -> None:
-    for _ in range(3):
-        await submit(ledger)
-    await lanes.limit(ledger, "lane", Limits(max_running=1))
-    for _ in range(3):
-        await submit(ledger)
-    assert await states(ledger) == {"queued": 4, "held": 2}
+async def test_a_limit_holds_back_what_is_queued_and_lets_go_on_what_runs(ledger: Ledger) -> None:
     worker = await register(ledger)
-    taken = await claim(ledger, worker)
-    assert sorted(c.lane or "" for c in taken) == ["", "", "", "lane"], "three of them are not counted"
-    await settlement.settle(ledger, worker, [ended(c) for c in taken if c.lane is None])
-    assert await states(ledger) == {"completed": 3, "running": 1, "held": 2}
-    await settlement.settle(ledger, worker, [ended(c) for c in taken if c.lane])
-    assert await states(ledger) == {"completed": 4, "queued": 1, "held": 1}
+    for _ in range(3):
+        await submit(ledger)
+    [before] = await claim(ledger, worker, limit=1)
+    await limits.limit(ledger, "lane", Limits(max_running=1))
+    for _ in range(3):
+        await submit(ledger)
+    assert await states(ledger) == {"running": 1, "queued": 1, "held": 4}
+    lane = await limits.get(ledger, "lane")
+    assert (lane.running, lane.queued, lane.held) == (1, 1, 4)
+    [counted] = await claim(ledger, worker)
+    assert (before.lane, counted.lane) == (None, "lane")
+    await settlement.settle(ledger, worker, [ended(before)])
+    assert await states(ledger) == {"completed": 1, "running": 1, "held": 4}
+    await settlement.settle(ledger, worker, [ended(counted)])
+    assert await states(ledger) == {"completed": 2, "queued": 1, "held": 3}
+
+
+async def test_a_lower_limit_holds_back_those_that_would_start_last(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    await limits.limit(ledger, "lane", Limits(max_running=2500))
+    made = [await submit(ledger, priority=n % 3) for n in range(5)]
+    await ledger.execute(
+        """insert into runs (id, task, pool, owner, lane, priority, state, max_attempts, metadata, input, promoted)
+           select gen_random_uuid(), 'noop', 'default', 'default', 'lane', -5, 'queued', 3, '{}', '{}', true
+             from generate_series(1, 2400)"""
+    )
+    await ledger.execute("update lanes set promoted = promoted + 2400")
+    running = await claim(ledger, worker, limit=1)
+    await limits.limit(ledger, "lane", Limits(max_running=3))
+    assert await states(ledger) == {"running": 1, "queued": 2, "held": 2402}
+    taken = running + await claim(ledger, worker)
+    assert {c.id for c in taken} == {run.id for run in sorted(made, key=lambda run: -run.priority)[:3]}
+    await limits.limit(ledger, "lane", Limits(max_running=0))
+    assert await states(ledger) == {"running": 3, "held": 2402}
 
 
 async def test_a_scheduled_run_of_a_limited_lane_takes_its_place_when_its_time_comes(ledger: Ledger) -> None:
-    await lanes.limit(ledger, "lane", Limits(max_running=1))
+    await limits.limit(ledger, "lane", Limits(max_running=1))
     later = await submit(ledger, run_at=datetime.now(UTC) + timedelta(hours=1))
     first = await submit(ledger)
     assert await states(ledger) == {"scheduled": 1, "queued": 1}
@@ -330,9 +352,9 @@ async def test_a_scheduled_run_of_a_limited_lane_takes_its_place_when_its_time_c
 async def test_a_count_that_was_out_of_date_is_no_error(ledger: Ledger, database: str) -> None:
     """PostgreSQL checks constraints on a row as computed from the old snapshot, before it notices that the row has
     changed and computes it again: a count that may not be negative would refuse the cancel here."""
-    await lanes.limit(ledger, "lane", Limits(max_running=0))
+    await limits.limit(ledger, "lane", Limits(max_running=0))
     run = await submit(ledger)
-    await lanes.limit(ledger, "other", Limits(max_running=0))
+    await limits.limit(ledger, "other", Limits(max_running=0))
     async with ledger.transaction() as connection:
         await connection.execute("update lanes set max_running = 1, promoted = 1 where name = 'lane'")
         await connection.execute("update runs set state = 'queued', promoted = true where id = $1", run.id)

@@ -25,8 +25,9 @@ from backcast.ledger import (
     claims,
     dispatch,
     fleet,
-    lanes,
+    limits,
     maintenance,
+    pauses,
     recovery,
     routing,
     runs,
@@ -36,7 +37,7 @@ from backcast.ledger import (
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
-from backcast.models import Limits, Problem, Submission, TaskType, uuid7
+from backcast.models import Limits, PauseKind, PauseRequest, Problem, Submission, TaskType, uuid7
 from tests.support.runs import FINAL
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
@@ -44,10 +45,11 @@ LEASE = timedelta(minutes=5)  # longer than any example takes: a lease ends only
 NOOP = TaskType(name="noop", pool="default", input_schema={"type": "object"})
 OTHER = TaskType(name="other", pool="default", input_schema={"type": "object"})
 NEXT = {
-    None: {"held", "scheduled", "queued"},
-    "held": {"queued", "cancelled", "expired"},
-    "scheduled": {"held", "queued", "failed", "cancelled", "expired"},
-    "queued": {"scheduled", "running", "cancelled", "expired"},
+    None: {"paused", "held", "scheduled", "queued"},
+    "paused": {"held", "queued", "cancelled", "expired"},
+    "held": {"paused", "queued", "cancelled", "expired"},
+    "scheduled": {"paused", "held", "queued", "failed", "cancelled", "expired"},
+    "queued": {"paused", "held", "scheduled", "running", "cancelled", "expired"},
     "running": {"held", "scheduled", "queued", "completed", "failed", "cancelled"},
 }
 QUOTA = 60.0
@@ -71,7 +73,7 @@ end $$;
 create trigger see after insert or update on ended for each row execute function see_end();
 create trigger see after insert or update on ended_late for each row execute function see_end();
 """
-FRESH = "truncate runs, ended, ended_late, idempotency_keys, workers, lanes, flights, seen"
+FRESH = "truncate runs, ended, ended_late, idempotency_keys, workers, lanes, flights, pauses, seen"
 
 # One statement, so one snapshot: it holds also while others are at work.
 COUNTED = """
@@ -83,6 +85,15 @@ INDEX = st.integers(0, 50)
 LIMITS = st.sampled_from([(2, None), (1, None), (3, None), (0, None), (None, 120.0), (2, 6000.0)])
 ENDS = st.lists(
     st.sampled_from(["completed", "failed", "again", "later", "parked", "unfit", "back"]), min_size=1, max_size=5
+)
+PAUSED = st.sampled_from(
+    [
+        (PauseKind.TASK, "noop"),
+        (PauseKind.TASK, "other"),
+        (PauseKind.LANE, "narrow"),
+        (PauseKind.LANE, "wide"),
+        (PauseKind.POOL, "default"),
+    ]
 )
 RARELY = st.sampled_from([False] * 5 + [True])
 FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -115,8 +126,10 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "dispatch_due": {},
     "route": {},
     "fail_late": {},
-    "limit": {"lane": st.sampled_from(["narrow", "narrow", "wide"]), "limits": LIMITS},
+    "limit": {"lane": st.sampled_from(["narrow", "narrow", "wide"]), "most": LIMITS},
     "lift": {"lane": st.sampled_from(["narrow", "wide"])},
+    "pause": {"what": PAUSED},
+    "resume": {"what": PAUSED},
     "retire": {"worker": INDEX},
     "drop": {},
 }
@@ -158,6 +171,8 @@ class Machine(RuleBasedStateMachine):
         """(owner, request, run or none for a conflict, fresh) of every submission with the key."""
         self.ceiling: dict[str, float] = {"narrow": float("inf"), "wide": float("inf"), "quota": float("inf")}
         """The most that a lane may count: its limit, or its count when the limit was lowered."""
+        self.paused: dict[tuple[str, str], object] = {}
+        """Pauses that have been committed, and no resume of which has begun."""
         self.last = 0
         self.healthy = UUID(int=0)
         self.is_broken = False
@@ -168,7 +183,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, narrow: tuple[int | None, float | None], count: int, first: list[Op]) -> None:
         async def begin() -> None:
             await self.ledger.execute(FRESH)
-            await lanes.limit(self.ledger, "quota", Limits(max_per_minute=QUOTA))
+            await limits.limit(self.ledger, "quota", Limits(max_per_minute=QUOTA))
             await self._limit("narrow", narrow)
             for _ in range(count):
                 await self._register(uuid7())
@@ -255,7 +270,7 @@ class Machine(RuleBasedStateMachine):
                 self.requests.append((submission.owner, request, run_id, fresh))
 
     async def _claim(self, *, worker: int, route: str, limit: int, prefetch: int, lost: bool) -> None:
-        worker_id = self._worker(worker)
+        worker_id, paused = self._worker(worker), dict(self.paused)
         taken = await claims.claim(
             self.ledger,
             pool="default",
@@ -268,6 +283,10 @@ class Machine(RuleBasedStateMachine):
         )
         assert {c.task for c in taken} <= {task.name for task in self._tasks(worker_id)}, "it lacks the task"
         assert len(taken) <= limit + prefetch
+        lanes = {row["id"]: row["lane"] for row in await self.ledger.fetch("select id, lane from all_runs")}
+        for c in taken:
+            for what in ("task", c.task), ("lane", lanes[c.id]), ("pool", "default"):
+                assert what not in paused or self.paused.get(what) is not paused[what], f"{what} is paused"
         assert sum(not c.prefetched for c in taken) <= limit + sum(c.lost_fence is not None for c in taken)
         if not lost:
             self._took(worker_id, taken)
@@ -394,15 +413,24 @@ class Machine(RuleBasedStateMachine):
     async def _fail_late(self) -> None:
         await routing.fail_late(self.ledger, unknown_after=timedelta(seconds=5))
 
-    async def _limit(self, lane: str, limits: tuple[int | None, float | None]) -> None:
+    async def _limit(self, lane: str, most: tuple[int | None, float | None]) -> None:
         self.ceiling[lane] = float("inf")  # until the check sees the runs that were promoted before
         with contextlib.suppress(UnknownLane):  # lifted at the same moment
-            await lanes.limit(self.ledger, lane, Limits(max_running=limits[0], max_per_minute=limits[1]))
+            await limits.limit(self.ledger, lane, Limits(max_running=most[0], max_per_minute=most[1]))
+
+    async def _pause(self, *, what: tuple[PauseKind, str]) -> None:
+        await pauses.pause(self.ledger, *what, PauseRequest())
+        self.paused[what] = object()
+
+    async def _resume(self, *, what: tuple[PauseKind, str]) -> None:
+        self.paused.pop(what, None)
+        await pauses.resume(self.ledger, *what)
+        self.paused.pop(what, None)
 
     async def _lift(self, *, lane: str) -> None:
         self.ceiling[lane] = float("inf")
         with contextlib.suppress(UnknownLane):
-            await lanes.lift(self.ledger, lane)
+            await limits.lift(self.ledger, lane)
 
     async def _retire(self, *, worker: int) -> None:
         await fleet.retire(self.ledger, self._worker(worker))
@@ -417,7 +445,7 @@ class Machine(RuleBasedStateMachine):
         await self.ledger.execute(
             """update runs set run_at = run_at - $1::interval, deadline = deadline - $1::interval,
                                parked_at = parked_at - $1::interval
-                where state in ('held', 'scheduled', 'queued')""",
+                where state in ('paused', 'held', 'scheduled', 'queued')""",
             timedelta(seconds=seconds),
         )
         await self.ledger.execute(
@@ -475,7 +503,7 @@ class Machine(RuleBasedStateMachine):
         was = was and {"result_key": None, "finished_at": None} | was
         assert (state == "completed") == (now["result_key"] is not None)
         assert (state in FINAL) == (now["finished_at"] is not None)
-        assert not (now["promoted"] and state in ("held", "scheduled"))
+        assert not (now["promoted"] and state in ("paused", "held", "scheduled"))
         assert state in FINAL or (now["parked_at"] is not None) == (state == "scheduled" and now["route"] != "")
         if was is None:
             assert state in NEXT[None]
@@ -504,7 +532,7 @@ class Machine(RuleBasedStateMachine):
         assert now["lane"] == was["lane"]
         if "promoted" in changed:
             assert now["promoted"] == (was["state"] == "held")
-            assert was["state"] in ("held", "running") or state == "scheduled"
+            assert was["state"] in ("held", "running") or state in ("paused", "held", "scheduled")
         assert 0 <= now["attempts_used"] - was["attempts_used"] <= (was["state"] == "running")
         assert 0 <= now["retries_used"] - was["retries_used"] <= now["attempts_used"] - was["attempts_used"]
         assert now["attempts_used"] - now["retries_used"] <= now["max_attempts"], "more losses than allowed"
@@ -564,6 +592,8 @@ class Machine(RuleBasedStateMachine):
             await self._stall(worker=worker, seen=False)
         self.healthy = healthy = uuid7()
         await self._register(healthy)
+        for what in [*self.paused]:
+            await self._resume(what=what)
         for lift in (False, True):
             if lift:
                 for lane in ("narrow", "wide", "quota"):

@@ -12,7 +12,18 @@ from uuid import UUID
 
 import pytest
 
-from backcast.ledger import claims, dispatch, fleet, lanes, recovery, routing, runs, settlement, submissions, task_types
+from backcast.ledger import (
+    claims,
+    dispatch,
+    fleet,
+    limits,
+    recovery,
+    routing,
+    runs,
+    settlement,
+    submissions,
+    task_types,
+)
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.models import Limits, Run, State, Submission, TaskType, uuid7
@@ -123,7 +134,7 @@ async def test_an_input_of_a_version_that_is_gone_waits_for_one_that_takes_it(pr
 @pytest.mark.parametrize("left", [None, STAYS])
 async def test_a_task_that_moves_takes_its_runs_along(product: Stack, ledger: Ledger, left: str | None) -> None:
     await end(await worker(product, STAYS, GOES, pool="old"))
-    await lanes.limit(ledger, "none", Limits(max_running=0))
+    await limits.limit(ledger, "none", Limits(max_running=0))
     queued = [await product.submit("goes", n=n) for n in range(3)]
     held, later = [
         (await product.http.post("/v1/tasks/goes/runs", json={"input": {"n": 9}, **more})).json()["id"]
@@ -135,7 +146,7 @@ async def test_a_task_that_moves_takes_its_runs_along(product: Stack, ledger: Le
     for n, run_id in enumerate(queued):
         await completes(product, run_id, -n)
     await ledger.execute("update runs set run_at = now() where id = $1", UUID(later))
-    await lanes.lift(ledger, "none")
+    await limits.lift(ledger, "none")
     await completes(product, held, -9)
     await completes(product, later, -9)
 
@@ -220,7 +231,7 @@ async def test_runs_are_taken_out_of_the_way_at_a_cost_that_does_not_depend_on_t
 async def test_who_claims_from_a_route_is_woken_when_its_runs_are_ready_again(ledger: Ledger, watched: Watched) -> None:
     x, y = type_of("x"), type_of("y")
     has_x, has_y = await registered(ledger, x), await registered(ledger, y)
-    await lanes.limit(ledger, "narrow", Limits(max_running=1))
+    await limits.limit(ledger, "narrow", Limits(max_running=1))
     await accept(ledger, x, lane="narrow")
     assert await claim(watched, has_y) == []
     assert watched.woken == [("default", "x")], "it was put there"
@@ -258,7 +269,7 @@ async def test_runs_left_behind_by_a_task_are_looked_for_ever_more_rarely(ledger
 async def test_a_run_that_waits_for_a_worker_holds_no_place_in_its_lane(ledger: Ledger) -> None:
     x, y = type_of("x"), type_of("y")
     has_y = await registered(ledger, y)
-    await lanes.limit(ledger, "narrow", Limits(max_running=1))
+    await limits.limit(ledger, "narrow", Limits(max_running=1))
     first = await accept(ledger, x, lane="narrow")
     second = await accept(ledger, y, lane="narrow")
     [got] = await claim(ledger, has_y)

@@ -22,7 +22,7 @@ from backcast.ledger import (
     claims,
     dispatch,
     fleet,
-    lanes,
+    limits,
     provisioning,
     runs,
     settlement,
@@ -143,13 +143,13 @@ async def test_a_caller_that_goes_away_does_not_fail_the_others_of_its_group(led
 
 
 async def test_a_held_run_is_promoted_when_its_lane_has_room(ledger: Ledger, worker: UUID) -> None:
-    await lanes.limit(ledger, "gpu", Limits(max_running=2))
+    await limits.limit(ledger, "gpu", Limits(max_running=2))
     together = Submissions(ledger)
     await asyncio.gather(*[together.submit(new(n, lane="gpu")) for n in range(5)])
 
     async def promoted() -> tuple[int, int]:
-        lane = await lanes.get(ledger, "gpu")
-        return lane.promoted, lane.held
+        lane = await limits.get(ledger, "gpu")
+        return lane.running + lane.queued, lane.held
 
     await until(promoted, lambda seen: seen == (2, 3))
 
@@ -283,7 +283,7 @@ async def refused(admission: Admission, owner: str, runs: int = 1) -> TooManyWai
 
 
 async def test_waiting_runs_are_counted_by_owner_and_in_all(ledger: Ledger, worker: UUID) -> None:
-    await lanes.limit(ledger, "closed", Limits(max_running=0))
+    await limits.limit(ledger, "closed", Limits(max_running=0))
     later = datetime.now(UTC) + timedelta(hours=1)
     rows = [new(), new(run_at=later), new(lane="closed"), new(owner="ana"), new(owner="bob")]
     for row in rows:
@@ -490,7 +490,7 @@ async def test_a_batch_is_safe_to_repeat(api: httpx.AsyncClient, ledger: Ledger)
 async def test_batches_are_cancelled_while_they_are_worked_on(
     api: httpx.AsyncClient, ledger: Ledger, worker: UUID
 ) -> None:
-    await lanes.limit(ledger, "gpu", Limits(max_running=50))
+    await limits.limit(ledger, "gpu", Limits(max_running=50))
     body = lines(*[{"task": "echo", "input": {"value": n}, "lane": "gpu"} for n in range(1500)])
     batch = (await api.post("/v1/batches", content=body, headers=JSONL)).json()
 
@@ -510,7 +510,7 @@ async def test_batches_are_cancelled_while_they_are_worked_on(
     found = await batches.get(ledger, found.id)
     assert found.states.keys() <= {State.CANCELLED, State.COMPLETED}
     assert sum(found.states.values()) == 1500
-    assert (await lanes.get(ledger, "gpu")).promoted == 0
+    assert (await limits.get(ledger, "gpu")).queued == 0
 
 
 async def test_while_a_batch_is_read_other_requests_go_on(api: httpx.AsyncClient) -> None:
@@ -536,7 +536,16 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
         problem(await api.put("/v1/lanes/gpu", json=wrong), 422, "invalid_input")
     problem(await api.put(f"/v1/lanes/{'x' * 201}", json={"max_running": 1}), 422, "invalid_input")
     lane = (await api.put("/v1/lanes/gpu", json={"max_running": 1})).json()
-    assert lane == {"name": "gpu", "max_running": 1, "max_per_minute": None, "promoted": 0, "held": 0, "problem": None}
+    assert lane == {
+        "name": "gpu",
+        "max_running": 1,
+        "max_per_minute": None,
+        "running": 0,
+        "queued": 0,
+        "held": 0,
+        "paused": None,
+        "problem": None,
+    }
     for n in range(3):
         body = {"input": {"value": n}, "lane": "gpu"}
         assert (await api.post("/v1/tasks/echo/runs", json=body)).json()["lane"] == "gpu"
@@ -544,7 +553,7 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
     async def look() -> dict[str, Any]:
         return dict((await api.get("/v1/lanes/gpu")).json())
 
-    await until(look, lambda lane: (lane["promoted"], lane["held"]) == (1, 2))
+    await until(look, lambda lane: (lane["running"] + lane["queued"], lane["held"]) == (1, 2))
     assert [lane["name"] for lane in (await api.get("/v1/lanes")).json()["items"]] == ["gpu"]
     assert (await api.delete("/v1/lanes/gpu")).status_code == 204
     problem(await api.get("/v1/lanes/gpu"), 404, "unknown_lane")

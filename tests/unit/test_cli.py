@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -189,10 +189,10 @@ def test_cancel(cli: Cli, service: Service) -> None:
 
 def test_lanes(cli: Cli) -> None:
     assert cli("lane", "gpu", "--max-running", "2").stdout.splitlines() == [
-        "LANE\tMAX RUNNING\tMAX PER MINUTE\tPROMOTED\tHELD",
-        "gpu\t2\t\t0\t3",
+        "LANE\tMAX RUNNING\tMAX PER MINUTE\tRUNNING\tQUEUED\tHELD\tPAUSED",
+        "gpu\t2\t\t0\t1\t3\t",
     ]
-    assert cli("lane", "gpu", "--max-per-minute", "1.5").stdout.splitlines()[1] == "gpu\t\t1.5\t0\t3"
+    assert cli("lane", "gpu", "--max-per-minute", "1.5").stdout.splitlines()[1] == "gpu\t\t1.5\t0\t1\t3\t"
     assert cli("lanes").stdout == cli("lane", "gpu").stdout
     assert json.loads(cli("lane", "gpu", "--json").stdout)["max_per_minute"] == 1.5
     assert [lane["name"] for lane in json.loads(cli("lanes", "--json").stdout)] == ["gpu"]
@@ -200,6 +200,16 @@ def test_lanes(cli: Cli) -> None:
     fails(cli("lane", "gpu", "--max-per-minute", "0"), 2, "--max-per-minute")
     assert cli("lane", "gpu", "--lift").stdout == "The lane gpu has no limits any more.\n"
     fails(cli("lane", "gpu"), 2, "This lane has no limits.")
+
+
+def test_levers(cli: Cli) -> None:
+    assert cli("pause", "task", "add", "--reason", "why").stdout == "The task add is paused.\n"
+    assert json.loads(cli("pause", "lane", "gpu", "--release", "--json").stdout)["running"] == "release"
+    assert cli("pauses").stdout.splitlines()[1].split("\t")[:3] == ["task add", "why", ""]
+    assert [pause["name"] for pause in json.loads(cli("pauses", "--json").stdout)] == ["add"]
+    assert cli("resume", "pool", "default").stdout == "The pool default goes on.\n"
+    assert "drains" in cli("drain", str(uuid4())).stdout
+    fails(cli("pause", "tasks", "add"), 2, "'tasks' is not one of")
 
 
 def test_tasks(cli: Cli) -> None:

@@ -117,13 +117,28 @@ class Service:
             case "GET", ["lanes"]:
                 return 200, {"items": list(self.lanes.values())}
             case "PUT", ["lanes", name]:
-                self.lanes[name] = {"name": name, "promoted": 0, "held": 3, **seen.body}
+                self.lanes[name] = {"name": name, "running": 0, "queued": 1, "held": 3, **seen.body}
                 return 200, self.lanes[name]
             case "GET", ["lanes", name] if name in self.lanes:
                 return 200, self.lanes[name]
             case "DELETE", ["lanes", name] if name in self.lanes:
                 del self.lanes[name]
                 return 204, None
+            case "POST", [kind, name, "pause"]:
+                return 200, {
+                    "kind": kind[:-1],
+                    "name": name,
+                    "since": "2030-01-31T08:00:00Z",
+                    "until": None,
+                    **seen.body,
+                }
+            case "POST", [_, _, "resume"]:
+                return 204, None
+            case "GET", ["pauses"]:
+                pause = {"kind": "task", "name": "add", "reason": "why", "by": "", "running": "continue", "until": None}
+                return 200, {"items": [pause | {"since": "2030-01-31T08:00:00Z"}]}
+            case "POST", ["workers", _, "drain"]:
+                return 202, None
             case _, ["lanes", *_]:
                 return _problem(404, "unknown_lane", "This lane has no limits.")
             case _, ["runs", *_]:
@@ -332,6 +347,20 @@ def test_lanes(call: Call, service: Service) -> None:
     assert call("lift_lane", "a/b") is None
     with pytest.raises(UnknownLane):
         call("lane", "a/b")
+
+
+def test_levers(call: Call, service: Service) -> None:
+    [paused] = call("pauses")
+    assert (paused.kind, paused.name, paused.reason) == ("task", "add", "why")
+    pause = call("pause", "lane", "a/b", reason="why", running="release")
+    assert (pause.kind, pause.reason) == ("lane", "why")
+    assert service.seen[-1].body == {"reason": "why", "by": "", "running": "release"}
+    assert call("resume", "pool", "default") is None
+    assert call("drain", uuid7()) is None
+    with pytest.raises(TypeError, match="Did you mean reason"):
+        call("pause", "lane", "a", reson="why")
+    with pytest.raises(ValueError, match="tasks"):
+        call("pause", "tasks", "a")
 
 
 def test_a_full_queue_is_waited_for_and_then_raised(call: Call, service: Service) -> None:

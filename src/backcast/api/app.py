@@ -15,6 +15,7 @@ from backcast.api import (
     docs,
     health,
     lanes,
+    levers,
     openapi,
     origins,
     problems,
@@ -70,17 +71,8 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         app.add_middleware(Prefix, prefix=limits.prefix)
     openapi.describe(app)
     problems.install(app)
-    nouns = (
-        tasks.router,
-        runs.router,
-        again.router,
-        batches.router,
-        lanes.router,
-        health.router,
-        problems.router,
-        docs.router,
-    )
-    for router in (runs.hot, compatibility.router, *nouns):
+    nouns = (tasks, runs, again, batches, lanes, levers, health, problems, docs)
+    for router in (runs.hot, compatibility.router, *(noun.router for noun in nouns)):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     app.router.routes.append(docs.assets)
     return app

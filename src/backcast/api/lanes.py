@@ -11,7 +11,7 @@ from backcast.api.deps import Deps
 from backcast.api.routing import Route
 from backcast.api.runs import json_request
 from backcast.errors import FieldError, InvalidInput, LedgerUnavailable, MalformedBody, UnknownLane, UnsupportedBody
-from backcast.ledger import lanes
+from backcast.ledger import limits
 from backcast.models import Lane, Limits, Name
 
 router = APIRouter(prefix="/v1/lanes", tags=["lanes"], route_class=Route)
@@ -23,31 +23,31 @@ class LaneList(BaseModel):
     items: list[Lane]
 
 
-@router.get("", summary="List the lanes that have limits", responses=problems.responses(LedgerUnavailable))
+@router.get("", summary="List the lanes with limits or a pause", responses=problems.responses(LedgerUnavailable))
 async def list_lanes(deps: Deps) -> LaneList:
-    return LaneList(items=await lanes.limited(deps.ledger))
+    return LaneList(items=await limits.all_(deps.ledger))
 
 
 @router.get("/{name:name}", summary="Get a lane", responses=problems.responses(UnknownLane, LedgerUnavailable))
 async def get_lane(name: LaneName, deps: Deps) -> Lane:
-    return await lanes.get(deps.ledger, name)
+    return await limits.get(deps.ledger, name)
 
 
 @router.put(
     "/{name:name}",
     summary="Limit a lane",
-    description="Replaces both limits. They hold for runs that are submitted from then on.",
+    description="Replaces both limits. Runs that are queued beyond them are held back; what runs goes on.",
     responses=problems.responses(MalformedBody, UnsupportedBody, InvalidInput, LedgerUnavailable),
     openapi_extra=json_request(Limits),
 )
 async def limit_lane(name: LaneName, body: JSONBody, deps: Deps) -> Lane:
-    limits = validate(Limits, body)
-    if limits.max_running is None and limits.max_per_minute is None:
+    wanted = validate(Limits, body)
+    if wanted.max_running is None and wanted.max_per_minute is None:
         raise InvalidInput(
             "Set max_running or max_per_minute, or both; DELETE lifts the limits.",
             errors=(FieldError("", "no limit is set"),),
         )
-    return await lanes.limit(deps.ledger, name, limits)
+    return await limits.limit(deps.ledger, name, wanted)
 
 
 @router.delete(
@@ -58,5 +58,5 @@ async def limit_lane(name: LaneName, body: JSONBody, deps: Deps) -> Lane:
     responses=problems.responses(UnknownLane, LedgerUnavailable),
 )
 async def lift_lane(name: LaneName, deps: Deps) -> Response:
-    await lanes.lift(deps.ledger, name)
+    await limits.lift(deps.ledger, name)
     return Response(status_code=204)

@@ -58,7 +58,7 @@ def _print_lanes(found: Sequence[Lane], as_json: bool, *, one: bool = False) -> 
         return
     rows = [
         (lane.name, *("" if limit is None else f"{limit:g}" for limit in (lane.max_running, lane.max_per_minute)),
-         str(lane.promoted), str(lane.held))
+         str(lane.running), str(lane.queued), str(lane.held), lane.paused.reason or "yes" if lane.paused else "")
         for lane in found
     ]  # fmt: skip
-    output.print_table(("LANE", "MAX RUNNING", "MAX PER MINUTE", "PROMOTED", "HELD"), rows)
+    output.print_table(("LANE", "MAX RUNNING", "MAX PER MINUTE", "RUNNING", "QUEUED", "HELD", "PAUSED"), rows)

@@ -16,7 +16,7 @@ from backcast.client import exchanges
 from backcast.client.exchanges import Filters, Progress, Waiting, raise_for_state
 from backcast.client.wire import Ask, Flow, SubmitOptions, connection, to_httpx
 from backcast.errors import WaitTimeout, refuse_unknown
-from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, Submission, TaskType
+from backcast.models import CAST, JSON, Batch, Lane, Limits, Pause, PauseKind, Run, Submission, TaskType
 
 __all__ = [
     "CAST",
@@ -150,6 +150,22 @@ class Client:
         """Lift the limits of a lane; runs that wait for the lane go on."""
         self._perform(exchanges.lift_lane(name, self._patience))
 
+    def pauses(self) -> Sequence[Pause]:
+        """What is paused."""
+        return self._perform(exchanges.pauses(self._patience))
+
+    def pause(self, kind: PauseKind | str, name: str, **options: Unpack[exchanges.PauseOptions]) -> Pause:
+        """Start nothing new of a `"task"`, `"lane"` or `"pool"`, of what is queued already neither."""
+        return self._perform(exchanges.pause(kind, name, options, self._patience))
+
+    def resume(self, kind: PauseKind | str, name: str) -> None:
+        """End a pause; what is not paused stays as it is."""
+        self._perform(exchanges.resume(kind, name, self._patience))
+
+    def drain(self, worker_id: UUID | str) -> None:
+        """Ask a worker to claim nothing more, and to end once its runs have."""
+        self._perform(exchanges.drain(worker_id, self._patience))
+
     def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Run]:
         """Runs, newest first; pages are fetched as they are read."""
         return self._pages(exchanges.first_page(filters, limit))
@@ -265,6 +281,18 @@ class AsyncClient:
 
     async def lift_lane(self, name: str) -> None:
         await self._perform(exchanges.lift_lane(name, self._patience))
+
+    async def pauses(self) -> Sequence[Pause]:
+        return await self._perform(exchanges.pauses(self._patience))
+
+    async def pause(self, kind: PauseKind | str, name: str, **options: Unpack[exchanges.PauseOptions]) -> Pause:
+        return await self._perform(exchanges.pause(kind, name, options, self._patience))
+
+    async def resume(self, kind: PauseKind | str, name: str) -> None:
+        await self._perform(exchanges.resume(kind, name, self._patience))
+
+    async def drain(self, worker_id: UUID | str) -> None:
+        await self._perform(exchanges.drain(worker_id, self._patience))
 
     def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> AsyncIterator[Run]:
         return self._pages(exchanges.first_page(filters, limit))

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 from urllib.parse import quote
 from uuid import UUID
@@ -23,10 +24,25 @@ from backcast.client.wire import (
     read,
     read_json,
     run_path,
+    segment,
     task_path,
 )
 from backcast.errors import RunError, WaitTimeout, refuse_unknown
-from backcast.models import CAST, JSON, Batch, Lane, Limits, Run, State, Submission, TaskType
+from backcast.models import (
+    CAST,
+    JSON,
+    Batch,
+    Lane,
+    Limits,
+    Pause,
+    PauseKind,
+    PauseRequest,
+    Release,
+    Run,
+    State,
+    Submission,
+    TaskType,
+)
 
 _HOLD = 20.0  # seconds the service may hold a poll: under the idle timeout of every common proxy (30 s and more)
 _WATCHED_HOLD = 2.0  # when a person watches: an answer comes at the end only, and "queued" should not look stuck
@@ -42,6 +58,15 @@ class Waiting(TypedDict, total=False):
 
     timeout: float | None
     progress: Progress | None
+
+
+class PauseOptions(TypedDict, total=False):
+    """As in `PauseRequest`."""
+
+    reason: str
+    by: str
+    until: datetime | None
+    running: Release
 
 
 class Filters(TypedDict, total=False):
@@ -71,6 +96,10 @@ class _TaskTypes(BaseModel):
 
 class _Lanes(BaseModel):
     items: list[Lane]
+
+
+class _Pauses(BaseModel):
+    items: list[Pause]
 
 
 def raise_for_state(run: Run) -> None:
@@ -128,6 +157,29 @@ def lane(method: str, name: str, limits: Limits | None, patience: float) -> Flow
 
 def lift_lane(name: str, patience: float) -> Flow[None]:
     yield from answered(Ask("DELETE", lane_path(name)), patience)
+
+
+def pauses(patience: float) -> Flow[Sequence[Pause]]:
+    return read(_Pauses, (yield from answered(Ask("GET", "/v1/pauses"), patience))).items
+
+
+def pause(kind: PauseKind | str, name: str, options: PauseOptions, patience: float) -> Flow[Pause]:
+    refuse_unknown("pause", options, PauseOptions.__annotations__)
+    body = PauseRequest(**options).model_dump_json(exclude_none=True).encode()
+    ask = Ask("POST", f"{_noun_path(kind, name)}/pause", {}, body, {"Content-Type": "application/json"})
+    return read(Pause, (yield from answered(ask, patience)))
+
+
+def resume(kind: PauseKind | str, name: str, patience: float) -> Flow[None]:
+    yield from answered(Ask("POST", f"{_noun_path(kind, name)}/resume"), patience)
+
+
+def _noun_path(kind: PauseKind | str, name: str) -> str:
+    return f"/v1/{PauseKind(kind)}s/{segment(name)}"
+
+
+def drain(worker_id: UUID | str, patience: float) -> Flow[None]:
+    yield from answered(Ask("POST", f"/v1/workers/{UUID(str(worker_id))}/drain"), patience)
 
 
 def cast(data: JSON, target: Any, instructions: str | None, waiting: Waiting, patience: float) -> Flow[Any]:

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 from backcast.errors import InvalidInput, LedgerUnavailable, TooManyWaiting
 from backcast.ledger.connection import Ledger
+from backcast.ledger.waiting import NOT_READY
 from backcast.process.background import OnDemand
 
 INTERVAL = 1.0
@@ -35,7 +36,7 @@ UNKNOWN = timedelta(seconds=30)
 # Each count is bounded, reads indexes only (runs_ready, runs_waiting) and locks nothing: it would not be exact for long
 # anyway. In runs_ready an owner's runs of one pool and route lie side by side; pools are few, and queued runs on other
 # routes than '' are left out.
-_OWNERS = """
+_OWNERS = f"""
 select asked.owner, (
          select count(*) from (
            select from (select distinct pool from task_types) p cross join lateral (
@@ -43,12 +44,12 @@ select asked.owner, (
               limit $2) r
             limit $2) queued) + (
          select count(*) from (
-           select from runs where state in ('held', 'scheduled') and owner_key = asked.key limit $2) later) as waiting
-  from (select owner, hashtextextended(owner, 0) as key from unnest($1::text[]) as given(owner)) asked"""
-_ALL = """
+           select from runs where state in {NOT_READY} and owner_key = asked.key limit $2) later) as waiting
+  from (select owner, hashtextextended(owner, 0) as key from unnest($1::text[]) as given(owner)) asked"""  # noqa: S608  # a constant
+_ALL = f"""
 select null as owner,
        (select count(*) from (select from runs where state = 'queued' limit $1) q)
-     + (select count(*) from (select from runs where state in ('held', 'scheduled') limit $1) l) as waiting"""
+     + (select count(*) from (select from runs where state in {NOT_READY} limit $1) l) as waiting"""  # noqa: S608  # a constant
 
 
 _SETTLED = "select coalesce(sum(settled), 0)::float8 as settled from workers"

@@ -8,8 +8,9 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import IdempotencyConflict, InvalidInput, UnknownBatch
-from backcast.ledger import ended, lanes, reading
+from backcast.ledger import ended, lanes, reading, waiting
 from backcast.ledger.connection import REFUSED, Ledger
+from backcast.ledger.runs import outside
 from backcast.ledger.submissions import INSERT, New, columns, too_late
 from backcast.models import Batch, Problem, State
 from backcast.process.outages import backoff
@@ -94,8 +95,8 @@ async def get(ledger: Ledger, batch_id: UUID) -> Batch:
     if row is None:
         raise UnknownBatch(f"There is no batch {batch_id}: it was never accepted here, or it has been removed.")
     counts = await ledger.fetch(
-        """select case when state in ('held', 'scheduled') then 'queued' else state end as state, count(*) as runs
-             from all_runs where batch_id = $1 group by 1 order by 1""",
+        f"""select case when state in {waiting.NOT_READY} then 'queued' else state end as state, count(*) as runs
+              from all_runs where batch_id = $1 group by 1 order by 1""",  # noqa: S608  # a constant
         batch_id,
     )
     return _batch(row, {State(count["state"]): count["runs"] for count in counts})
@@ -125,7 +126,7 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
             PAGE,
         )
         for row in rows:
-            state = State.QUEUED if row["state"] in ("held", "scheduled") else State(row["state"])
+            state = outside(row["state"])
             error = reading.problem(row["error"]) if row["error"] and state.is_final else None
             yield Item(row["id"], state, row["result"], row["result_key"], error)
         if len(rows) < PAGE:

@@ -6,7 +6,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from backcast.errors import LedgerFault, LedgerUnavailable
-from backcast.ledger import routing
+from backcast.ledger import pauses, routing, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 
 
@@ -53,7 +53,8 @@ class Claim:
 # are claimed for a free slot only. A quarantined run always counts as prefetched: it waits until all the others have
 # ended, and then `begin` marks it.
 # A picked run whose task this worker lacks stays as it is; `lacking` has its owner: see `routing.clear`.
-_CLAIM = """
+# So does one that is paused; `paused` has its owner: see `pauses.clear`.
+_CLAIM = f"""
 with recursive
 alive as materialized (select id, tasks from workers where id = $4 and heartbeat_at > now() - $5::interval),
 a(owner_key, n) as (
@@ -71,12 +72,13 @@ b(owner_key, n) as (
 hop as (select owner_key, n from a union all select owner_key, n from b),
 share as (select ceil($3::numeric / greatest(count(*), 1))::int as rows from hop),
 pick as materialized (
-  select r.id, r.can, hop.owner_key, row_number() over (partition by r.can order by hop.n) as place
+  select r.id, r.can, r.paused, hop.owner_key, row_number() over (partition by r.can order by hop.n) as place
     from hop cross join share cross join lateral (
-    select id, task = any((select tasks from alive)::text[]) as can from runs
-     where pool = $1 and route = $7 and state = 'queued' and owner_key = hop.owner_key
-       and (deadline is null or deadline > now())
-     order by priority desc, run_at, id limit share.rows for update skip locked) r
+    select id, paused, not paused and task = any((select tasks from alive)::text[]) as can from (
+      select id, task, {waiting.paused("runs")} as paused from runs
+       where pool = $1 and route = $7 and state = 'queued' and owner_key = hop.owner_key
+         and (deadline is null or deadline > now())
+       order by priority desc, run_at, id limit share.rows for update skip locked) r) r
    where exists (select from alive)
    order by hop.n limit $3),
 claimed as (
@@ -88,8 +90,10 @@ claimed as (
           or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1)))
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
             r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature)
-select claimed.*, n.lacking from (select array_agg(distinct owner_key) as lacking from pick where not can) n
-  left join claimed on true"""
+select claimed.*, n.* from (
+    select array_agg(distinct owner_key) filter (where not paused) as lacking,
+           array_agg(distinct owner_key) filter (where paused) as paused from pick where not can) n
+  left join claimed on true"""  # noqa: S608  # constants
 
 
 async def claim(
@@ -109,16 +113,21 @@ async def claim(
     while True:
         rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit, route)
         taken = [Claim(**{name: row[name] for name in _FIELDS}) for row in rows if row["id"] is not None]
-        if not (owners := rows[0]["lacking"]):
+        lacking, paused = rows[0]["lacking"], rows[0]["paused"]
+        if not lacking and not paused:
             return taken
+        is_free = False
         try:
-            is_free = await routing.clear(ledger, pool, owners, worker_id)
+            if lacking and await routing.clear(ledger, pool, lacking, worker_id):
+                is_free = True
+                if routed:
+                    routed()
+            if paused and await pauses.clear(ledger, pool, route, paused):
+                is_free = True
         except (LedgerUnavailable, LedgerFault, *REFUSED):
             if taken:  # they are claimed; the next claim meets the others again
                 return taken
             raise
-        if is_free and routed:
-            routed()
         if taken or not is_free:
             return taken
 

@@ -1,6 +1,6 @@
-"""Makes the changes that are due by time alone: to scheduled runs, late runs, and lanes with room."""
+"""Makes the changes that are due by time alone: to scheduled runs, late runs, paused runs, and lanes with room."""
 
-from backcast.ledger import ended, lanes
+from backcast.ledger import ended, lanes, pauses, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
 
@@ -18,23 +18,23 @@ _DUE = f"""
 with due as materialized (
   select id from runs where state = 'scheduled' and run_at <= now() and route = ''
    order by run_at limit 1000 for update skip locked)
-update runs r set state = {lanes.READY}
+update runs r set state = {waiting.ready("r")}
  where id = any(array(select id from due)) returning pool, route, state"""  # noqa: S608  # a constant
 
 _MOVED = ended.moved(
     state="'expired'",
     error="""json_build_object('code', $1::text, 'title', $2::text, 'detail',
-        case when state = 'held' then replace($4, '{lane}', lane) else $3::text end)""",
+        case state when 'held' then replace($4, '{lane}', lane) when 'paused' then $5 else $3::text end)""",
 )
 # Lanes first, then runs, as everywhere; a run that is locked is being claimed or cancelled. The index is runs_deadline.
 _EXPIRE = f"""
 with due as materialized (
-  select id, lane from runs where deadline <= now() and state in ('held', 'scheduled', 'queued')
+  select id, lane from runs where deadline <= now() and state in ('paused', 'held', 'scheduled', 'queued')
    order by deadline limit 1000),
 lane as materialized (
   select name from lanes where name = any(array(select lane from due)) order by name for update),
 late as materialized (
-  select id from runs where id = any(array(select id from due)) and state in ('held', 'scheduled', 'queued')
+  select id from runs where id = any(array(select id from due)) and state in ('paused', 'held', 'scheduled', 'queued')
      and (select count(*) from lane) >= 0 for update skip locked),
 gone as (
   delete from runs where id = any(array(select id from late)) returning *),
@@ -48,16 +48,18 @@ EXPIRED = Problem(
     detail="It was not running when its deadline came: submit it with a later one, or see why the queue is long.",
 )
 _HELD = "The lane '{lane}' held it when its deadline came: submit it with a later one, or raise the lane's limits."
+_PAUSED = "It was paused when its deadline came: submit it with a later one, or resume what is paused."
 
 
 async def dispatch_due(ledger: Ledger) -> None:
-    """Queue scheduled runs whose time has come, expire late ones, and promote from lanes that have room again.
+    """Queue scheduled runs whose time has come, expire late ones, go on with pauses, and promote from lanes that have
+    room again.
 
     A worker of each pool and every steward call this each second, so that no run waits for one of them. A step that
     meets a refused value does not keep the next ones from being taken; its error is raised last.
     """
     refused = None
-    for step in (_expire, _queue, _promote):
+    for step in (_expire, _queue, pauses.advance, _promote):
         try:
             await step(ledger)
         except REFUSED as error:
@@ -67,7 +69,7 @@ async def dispatch_due(ledger: Ledger) -> None:
 
 
 async def _expire(ledger: Ledger) -> None:
-    while rows := await ended.fetch(ledger, _EXPIRE, EXPIRED.code, EXPIRED.title, EXPIRED.detail, _HELD):
+    while rows := await ended.fetch(ledger, _EXPIRE, EXPIRED.code, EXPIRED.title, EXPIRED.detail, _HELD, _PAUSED):
         if rows[0]["expired"]:
             ledger.report_ends()
         if rows[0]["expired"] < AT_ONCE:

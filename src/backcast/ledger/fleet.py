@@ -7,7 +7,8 @@ from uuid import UUID
 
 import asyncpg
 
-from backcast.ledger import routing, task_types
+from backcast.errors import UnknownWorker
+from backcast.ledger import routing, task_types, waiting
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType
 
@@ -43,6 +44,10 @@ class Held:
     cancel: bool
     retries_used: int
     lane: str | None
+    paused: bool
+    """It does not begin, if it has not begun."""
+    release: bool
+    """Its pause hands back what has begun too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class Beat:
     """Whether runs of its pool wait that have no route."""
     routed: bool
     """Whether others of its pool do."""
+    drain: bool
+    """Whether somebody has asked this worker to drain."""
     dispatches: bool
     """Whether this worker dispatches due runs for its pool. For a moment two may, or none."""
 
@@ -63,11 +70,14 @@ class Beat:
 # id dispatches: by the primary key that is the first row that is looked at, whatever the number of workers.
 _BEAT = f"""
 with beat as (
-  update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1 returning id, pool)
+  update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1
+  returning id, pool, drain_asked_at is not null as drain)
 select r.id, r.fence, r.cancel_requested_at is not null as cancel, r.retries_used,
-       case when r.promoted then r.lane end as lane, b.*
+       case when r.promoted then r.lane end as lane, {waiting.paused("r")} as paused,
+       {waiting.paused("r", which="release")} as release, b.*
   from (select exists (select from runs q where q.pool = b.pool and q.route = '' and q.state = 'queued') as queued,
                exists (select from runs q where q.pool = b.pool and q.route <> '' and q.state = 'queued') as routed,
+               b.drain,
                not exists (select from workers w where w.id < b.id and w.pool = b.pool and not w.draining
                               and w.heartbeat_at > now() - interval '{SILENCE} s') as dispatches
           from beat b) b
@@ -82,11 +92,11 @@ async def beat(
     if not rows:
         return None
     holds = {
-        row["id"]: Held(row["fence"], row["cancel"], row["retries_used"], row["lane"])
+        row["id"]: Held(*(row[name] for name in ("fence", "cancel", "retries_used", "lane", "paused", "release")))
         for row in rows
         if row["id"] is not None
     }
-    return Beat(holds, rows[0]["queued"], rows[0]["routed"], rows[0]["dispatches"])
+    return Beat(holds, rows[0]["queued"], rows[0]["routed"], rows[0]["drain"], rows[0]["dispatches"])
 
 
 async def retire(ledger: Ledger, worker_id: UUID) -> None:
@@ -96,6 +106,13 @@ async def retire(ledger: Ledger, worker_id: UUID) -> None:
               and not exists (select from runs r where r.worker_id = w.id and r.state = 'running')""",
         worker_id,
     )
+
+
+async def drain(ledger: Ledger, worker_id: UUID) -> None:
+    """Ask a worker to drain; its next heartbeat reads it. Raises `UnknownWorker`."""
+    sql = "update workers set drain_asked_at = coalesce(drain_asked_at, now()) where id = $1 returning id"
+    if await ledger.fetchrow(sql, worker_id) is None:
+        raise UnknownWorker(f"There is no worker {worker_id}: it has stopped, or its runs were given to others.")
 
 
 async def busy(ledger: Ledger) -> dict[str, int]:

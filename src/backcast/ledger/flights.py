@@ -7,7 +7,7 @@ The landing makes them ready; without a landing, as after the loss of the worker
 from collections.abc import Sequence
 from uuid import UUID
 
-from backcast.ledger import lanes
+from backcast.ledger import lanes, waiting
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 
@@ -34,7 +34,7 @@ with free as materialized (
   select id from runs where state = 'scheduled' and flight = any($1)
      and not exists (select from flights f where f.key = runs.flight) limit 10000 for update skip locked)
 update runs r set run_at = now(), flight = null,
-       state = {lanes.READY}
+       state = {waiting.ready("r")}
  where id = any(array(select id from free)) returning pool, route, state, lane"""  # noqa: S608  # a constant
 
 

@@ -8,13 +8,9 @@ that changes a run's state; only limited lanes have a row that a statement may w
 import contextlib
 import logging
 from collections.abc import Iterable
-from urllib.parse import quote
 
-import asyncpg
-
-from backcast.errors import LedgerFault, LedgerUnavailable, UnknownLane
+from backcast.errors import LedgerFault, LedgerUnavailable
 from backcast.ledger.connection import REFUSED, Ledger
-from backcast.models import Lane, Limits
 
 log = logging.getLogger("backcast.ledger")
 
@@ -23,16 +19,14 @@ AT_ONCE = 1000
 BURST = 2.0
 """Seconds' worth of a rate that may start at once; more than the time between two polls, to reach the rate."""
 
-READY = "case when exists (select from lanes l where l.name = r.lane and l.limited) then 'held' else 'queued' end"
-"""The state of the run `r` once it waits for nothing but a worker, or a place in its lane."""
 FREED = """freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
     from (select lane, count(*) as n from gone where promoted group by lane) g
    where lanes.name = g.lane returning name)"""
 """SQL: a common table expression that takes the runs in `gone` out of the counts of their lanes, which are locked."""
 
-_HIGHEST = 1e6
-_RATE = f"case when max_per_minute is not null then least(greatest(max_per_minute, 1e-6), {_HIGHEST}) end"
+HIGHEST = 1e6
+_RATE = f"case when max_per_minute is not null then least(greatest(max_per_minute, 1e-6), {HIGHEST}) end"
 """Runs per minute. A row may have any number that SQL can write; NaN and infinity count as the highest rate."""
 
 # The lane's row lock allows one promotion at a time, on the newest numbers. SKIP LOCKED: the statement that holds the
@@ -118,57 +112,3 @@ async def repair(ledger: Ledger) -> None:
                 row["name"],
             )
         log.error("lane %r had impossible numbers: its runs were counted anew", row["name"])
-
-
-_HELD = "(select count(*) from (select from runs where state = 'held' and lane = l.name limit 10000) h) as held"
-
-
-def _lane(row: asyncpg.Record) -> Lane:
-    """Any row can be read: a rate that SQL alone can write is shown as the rate that it counts as."""
-    rate, problem = row["max_per_minute"], None
-    if rate is not None and not 1e-6 <= rate <= _HIGHEST:
-        problem, rate = f"The rate {rate:g} counts as", 1e-6 if rate < 1e-6 else _HIGHEST
-        problem = f"{problem} {rate:g}: set another one."
-    return Lane.model_construct(
-        name=row["name"],
-        max_running=row["max_running"],
-        max_per_minute=rate,
-        promoted=row["promoted"],
-        held=row["held"],
-        problem=problem,
-    )
-
-
-async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:
-    """Set the limits of a lane. They hold for runs submitted from then on; held runs may be promoted at once."""
-    sql = f"""insert into lanes as l (name, max_running, max_per_minute) values ($1, $2, $3)
-           on conflict (name) do update set max_running = excluded.max_running,
-               max_per_minute = excluded.max_per_minute,
-               tokens = case when l.max_per_minute is null then 1 else l.tokens end,
-               refilled_at = case when l.max_per_minute is null then now() else l.refilled_at end
-           returning *, {_HELD}"""  # noqa: S608  # a constant
-    row = await ledger.fetchrow(sql, name, limits.max_running, limits.max_per_minute)
-    assert row is not None
-    await try_promote(ledger, [name])
-    return _lane(row)
-
-
-async def lift(ledger: Ledger, name: str) -> None:
-    """Remove the limits of a lane, and promote its held runs. Raises `UnknownLane`."""
-    await get(ledger, name)
-    await ledger.execute("update lanes set max_running = null, max_per_minute = null where name = $1", name)
-    await try_promote(ledger, [name])
-
-
-async def get(ledger: Ledger, name: str) -> Lane:
-    """Raises `UnknownLane`."""
-    row = await ledger.fetchrow(f"select *, {_HELD} from lanes l where name = $1 and limited", name)  # noqa: S608
-    if row is None:
-        raise UnknownLane(f"The lane {name!r} has no limits: set some with PUT /v1/lanes/{quote(name, safe='')}.")
-    return _lane(row)
-
-
-async def limited(ledger: Ledger) -> list[Lane]:
-    """All lanes with limits."""
-    rows = await ledger.fetch(f"select *, {_HELD} from lanes l where limited order by name")  # noqa: S608  # a constant
-    return [_lane(row) for row in rows]

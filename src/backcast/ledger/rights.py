@@ -14,6 +14,7 @@ from backcast.ledger.connection import Ledger
 _SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, usage, run_at, flight"""
 _MOVED = "state, error, promoted, pool, route, parked_at"
 """What the dispatch of due runs, a route or an unusable row changes: every worker and steward does that."""
+_PAUSES = "select, update (complete), delete"
 _WRITTEN = "id, fence, state, pool"
 _COUNTED = "promoted, refilled_at, tokens, served"
 """What a promotion, or the end of a promoted run, changes in its lane."""
@@ -28,10 +29,11 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "ended": "select, insert",
         "ended_late": "select, insert",
         "idempotency_keys": "select, insert, delete, update (key)",
+        "pauses": "select, insert, update (reason, by, since, until, release, complete), delete",
         "retries": "select, insert",
-        "runs": "select, insert, delete, update (state, promoted, cancel_requested_at)",
+        "runs": "select, insert, delete, update (state, promoted, parked_at, cancel_requested_at)",
         "task_types": "select",
-        "workers": "select",
+        "workers": "select, update (drain_asked_at)",
     },
     "worker": {
         "alembic_version": "select",
@@ -42,6 +44,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "all_runs": "select (id, fence, state, worker_id, lost_fence)",
         "ended": f"select ({_WRITTEN}), insert",
         "ended_late": f"select ({_WRITTEN}), insert",
+        "pauses": _PAUSES,
         "runs": f"select, delete, update ({_MOVED}, {_SETTLED})",
         "task_types": "select, insert, update",
         "workers": "select, insert, update, delete",
@@ -62,6 +65,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "ended_late": "select, insert, delete",
         "ended_otherwise": "select, delete",
         "idempotency_keys": "select, delete, update (key)",
+        "pauses": _PAUSES,
         "retries": "select, delete",
         "runs": f"select, delete, maintain, update ({_MOVED}, attempts_used, lost_fence)",
         "task_types": "select, delete, update (seen_at)",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from backcast.ledger import ended, lanes
+from backcast.ledger import ended, lanes, waiting
 from backcast.ledger.connection import Ledger
 from backcast.models import Problem, TaskType
 
@@ -127,7 +127,7 @@ with few as materialized (
   select id from runs where pool = $1 and route = $2 and route <> '' and state = 'scheduled'
    limit {AT_ONCE} for update skip locked)
 update runs r set pool = $3, parked_at = null,
-       state = {lanes.READY}
+       state = {waiting.ready("r", pool="$3")}
  where id = any(array(select id from few)) returning state, lane"""  # noqa: S608  # constants
 _MOVE = f"""
 with few as materialized (
@@ -240,7 +240,7 @@ select o.name, o.pool as old, n.pool as new from (select distinct name, pool fro
 _FOLLOW = f"""
 with few as materialized (
   select id from runs where pool = $1 and task = $2 and state = '{{state}}' limit {AT_ONCE} for update skip locked)
-update runs set pool = $3 where id = any(array(select id from few)) returning id"""  # noqa: S608  # constants
+update runs r set pool = $3, state = {{after}} where id = any(array(select id from few)) returning id"""  # noqa: S608  # constants
 
 
 Move = tuple[str, str, str]
@@ -262,8 +262,9 @@ async def follow(ledger: Ledger, known: dict[Move, int]) -> int:
         if known[move].bit_count() > 1:
             continue
         name, old, new = move
-        for state in ("queued", "held", "scheduled"):
-            while rows := await ledger.fetch(_FOLLOW.format(state=state), old, name, new):
+        for state in ("queued", "held", "scheduled", "paused"):
+            after = waiting.ready("r", pool="$3") if state == "paused" else "state"
+            while rows := await ledger.fetch(_FOLLOW.format(state=state, after=after), old, name, new):
                 moved += len(rows)
         ledger.wake(new)
         await ledger.execute(

@@ -30,6 +30,11 @@ LIVE_COLUMNS = COLUMNS.replace(reading.time("finished_at"), "null::timestamptz a
 """The same of a run that is not over, from `runs`."""
 
 
+def outside(state: str) -> State:
+    """The state that callers see."""
+    return State.QUEUED if state in ("paused", "held", "scheduled") else State(state)
+
+
 def shown(row: asyncpg.Record) -> Run:
     """A run from a row of `COLUMNS`."""
     state: str = row["state"]
@@ -37,7 +42,7 @@ def shown(row: asyncpg.Record) -> Run:
     return Run(
         id=row["id"],
         task=row["task"],
-        state=State.QUEUED if state in ("held", "scheduled") else State(state),
+        state=outside(state),
         owner=row["owner"],
         priority=row["priority"],
         lane=row["lane"],
@@ -98,7 +103,7 @@ select r.*, null::timestamptz as finished_at from unnest($3::text[]) s cross joi
    order by runs.state desc, runs.id desc limit {most}) r
  order by id desc limit {most}"""
 WALK = 10_000
-_STATES = {State.QUEUED: ["held", "scheduled", "queued"]}
+_STATES = {State.QUEUED: ["paused", "held", "scheduled", "queued"]}
 _FIRST, _LAST = UUID(int=0), UUID(int=(1 << 128) - 1)
 _A_DAY = 86_400_000
 """Milliseconds."""

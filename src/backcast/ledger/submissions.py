@@ -21,7 +21,7 @@ from backcast.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from backcast.ledger import lanes
+from backcast.ledger import lanes, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.runs import COLUMNS, LIVE_COLUMNS, shown
 from backcast.models import Run, Submission, TaskType, uuid7
@@ -89,9 +89,7 @@ made as (
   insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, input, input_key, metadata, lane,
                     deadline, batch_id, signature, retry_of)
   select id, task, pool, owner, priority,
-         case when run_at > now() then 'scheduled'
-              when lane is not null and exists (select from lanes where name = lane and limited) then 'held'
-              else 'queued' end,
+         case when run_at > now() then 'scheduled' else {waiting.ready("g")} end,
          coalesce(run_at, now()), max_attempts, input, input_key, metadata, lane, deadline, batch_id, signature,
          retry_of
     from given g where idem_key is null or exists (select from keyed k where k.run_id = g.id and k.fresh)

@@ -92,6 +92,12 @@ async def all_(ledger: Ledger) -> list[TaskType]:
     return list(newest.values())
 
 
+async def pools(ledger: Ledger) -> set[str]:
+    """The pools that have, or had, workers."""
+    rows = await ledger.fetch("select pool from task_types union select pool from workers")
+    return {row["pool"] for row in rows}
+
+
 async def renew(ledger: Ledger) -> None:
     """Note which versions workers have. Their rows count, not their heartbeats: after an outage of the database, all
     workers look silent, and a worker registers only once."""

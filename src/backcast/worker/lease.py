@@ -129,7 +129,7 @@ class Lease:
         elif self._registering is None or self._registering.done():
             # Removed from the fleet after a long silence: the ledger holds no run for this worker any more.
             self._registering = asyncio.create_task(background.keep("register again", self.register))
-        self._acknowledged(sent, beat or Beat({}, queued=False, routed=False, dispatches=False))
+        self._acknowledged(sent, beat or Beat({}, queued=False, routed=False, drain=False, dispatches=False))
 
     async def give_up(self) -> None:
         """Leave the fleet, unless a run is still held."""

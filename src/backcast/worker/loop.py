@@ -106,6 +106,7 @@ class Worker:
         self._works: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._draining = False
+        self._drain_asked = asyncio.Event()
         self._fault: Exception | None = None
         self._claims, self._claiming = 0, False
         self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=registry)
@@ -144,6 +145,8 @@ class Worker:
         if beat.queued:
             self._wake.set()
         self._dispatches = beat.dispatches
+        if beat.drain:
+            self._drain_asked.set()
         if beat.routed or beat.dispatches:
             self._due.set()
         for run_id, fence in sent.fences.items():
@@ -156,6 +159,10 @@ class Worker:
                     del self._held[run_id]
             elif theirs.cancel:
                 ours.stop("cancelled")
+                self._release(ours)
+            elif theirs.paused:
+                if theirs.release:
+                    ours.stop("released")
                 self._release(ours)
         if sent.claims is None or sent.claims != self._claims or self._claiming:
             return  # an unknown run may just have been claimed
@@ -378,7 +385,7 @@ class Worker:
     # -- start and drain --------------------------------------------------------------------------------------------
 
     async def run(self, stop: Stop) -> None:
-        """Work until `stop` is asked for, then drain: finish within the grace period, release the rest."""
+        """Work until `stop` or the ledger asks to, then drain: finish within the grace period, release the rest."""
         if not await self._registered(stop):
             return
         self._lease.start()
@@ -394,16 +401,16 @@ class Worker:
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
         log.info("serving pool %s with %d slots: %s", pool, self._settings.worker.slots, ", ".join(self._names))
         asked = asyncio.create_task(stop.asked.wait())
+        drain = asyncio.create_task(self._drain_asked.wait())
         # A loop that ends has failed: the process then ends too, to be restarted and not to look alive.
-        done, _ = await asyncio.wait({asked, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({asked, drain, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
         await self._drain(stop, claiming, settling)
         await self._lease.stop()
-        for task in (asked, settling, *loops):
+        for task in (asked, drain, settling, *loops):
             task.cancel()
-        await asyncio.gather(asked, settling, *loops, return_exceptions=True)
-        for task in done:
-            if task is not asked:
-                task.result()
+        await asyncio.gather(asked, drain, settling, *loops, return_exceptions=True)
+        for task in done - {asked, drain}:
+            task.result()
 
     async def _drain(self, stop: Stop, claiming: asyncio.Task[None], settling: asyncio.Task[None]) -> None:
         self._draining = self._results.is_hurried = True

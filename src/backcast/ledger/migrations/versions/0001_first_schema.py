@@ -56,7 +56,7 @@ def upgrade() -> None:
         route         text not null default '',        -- '' for any worker of the pool, or what its worker must have
         parked_at     timestamptz,                     -- since when its route leads nowhere
         progress      json,
-        constraint runs_are_not_over check (state in ('held', 'scheduled', 'queued', 'running')),
+        constraint runs_are_not_over check (state in ('paused', 'held', 'scheduled', 'queued', 'running')),
         constraint running_has_a_worker check (state <> 'running' or worker_id is not null)
     -- The steward vacuums it when 5000 rows are dead. While no steward leads, autovacuum does: by a count, not a share
     -- of the table, and at full speed. No file is cut: all others would have to wait for that.
@@ -71,9 +71,10 @@ def upgrade() -> None:
     create index runs_held on runs (lane, owner_key, priority desc, run_at, id) where state = 'held';
     create index runs_following on runs (flight) where flight is not null and state = 'scheduled';
     create index runs_deadline on runs (deadline)
-        where deadline is not null and state in ('held', 'scheduled', 'queued');
+        where deadline is not null and state in ('paused', 'held', 'scheduled', 'queued');
     -- With runs_ready: the waiting runs of an owner, which are counted when it nears its limit.
-    create index runs_waiting on runs (owner_key) where state in ('held', 'scheduled');
+    create index runs_waiting on runs (owner_key) where state in ('paused', 'held', 'scheduled');
+    create index runs_in_lane on runs (lane, state) where lane is not null;
     -- Empty as long as every worker of a pool can do all of its runs.
     create index runs_routed on runs (pool, route, state) where route <> '' and state in ('queued', 'scheduled');
     create index runs_parked on runs (parked_at) where route <> '' and state = 'scheduled';
@@ -209,6 +210,7 @@ def upgrade() -> None:
         busy         integer not null default 0,
         draining     boolean not null default false,
         settled      bigint not null default 0,     -- runs: the wait of a backlog is estimated from them
+        drain_asked_at timestamptz,
         started_at   timestamptz not null default now(),
         heartbeat_at timestamptz not null default now()
     ) with (fillfactor = 50);  -- one update a second each: HOT, because no index has a column that changes
@@ -244,6 +246,19 @@ def upgrade() -> None:
         refilled_at    timestamptz not null default now(),
         served         bigint not null default 0                     -- the owner key that was served last
     ) with (fillfactor = 50);
+
+    -- Nothing new of these starts. A row stays for a minute after its end: see `pauses`.
+    create table pauses (
+        kind     text not null check (kind in ('task', 'lane', 'pool')),
+        name     text not null,
+        reason   text not null,
+        by       text not null,
+        since    timestamptz not null default now(),
+        until    timestamptz,
+        release  boolean not null,                -- whether running runs are handed back as well
+        complete boolean not null default false,  -- whether all runs that were queued have been set aside
+        primary key (kind, name)
+    );
 
     -- Single flight: the run that computes the value of this cache key for all others.
     create table flights (

@@ -24,7 +24,8 @@
     │   ├── LedgerUnavailable
     │   │   └── LedgerFull
     │   ├── StoreUnavailable
-    │   └── NoWorkerYet
+    │   ├── NoWorkerYet
+    │   └── TooManyStreams
     ├── LedgerFault             500     the database refuses a statement of ours: no wait will help
     ├── WaitTimeout                     a client has waited for its whole timeout; the run goes on
     ├── ConfigurationError              an operator must change a setting; the sentence names it
@@ -313,6 +314,15 @@ class NoWorkerYet(Unavailable):
 
     code = "no_worker_yet"
     title = "No worker has registered its tasks yet"
+
+
+class TooManyStreams(Unavailable):
+    """This API process sends as many streams of events as it may (`api.max_streams`); another one may have room. A
+    request for the run itself, with `Prefer: wait`, needs no stream."""
+
+    code = "too_many_streams"
+    title = "Too many streams are open"
+    retry_after = timedelta(seconds=5)
 
 
 class WaitTimeout(BackcastError, TimeoutError):

@@ -176,6 +176,17 @@ class Changes(_Noun):
     metadata: Metadata | None = None
 
 
+class Progress(_Noun):
+    """How far a run has come, as its task has reported last."""
+
+    fraction: float | None = None
+    """The part that is done, from 0 to 1."""
+    message: str = ""
+    at: datetime
+    attempt: int
+    """The attempt that has reported it."""
+
+
 class Run(_Noun):
     """One run of a task, as callers see it. The result has a route of its own."""
 
@@ -197,6 +208,8 @@ class Run(_Noun):
     """Set when the state is failed, or when the last attempt failed and another one will be made."""
     usage: dict[str, JSON] | None = None
     """The cost of the run so far, failed attempts included: `model` (its name), `input_tokens`, `output_tokens`."""
+    progress: Progress | None = None
+    """As its task has reported it last."""
     metadata: dict[str, str] = {}
     created_at: datetime
     run_at: datetime

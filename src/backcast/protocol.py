@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import BaseModel, SecretStr, TypeAdapter
@@ -17,9 +17,9 @@ from backcast.settings import Model, Prefect
 ASSIGN, EXECUTE, KEY, STOP, PING, TAG, ANSWER, CLOSE = range(8)
 """`ASSIGN` is the first message. `EXECUTE` and `KEY` name the task in `meta` and have the input as their body."""
 # From the executor.
-READY, REFUSED, RESULT, FREE, PONG, GET, PUT = range(16, 23)
+READY, REFUSED, RESULT, FREE, PONG, GET, PUT, REPORTS = range(16, 24)
 """`FREE`: the code of an attempt that is over has ended at last. `GET` and `PUT` ask for objects of the store; an
-`ANSWER` has the request's id."""
+`ANSWER` has the request's id. `REPORTS`: what the code of a run reports while it runs."""
 FOUND, MISSING, UNAVAILABLE = range(3)
 """The number of an `ANSWER`."""
 _SUCCEEDED, _FAILED, _RETRY, _STOPPED, DISTURBED = range(5)
@@ -134,3 +134,39 @@ def attempt(message: Message) -> Attempt:
     elif message.number == _RETRY:
         ended = Retry(Problem(**meta["problem"]), meta["delay"], retries)
     return Attempt(ended, retries, meta.get("usage"), meta.get("left", False))
+
+
+class Progress(NamedTuple):
+    fraction: float | None
+    message: str
+    at: float
+    """Seconds since 1970."""
+    retries: int
+    """Of the run so far."""
+    after: int
+    """How many of the events beside it were emitted before it."""
+
+
+class Event(NamedTuple):
+    kind: str
+    data: str
+    """JSON."""
+    at: float
+    retries: int
+
+
+class Reports(NamedTuple):
+    """What the code of a run has reported since the message before."""
+
+    progress: Progress | None
+    """The newest."""
+    events: list[Event]
+
+
+def reports(run: bytes, given: Reports) -> Message:
+    return Message(REPORTS, run, body=json.dumps(given, ensure_ascii=False).encode())
+
+
+def reported(message: Message) -> Reports:
+    progress, events = json.loads(message.body)
+    return Reports(progress and Progress(*progress), [Event(*event) for event in events])

@@ -165,6 +165,11 @@ class Api(_Section):
     max_waits: int = Field(default=1000, ge=0)
     """Requests of one API process that may wait at once for the end of a run (`Prefer: wait=N`); further ones are
     answered without waiting."""
+    max_streams: int = Field(default=2000, ge=0)
+    """Streams of events (`/v1/runs/{id}/events`) that one API process sends at once; more are refused with 503."""
+    longest_stream: Duration = Field(default=timedelta(minutes=30), gt=timedelta(0))
+    """How long a stream of events lasts. Its reader then connects again, perhaps to another process, and misses
+    nothing."""
     keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
     """Keys that open the API, comma-separated: a request sends one as `Authorization: Bearer KEY`. None: it is open."""
     allowed_hosts: Annotated[list[Host], NoDecode, BeforeValidator(_split)] = []

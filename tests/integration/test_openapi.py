@@ -24,7 +24,7 @@ TASKS = [TaskType(name=name, pool="default", input_schema={}) for name in ("echo
 
 async def test_schemathesis_finds_nothing(database: str, ledger: Ledger, tmp_path: Path) -> None:
     await fleet.register(ledger, uuid7(), pool="default", host="h", version="1", slots=10, tasks=TASKS)
-    async with stack(database, tmp_path) as running:
+    async with stack(database, tmp_path, BACKCAST_API__LONGEST_STREAM="0.2") as running:
         await running.up("api")
         command = [
             str(Path(sys.executable).with_name("schemathesis")),

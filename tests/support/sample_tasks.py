@@ -16,6 +16,7 @@ from prefect import get_run_logger, runtime, task
 from prefect.cache_policies import INPUTS, TASK_SOURCE
 from pydantic import BaseModel, TypeAdapter
 
+from backcast import emit, progress
 from backcast.errors import FatalError, TransientError, UsageError
 from tests.support.waiting import until
 
@@ -262,3 +263,53 @@ async def oddly(kind: str) -> str:
 @task(task_run_name=lambda: ODD[runtime.task_run.parameters["kind"]])
 async def oddly_child(kind: str) -> str:
     return kind
+
+
+@task
+async def report(steps: int, way: str = "loop") -> int:
+    """Reports each of its steps: from the loop, or from threads."""
+
+    def step(n: int) -> None:
+        progress(n / steps, f"step {n} of {steps}")
+        emit({"step": n}, kind="step")
+
+    for n in range(1, steps + 1):
+        await asyncio.to_thread(step, n) if way == "thread" else step(n)
+    return steps
+
+
+@task
+def report_in_thread(steps: int) -> int:
+    for n in range(1, steps + 1):
+        progress(n / steps)
+        emit({"step": n})
+    return steps
+
+
+@task(retries=3, retry_delay_seconds=0.2)
+async def report_and_fail(name: str, fails: int) -> int:
+    calls = _note(name)
+    emit(calls)
+    if calls <= fails:
+        raise TransientError(f"call {calls} of {name}")
+    return calls
+
+
+@task(retries=3, retry_delay_seconds=0)
+def report_and_fail_at_once(name: str, fails: int) -> int:
+    calls = _note(name)
+    emit(calls)
+    if calls <= fails:
+        raise ValueError(f"call {calls} of {name}")
+    return calls
+
+
+@task
+async def report_and_linger(name: str) -> str:
+    """Reports, and does so again once it is released."""
+    progress(0.4, "page 12 of 30")
+    emit("first")
+    await _there(f"release-{name}")
+    emit("last")
+    progress(1)
+    return name

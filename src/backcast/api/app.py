@@ -13,6 +13,7 @@ from backcast.api import (
     batches,
     compatibility,
     docs,
+    events,
     health,
     lanes,
     levers,
@@ -42,7 +43,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         reporting = asyncio.create_task(health.report(app.state.backend))
         yield
-        app.state.backend.waits.stop()
+        app.state.backend.stop()
         reporting.cancel()
         await ledger.aclose()
         await store.aclose()
@@ -71,7 +72,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         app.add_middleware(Prefix, prefix=limits.prefix)
     openapi.describe(app)
     problems.install(app)
-    nouns = (tasks, runs, again, batches, lanes, levers, health, problems, docs)
+    nouns = (tasks, runs, again, batches, events, lanes, levers, health, problems, docs)
     for router in (runs.hot, compatibility.router, *(noun.router for noun in nouns)):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     app.router.routes.append(docs.assets)

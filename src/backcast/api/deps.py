@@ -8,7 +8,9 @@ from fastapi import Depends, Request
 from jsonschema import Draft202012Validator
 
 from backcast import settings
+from backcast.api.streams import Streams
 from backcast.api.waits import Waits
+from backcast.api.watching import Watching
 from backcast.ledger import task_types
 from backcast.ledger.admission import Admission
 from backcast.ledger.connection import Ledger
@@ -45,8 +47,16 @@ class Backend:
         self.limits = limits
         self.submissions = Submissions(ledger)
         self.admission = Admission(ledger, most=limits.max_waiting, most_per_owner=limits.max_waiting_per_owner)
-        self.waits = Waits(ledger, limits.max_waits)
+        watching = self._watching = Watching(ledger)
+        self.waits = Waits(ledger, watching, limits.max_waits)
+        self.streams = Streams(ledger, watching, most=limits.max_streams, longest=limits.longest_stream)
         self._known: dict[str, Known] = {}
+
+    def stop(self) -> None:
+        """Answer those who wait, and end the streams."""
+        self.waits.stop()
+        self.streams.stop()
+        self._watching.stop()
 
     async def known(self, name: str) -> Known:
         """Raises `UnknownTask`."""

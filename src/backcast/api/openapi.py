@@ -27,11 +27,17 @@ _LINKS = {
         "/v1/runs/{run_id}",
         "/v1/runs/{run_id}/input",
         "/v1/runs/{run_id}/result",
+        "/v1/runs/{run_id}/events",
         "/v1/runs/{run_id}/cancel",
         "/v1/runs/{run_id}/retry",
         "/tasks/{run_id}/status",
     ),
-    "batch_id": ("/v1/batches/{batch_id}", "/v1/batches/{batch_id}/results", "/v1/batches/{batch_id}/cancel"),
+    "batch_id": (
+        "/v1/batches/{batch_id}",
+        "/v1/batches/{batch_id}/results",
+        "/v1/batches/{batch_id}/events",
+        "/v1/batches/{batch_id}/cancel",
+    ),
 }
 _MAKES = {
     "/v1/tasks/{name}/runs": ("run_id", "id"),

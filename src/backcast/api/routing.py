@@ -34,7 +34,11 @@ class Route(APIRoute):
         if scope["query_string"]:
             self._check(scope["query_string"])
         if scope["method"] == "HEAD" and self._gets:
-            scope = {**scope, "method": "GET"}  # a copy: by its own scope the server knows to send no body
+            scope = {
+                **scope,
+                "method": "GET",
+                "is_head": True,
+            }  # a copy: by its own scope the server knows to send no body
         await super().handle(scope, receive, send)
 
     def _check(self, query: bytes) -> None:

@@ -29,7 +29,7 @@ class Server(uvicorn.Server):
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._app.state.backend.waits.stop()
+        self._app.state.backend.stop()
         await super().shutdown(sockets)
 
 
@@ -93,11 +93,17 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
 
         def on_headers_complete(self) -> None:
             self._begin("body")
+            self.scope["abort"] = self._abort  # pyright: ignore[reportGeneralTypeIssues]  # for endless answers
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
             self._begin(None)
             super().on_message_complete()
+
+        def _abort(self) -> None:
+            """Close the connection, whatever of the answer has not been sent."""
+            self.cycle.disconnected = True
+            self.transport.abort()
 
         def _begin(self, part: Literal["head", "body"] | None) -> None:
             if self._deadline is not None:

@@ -3,21 +3,20 @@
 import asyncio
 import contextlib
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
 from uuid import UUID
 
+import asyncpg
 from fastapi import Request
 
-from backcast.errors import BackcastError, LedgerUnavailable
+from backcast.api.watching import Watching
+from backcast.errors import BackcastError
 from backcast.ledger import endings, runs
-from backcast.ledger.connection import Ledger
+from backcast.ledger.connection import ENDED, Ledger
 from backcast.models import Run
-from backcast.process import background
 
 LONGEST = 50
 """The most seconds that `Prefer: wait` is honoured for: proxies cut a request off after 60."""
-_LINGER = 30.0
-"""Seconds without a wait after which the process's listening connection is closed."""
 _PREFER = re.compile(r'\s*wait\s*=\s*("?)(\d{1,9})\1\s*', re.IGNORECASE)
 
 
@@ -32,14 +31,15 @@ def asked(request: Request) -> int | None:
 class Waits:
     """The waits of one process: at most `most` at once; a further one is answered without waiting."""
 
-    def __init__(self, ledger: Ledger, most: int) -> None:
-        self._ledger, self._most = ledger, most
+    channels: Sequence[str] = (ENDED,)
+
+    def __init__(self, ledger: Ledger, watching: Watching, most: int) -> None:
+        self._ledger, self._watching, self._most = ledger, watching, most
         self._held = 0
         self._waiting: dict[UUID, set[asyncio.Future[Run]]] = {}
         self._new = set[UUID]()
-        self._look = asyncio.Event()
-        self._watching: asyncio.Task[None] | None = None
         self._stopped = False
+        watching.looks.append(self)
 
     async def until_ended(self, request: Request, run: Run) -> tuple[Run, dict[str, str]]:
         """The run once it has ended, or as it is when the time that the request asks for is over; and the headers that
@@ -58,12 +58,12 @@ class Waits:
         self._held += 1
         self._waiting.setdefault(run_id, set()).add(ended)
         self._new.add(run_id)  # it may have ended since it was read
-        self._watch()
-        gone = asyncio.create_task(_gone(request))
+        self._watching.ask()
+        left = asyncio.create_task(gone(request))
         try:
-            await asyncio.wait({ended, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
+            left.cancel()
             self._held -= 1
             if not ended.done():
                 ended.cancel()
@@ -76,26 +76,18 @@ class Waits:
         if not others:
             self._waiting.pop(run_id, None)
 
-    def _watch(self) -> None:
-        self._look.set()
-        if self._watching is None or self._watching.done():
-            self._watching = asyncio.create_task(background.keep("watch for the ends of runs", self._deliver))
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self._waiting)
 
-    async def _deliver(self) -> None:
-        """Deliver ends to the waits, until there have been none for a while. An outage of the database ends no wait."""
-        while True:
-            with contextlib.suppress(LedgerUnavailable):
-                await endings.watch(self._ledger, self._wanted, self._new, self._found, self._look, idle=_LINGER)
-                return
-            await asyncio.sleep(1)
-
-    def _wanted(self) -> Collection[UUID]:
-        return self._waiting.keys()
-
-    def _found(self, run: Run) -> None:
-        for ended in self._waiting.pop(run.id, set()):
-            if not ended.done():
-                ended.set_result(run)
+    async def look(self, connection: asyncpg.Connection, *, for_all: bool) -> bool:
+        ids = list(self._waiting if for_all else self._new)
+        self._new.clear()
+        for run in await endings.ended(connection, ids) if ids else ():
+            for ended in self._waiting.pop(run.id, set()):
+                if not ended.done():
+                    ended.set_result(run)
+        return bool(ids)
 
     def stop(self) -> None:
         """Answer all waits now, and hold no further ones."""
@@ -103,11 +95,9 @@ class Waits:
         for waits in self._waiting.values():
             for ended in waits:
                 ended.cancel()
-        if self._watching is not None:
-            self._watching.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def gone(request: Request) -> None:
     """Returns when the client has closed its connection, or sends a body that is not wanted."""
     with contextlib.suppress(BackcastError):
         while (await request.receive())["type"] != "http.disconnect":

@@ -15,11 +15,13 @@ from uuid import UUID
 from backcast import llm, protocol
 from backcast.errors import FatalError, Unavailable, UsageError
 from backcast.executor.executor import Executor
+from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded
 from backcast.process.channel import Channel, Message
 from backcast.process.marks import Marks
 from backcast.protocol import Attempt
+from backcast.reporting import reporting_to
 
 log = logging.getLogger("backcast.executor")
 
@@ -66,8 +68,10 @@ class Jobs:
 
     async def _attempt(self, message: Message) -> None:
         run = UUID(bytes=message.id)
-        with llm.metered() as used:
+        reports = RunReports(message.id, self._channel, lambda: self._retries.get(message.id, 0))
+        with llm.metered() as used, reporting_to(reports):
             result = await self._result(message, run)
+        reports.close()  # before the result: it is recorded in this order
         self._restore()
         if result is None and message.id not in self._asked:
             self._channel.send(Message(protocol.RESULT, message.id, protocol.DISTURBED))

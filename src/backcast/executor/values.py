@@ -1,4 +1,4 @@
-"""Writes a task's return value as plain JSON."""
+"""Writes a task's values as plain JSON."""
 
 import json
 from typing import Any
@@ -8,8 +8,8 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from backcast.errors import FatalError
 
 
-def to_json(value: Any) -> bytes:
-    """The plain JSON of a task's return value: models, dataclasses, dates and the like by pydantic's rules.
+def to_json(value: Any, *, verb: str = "returned") -> bytes:
+    """The plain JSON of what a task has returned or emitted: models, dataclasses, dates and such by pydantic's rules.
 
     Raises:
         FatalError: `unserialisable_result`; the message names the type or value.
@@ -19,7 +19,7 @@ def to_json(value: Any) -> bytes:
         return text.encode()
     except (PydanticSerializationError, ValueError, RecursionError) as error:  # UnicodeError is a ValueError
         raise FatalError(
-            f"The task returned a {type(value).__name__} that can't be written as JSON ({error}): return plain values,"
+            f"The task {verb} a {type(value).__name__} that can't be written as JSON ({error}): return plain values,"
             " pydantic models or dataclasses.",
             code="unserialisable_result",
         ) from None

@@ -23,6 +23,9 @@ NOTIFY_INTERVAL = 0.01
 ENDED = "backcast_ended"
 ENDED_INTERVAL = 0.05
 """Seconds between two notifications that runs have ended. They name none: who waits for some looks for all of them."""
+REPORTED = "backcast_reported"
+REPORTED_INTERVAL = 0.1
+"""Seconds between two notifications that running runs have reported something."""
 
 
 REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
@@ -269,6 +272,10 @@ class Ledger:
     def report_ends(self) -> None:
         """Notify those who wait for the end of a run that some have ended; a hint as well."""
         self._hint(ENDED, "", ENDED_INTERVAL)
+
+    def report_events(self) -> None:
+        """Notify those who follow runs that some have reported something; a hint as well."""
+        self._hint(REPORTED, "", REPORTED_INTERVAL)
 
     def _hint(self, channel: str, payload: str, interval: float) -> None:
         if (channel, payload) not in self._notifiers:

@@ -2,6 +2,7 @@
 hide the others.
 """
 
+import contextlib
 import json
 import math
 from datetime import datetime
@@ -9,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from backcast.models import JSON, Problem
+from backcast.models import JSON, Problem, Progress
 from backcast.texts import storable
 
 # The times that a Python datetime can hold, with the zone that asyncpg omits at infinity.
@@ -63,3 +64,10 @@ def problem(text: str) -> Problem:
     if isinstance(code, str) and isinstance(title, str) and isinstance(detail, str):
         return Problem(code=code, title=title, detail=detail)
     return Problem(code="unreadable_error", title="The recorded error can't be read", detail=text[:300])
+
+
+def progress(text: str) -> Progress | None:
+    given = mapping(text)
+    with contextlib.suppress(ValueError):  # pydantic's is one
+        return Progress.model_validate({name: given.get(name) for name in Progress.model_fields})
+    return None

@@ -11,7 +11,7 @@ from backcast.errors import ConfigurationError
 from backcast.ledger.connection import Ledger
 
 # A worker claims any run, and moves it when it is over: it reads all of it. It needs no results of others.
-_SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, usage, run_at, flight"""
+_SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, usage, progress, run_at, flight"""
 _MOVED = "state, error, promoted, pool, route, parked_at"
 """What the dispatch of due runs, a route or an unusable row changes: every worker and steward does that."""
 _PAUSES = "select, update (complete), delete"
@@ -23,6 +23,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
     "api": {
         "alembic_version": "select",
         "batches": "select, insert, update (idem_key)",
+        "events": "select",
         "lanes": "select, insert, update",
         "make_partitions(date,date)": "execute",
         "all_runs": "select",
@@ -38,6 +39,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
     "worker": {
         "alembic_version": "select",
         "cursors": "select, insert, update (moved_at)",
+        "events": "select, insert",
         "flights": "select, insert, update, delete",
         "lanes": f"select, update ({_COUNTED})",
         "make_partitions(date,date)": "execute",
@@ -56,6 +58,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "backlog": "select",
         "batches": "select, delete",
         "cursors": "select, insert, update",
+        "events": "select, delete",
         "flights": "select, delete",
         "lanes": f"select, update ({_COUNTED})",
         "make_partitions(date,date)": "execute",

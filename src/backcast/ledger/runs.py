@@ -22,8 +22,8 @@ RETRIES = 20
 # One probe of the primary key of `retries`, for ended runs only.
 _RETRIED_BY = f"""case when finished_at is not null then array(
       select retry_id from retries where run_id = id order by retry_id desc limit {RETRIES}) end as retried_by"""  # noqa: S608
-COLUMNS = f"""id, task, state, owner, priority, lane, batch_id, retry_of, attempts_used, error, usage, metadata,
-    {", ".join(map(reading.time, _TIMES))}, {_RETRIED_BY}"""
+COLUMNS = f"""id, task, state, owner, priority, lane, batch_id, retry_of, attempts_used, error, usage, progress,
+    metadata, {", ".join(map(reading.time, _TIMES))}, {_RETRIED_BY}"""
 LIVE_COLUMNS = COLUMNS.replace(reading.time("finished_at"), "null::timestamptz as finished_at").replace(
     _RETRIED_BY, "null::uuid[] as retried_by"
 )
@@ -52,6 +52,7 @@ def shown(row: asyncpg.Record) -> Run:
         attempts=row["attempts_used"] + running,
         error=reading.problem(row["error"]) if row["error"] and state != "completed" else None,
         usage=reading.mapping(row["usage"]) if row["usage"] else None,
+        progress=reading.progress(row["progress"]) if row["progress"] else None,
         metadata={name: str(value) for name, value in reading.mapping(row["metadata"]).items()},
         created_at=row["created_at"],
         run_at=row["run_at"],

@@ -23,7 +23,7 @@ from backcast.errors import ConfigurationError, StoreUnavailable
 from backcast.models import Problem, Retry
 from backcast.process import marks
 from backcast.process.channel import Channel, Message
-from backcast.protocol import Assignment, Attempt, Served
+from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.store import Missing, Store
 from backcast.variables import URL_VARIABLE
 from backcast.worker import blame
@@ -79,12 +79,14 @@ class Child:
         identity: Callable[[], UUID | None],
         changed: Callable[[], object],
         dropped: Callable[[str, float], object],
+        reported: Callable[[UUID, Reports], object],
     ) -> None:
         """`changed` is called whenever a slot gets free, and when the child is ready or has ended; `dropped` with the
-        reason and the number of items that its history sink has dropped."""
+        reason and the number of items that its history sink has dropped; `reported` with what the code of a run
+        reports."""
         self.capacity = assignment.slots
         self._assignment, self._store, self._stall = assignment, store, stall
-        self._identity, self._changed, self._dropped = identity, changed, dropped
+        self._identity, self._changed, self._dropped, self._reported = identity, changed, dropped, reported
         self._jobs = dict[UUID, _Job]()
         self._left = dict[UUID, _Job]()
         """Those whose run is settled or stopped, but whose code may go on: each still takes a slot."""
@@ -322,6 +324,8 @@ class Child:
         match message.kind:
             case protocol.RESULT:
                 self._attempted(UUID(bytes=message.id), message)
+            case protocol.REPORTS:
+                self._reported(UUID(bytes=message.id), protocol.reported(message))
             case protocol.FREE:
                 run = UUID(bytes=message.id)
                 for jobs in (self._jobs, self._left):

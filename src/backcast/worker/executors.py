@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,7 +19,7 @@ from backcast.errors import ConfigurationError, Unavailable
 from backcast.models import Problem, TaskType
 from backcast.process import background, orphans
 from backcast.process.outages import backoff
-from backcast.protocol import Assignment, Attempt, Served
+from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.settings import Settings
 from backcast.store import Store
 from backcast.worker.child import Child, ExecutorEnded
@@ -63,6 +64,8 @@ class Executors:
         self._served = dict[str, Served]()
         self.identity: UUID | None = None
         """Of the ledger: history is published under it."""
+        self.reported: Callable[[UUID, Reports], object] | None = None
+        """Called with what the code of a run reports."""
         self.changed = asyncio.Event()
         """Set when slots have got free, or an executor is ready or has ended. Whoever waits clears it, looks, and waits
         again."""
@@ -210,6 +213,7 @@ class Executors:
             identity=lambda: self.identity,
             changed=self._has_changed,
             dropped=lambda why, count: self._dropped.labels(why).inc(count),
+            reported=lambda run, given: self.reported and self.reported(run, given),
         )
         self._all.add(child)
         life = asyncio.create_task(self._live(child))

@@ -34,6 +34,7 @@ from backcast.worker.child import STOP_WITHIN
 from backcast.worker.execution import Execution
 from backcast.worker.executors import Executors
 from backcast.worker.lease import BEAT, Heartbeat, Lease
+from backcast.worker.reports import Recorder
 from backcast.worker.results import Results
 from backcast.worker.settler import Settler
 from backcast.worker.turns import Turns
@@ -109,6 +110,8 @@ class Worker:
         self._drain_asked = asyncio.Event()
         self._fault: Exception | None = None
         self._claims, self._claiming = 0, False
+        self._reports = Recorder(ledger, self._lease.id, self._claim_of, registry)
+        executors.reported = self._reports.put
         self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=registry)
         self._metrics(registry)
 
@@ -337,6 +340,7 @@ class Worker:
             self._ends.append(time.monotonic())
             self._fill()
             self._wake.set()
+        await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
         settlement = await self._settlement(held, attempt)
         if isinstance(attempt.result, Failed):  # its detail may quote the caller's data
             log.info("run %s of %s has failed: %s", claim.id, claim.task, attempt.result.problem.code)
@@ -360,6 +364,10 @@ class Worker:
             if settlement.route:
                 self._due.set()
         self._wake.set()
+
+    def _claim_of(self, run_id: UUID) -> Claim | None:
+        held = self._held.get(run_id)
+        return None if held is None else held.claim
 
     def _drop(self, run_id: UUID, fence: int) -> None:
         """Drop the claim of this attempt; the run may be here again under a higher fence."""
@@ -390,6 +398,7 @@ class Worker:
             return
         self._lease.start()
         settling = asyncio.create_task(self._settler.run())
+        recording = asyncio.create_task(background.keep("record what runs report", self._reports.run))
         pool = self._settings.worker.pool
         claiming = asyncio.create_task(self._claim())
         others = (
@@ -406,9 +415,9 @@ class Worker:
         done, _ = await asyncio.wait({asked, drain, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
         await self._drain(stop, claiming, settling)
         await self._lease.stop()
-        for task in (asked, drain, settling, *loops):
+        for task in (asked, drain, settling, recording, *loops):
             task.cancel()
-        await asyncio.gather(asked, drain, settling, *loops, return_exceptions=True)
+        await asyncio.gather(asked, drain, settling, recording, *loops, return_exceptions=True)
         for task in done - {asked, drain}:
             task.result()
 

@@ -37,6 +37,7 @@ _RUN = """
         input_key     text,
         error         json,
         usage         json,
+        progress      json,                          -- as its task has reported it last
         metadata      json not null,
         created_at    timestamptz not null default now(),
         started_at    timestamptz,
@@ -55,7 +56,6 @@ def upgrade() -> None:
         flight        text,                            -- the flight it waits for, while scheduled
         route         text not null default '',        -- '' for any worker of the pool, or what its worker must have
         parked_at     timestamptz,                     -- since when its route leads nowhere
-        progress      json,
         constraint runs_are_not_over check (state in ('paused', 'held', 'scheduled', 'queued', 'running')),
         constraint running_has_a_worker check (state <> 'running' or worker_id is not null)
     -- The steward vacuums it when 5000 rows are dead. While no steward leads, autovacuum does: by a count, not a share
@@ -110,16 +110,18 @@ def upgrade() -> None:
     create view all_runs as
         select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
-               error, usage, metadata, created_at, started_at, null::text as result, null::text as result_key,
-               null::timestamptz as finished_at from runs
+               error, usage, progress, metadata, created_at, started_at, null::text as result,
+               null::text as result_key, null::timestamptz as finished_at from runs
         union all
         select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
-               error, usage, metadata, created_at, started_at, result, result_key, finished_at from ended
+               error, usage, progress, metadata, created_at, started_at, result, result_key, finished_at
+          from ended
         union all
         select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
-               error, usage, metadata, created_at, started_at, result, result_key, finished_at from ended_late;
+               error, usage, progress, metadata, created_at, started_at, result, result_key, finished_at
+          from ended_late;
 
     -- The lowest id of a day, in UTC: the first 48 bits of an id are its milliseconds since 1970.
     create function first_id(day date) returns uuid language sql immutable strict parallel safe return
@@ -170,6 +172,18 @@ def upgrade() -> None:
         end loop;
     end $$;
     revoke all on function make_partitions(date, date), retire_partition(text), drop_retired() from public;
+
+    -- What runs have emitted while they ran. A run that emits nothing has none.
+    create table events (
+        run_id  uuid not null,
+        attempt integer not null,  -- it never falls with the fence; retries that are made at once share a fence
+        fence   bigint not null,
+        seq     integer not null,  -- within its fence
+        at      timestamptz not null,
+        kind    text not null,
+        data    json not null,
+        primary key (run_id, attempt, fence, seq)
+    );
 
     -- What a request's Idempotency-Key has made.
     create table idempotency_keys (

@@ -1,0 +1,50 @@
+"""`progress` and `emit` without a worker."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import backcast
+from backcast.reporting import reporting_to
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.reports = list[Any]()
+
+    def progress(self, fraction: float | None, message: str) -> None:
+        self.reports.append((fraction, message))
+
+    def emit(self, kind: str, data: Any) -> None:
+        self.reports.append((kind, data))
+
+
+def test_outside_of_a_run_nothing_happens() -> None:
+    backcast.progress(0.5, "half")
+    backcast.emit({"page": 1})
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_fraction_is_within_0_and_1(fraction: float) -> None:
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        backcast.progress(fraction)
+
+
+@pytest.mark.parametrize("kind", ["", "x" * 101])
+def test_a_kind_has_a_name(kind: str) -> None:
+    with pytest.raises(ValueError, match="1 to 100 characters"):
+        backcast.emit(1, kind=kind)
+
+
+async def test_the_context_decides_whose_report_it_is() -> None:
+    first, second = Kept(), Kept()
+
+    async def run(kept: Kept, n: int) -> None:
+        with reporting_to(kept):
+            await asyncio.to_thread(backcast.progress, n / 2, "x" * 600)
+            backcast.emit(n)
+
+    await asyncio.gather(run(first, 1), run(second, 2))
+    assert first.reports == [(0.5, "x" * 500), ("output", 1)]
+    assert second.reports == [(1.0, "x" * 500), ("output", 2)]

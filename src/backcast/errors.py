@@ -42,7 +42,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -142,6 +142,10 @@ class UnknownTask(NotFound):
 class UnknownRun(NotFound):
     code = "unknown_run"
     title = "There is no such run"
+
+    @classmethod
+    def of(cls, run: object) -> Self:
+        return cls(f"There is no run {run}: it was never accepted here, or it has been removed.")
 
 
 class UnknownBatch(NotFound):

@@ -219,6 +219,41 @@ class Run(_Noun):
     finished_at: datetime | None = None
 
 
+class Attempt(_Noun):
+    """One attempt of a run, as callers see it."""
+
+    number: int
+    """From 1, in the order of their ends."""
+    fence: int
+    """The number of the claim under which it was made. Retries that follow at once have the same."""
+    outcome: Literal["running", "succeeded", "retrying", "failed", "timed_out", "lost", "released", "cancelled"]
+    """`retrying`: it failed, and another one follows; so may one that is `timed_out`. `lost`: with its worker.
+    `released`: its worker or its executor stopped first."""
+    counts: bool = True
+    """Whether it is one of the `attempts` of the run: one that was released is not, nor one that was lost by no fault
+    of the run."""
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    worker_id: UUID | None = None
+    host: str | None = None
+    """Of the worker, if it is known."""
+    error: Problem | None = None
+    traceback: str | None = None
+    """The end of Python's, at most 8 KiB; without the values of keys and passwords that the worker knows."""
+    retry_delay: float | None = None
+    """Seconds until the next one is due; None: there is none, or it does not wait."""
+    usage: dict[str, JSON] | None = None
+    """Its tokens, as in the run. Retries that follow at once share those of the last."""
+
+
+class Attempts(_Noun):
+    """The attempts of a run, the oldest first. Of those that did not succeed, the newest 10 are kept."""
+
+    items: list[Attempt]
+    left_out: int
+    """How many earlier ones are no longer kept."""
+
+
 class TaskType(_Noun):
     """A task that can be run, as its workers have registered it."""
 
@@ -362,6 +397,7 @@ class Failed:
     """An attempt after which no other one is made."""
 
     problem: Problem
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,11 +414,23 @@ class Retry:
     counts: bool = False
     """Whether it counts against `max_attempts`, beside its retries: it has ended its executor, or its result can't be
     stored."""
+    traceback: str = ""
 
     @classmethod
     def after_outage(cls, error: BackcastError, retries: int, *, counts: bool = False) -> Self:
         """Spread, or all runs that met the same outage come back at the same moment."""
         return cls(Problem.from_error(error), random.uniform(2.5, 7.5), retries, counts=counts)  # noqa: S311
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A failed attempt that was followed by another one at once, under the same claim."""
+
+    problem: Problem
+    traceback: str
+    since: float
+    """Seconds between the claim and its start, and its end: about, as the executor does not know the claim."""
+    until: float
 
 
 AttemptResult = Succeeded | Failed | Retry

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, SecretStr, TypeAdapter
 
-from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, TaskType
+from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, TaskType, Tried
 from backcast.process.channel import Message
 from backcast.settings import Model, Prefect
 
@@ -100,6 +100,8 @@ class Attempt:
     """The tokens that were paid for."""
     is_left: bool = False
     """Its thread goes on: the slot is not free before a `FREE`."""
+    tried: tuple[Tried, ...] = ()
+    """The failures that were followed by a retry at once: the latest of them."""
 
 
 def result(run: UUID, attempt: Attempt) -> Message:
@@ -108,10 +110,10 @@ def result(run: UUID, attempt: Attempt) -> Message:
     match attempt.result:
         case Succeeded(body):
             kind = _SUCCEEDED
-        case Failed(problem):
-            kind, meta = _FAILED, {"problem": problem.model_dump()}
-        case Retry(problem, delay):
-            kind, meta = _RETRY, {"problem": problem.model_dump(), "delay": delay}
+        case Failed(problem, traceback):
+            kind, meta = _FAILED, {"problem": problem.model_dump(), "traceback": traceback}
+        case Retry(problem, delay, traceback=traceback):
+            kind, meta = _RETRY, {"problem": problem.model_dump(), "traceback": traceback, "delay": delay}
         case None:
             pass
     if attempt.retries:
@@ -120,6 +122,8 @@ def result(run: UUID, attempt: Attempt) -> Message:
         meta["usage"] = attempt.usage
     if attempt.is_left:
         meta["left"] = True
+    if attempt.tried:
+        meta["tried"] = [(each.problem.model_dump(), each.traceback, each.since, each.until) for each in attempt.tried]
     return Message(RESULT, run.bytes, kind, json.dumps(meta).encode() if meta else b"", body)
 
 
@@ -130,10 +134,11 @@ def attempt(message: Message) -> Attempt:
     if message.number == _SUCCEEDED:
         ended = Succeeded(message.body)
     elif message.number == _FAILED:
-        ended = Failed(Problem(**meta["problem"]))
+        ended = Failed(Problem(**meta["problem"]), meta["traceback"])
     elif message.number == _RETRY:
-        ended = Retry(Problem(**meta["problem"]), meta["delay"], retries)
-    return Attempt(ended, retries, meta.get("usage"), meta.get("left", False))
+        ended = Retry(Problem(**meta["problem"]), meta["delay"], retries, traceback=meta["traceback"])
+    tried = tuple(Tried(Problem(**problem), *rest) for problem, *rest in meta.get("tried", ()))
+    return Attempt(ended, retries, meta.get("usage"), meta.get("left", False), tried)
 
 
 class Progress(NamedTuple):

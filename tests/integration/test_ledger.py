@@ -417,7 +417,7 @@ async def test_a_claim_reads_few_rows_whatever_the_statistics_are(ledger: Ledger
         assert len(rows) == 10
         settle = [[r["id"] for r in rows], [r["fence"] for r in rows], ["completed"] * 10, ["1"] * 10, ["k"] * 10]
         none: list[None] = [None] * 10
-        args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10, none, [""] * 10]
+        args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10, none, [""] * 10, none]
         assert len(await connection.fetch(settlement._SETTLE_FREE, worker, *args)) == 10
         await connection.fetch(runs._WAITING_OR_RUNNING.format(most=50), runs._LAST, runs._FIRST, ["queued"])
     plan = "\n".join(plan for plan in plans if "on runs" in plan)

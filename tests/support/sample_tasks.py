@@ -313,3 +313,17 @@ async def report_and_linger(name: str) -> str:
     emit("last")
     progress(1)
     return name
+
+
+@task
+async def deep(message: str, depth: int) -> None:
+    """Fails in the depth of its calls, which no two lines of the traceback repeat."""
+    calls, name = dict[str, Any](), f"level_{'x' * 60}_"
+    for n in range(depth):
+        exec(f"async def {name}{n}(message):\n    await levels['{name}{n + 1}'](message)", {"levels": calls}, calls)
+
+    async def raises(message: str) -> None:
+        raise ValueError(message)
+
+    calls[f"{name}{depth}"] = raises
+    await calls[f"{name}0"](message)

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from backcast import __version__
 from backcast.api import (
     again,
+    attempts,
     auth,
     batches,
     compatibility,
@@ -72,7 +73,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         app.add_middleware(Prefix, prefix=limits.prefix)
     openapi.describe(app)
     problems.install(app)
-    nouns = (tasks, runs, again, batches, events, lanes, levers, health, problems, docs)
+    nouns = (tasks, runs, again, attempts, batches, events, lanes, levers, health, problems, docs)
     for router in (runs.hot, compatibility.router, *(noun.router for noun in nouns)):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     app.router.routes.append(docs.assets)

@@ -30,6 +30,7 @@ _LINKS = {
         "/v1/runs/{run_id}/events",
         "/v1/runs/{run_id}/cancel",
         "/v1/runs/{run_id}/retry",
+        "/v1/runs/{run_id}/attempts",
         "/tasks/{run_id}/status",
     ),
     "batch_id": (

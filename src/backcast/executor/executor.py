@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 from backcast.errors import Unavailable
 from backcast.executor import plain, prefect_engine
 from backcast.executor.cache import CacheStorage
-from backcast.executor.classification import problem, readable
+from backcast.executor.classification import failed, readable
 from backcast.executor.objects import Objects
 from backcast.executor.plain import Job, Template
 from backcast.executor.prefect_engine import Publish
@@ -105,10 +105,10 @@ class Executor:
         given: dict[str, JSON],
         *,
         retries: int,
-        retried: Callable[[int], object] = int,
+        retried: Callable[[int, Failed], object] = plain.unreported,
     ) -> AttemptResult:
         """Make one attempt, and the retries after it that are due at once; `retries` counts those made before, and
-        `retried` is called with the new count before each further one.
+        `retried` is called before each further one, with the new count and the failure.
 
         Any other exception than these two becomes a `Failed`.
 
@@ -131,11 +131,11 @@ class Executor:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            return Failed(problem(readable(stop)))  # no request to stop: something that the task awaited was cancelled
+            return failed(readable(stop))  # no request to stop: something that the task awaited was cancelled
         except Unavailable:
             raise
         except BaseException as error:  # noqa: BLE001  # sys.exit() in a task must not end the worker
-            return Failed(problem(readable(error)))
+            return failed(readable(error))
 
     def cache_key(self, name: str, run_id: UUID, given: dict[str, JSON]) -> str | None:
         """The cache key of this run, as Prefect's engine computes it. None: the task is not cached, it refreshes its

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from backcast.errors import FatalError, Unavailable, UsageError
 from backcast.executor.executor import Executor
 from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
-from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded
+from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, Tried
 from backcast.process.channel import Channel, Message
 from backcast.process.marks import Marks
 from backcast.protocol import Attempt
@@ -25,12 +27,16 @@ from backcast.reporting import reporting_to
 
 log = logging.getLogger("backcast.executor")
 
+TRIED = 10
+"""Failures that are reported of those that were followed by a retry at once: the latest."""
+
 
 class Jobs:
     def __init__(self, channel: Channel, executor: Executor, marks: Marks, *, max_result: int) -> None:
         self._channel, self._executor, self._marks, self._max_result = channel, executor, marks, max_result
         self._tasks = dict[bytes, asyncio.Task[None]]()
         self._retries = dict[bytes, int]()
+        self._tried = dict[bytes, deque[Tried]]()
         self._asked = set[bytes]()
         self._restore = _habits()
 
@@ -41,6 +47,7 @@ class Jobs:
 
     def _ended(self, run: bytes) -> None:
         del self._tasks[run], self._retries[run]
+        self._tried.pop(run, None)
         self._asked.discard(run)
         self._marks.ended(run)
 
@@ -78,14 +85,20 @@ class Jobs:
             return
         left = self._executor.has_left(message.id)
         retries = result.retries if isinstance(result, Retry) else self._retries[message.id]
-        self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left)))
+        tried = tuple(self._tried.get(message.id, ()))
+        self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left, tried)))
 
     async def _result(self, message: Message, run: UUID) -> AttemptResult | None:
         """None: it was stopped."""
 
-        def retried(count: int) -> None:
+        began = time.monotonic()
+
+        def retried(count: int, why: Failed) -> None:
             self._retries[message.id] = count
             self._marks.retried(message.id, count)
+            tried = self._tried.setdefault(message.id, deque(maxlen=TRIED))
+            since, until = tried[-1].until if tried else 0.0, time.monotonic() - began
+            tried.append(Tried(why.problem, why.traceback, since, until))
 
         try:
             given: dict[str, JSON] = json.loads(message.body)

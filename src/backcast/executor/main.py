@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 import uvloop
+from pydantic import SecretStr
 
 from backcast import protocol
 from backcast.errors import ConfigurationError
@@ -52,7 +53,7 @@ class _Process:
     async def serve(self, end: socket.socket) -> None:
         # Imported late: Prefect reads its settings when it is imported, and ours must be there first.
         from backcast import llm
-        from backcast.executor import capture, registry
+        from backcast.executor import capture, redaction, registry
         from backcast.executor.executor import Executor
         from backcast.executor.jobs import Jobs
         from backcast.executor.objects import RemoteObjects
@@ -64,6 +65,12 @@ class _Process:
         channel = self._channel = await Channel.over(end, self._received)
         self._sink = sink = Sink(given.prefect)
         capture.install(sink)
+        redaction.know(
+            value.get_secret_value()
+            for section in (given.model, given.prefect)
+            for _, value in section
+            if isinstance(value, SecretStr)
+        )
         llm.connect(given.model)
         self._objects = objects = RemoteObjects(channel)
         tasks = registry.discover(given.tasks)

@@ -24,7 +24,7 @@ from prefect.utilities.timeout import timeout, timeout_async
 from pydantic import BaseModel
 
 from backcast.errors import FatalError, RunTimeout
-from backcast.executor.classification import may_retry, problem, readable, retry_after
+from backcast.executor.classification import failed, may_retry, readable, retry_after
 from backcast.executor.registry import RegisteredTask
 from backcast.executor.threads import Overdue, Threads
 from backcast.executor.values import to_json
@@ -79,6 +79,10 @@ class Template:
         return cls(registered, context)
 
 
+def unreported(_count: int, _why: Failed) -> None:
+    """For callers to whom a retry makes no difference."""
+
+
 @dataclass(slots=True)
 class Job:
     """A run of which attempts are made; `retries` counts the retries so far."""
@@ -87,8 +91,8 @@ class Job:
     run_id: UUID
     parameters: dict[str, Any]
     retries: int
-    retried: Callable[[int], object] = int
-    """Called before each retry that is made at once."""
+    retried: Callable[[int, Failed], object] = unreported
+    """Called before each retry that is made at once, with their count and the failure before it."""
 
     @property
     def task(self) -> "Task[..., Any]":
@@ -100,8 +104,11 @@ class Job:
         ends everything except one blocking call (`time.sleep(60)`, a long query)."""
         return None if self.task.timeout_seconds is None else self.task.timeout_seconds + MARGIN
 
-    def overdue(self) -> RunTimeout:
-        return RunTimeout(f"Task run exceeded timeout of {self.task.timeout_seconds} second(s)")
+    def overdue(self, where: BaseException | None = None) -> RunTimeout:
+        """`where` has the frames of the code that took too long."""
+        late = RunTimeout(f"Task run exceeded timeout of {self.task.timeout_seconds} second(s)")
+        late.__cause__ = where
+        return late
 
     def function(self) -> Callable[[], Any]:
         if self.template.registered.is_by_name:
@@ -164,15 +171,16 @@ async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptRes
         ended = await (_in_loop(job, run) if task.isasync else _in_thread(job, run, threads, asked))
         if isinstance(ended, bytes):
             return Succeeded(ended)
-        failed, cause = (ended, None) if isinstance(ended, State) else (None, ended)
-        why = problem(cause, failed and failed.message)
+        state, cause = (ended, None) if isinstance(ended, State) else (None, ended)
+        why = failed(cause, state and state.message)
         if not isinstance(ended, (Exception, State)) or not await _goes_on(job, run, ended):
-            return Failed(why)
+            return why
         job.retries += 1
         has_left = isinstance(cause, RunTimeout) and not task.isasync  # its thread may go on, and still has the slot
         if task.retry_delay_seconds or retry_after(cause) is not None or has_left:
-            return Retry(why, max(_backoff(task, job.retries), retry_after(cause) or 0.0), job.retries)
-        job.retried(job.retries)
+            delay = max(_backoff(task, job.retries), retry_after(cause) or 0.0)
+            return Retry(why.problem, delay, job.retries, traceback=why.traceback)
+        job.retried(job.retries, why)
 
 
 Ended = bytes | BaseException | State[Any]
@@ -192,8 +200,8 @@ async def _in_loop(job: Job, run: TaskRun) -> Ended:
                 return _ended(await job.function()())
             with timeout_async(job.task.timeout_seconds, TaskRunTimeoutError):
                 return _ended(await job.function()())
-        except TaskRunTimeoutError:
-            return job.overdue()
+        except TaskRunTimeoutError as late:
+            return job.overdue(late)
         except Exception as error:  # noqa: BLE001  # any exception of a task becomes the run's problem
             return readable(error)
 
@@ -204,8 +212,8 @@ async def _in_thread(job: Job, run: TaskRun, threads: Threads, asked: threading.
             try:
                 with timeout(job.task.timeout_seconds, TaskRunTimeoutError):
                     return _ended(job.function()())
-            except TaskRunTimeoutError:
-                return job.overdue()
+            except TaskRunTimeoutError as late:
+                return job.overdue(late)
             except BaseException as error:  # noqa: BLE001  # a future can't carry all of them
                 return readable(error)
 

@@ -25,11 +25,11 @@ from prefect.utilities.timeout import timeout, timeout_async
 
 from backcast.errors import RunTimeout, Unavailable
 from backcast.executor import plain
-from backcast.executor.classification import may_retry, problem, readable, retry_after
+from backcast.executor.classification import failed, may_retry, readable, retry_after
 from backcast.executor.plain import Job
 from backcast.executor.threads import Overdue, Threads
 from backcast.history.events import Change
-from backcast.models import AttemptResult, Failed, Retry, Succeeded
+from backcast.models import AttemptResult, Retry, Succeeded
 from backcast.texts import storable
 
 Publish = Callable[[Change], None]
@@ -141,7 +141,7 @@ class _Ours:
         return not (self.job.template.registered.needs_engine or isinstance(value, State) or is_state_iterable(value))
 
     def note(self, cause: BaseException) -> None:
-        self.cause = self.job.overdue() if isinstance(cause, TaskRunTimeoutError) else readable(cause)
+        self.cause = self.job.overdue(cause) if isinstance(cause, TaskRunTimeoutError) else readable(cause)
         self.use_run_logger()
 
     def unpersisted(self) -> TaskRunContext:
@@ -159,12 +159,17 @@ class _Ours:
     def attempt_result(self) -> AttemptResult:
         state, retries = self._engine.state, self._engine.retries
         if self.is_parked:
-            at = state.state_details.scheduled_time
+            at, why = state.state_details.scheduled_time, failed(self.cause)
             backoff = at.timestamp() - time.time() if at else 0.0
-            return Retry(problem(self.cause), max(backoff, retry_after(self.cause) or 0.0, 0.0), retries)
+            delay = max(backoff, retry_after(self.cause) or 0.0, 0.0)
+            return Retry(why.problem, delay, retries, traceback=why.traceback)
         if not state.is_completed():
-            return Failed(problem(self.cause, state.message))
+            return failed(self.cause, state.message)
         return Succeeded(self.body)
+
+    def retry(self) -> None:
+        """Report the failure after which the next attempt is made at once."""
+        self.job.retried(self._engine.retries, failed(self.cause))
 
 
 @dataclass
@@ -341,7 +346,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publ
             await engine.drive()
             if engine.is_done:
                 return engine.attempt_result()
-            job.retried(engine.retries)
+            engine.retry()
     engine = _SyncEngine(**_parts(job, publish))
     while True:
         try:
@@ -355,7 +360,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publ
             raise
         if engine.is_done:
             return engine.attempt_result()
-        job.retried(engine.retries)
+        engine.retry()
 
 
 def cache_key(job: Job) -> str | None:

@@ -25,7 +25,7 @@ _TODAY = "(now() at time zone 'utc')::date"
 _KEPT = (
     "id, task, pool, owner, lane, batch_id, retry_of, priority, run_at, deadline, fence, attempts_used, retries_used,"
     " max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key, error, usage, progress,"
-    " metadata, created_at, started_at"
+    " attempts, metadata, created_at, started_at"
 )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from datetime import timedelta
 from uuid import UUID
 
-from backcast.ledger import ended, lanes
+from backcast.ledger import attempts, ended, lanes
 from backcast.ledger.connection import Ledger
 from backcast.models import Problem
 
@@ -12,6 +12,7 @@ _MOVED = ended.moved(
     state="case when cancel_requested_at is not null then 'cancelled' else 'failed' end",
     error="case when counts then $2::json else error end",
     attempts_used="attempts_used + counts::int",
+    attempts="all_attempts",
     lost_fence="fence",
 )
 # A worker is dead when it holds a running run and has sent no heartbeat for a lease, by the database's clock, or has no
@@ -36,22 +37,23 @@ lane as materialized (
 lost as materialized (
   select r.id, r.worker_id, r.attempts_used - r.retries_used as losses,
          r.max_attempts, r.cancel_requested_at is not null as is_cancelled,
-         not r.prefetched and r.cancel_requested_at is null as liable from runs r
+         not r.prefetched as has_started, not r.prefetched and r.cancel_requested_at is null as liable from runs r
    where r.state = 'running' and r.worker_id = any(array(select id from dead)) and (select count(*) from lane) >= 0
      for update skip locked),
 most as materialized (select worker_id, max(losses) as losses from lost where liable group by worker_id),
 counting as materialized (
   select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.liable),
 judged as materialized (
-  select l.id, c.counts, l.is_cancelled or c.counts and l.losses + 1 >= l.max_attempts as ends
+  select l.id, c.counts, l.is_cancelled or c.counts and l.losses + 1 >= l.max_attempts as ends,
+         case when l.has_started then {attempts.lost("$2::json", "c.counts")} end as reports
     from lost l cross join lateral (select l.id = any(array(select id from counting)) as counts) c),
 gone as (
   delete from runs r using judged j where r.id = j.id and r.id = any(array(select id from judged where ends))
-  returning r.*, j.counts),
+  returning r.*, j.counts, {attempts.extended("j.reports")} as all_attempts),
 {_MOVED},
 requeued as (
   update runs r set state = 'queued', lost_fence = r.fence, attempts_used = r.attempts_used + j.counts::int,
-         error = case when j.counts then $2::json else r.error end
+         error = case when j.counts then $2::json else r.error end, attempts = {attempts.extended("j.reports")}
     from judged j where r.id = j.id and r.id = any(array(select id from judged where not ends))
   returning r.id, r.state, r.pool, r.route),
 {lanes.FREED}

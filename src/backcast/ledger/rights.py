@@ -11,7 +11,8 @@ from backcast.errors import ConfigurationError
 from backcast.ledger.connection import Ledger
 
 # A worker claims any run, and moves it when it is over: it reads all of it. It needs no results of others.
-_SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, usage, progress, run_at, flight"""
+_SETTLED = """fence, worker_id, started_at, prefetched, attempts_used, retries_used, usage, progress, run_at, flight,
+ attempts"""
 _MOVED = "state, error, promoted, pool, route, parked_at"
 """What the dispatch of due runs, a route or an unusable row changes: every worker and steward does that."""
 _PAUSES = "select, update (complete), delete"
@@ -70,7 +71,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "idempotency_keys": "select, delete, update (key)",
         "pauses": _PAUSES,
         "retries": "select, delete",
-        "runs": f"select, delete, maintain, update ({_MOVED}, attempts_used, lost_fence)",
+        "runs": f"select, delete, maintain, update ({_MOVED}, attempts_used, attempts, lost_fence)",
         "task_types": "select, delete, update (seen_at)",
         "workers": "select, delete",
     },

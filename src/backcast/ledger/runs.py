@@ -70,7 +70,7 @@ async def get(ledger: Ledger, run_id: UUID) -> Run:
 async def _row(ledger: Ledger, run_id: UUID, more: str = "") -> asyncpg.Record:
     row = await ledger.fetchrow(f"select {COLUMNS}{more} from all_runs where id = $1", run_id)  # noqa: S608  # constants
     if row is None:
-        raise UnknownRun(f"There is no run {run_id}: it was never accepted here, or it has been removed.")
+        raise UnknownRun.of(run_id)
     return row
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
 
-from backcast.ledger import ended, lanes
+from backcast.ledger import attempts, ended, lanes
 from backcast.ledger.connection import Ledger
-from backcast.models import JSON, Problem
+from backcast.models import JSON, Problem, Tried
 
 LONGEST_DELAY = 365 * 24 * 3600
 """Seconds: a longer delay, or one that is no number, counts as this one."""
@@ -40,6 +40,32 @@ class Settlement:
     """By how many attempts the run has come on: 0 when this one does not count, as it was released or has not really
     started; more than one when retries followed at once."""
     retries_used: int = 0
+    has_started: bool = True
+    """Whether code of the task may have been executed."""
+    traceback: str = ""
+    earlier: Sequence[Tried] = ()
+    """The attempts of this claim that were followed by another at once: the latest of them."""
+
+    def reports(self) -> str | None:
+        """For `attempts`: on all that did not succeed; None after an attempt that did, at once."""
+        if self.state == "completed" and self.counts <= 1:
+            return None
+        last: dict[str, JSON] | None = None
+        counts = self.counts
+        if self.state == "queued" and self.error is None:
+            last = {"outcome": "released", "counts": False} if self.has_started else None
+        elif self.state == "completed":
+            counts -= 1
+        elif counts > 0:
+            counts -= 1
+            last = {"outcome": "cancelled"}
+            if self.error is not None:
+                otherwise = "failed" if self.state == "failed" else "retrying"
+                last = {"outcome": attempts.outcome(self.error, otherwise), "error": self.error.model_dump()}
+        if last is not None:
+            given = {"traceback": self.traceback, "retry_delay": self.delay, "usage": self.usage}
+            last |= {name: value for name, value in given.items() if value}
+        return attempts.reports(last, self.earlier, left_out=counts - len(self.earlier))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +87,7 @@ _MOVED = ended.moved(
     result_key="case when cancel_requested_at is null then result_key end",
     error="coalesce(new_error, error)",
     usage=_ADDED.format(old="usage", new="new_usage"),
+    attempts="all_attempts",
     attempts_used="attempts_used + counts",
     retries_used="retries",
     returning="id, fence, state, pool, '' as route",
@@ -74,24 +101,26 @@ _MOVED = ended.moved(
 _SETTLE = f"""
 sent as materialized (
   select * from unnest($2::uuid[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::json[], $8::json[],
-                       $9::float8[], $10::int[], $11::int[], $12::text[], $13::text[])
-       as d(id, fence, state, result, result_key, error, usage, delay, counts, retries, flight, route)),
+                       $9::float8[], $10::int[], $11::int[], $12::text[], $13::text[], $14::json[])
+       as d(id, fence, state, result, result_key, error, usage, delay, counts, retries, flight, route, reports)),
 mine as materialized (
   select id, fence, cancel_requested_at is not null as is_cancelled from runs
    where id = any($2::uuid[]) and worker_id = $1 and state = 'running' {{locked_first}} order by id for update),
 judged as materialized (
-  select d.*, m.is_cancelled or d.state in ('completed', 'failed') as ends
+  select d.*, m.is_cancelled or d.state in ('completed', 'failed') as ends,
+         coalesce(reports, case when m.is_cancelled and d.counts > 0 then {attempts.CANCELLED} end) as all_reports
     from mine m join sent d on d.id = m.id and d.fence = m.fence),
 gone as (
   delete from runs r using judged d where r.id = d.id and r.id = any(array(select id from judged where ends))
   returning r.*, d.state as sent, d.result, d.result_key, d.error as new_error, d.usage as new_usage, d.counts,
-            d.retries),
+            d.retries, {attempts.extended("d.all_reports")} as all_attempts),
 {_MOVED},
 kept as (
   update runs r set
       state = case when d.state = 'queued' and d.counts > 0 and r.promoted then 'held' else d.state end,
       error = coalesce(d.error, r.error),
       usage = {_ADDED.format(old="r.usage", new="d.usage")},
+      attempts = {attempts.extended("d.all_reports")},
       run_at = case when d.state = 'scheduled' and d.route = ''
                     then now() + make_interval(secs => least(greatest(d.delay, 0), {LONGEST_DELAY})) else r.run_at end,
       parked_at = case when d.state = 'scheduled' and d.route <> '' then now() end,
@@ -108,7 +137,7 @@ _SETTLE_FREE = f"with {_SETTLE.format(locked_first='')} {_SETTLED}"
 
 # For runs that are counted in lanes: their lanes' rows are locked first, by name, as everywhere, then the runs.
 _SETTLE_COUNTED = f"""
-with lane as materialized (select name from lanes where name = any($14::text[]) order by name for update),
+with lane as materialized (select name from lanes where name = any($15::text[]) order by name for update),
 {_SETTLE.format(locked_first="and (select count(*) from lane) >= 0")},
 freed as (
   update lanes set promoted = greatest(lanes.promoted - n, -1000000000)
@@ -155,6 +184,7 @@ async def _settle(ledger: Ledger, worker_id: UUID, settlements: Sequence[Settlem
         [e.retries_used for e in settlements],
         [e.flight for e in settlements],
         [e.route for e in settlements],
+        [e.reports() for e in settlements],
     ]
     if counted:
         rows = await ended.fetch(ledger, _SETTLE_COUNTED, *values, sorted(counted))

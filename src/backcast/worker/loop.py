@@ -347,7 +347,9 @@ class Worker:
         if settlement is None:
             self._drop(claim.id, claim.fence)
         else:
-            self._settler.put(replace(settlement, usage=attempt.usage) if attempt.usage else settlement)
+            if attempt.usage or attempt.tried:
+                settlement = replace(settlement, usage=attempt.usage, earlier=attempt.tried)
+            self._settler.put(settlement)
 
     async def _settlement(self, held: _Claimed, attempt: Attempt) -> Settlement | None:
         """However storing the value fails, the run is settled: its lease would never end."""

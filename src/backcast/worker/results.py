@@ -36,10 +36,10 @@ def stopped(claim: Claim, reason: Reason | None, retries: int) -> Settlement | N
         case "cancelled":  # the ledger sees the request and makes the run cancelled
             return _failed(claim, None, retries)
         case "released" | None:
-            return released(claim.id, claim, retries)
+            return released(claim.id, claim, retries, has_started=True)
 
 
-def released(run_id: UUID, held: Claim | Held, retries: int | None = None) -> Settlement:
+def released(run_id: UUID, held: Claim | Held, retries: int | None = None, *, has_started: bool = False) -> Settlement:
     """The run is ready again at once, as if this worker had never claimed it, but for the retries that it has made."""
     retries = held.retries_used if retries is None else retries
     return Settlement(
@@ -49,16 +49,18 @@ def released(run_id: UUID, held: Claim | Held, retries: int | None = None) -> Se
         state="queued",
         counts=retries - held.retries_used,
         retries_used=retries,
+        has_started=has_started,
     )
 
 
-def _failed(claim: Claim, error: Problem | None, retries: int) -> Settlement:
+def _failed(claim: Claim, error: Problem | None, retries: int, traceback: str = "") -> Settlement:
     return Settlement(
         id=claim.id,
         fence=claim.fence,
         lane=claim.lane,
         state="failed",
         error=error,
+        traceback=traceback,
         counts=1 + retries - claim.retries_used,
         retries_used=retries,
     )
@@ -79,11 +81,11 @@ class Results:
         match attempt.result:
             case None:
                 return stopped(claim, reason, attempt.retries)
-            case Failed(problem):
-                return _failed(claim, problem, attempt.retries)
+            case Failed(problem, traceback):
+                return _failed(claim, problem, attempt.retries, traceback)
             case Retry(problem, counts=True) if claim.losses + 1 >= claim.max_attempts:
                 return _failed(claim, problem, attempt.retries)
-            case Retry(problem, delay, retries, behind, route, counts):
+            case Retry(problem, delay, retries, behind, route, counts, traceback):
                 return Settlement(
                     id=claim.id,
                     fence=claim.fence,
@@ -93,6 +95,7 @@ class Results:
                     flight=behind,
                     route=route,
                     error=problem,
+                    traceback=traceback,
                     retries_used=retries,
                     counts=retries - claim.retries_used + counts,
                 )

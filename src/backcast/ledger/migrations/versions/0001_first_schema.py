@@ -38,6 +38,7 @@ _RUN = """
         error         json,
         usage         json,
         progress      json,                          -- as its task has reported it last
+        attempts      json,                          -- the newest that did not succeed: see ledger/attempts.py
         metadata      json not null,
         created_at    timestamptz not null default now(),
         started_at    timestamptz,
@@ -110,17 +111,17 @@ def upgrade() -> None:
     create view all_runs as
         select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
-               error, usage, progress, metadata, created_at, started_at, null::text as result,
+               error, usage, progress, attempts, metadata, created_at, started_at, null::text as result,
                null::text as result_key, null::timestamptz as finished_at from runs
         union all
         select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
-               error, usage, progress, metadata, created_at, started_at, result, result_key, finished_at
+               error, usage, progress, attempts, metadata, created_at, started_at, result, result_key, finished_at
           from ended
         union all
         select id, task, pool, owner, lane, batch_id, retry_of, priority, state, run_at, deadline, fence, attempts_used,
                retries_used, max_attempts, worker_id, lost_fence, cancel_requested_at, signature, input, input_key,
-               error, usage, progress, metadata, created_at, started_at, result, result_key, finished_at
+               error, usage, progress, attempts, metadata, created_at, started_at, result, result_key, finished_at
           from ended_late;
 
     -- The lowest id of a day, in UTC: the first 48 bits of an id are its milliseconds since 1970.

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import BaseModel, SecretStr, TypeAdapter
@@ -46,6 +46,9 @@ class Assignment(BaseModel):
     """Runs that it may be given at once."""
     max_result: int
     log_level: str
+    log_format: Literal["text", "json"]
+    worker: str
+    """The id of the worker, for log lines."""
     prefect: Prefect
     model: Model
 

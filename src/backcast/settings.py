@@ -379,7 +379,9 @@ class Settings(BaseSettings):
     max_result: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest result, in bytes of JSON."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe messages that backcast itself logs."""
+    """The least severe messages that backcast itself logs; the API logs each request as info."""
+    log_format: Literal["text", "json"] = "text"
+    """How log lines look. Each has a time and a level and, if it is about a run, the run, its task and its worker."""
 
     @classmethod
     def settings_customise_sources(

@@ -425,3 +425,35 @@ def test_the_api_never_imports_prefect_marvin_or_the_workers_side() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     for name in ("prefect", "marvin", "pydantic_ai", "openai", "xllamacpp", "backcast.executor", "backcast.worker"):
         assert name not in loaded
+
+
+async def test_one_line_a_request_names_route_status_run_and_key(
+    ledger: Ledger, store: Store, worker: UUID, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "backcast.access")
+    app = create_app(ledger, store, Api(keys=["a-secret-key-of-ours"]))  # type: ignore[list-item]
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        with_key = {"Authorization": "Bearer a-secret-key-of-ours"}
+        body = {"input": {"value": "private"}}
+        run = (await client.post("/v1/tasks/echo/runs", json=body, headers=with_key)).json()
+        await client.get(f"/v1/runs/{run['id']}", headers=with_key)
+        await client.get("/v1/tasks/somebody%2Fprivate", headers=with_key)
+        await client.get("/v1/runs")
+        await client.get("/nowhere/private", headers=with_key)
+        await client.get("/livez")
+        await client.get("/readyz")
+    lines = [record.__dict__["fields"] for record in caplog.records if record.name == "backcast.access"]
+    keys = {line["key"] for line in lines}
+    assert [(line["method"], line["route"], line["status"], line["run"]) for line in lines] == [
+        ("POST", "/v1/tasks/{name}/runs", 202, run["id"]),
+        ("GET", "/v1/runs/{run_id}", 200, run["id"]),
+        ("GET", "/v1/tasks/{name}", 404, None),
+        ("GET", "(no route)", 401, None),
+        ("GET", "(no route)", 404, None),
+    ]
+    assert all(line["ms"] > 0 for line in lines)
+    assert keys == {lines[0]["key"], None}
+    assert len(lines[0]["key"]) == 8
+    assert "secret" not in caplog.text
+    assert "private" not in caplog.text

@@ -63,10 +63,9 @@ async def test_the_tokens_of_failed_attempts_are_counted_and_the_log_names_the_r
     )
     assert "'many' is not of type 'integer'" in str(status["message"])
     log = product.parts[1].text
-    assert f"run {run['id']} of create_structured_output has failed: model_answer_invalid" in log
-    assert f"run {run['id']} of create_structured_output: Task run failed" in log, (
-        "Prefect's own line, before the retry"
-    )
+    assert f"the run has failed: model_answer_invalid run={run['id']} task=create_structured_output" in log
+    lines = [line for line in log.splitlines() if f"run={run['id']} task=create_structured_output worker=" in line]
+    assert any("Task run failed" in line for line in lines), "Prefect's own line, before the retry"
     assert "Failed to write result" not in log
 
 

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from backcast import __version__
 from backcast.api import (
+    access,
     again,
     attempts,
     auth,
@@ -71,6 +72,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         app.add_middleware(origins.CrossOrigin, origins=limits.cors_origins)
     if limits.prefix:
         app.add_middleware(Prefix, prefix=limits.prefix)
+    app.add_middleware(access.LogRequests)
     openapi.describe(app)
     problems.install(app)
     nouns = (tasks, runs, again, attempts, batches, events, lanes, levers, health, problems, docs)

@@ -8,6 +8,7 @@ from pydantic import SecretStr
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from backcast.api import problems
+from backcast.api.access import SEEN
 from backcast.errors import Unauthorized
 
 OPEN = ("/livez", "/readyz", "/docs", "/openapi.json", "/problems")
@@ -35,7 +36,10 @@ class RequireKey:
         kind, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         digest = _digest(shown.strip())
         # Every key is compared, in a time that reveals nothing about any of them.
-        return (kind.lower() == b"bearer") & (sum(hmac.compare_digest(digest, key) for key in self._keys) > 0)
+        is_known = (kind.lower() == b"bearer") & (sum(hmac.compare_digest(digest, key) for key in self._keys) > 0)
+        if is_known and (seen := scope.get(SEEN)) is not None:
+            seen.key = digest.hex()[:8]
+        return is_known
 
 
 def _digest(key: bytes) -> bytes:

@@ -20,7 +20,7 @@ VERIFY = 3.0
 
 def main(settings: Settings) -> None:
     """Serve the API until SIGTERM or SIGINT; requests that are being answered are finished first."""
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     ledger = Ledger.of(settings.database, name="backcast-api")
     with contextlib.suppress(LedgerUnavailable, TimeoutError):  # a database that is away may come later
         asyncio.run(asyncio.wait_for(ledger.verify(), VERIFY))

@@ -14,6 +14,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from backcast import names
+from backcast.api.access import SEEN
 from backcast.errors import FieldError, InvalidInput
 
 
@@ -31,6 +32,8 @@ class Route(APIRoute):
         return match, child
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (seen := scope.get(SEEN)) is not None:
+            seen.route, seen.run = self.path_format, scope["path_params"].get("run_id")
         if scope["query_string"]:
             self._check(scope["query_string"])
         if scope["method"] == "HEAD" and self._gets:

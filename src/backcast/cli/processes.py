@@ -74,7 +74,8 @@ def model() -> None:
     from backcast.local import model_server, weights
     from backcast.process.logs import configure_logging
 
-    configure_logging((everything := _settings()).log_level)
+    everything = _settings()
+    configure_logging(everything.log_level, everything.log_format)
     settings = everything.model
     if settings.weights is None and weights.find(settings.cache, weights.MODELS[settings.size]) is None:
         logging.getLogger("backcast.model").info("downloading the model's file to %s", settings.cache)

@@ -20,6 +20,7 @@ from backcast.executor.executor import Executor
 from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, Tried
+from backcast.process import logs
 from backcast.process.channel import Channel, Message
 from backcast.process.marks import Marks
 from backcast.protocol import Attempt
@@ -75,6 +76,7 @@ class Jobs:
 
     async def _attempt(self, message: Message) -> None:
         run = UUID(bytes=message.id)
+        logs.RUN.set((run, message.meta.decode()))
         reports = RunReports(message.id, self._channel, lambda: self._retries.get(message.id, 0))
         with llm.metered() as used, reporting_to(reports):
             result = await self._result(message, run)

@@ -177,7 +177,7 @@ def main() -> None:
     if os.getppid() != supervisor:
         return
     assignment = Assignment.model_validate_json(given.body)
-    configure_logging(assignment.log_level)
+    configure_logging(assignment.log_level, assignment.log_format, worker=assignment.worker)
     os.environ.update(assignment.prefect.environment())
     try:
         _run(end, assignment, Marks(marks_fd, assignment.slots))

@@ -23,11 +23,13 @@ DELAYS = (0.5, 1, 2, 5, 30)
 """Seconds before a restart, after one, two, … deaths within a minute; the last is for a process with little hope."""
 LONGEST = 1 << 20
 """Bytes of a line that are shown; the log file has all of it."""
+_TIME = re.compile(r"^[\d-]{10}T[\d:.]{12}Z ")
 _OURS = r"(?!Traceback|During handling|The above exception|\s)"  # of a traceback, only the last line
 _WORTH = {  # the lines of a process that a person sees; its log file has them all
     "postgres": r".*(WARNING|ERROR|PANIC|FATAL): (?!.*(starting up|shutting down|not yet acc|administrator command))",
     "prefect": r".*\b(ERROR|CRITICAL)\b",
     "model": r"ERROR|WARNING",
+    "api": _OURS + r"(?!INFO +[A-Z]+ [/(])",  # requests
     # Before Prefect is up these are normal.
     "worker": _OURS + r"(?!.*(Prefect (can't be reached|is back)|Error logging to API))",
     "steward": _OURS + r"(?!.*(Prefect (can't be reached|is back)|can't (publish new|reconcile|remove old) history))",
@@ -126,6 +128,7 @@ class Child:
 
         def take(line: str) -> None:
             last.append(line)
+            line = _TIME.sub("", line)
             if worth.match(line):
                 self.show(self.name, line.removeprefix("INFO").lstrip(), "")
 

@@ -48,5 +48,5 @@ async def _serve(settings: Settings) -> None:
 
 def main(settings: Settings) -> None:
     """Run a steward until SIGTERM or SIGINT."""
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     asyncio.run(_serve(settings))

@@ -45,8 +45,8 @@ TOO_LARGE = Problem(
 
 
 class Executors:
-    def __init__(self, settings: Settings, store: Store, registry: CollectorRegistry) -> None:
-        self._settings, self._store = settings, store
+    def __init__(self, settings: Settings, store: Store, registry: CollectorRegistry, worker_id: UUID) -> None:
+        self._settings, self._store, self._worker = settings, store, worker_id
         worker = settings.worker
         count = min(worker.processes, worker.slots)
         self._seats: list[Child | None] = [None] * count
@@ -205,6 +205,8 @@ class Executors:
                 slots=slots,
                 max_result=settings.max_result,
                 log_level=settings.log_level,
+                log_format=settings.log_format,
+                worker=str(self._worker),
                 prefect=settings.prefect,
                 model=settings.model,
             ),

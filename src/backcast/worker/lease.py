@@ -18,7 +18,7 @@ from backcast.errors import LedgerUnavailable
 from backcast.ledger import fleet
 from backcast.ledger.connection import Ledger
 from backcast.ledger.fleet import Beat
-from backcast.models import TaskType, uuid7
+from backcast.models import TaskType
 from backcast.process import background
 from backcast.process.outages import Outage
 from backcast.settings import Settings
@@ -55,11 +55,12 @@ class Lease:
         settings: Settings,
         ledger: Ledger,
         types: list[TaskType],
+        worker_id: UUID,
         *,
         report: Callable[[], Heartbeat],
         acknowledged: Callable[[Heartbeat, Beat], None],
     ) -> None:
-        self.id = uuid7()
+        self.id = worker_id
         self._settings, self._ledger, self._types = settings, ledger, types
         self._report, self._acknowledged = report, acknowledged
         self._length = settings.lease.total_seconds()

@@ -24,6 +24,7 @@ from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Failed, Problem, Reason
 from backcast.process import background
+from backcast.process.logs import RUN
 from backcast.process.outages import Outage
 from backcast.process.stop import Stop
 from backcast.protocol import Attempt
@@ -84,13 +85,21 @@ def _farthest(cursor: int, owners: list[int]) -> int:
 
 class Worker:
     def __init__(
-        self, settings: Settings, ledger: Ledger, store: Store, executors: Executors, registry: CollectorRegistry
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        store: Store,
+        executors: Executors,
+        registry: CollectorRegistry,
+        worker_id: UUID,
     ) -> None:
         """The executors have been started: it is known which tasks they serve."""
         self._settings = settings
         self._ledger = ledger
         self._store = store
-        self._lease = Lease(settings, ledger, executors.types, report=self._report, acknowledged=self._acknowledged)
+        self._lease = Lease(
+            settings, ledger, executors.types, worker_id, report=self._report, acknowledged=self._acknowledged
+        )
         self._results = Results(store, settings)
         self._executors = executors
         self._execution = Execution(ledger, store, executors, worker_id=self._lease.id)
@@ -324,6 +333,7 @@ class Worker:
 
     async def _work(self, held: _Claimed) -> None:
         claim = held.claim
+        RUN.set((claim.id, claim.task))
         attempt = Attempt(None, claim.retries_used)
         try:
             attempt = await self._execution.attempt(claim)
@@ -331,7 +341,7 @@ class Worker:
             if held.work is not None:
                 held.work.uncancel()
         except Exception:
-            log.exception("run %s could not be executed", claim.id)
+            log.exception("the run could not be executed")
             attempt = Attempt(_BUG, claim.retries_used)
         finally:
             held.is_executing = False
@@ -343,7 +353,7 @@ class Worker:
         await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
         settlement = await self._settlement(held, attempt)
         if isinstance(attempt.result, Failed):  # its detail may quote the caller's data
-            log.info("run %s of %s has failed: %s", claim.id, claim.task, attempt.result.problem.code)
+            log.info("the run has failed: %s", attempt.result.problem.code)
         if settlement is None:
             self._drop(claim.id, claim.fence)
         else:
@@ -356,7 +366,7 @@ class Worker:
         try:
             return await self._results.settlement(held.claim, attempt, held.reason)
         except Exception:
-            log.exception("the result of run %s could not be stored", held.claim.id)
+            log.exception("the result of the run could not be stored")
             return await self._results.settlement(held.claim, Attempt(_BUG, attempt.retries))
 
     async def _recorded(self, batch: Collection[Settlement]) -> None:

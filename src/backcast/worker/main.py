@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from backcast.errors import Unavailable
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
+from backcast.models import uuid7
 from backcast.process import background, orphans, privacy
 from backcast.process.logs import configure_logging
 from backcast.process.probes import probes
@@ -26,7 +27,9 @@ async def _serve(settings: Settings) -> None:
     store = open_store(settings.store)
     # One for claims and one for settlements; with those for heartbeats and for notifications, four.
     ledger = Ledger.of(settings.database, name="backcast-worker", pool=2)
-    executors = Executors(settings, store, registry)
+    worker_id = uuid7()
+    configure_logging(settings.log_level, settings.log_format, worker=worker_id)
+    executors = Executors(settings, store, registry, worker_id)
     worker: Worker | None = None
 
     async def ready() -> None:
@@ -45,7 +48,7 @@ async def _serve(settings: Settings) -> None:
         host, port = settings.worker.host, settings.worker.port
         async with probes(host, port, setting="BACKCAST_WORKER__PORT", ready=ready, registry=registry):
             if await _started(executors, stop):
-                worker = Worker(settings, ledger, store, executors, registry)
+                worker = Worker(settings, ledger, store, executors, registry, worker_id)
                 await worker.run(stop)
     finally:
         for task in others:
@@ -82,5 +85,4 @@ def main(settings: Settings) -> None:
         raise ModuleNotFoundError("No module named 'prefect'", name="prefect")
     privacy.hide()
     orphans.adopt()
-    configure_logging(settings.log_level)
     uvloop.run(_serve(settings))

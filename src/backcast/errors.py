@@ -11,6 +11,7 @@
     │   │   ├── UnknownTask             └── HeadTooLarge        431
     │   │   ├── UnknownRun
     │   │   ├── UnknownBatch
+    │   │   ├── UnknownOperation
     │   │   ├── UnknownLane
     │   │   ├── UnknownPool
     │   │   └── UnknownWorker
@@ -151,6 +152,11 @@ class UnknownRun(NotFound):
 class UnknownBatch(NotFound):
     code = "unknown_batch"
     title = "There is no such batch"
+
+
+class UnknownOperation(NotFound):
+    code = "unknown_operation"
+    title = "There is no such operation"
 
 
 class UnknownLane(NotFound):

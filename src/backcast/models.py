@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    Strict,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -383,6 +384,77 @@ class Batch(_Noun):
     created_at: datetime
     states: dict[State, int] = {}
     """The number of its runs in each state; removed runs are not counted."""
+
+
+class Selection(_Noun):
+    """The runs that match every filter which is set."""
+
+    state: State | None = None
+    task: Name | None = None
+    owner: Name | None = None
+    batch: UUID | None = None
+
+
+FILTERS = tuple(Selection.model_fields)
+
+
+class _Many(_Noun):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [{"required": [name], "not": {"properties": {name: {"type": "null"}}}} for name in FILTERS]
+        }
+    )
+
+    task: Name | None = None
+    owner: Name | None = None
+    batch: UUID | None = None
+    dry_run: Annotated[bool, Strict()] = False
+    """Only count the runs that match."""
+
+
+class RetryMany(_Many):
+    """The ended runs to be repeated: those that match every filter which is set, at least one."""
+
+    state: Literal["completed", "failed", "cancelled", "expired"] | None = None
+    """None: failed and expired."""
+
+
+class CancelMany(_Many):
+    """The runs to be cancelled: those that match every filter which is set, at least one."""
+
+    state: Literal["queued", "running"] | None = None
+    """None: both."""
+
+
+class Matched(_Noun):
+    """The answer to a dry run."""
+
+    runs: int
+    """Runs that match at this moment."""
+    more: bool
+    """There are, or may be, more of them: `runs` is exact up to 100,000."""
+
+
+class Operation(_Noun):
+    """What is being done with many runs, a page after the other: ask again to see how far it has come."""
+
+    id: UUID
+    kind: Literal["retry", "cancel"]
+    state: Literal["running", "completed", "cancelled"]
+    """Cancelled: it was stopped; what it had done stays done."""
+    filter: Selection
+    batch_id: UUID | None = None
+    """The batch of the runs that it makes, for the retry of a batch."""
+    done: int
+    """Runs that are repeated; or cancelled, or asked to stop."""
+    skipped: int
+    """Retry: runs that were removed before their turn. Cancel: runs that something else was changing; it comes back to
+    them before it is completed."""
+    failed: int
+    """Runs that can't be repeated, because their large input is no longer stored."""
+    created_at: datetime
+    """Runs that were submitted, or have ended, after this time are left alone: by a cancel, or by a retry."""
+    finished_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,8 @@ NOBODYS: list[LiteralString] = [
 REFUSED: dict[str, list[LiteralString]] = {
     "api": [
         "delete from backcast.ended",
+        "delete from backcast.retries",
+        "update backcast.operations set done = 9",
         "update backcast.ended set result = '1'",
         "select backcast.drop_retired()",
         "delete from backcast.lanes",
@@ -111,9 +113,11 @@ REFUSED: dict[str, list[LiteralString]] = {
         "select result from backcast.all_runs",
         "select owner, metadata from backcast.all_runs",
         "select * from backcast.batches",
+        "select * from backcast.operations",
     ],
     "steward": [
-        "insert into backcast.runs default values",
+        "insert into backcast.runs (worker_id) values (null)",
+        "update backcast.operations set filter = '{}'",
         "update backcast.ended set result = '1'",
         "update backcast.runs set fence = 9",
         "delete from backcast.lanes",

@@ -111,7 +111,7 @@ class _Reader:
         body = in_json(found.input)
         self._last = max(uuid7().int, self._last + 1)
         run_id = UUID(int=self._last)
-        large = f"inputs/{run_id}.json" if len(body) > submissions.INLINE_INPUT else None
+        large = submissions.input_key(run_id) if len(body) > submissions.INLINE_INPUT else None
         if large is not None:
             await self._store(large, body)
         self.rows.append(

@@ -33,6 +33,7 @@ _LINKS = {
         "/v1/runs/{run_id}/attempts",
         "/tasks/{run_id}/status",
     ),
+    "operation_id": ("/v1/operations/{operation_id}", "/v1/operations/{operation_id}/cancel"),
     "batch_id": (
         "/v1/batches/{batch_id}",
         "/v1/batches/{batch_id}/results",
@@ -44,6 +45,8 @@ _MAKES = {
     "/v1/tasks/{name}/runs": ("run_id", "id"),
     "/tasks": ("run_id", "task_run_id"),
     "/v1/batches": ("batch_id", "id"),
+    "/v1/runs/retry": ("operation_id", "id"),
+    "/v1/runs/cancel": ("operation_id", "id"),
 }
 """The routes that make something: the parameter by which others find it, and the field of the answer that has it."""
 

@@ -34,6 +34,7 @@ from backcast.errors import (
     Unauthorized,
     Unavailable,
     UnknownBatch,
+    UnknownOperation,
     UnknownRun,
 )
 from backcast.models import Name
@@ -104,6 +105,8 @@ def install(app: FastAPI) -> None:
             return respond(UnknownRun("A run id is a UUID: use the one that the submission returned."))
         if fields[0]["loc"][:2] == ("path", "batch_id"):
             return respond(UnknownBatch("A batch id is a UUID: use the one that the submission returned."))
+        if fields[0]["loc"][:2] == ("path", "operation_id"):
+            return respond(UnknownOperation("An operation id is a UUID: use the one that the request returned."))
         where = tuple(FieldError("/".join(map(str, field["loc"])), field["msg"]) for field in fields)
         return respond(InvalidInput(f"{where[0].pointer}: {where[0].detail}.", errors=where))
 

@@ -133,7 +133,7 @@ async def submit(
         if key is None or not await submissions.has_key(backend.ledger, submission.owner, key):
             raise
     run_id = uuid7()
-    large = f"inputs/{run_id}.json" if len(body) > submissions.INLINE_INPUT else None
+    large = submissions.input_key(run_id) if len(body) > submissions.INLINE_INPUT else None
     until = None
     if large is not None:
         until = await submissions.stored_until(backend.ledger)

@@ -10,7 +10,7 @@ import asyncpg
 from backcast.errors import IdempotencyConflict, InvalidInput, UnknownBatch
 from backcast.ledger import ended, lanes, reading, waiting
 from backcast.ledger.connection import REFUSED, Ledger
-from backcast.ledger.runs import outside
+from backcast.ledger.runs import CANCELLED, outside
 from backcast.ledger.submissions import INSERT, New, columns, too_late
 from backcast.models import Batch, Problem, State
 from backcast.process.outages import backoff
@@ -134,9 +134,7 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
         after = rows[-1]["id"]
 
 
-# The bulk form of the statement that cancels one run, with the same order of locks: lanes by name, then runs. Other
-# statements, which lock many runs, are claiming or settling the locked ones: those are skipped, so that the two
-# statements never wait for each other, and tried again.
+# The bulk form of the statement that cancels one run, with the same order of locks: see `runs.CANCELLED`.
 _CANCEL = f"""
 with due as materialized (
   select id, lane from runs where batch_id = $1 and id > $2 and cancel_requested_at is null order by id limit $3),
@@ -145,11 +143,7 @@ lane as materialized (
 mine as materialized (
   select id, state = 'running' as runs from runs
    where id = any(array(select id from due)) and (select count(*) from lane) >= 0 for update skip locked),
-asked as (
-  update runs set cancel_requested_at = now() where id = any(array(select id from mine where runs)) returning id),
-gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
-{ended.moved(state="'cancelled'", cancel_requested_at="now()")},
-{lanes.FREED}
+{CANCELLED}
 select (select count(*) from due) as due, (select max(id::text)::uuid from due) as last,
        (select count(*) from asked) + (select count(*) from moved) as cancelled,
        array(select name from freed) as freed"""  # noqa: S608  # constants

@@ -17,6 +17,11 @@ _MOVED = "state, error, promoted, pool, route, parked_at"
 """What the dispatch of due runs, a route or an unusable row changes: every worker and steward does that."""
 _PAUSES = "select, update (complete), delete"
 _WRITTEN = "id, fence, state, pool"
+_REPEATED = (
+    "id, task, pool, owner, lane, batch_id, retry_of, priority, state, max_attempts, signature, input, input_key,"
+    " metadata"
+)
+"""What the retry of many runs takes over from each."""
 _COUNTED = "promoted, refilled_at, tokens, served"
 """What a promotion, or the end of a promoted run, changes in its lane."""
 
@@ -29,8 +34,11 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "make_partitions(date,date)": "execute",
         "all_runs": "select",
         "ended": "select, insert",
+        "ended_completed": "select",
         "ended_late": "select, insert",
+        "ended_otherwise": "select",
         "idempotency_keys": "select, insert, delete, update (key)",
+        "operations": "select, insert, update (idem_key, state, finished_at)",
         "pauses": "select, insert, update (reason, by, since, until, release, complete), delete",
         "retries": "select, insert",
         "runs": "select, insert, delete, update (state, promoted, parked_at, cancel_requested_at)",
@@ -69,9 +77,11 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "ended_late": "select, insert, delete",
         "ended_otherwise": "select, delete",
         "idempotency_keys": "select, delete, update (key)",
+        "operations": "select, delete, update (cursor, done, skipped, failed, state, finished_at)",
         "pauses": _PAUSES,
-        "retries": "select, delete",
-        "runs": f"select, delete, maintain, update ({_MOVED}, attempts_used, attempts, lost_fence)",
+        "retries": "select, insert, delete",
+        "runs": f"select, insert ({_REPEATED}), delete, maintain,"
+        f" update ({_MOVED}, attempts_used, attempts, lost_fence, cancel_requested_at)",
         "task_types": "select, delete, update (seen_at)",
         "workers": "select, delete",
     },

@@ -180,6 +180,16 @@ freed as (
 select c.*, (select count(*) from freed) as freed from (select * from asked union all select * from moved) c"""  # noqa: S608
 
 
+CANCELLED = f"""asked as (
+  update runs set cancel_requested_at = now() where id = any(array(select id from mine where runs)) returning id),
+gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
+{ended.moved(state="'cancelled'", cancel_requested_at="now()")},
+{lanes.FREED}"""  # noqa: S608  # constants
+"""SQL: the common table expressions that cancel the many runs in `mine`, after their lanes were locked, by name. Other
+statements that lock many runs are claiming or settling locked ones: `mine` skips those, so that neither waits for the
+other, and the caller comes back to them."""
+
+
 async def cancel(ledger: Ledger, run_id: UUID) -> Run:
     """Cancel a run, or ask a running one to stop; a run that has ended stays as it is. Raises `UnknownRun`."""
     rows = await ended.fetch(ledger, _CANCEL, run_id)

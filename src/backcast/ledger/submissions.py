@@ -104,6 +104,11 @@ def columns(rows: Sequence[New]) -> list[Any]:
     return [*values, min((each for each in until if each is not None), default=None)]
 
 
+def input_key(run_id: UUID) -> str:
+    """The key of a large input; the orphan sweep knows the run by it."""
+    return f"inputs/{run_id}.json"
+
+
 async def stored_until(ledger: Ledger) -> datetime:
     """Asked before an input is stored: the run must be recorded by then. Both times are the database's, so no clock of
     ours matters, nor for how long this process is stopped in between."""

@@ -28,6 +28,7 @@ from backcast.process import background
 from backcast.process.outages import Outage
 from backcast.settings import Settings
 from backcast.steward.failure_detector import ROUND, FailureDetector
+from backcast.steward.operations import Operations
 from backcast.steward.pods import Pods
 from backcast.steward.retention import Retention, expire_history
 from backcast.store import Store
@@ -43,6 +44,8 @@ MARK_EVERY = 5.0
 ROUTE_EVERY = 5.0
 FOLLOW_EVERY = 20.0
 """Seconds at first, see `routing.follow`."""
+OPERATE_EVERY = 1.0
+"""Seconds; without an operation it is one probe of an empty index."""
 REMOVE_WORKERS_EVERY = 60.0
 REMOVE_WORKERS_AFTER = timedelta(hours=1)
 
@@ -166,6 +169,7 @@ class Steward:
             ),
             ("fail runs that no worker can do", self._fail_late, ROUTE_EVERY),
             ("move runs with their tasks", self._follow, FOLLOW_EVERY),
+            ("repeat or cancel many runs", Operations(self._ledger, self._store), OPERATE_EVERY),
             ("remove old tasks", partial(task_types.remove_unseen, self._ledger, self._settings.keep_tasks), every),
             (
                 "apply retention",

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 from backcast.errors import LedgerUnavailable
 from backcast.history.sink import Sink
-from backcast.ledger import ended, events, maintenance
+from backcast.ledger import ended, events, maintenance, operations
 from backcast.ledger.connection import Ledger
 from backcast.steward import orphans
 from backcast.store import Store
@@ -50,6 +50,7 @@ class Retention:
             await maintenance.remove_empty_batches(self.ledger, self.keep)
             await maintenance.remove_retries_of_removed_runs(self.ledger, self.keep)
             await events.remove_of_removed_runs(self.ledger, self.keep)
+            await operations.remove_old(self.ledger, self.keep)
         if self.keep_keys is not None:
             await maintenance.remove_old_keys(self.ledger, self.keep_keys)
         elif self.keep is not None:

@@ -214,6 +214,27 @@ def upgrade() -> None:
     );
     create unique index batches_idempotency on batches (owner, idem_key) where idem_key is not null;
 
+    -- What is to be done with many runs, and how far the steward has come.
+    create table operations (
+        id           uuid primary key,
+        kind         text not null check (kind in ('retry', 'cancel')),
+        owner        text not null,                 -- of its idempotency key
+        idem_key     text,
+        request_hash bytea not null,
+        filter       json not null,
+        batch_id     uuid,                          -- of the runs that it makes
+        until        uuid not null,                 -- the last id that it looks at
+        cursor       uuid not null default '00000000-0000-0000-0000-000000000000',
+        state        text not null default 'running' check (state in ('running', 'completed', 'cancelled')),
+        done         integer not null default 0,
+        skipped      integer not null default 0,
+        failed       integer not null default 0,
+        created_at   timestamptz not null default now(),
+        finished_at  timestamptz
+    ) with (fillfactor = 50);
+    create unique index operations_idempotency on operations (owner, idem_key) where idem_key is not null;
+    create index operations_running on operations (id) where state = 'running';
+
     create table workers (
         id           uuid primary key,
         pool         text not null,

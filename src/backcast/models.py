@@ -37,6 +37,15 @@ JSON = Any
 WARNINGS = "x-warnings"
 """The keyword of an input schema with the warnings of its task type: an annotation, so the ledger keeps them there."""
 
+LOGS_KEPT = 10
+"""Attempts of a run whose logs are kept, the latest ones."""
+
+
+def log_key(run_id: UUID, fence: int) -> str:
+    """The key of the object with the log of an attempt, as JSON lines."""
+    return f"logs/{run_id}/{fence}.jsonl"
+
+
 CAST = "create_structured_output"
 """The name of the built-in task, as in Prefect's example."""
 

@@ -163,12 +163,21 @@ class Event(NamedTuple):
     retries: int
 
 
+class Line(NamedTuple):
+    """A line of a run's log."""
+
+    text: str
+    """A JSON object."""
+    retries: int
+
+
 class Reports(NamedTuple):
     """What the code of a run has reported since the message before."""
 
     progress: Progress | None
     """The newest."""
     events: list[Event]
+    lines: list[Line]
 
 
 def reports(run: bytes, given: Reports) -> Message:
@@ -176,5 +185,6 @@ def reports(run: bytes, given: Reports) -> Message:
 
 
 def reported(message: Message) -> Reports:
-    progress, events = json.loads(message.body)
-    return Reports(progress and Progress(*progress), [Event(*event) for event in events])
+    progress, events, lines = json.loads(message.body)
+    newest = None if progress is None else Progress(*progress)
+    return Reports(newest, [Event(*event) for event in events], [Line(*line) for line in lines])

@@ -1,10 +1,12 @@
 """Tasks of a user for the tests. Their side effects go to the folder that the worker was started in."""
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -327,3 +329,50 @@ async def deep(message: str, depth: int) -> None:
 
     calls[f"{name}{depth}"] = raises
     await calls[f"{name}0"](message)
+
+
+def _chatter(name: str, fails: int) -> int:
+    calls = _note(name)
+    log = logging.getLogger("tests.app")
+    log.debug("too fine")
+    log.info("call %d of %s", calls, name)
+    get_run_logger().info("by Prefect")
+    print("printed,", end=" ")
+    print("in parts")
+    print("to stderr", file=sys.stderr)
+    print("the token is", os.environ.get("APP_TOKEN"))
+    logging.getLogger("httpx").info("a request")
+    try:
+        raise LookupError("caught")
+    except LookupError:
+        log.exception("an error")
+    print("without an end", end="")
+    if calls <= fails:
+        raise TransientError(f"call {calls} of {name}")
+    return calls
+
+
+@task(retries=3, retry_delay_seconds=0.2)
+async def chatter(name: str, fails: int = 0) -> int:
+    return _chatter(name, fails)
+
+
+@task(retries=3, retry_delay_seconds=0)
+def chatter_in_a_thread(name: str, fails: int = 0) -> int:
+    return _chatter(name, fails)
+
+
+@task(log_prints=True)
+async def print_a_lot(lines: int, linger: str | None = None) -> None:
+    for n in range(lines):
+        print(f"line {n}")
+    if linger:
+        await _there(f"release-{linger}")
+
+
+@task
+async def log_and_die(name: str) -> None:
+    """Ends its process once what it has logged is on its way."""
+    print("the last words")
+    await _there(f"release-{name}")
+    os._exit(3)

@@ -28,6 +28,7 @@ _LINKS = {
         "/v1/runs/{run_id}/input",
         "/v1/runs/{run_id}/result",
         "/v1/runs/{run_id}/events",
+        "/v1/runs/{run_id}/logs",
         "/v1/runs/{run_id}/cancel",
         "/v1/runs/{run_id}/retry",
         "/v1/runs/{run_id}/attempts",

@@ -17,6 +17,7 @@ from uuid import UUID
 from backcast import llm, protocol
 from backcast.errors import FatalError, Unavailable, UsageError
 from backcast.executor.executor import Executor
+from backcast.executor.logs import logging_to
 from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, Tried
@@ -78,8 +79,8 @@ class Jobs:
         run = UUID(bytes=message.id)
         logs.RUN.set((run, message.meta.decode()))
         reports = RunReports(message.id, self._channel, lambda: self._retries.get(message.id, 0))
-        with llm.metered() as used, reporting_to(reports):
-            result = await self._result(message, run)
+        with llm.metered() as used, reporting_to(reports), logging_to(reports.log, reports.write):
+            result = await self._result(message, run, reports)
         reports.close()  # before the result: it is recorded in this order
         self._restore()
         if result is None and message.id not in self._asked:
@@ -90,12 +91,13 @@ class Jobs:
         tried = tuple(self._tried.get(message.id, ()))
         self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left, tried)))
 
-    async def _result(self, message: Message, run: UUID) -> AttemptResult | None:
+    async def _result(self, message: Message, run: UUID, reports: RunReports) -> AttemptResult | None:
         """None: it was stopped."""
 
         began = time.monotonic()
 
         def retried(count: int, why: Failed) -> None:
+            reports.retried()
             self._retries[message.id] = count
             self._marks.retried(message.id, count)
             tried = self._tried.setdefault(message.id, deque(maxlen=TRIED))

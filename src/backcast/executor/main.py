@@ -53,7 +53,7 @@ class _Process:
     async def serve(self, end: socket.socket) -> None:
         # Imported late: Prefect reads its settings when it is imported, and ours must be there first.
         from backcast import llm
-        from backcast.executor import capture, redaction, registry
+        from backcast.executor import capture, logs, redaction, registry
         from backcast.executor.executor import Executor
         from backcast.executor.jobs import Jobs
         from backcast.executor.objects import RemoteObjects
@@ -71,6 +71,7 @@ class _Process:
             for _, value in section
             if isinstance(value, SecretStr)
         )
+        logs.install()
         llm.connect(given.model)
         self._objects = objects = RemoteObjects(channel)
         tasks = registry.discover(given.tasks)

@@ -1,5 +1,5 @@
-"""Takes the values of known secrets out of texts about failures: the keys that the worker has, and what the environment
-of the tasks has under a name such as API_TOKEN. It can't know others.
+"""Takes the values of known secrets out of logs and of texts about failures: the keys that the worker has, and what the
+environment of the tasks has under a name such as API_TOKEN. It can't know others.
 """
 
 import os

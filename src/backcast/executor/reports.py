@@ -1,18 +1,21 @@
-"""Takes what the code of runs reports, from any thread, and sends it to the supervisor: the newest progress and all
-events, at most every 0.1 s. Decides how much an attempt may report.
+"""Takes what the code of runs reports, from any thread, and sends it to the supervisor: the newest progress, all events
+and all lines of its log, at most every 0.1 s. Decides how much an attempt may report.
 """
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from backcast import protocol
+from backcast.executor.redaction import redacted
 from backcast.executor.values import to_json
 from backcast.process.channel import Channel
-from backcast.protocol import Event, Progress, Reports
+from backcast.protocol import Event, Line, Progress, Reports
 from backcast.reporting import DROPPED
 from backcast.texts import storable
 
@@ -20,6 +23,8 @@ EVERY = 0.1
 """Seconds between two messages about a run."""
 MOST, MOST_BYTES, LARGEST = 1000, 256 * 1024, 32 * 1024
 """Events of an attempt, the bytes of their data in all, and of one."""
+MOST_LINES, MOST_LOGGED, LONGEST = 10_000, 1024 * 1024, 16 * 1024
+"""Lines of an attempt's log, the bytes of their messages in all, and the characters of one that are kept."""
 
 
 class RunReports:
@@ -33,6 +38,10 @@ class RunReports:
         self._progress: Progress | None = None
         self._events = list[Event]()
         self._count = self._bytes = self._dropped = 0
+        self._lines = list[Line]()
+        self._line_count = self._logged = self._lost = 0
+        self._unfinished = dict[str, str]()
+        """What was written to each stream since its last line break."""
         self._is_due = self._is_over = False
 
     def progress(self, fraction: float | None, message: str) -> None:
@@ -42,14 +51,53 @@ class RunReports:
         self._send_soon()
 
     def emit(self, kind: str, data: Any) -> None:
-        text = to_json(data, verb="emitted").decode()
+        body = to_json(data, verb="emitted")
         with self._lock:
-            if self._count >= MOST or len(text) > LARGEST or self._bytes + len(text) > MOST_BYTES:
+            if self._count >= MOST or len(body) > LARGEST or self._bytes + len(body) > MOST_BYTES:
                 self._dropped += 1
                 return
-            self._count, self._bytes = self._count + 1, self._bytes + len(text)
-            self._events.append(Event(storable(kind), text, time.time(), self._retries()))
+            self._count, self._bytes = self._count + 1, self._bytes + len(body)
+            self._events.append(Event(storable(kind), body.decode(), time.time(), self._retries()))
         self._send_soon()
+
+    def log(self, level: str, logger: str, text: str) -> None:
+        """Take a line of the run's log; it may have line breaks."""
+        with self._lock:
+            self._add_line(level, logger, text)
+        self._send_soon()
+
+    def write(self, stream: str, text: str) -> None:
+        """Take what is written to a stream: each line of it is one of the run's log."""
+        with self._lock:
+            *lines, rest = (self._unfinished.get(stream, "") + text).split("\n")
+            if len(rest) > LONGEST:
+                lines, rest = [*lines, rest], ""
+            self._unfinished[stream] = rest
+            for line in lines:
+                self._add_line("INFO", stream, line)
+        if lines:
+            self._send_soon()
+
+    def retried(self) -> None:
+        """The next attempt begins at once: what is written from here on is on new lines."""
+        with self._lock:
+            self._end_lines()
+
+    def _end_lines(self) -> None:
+        for stream, text in self._unfinished.items():
+            if text:
+                self._add_line("INFO", stream, text)
+        self._unfinished.clear()
+
+    def _add_line(self, level: str, logger: str, text: str, *, is_last: bool = False) -> None:
+        text = storable(text[:LONGEST])
+        size = len(text.encode())
+        if not is_last and (self._line_count >= MOST_LINES or self._logged + size > MOST_LOGGED):
+            self._lost += 1
+            return
+        self._line_count, self._logged = self._line_count + 1, self._logged + size
+        line = json.dumps({"at": _now(), "level": level, "logger": logger, "message": text}, ensure_ascii=False)
+        self._lines.append(Line(line, self._retries()))
 
     def _send_soon(self) -> None:
         with self._lock:
@@ -71,10 +119,13 @@ class RunReports:
             self._loop.call_later(EVERY, self._send)
 
     def _taken(self) -> Reports | None:
-        if self._progress is None and not self._events:
+        if self._progress is None and not self._events and not self._lines:
             return None
-        given = Reports(self._progress, self._events)
-        self._progress, self._events = None, []
+        if self._lines:  # all at once, which costs less than one by one
+            texts = redacted("\n".join(line.text for line in self._lines)).split("\n")
+            self._lines = [line._replace(text=text) for line, text in zip(self._lines, texts, strict=True)]
+        given = Reports(self._progress, self._events, self._lines)
+        self._progress, self._events, self._lines = None, [], []
         return given
 
     def close(self) -> None:
@@ -83,6 +134,13 @@ class RunReports:
             self._is_over = True
             if self._dropped:
                 self._events.append(Event(DROPPED, str(self._dropped), time.time(), self._retries()))
+            self._end_lines()
+            if self._lost:
+                self._add_line("WARNING", "backcast", f"{self._lost} further lines were dropped", is_last=True)
             given = self._taken()
         if given is not None:
             self._channel.send(protocol.reports(self._run, given))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")

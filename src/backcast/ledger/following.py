@@ -69,7 +69,7 @@ async def read(ledger: Ledger, run_id: UUID, seen: Place) -> News:
     """
     row = await ledger.fetchrow(_READ, run_id, *seen)
     if row is None:
-        raise UnknownRun(f"There is no run {run_id}: it was never accepted here, or it has been removed.")
+        raise UnknownRun.of(run_id)
     run = shown(row)
     emitted = await events.after(ledger, run_id, seen) if row["has_events"] else []
     found = [_emitted(event) for event in emitted]

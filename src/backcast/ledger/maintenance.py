@@ -118,12 +118,13 @@ async def remove_stale_flights(ledger: Ledger) -> None:
 
 
 # An object is needed until its run ends (an attempt may have stored a value that the next one takes over), and
-# afterwards if the run names it. One probe of the primary key for each.
+# afterwards if the run names it, or if it is a log. One probe of the primary key for each.
 _ORPHANS = f"""
 select o.key, not exists (select from all_runs r where r.id = o.run_id) as is_unknown
   from unnest($1::text[], $2::uuid[]) as o(key, run_id)
  where not exists (select from all_runs r where r.id = o.run_id
-                      and (r.state not in {_FINAL} or o.key = r.result_key or o.key = r.input_key))"""  # noqa: S608
+                      and (r.state not in {_FINAL} or o.key = r.result_key or o.key = r.input_key
+                           or o.key like 'logs/%'))"""  # noqa: S608
 
 
 async def orphans(ledger: Ledger, objects: Mapping[str, UUID]) -> dict[str, bool]:

@@ -95,6 +95,14 @@ async def kept_input(ledger: Ledger, run_id: UUID) -> Value:
     return Value(shown(row), row["input"], row["input_key"])
 
 
+async def latest_fence(ledger: Ledger, run_id: UUID) -> int:
+    """The number of the run's latest attempt, 0 if there is none. Raises `UnknownRun`."""
+    row = await ledger.fetchrow("select fence from all_runs where id = $1", run_id)
+    if row is None:
+        raise UnknownRun.of(run_id)
+    return row["fence"]
+
+
 # One index of each table gives the newest rows of a batch, an owner or a state. Further filters apply to the next
 # 10,000 of them, so that a filter which matches next to nothing does not walk through years of history. The two row
 # comparisons mean `state = …`, in a form for which the planner takes runs_by_state and not the primary key.

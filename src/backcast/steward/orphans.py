@@ -45,13 +45,16 @@ async def sweep(
     backup was restored. It is kept for as long as the ledger keeps results; retention removes a run's objects before
     its row, so few other results have no run.
 
+    A log is kept as long as its run. Of a run that was removed it is older than `keep`, and is removed as if it were
+    a result of an unknown run.
+
     An input is stored before its run is recorded, which happens within `RECORDED_WITHIN` or never, by the database's
     clock. An input without a run is removed after twice that time, by the store's clock. Neither is compared with
     another clock, so it does not matter how far they are apart.
     """
     now = await store.now()
-    removed, unknown = {"results": 0, "inputs": 0}, 0
-    for kind, after in (("results", keep), ("inputs", inputs_after)):
+    removed, unknown = {"results": 0, "logs": 0, "inputs": 0}, 0
+    for kind, after in (("results", keep), ("logs", keep), ("inputs", inputs_after)):
         async for objects in store.pages(kind):
             changed = {each.key: each.changed for each in objects}
             found = await maintenance.orphans(ledger, dict(_runs(objects)))
@@ -70,7 +73,8 @@ async def sweep(
 
 
 def _runs(objects: list[Object]) -> Iterator[tuple[str, UUID]]:
-    """The keys that are ours, `results/<run>/<fence>.json` and `inputs/<run>.json`, each with its run's id."""
+    """The keys that are ours, `results/<run>/<fence>.json`, `logs/<run>/<fence>.jsonl` and `inputs/<run>.json`, each
+    with its run's id."""
     for each in objects:
         try:
             yield each.key, UUID(each.key.split("/")[1].removesuffix(".json"))

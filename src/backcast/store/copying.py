@@ -29,7 +29,7 @@ async def copy(store: Store) -> tuple[int, int]:
         except Missing:  # removed since it was listed
             return False
 
-    for kind in ("inputs", "results", "cache"):
+    for kind in ("inputs", "results", "logs", "cache"):
         present = {each.key async for page in store.pages(kind) for each in page}
         async for page in older.pages(kind):
             wanted = [each.key for each in page if each.key not in present]

@@ -27,7 +27,7 @@ from backcast.process import background
 from backcast.process.logs import RUN
 from backcast.process.outages import Outage
 from backcast.process.stop import Stop
-from backcast.protocol import Attempt
+from backcast.protocol import Attempt, Reports
 from backcast.settings import Settings
 from backcast.store import Store
 from backcast.worker import results
@@ -35,6 +35,7 @@ from backcast.worker.child import STOP_WITHIN
 from backcast.worker.execution import Execution
 from backcast.worker.executors import Executors
 from backcast.worker.lease import BEAT, Heartbeat, Lease
+from backcast.worker.logs import Logs
 from backcast.worker.reports import Recorder
 from backcast.worker.results import Results
 from backcast.worker.settler import Settler
@@ -119,8 +120,9 @@ class Worker:
         self._drain_asked = asyncio.Event()
         self._fault: Exception | None = None
         self._claims, self._claiming = 0, False
-        self._reports = Recorder(ledger, self._lease.id, self._claim_of, registry)
-        executors.reported = self._reports.put
+        self._reports = Recorder(ledger, self._lease.id, registry)
+        self._logs = Logs(store)
+        executors.reported = self._reported
         self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=registry)
         self._metrics(registry)
 
@@ -351,6 +353,7 @@ class Worker:
             self._fill()
             self._wake.set()
         await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
+        await self._logs.stored(claim.id, claim.fence)
         settlement = await self._settlement(held, attempt)
         if isinstance(attempt.result, Failed):  # its detail may quote the caller's data
             log.info("the run has failed: %s", attempt.result.problem.code)
@@ -377,9 +380,13 @@ class Worker:
                 self._due.set()
         self._wake.set()
 
-    def _claim_of(self, run_id: UUID) -> Claim | None:
-        held = self._held.get(run_id)
-        return None if held is None else held.claim
+    def _reported(self, run_id: UUID, given: Reports) -> None:
+        if (held := self._held.get(run_id)) is None:
+            return
+        if given.progress is not None or given.events:
+            self._reports.put(held.claim, given)
+        if given.lines:
+            self._logs.put(held.claim, given.lines)
 
     def _drop(self, run_id: UUID, fence: int) -> None:
         """Drop the claim of this attempt; the run may be here again under a higher fence."""
@@ -411,6 +418,7 @@ class Worker:
         self._lease.start()
         settling = asyncio.create_task(self._settler.run())
         recording = asyncio.create_task(background.keep("record what runs report", self._reports.run))
+        storing = asyncio.create_task(background.keep("store the logs of runs", self._logs.run))
         pool = self._settings.worker.pool
         claiming = asyncio.create_task(self._claim())
         others = (
@@ -427,9 +435,9 @@ class Worker:
         done, _ = await asyncio.wait({asked, drain, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
         await self._drain(stop, claiming, settling)
         await self._lease.stop()
-        for task in (asked, drain, settling, recording, *loops):
+        for task in (asked, drain, settling, recording, storing, *loops):
             task.cancel()
-        await asyncio.gather(asked, drain, settling, recording, *loops, return_exceptions=True)
+        await asyncio.gather(asked, drain, settling, recording, storing, *loops, return_exceptions=True)
         for task in done - {asked, drain}:
             task.result()
 

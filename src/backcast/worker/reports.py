@@ -5,7 +5,6 @@ A run that reports nothing costs nothing.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from uuid import UUID
@@ -30,11 +29,8 @@ MOST_WAITING = 2000
 
 
 class Recorder:
-    def __init__(
-        self, ledger: Ledger, worker_id: UUID, held: Callable[[UUID], Claim | None], registry: CollectorRegistry
-    ) -> None:
-        """`held`: the claim of a run that this worker holds."""
-        self._ledger, self._worker_id, self._held = ledger, worker_id, held
+    def __init__(self, ledger: Ledger, worker_id: UUID, registry: CollectorRegistry) -> None:
+        self._ledger, self._worker_id = ledger, worker_id
         self._waiting = dict[UUID, Report]()
         self._sending = dict[UUID, Report]()
         self._seqs = dict[tuple[UUID, int], int]()
@@ -42,9 +38,9 @@ class Recorder:
         self._asked, self._hurried, self._sent = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._dropped = Counter("backcast_worker_events_dropped", "Events of runs that were dropped", registry=registry)
 
-    def put(self, run: UUID, given: Reports) -> None:
-        if (claim := self._held(run)) is None:
-            return
+    def put(self, claim: Claim, given: Reports) -> None:
+        """Take what an attempt of this claim has reported."""
+        run = claim.id
         report = self._waiting.setdefault(run, Report(run, claim.fence))
         if report.fence != claim.fence:  # of an attempt that was lost: it would be refused
             report = self._waiting[run] = Report(run, claim.fence)
@@ -55,14 +51,16 @@ class Recorder:
                 continue
             number = seq + place + 1 + (given.progress is not None and place >= given.progress.after)
             report.events.append(
-                Event(_attempt(claim, event.retries), claim.fence, number, _time(event.at), event.kind, event.data)
+                Event(
+                    attempt_number(claim, event.retries), claim.fence, number, _time(event.at), event.kind, event.data
+                )
             )
         if (newest := given.progress) is not None:
             report.progress = Progress(
                 fraction=newest.fraction,
                 message=newest.message,
                 at=_time(newest.at),
-                attempt=_attempt(claim, newest.retries),
+                attempt=attempt_number(claim, newest.retries),
             )
             report.progress_seq = seq + newest.after + 1
         self._seqs[run, claim.fence] = seq + len(given.events) + (given.progress is not None)
@@ -113,7 +111,7 @@ class Recorder:
                 return None
 
 
-def _attempt(claim: Claim, retries: int) -> int:
+def attempt_number(claim: Claim, retries: int) -> int:
     """The number of the attempt, from 1: retries that are made at once have the same claim."""
     return claim.attempts_used + 1 + max(0, retries - claim.retries_used)
 

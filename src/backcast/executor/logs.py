@@ -1,0 +1,87 @@
+"""Gives each run the lines that its code logs and prints, beside where they go anyway. Decides which lines these are:
+those of any logger, from level INFO on, and what is written to stdout and stderr, in the context of the run.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, TextIO
+
+_CHATTY = ("httpx", "httpcore")
+"""Loggers that write a line for every request that the libraries of a task make."""
+_FORMATTER = logging.Formatter()
+
+Take = Callable[[str, str, str], object]
+"""Called with the level, the name of the logger or stream, and the text of a line."""
+_take: ContextVar[Take | None] = ContextVar("backcast_log", default=None)
+_write: ContextVar[Callable[[str, str], object] | None] = ContextVar("backcast_prints", default=None)
+
+
+@contextlib.contextmanager
+def logging_to(take: Take, write: Callable[[str, str], object]) -> Iterator[None]:
+    """Entered around a run, in its context. `write` is called with the name of a stream and a text of any length."""
+    tokens = _take.set(take), _write.set(write)
+    try:
+        yield
+    finally:
+        _take.reset(tokens[0])
+        _write.reset(tokens[1])
+
+
+def install() -> None:
+    """Take the lines of runs from here on. The log of the process shows what it did before."""
+    root = logging.getLogger()
+    for handler in root.handlers:
+        handler.addFilter(_is_shown)
+    root.setLevel(min(root.level, logging.INFO))
+    for name in _CHATTY:
+        if not (logger := logging.getLogger(name)).level:
+            logger.setLevel(logging.WARNING)
+    root.addHandler(_Handler())
+    sys.stdout, sys.stderr = _Stream(sys.stdout, "stdout"), _Stream(sys.stderr, "stderr")
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Whether the log of the process shows it: warnings, and what a logger's own level asks for."""
+    if record.levelno >= logging.WARNING:
+        return True
+    logger = logging.getLogger(record.name)
+    while logger.parent is not None:
+        if logger.level:
+            return True
+        logger = logger.parent
+    return False
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if (take := _take.get()) is None:
+            return
+        try:
+            text = record.getMessage()
+            if record.exc_info and record.exc_info[0] is not None:
+                text += "\n" + _FORMATTER.formatException(record.exc_info)
+        except Exception:  # noqa: BLE001  # arguments that do not fit the message; logging itself shows such an error
+            text = str(record.msg)
+        take(record.levelname, record.name, text)
+
+
+class _Stream:
+    """A stream that also gives its run what is written."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+
+    def write(self, text: str) -> int:
+        if (write := _write.get()) is not None:
+            write(self._name, text)
+        return self._stream.write(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -202,6 +202,29 @@ def test_lanes(cli: Cli) -> None:
     fails(cli("lane", "gpu"), 2, "This lane has no limits.")
 
 
+def test_retry_attempts_and_watch(cli: Cli, service: Service) -> None:
+    run_id = service.add_run()
+    new = cli("retry", run_id, "--priority", "3", "--input", '{"a": 5}').stdout.strip()
+    assert service.runs[new]["retry_of"] == run_id
+    assert service.seen[-1].body == {"input": {"a": 5}, "priority": 3}
+    lines = cli("attempts", run_id).stdout.splitlines()
+    assert lines[1].split("\t") == ["1", "retrying", "h", "", "task_failed"]
+    assert lines[-2:] == ["Traceback", "ValueError"]
+    ended = {"run": {"state": "failed", "error": {"code": "task_failed", "detail": "no"}}}
+    events = [("started", {"attempt": 2}), ("progress", {"fraction": 0.4, "message": "page 12"}), ("ended", ended)]
+    text = "".join(f"id: 1\nevent: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+    service.streams += [text, text]
+    assert cli("watch", run_id).stdout.splitlines() == [
+        "started\tattempt 2",
+        "progress\t40% page 12",
+        "ended\tfailed task_failed: no",
+    ]
+    assert json.loads(cli("watch", run_id, "--json").stdout.splitlines()[0]) == {
+        "event": "started",
+        "data": {"attempt": 2},
+    }
+
+
 def test_levers(cli: Cli) -> None:
     assert cli("pause", "task", "add", "--reason", "why").stdout == "The task add is paused.\n"
     assert json.loads(cli("pause", "lane", "gpu", "--release", "--json").stdout)["running"] == "release"

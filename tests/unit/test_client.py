@@ -60,6 +60,7 @@ class Service:
     keys: dict[str, tuple[Any, str]] = field(default_factory=dict)
     batches: dict[str, dict[str, Any]] = field(default_factory=dict)
     lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    streams: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _route(self))
@@ -103,6 +104,32 @@ class Service:
                         return _problem(409, "no_result", "The run is failed.")
                     case _:
                         return _problem(409, "not_finished", "The run is queued.")
+            case "GET", ["runs", run_id, "input"] if run_id in self.runs:
+                return 200, {"a": 1}
+            case "GET", ["runs", run_id, "attempts"] if run_id in self.runs:
+                failed = {
+                    "number": 1,
+                    "fence": 1,
+                    "outcome": "retrying",
+                    "host": "h",
+                    "traceback": "Traceback\nValueError",
+                }
+                failed |= {"error": {"code": "task_failed", "title": "t", "detail": "d"}}
+                return 200, {"items": [failed, {"number": 2, "fence": 2, "outcome": "succeeded"}], "left_out": 0}
+            case "POST", ["runs", run_id, "retry"] if run_id in self.runs:
+                return 202, self.runs[self.add_run(retry_of=run_id, **seen.body)]
+            case "GET", ["runs", run_id, "events"] if run_id in self.runs:
+                return 200, (self.streams.pop(0) if self.streams else "").encode()
+            case "GET", ["batches", batch_id, "results"]:
+                ids = [str(uuid7()) for _ in range(self.batches[batch_id]["size"])]
+                wrong = {"code": "task_failed", "title": "t", "detail": "wrong row"}
+                ends = [
+                    {"state": "failed", "error": wrong},
+                    *[{"state": "completed", "result": n} for n in range(1, 200)],
+                ]
+                return 200, "".join(
+                    json.dumps({"id": run, **end}) + "\n" for run, end in zip(ids, ends, strict=False)
+                ).encode()
             case "POST", ["runs", run_id, "cancel"] if run_id in self.runs:
                 self.runs[run_id]["state"] = "cancelled"
                 return 200, self.runs[run_id]
@@ -213,14 +240,14 @@ def _route(service: Service) -> type[BaseHTTPRequestHandler]:
                     status, document = _problem(status, "ledger_unavailable", "The database can't be reached.")
                 case status, kind, document:
                     pass
-            text = document if kind == "text/html" else json.dumps(document)
+            text = document if isinstance(document, bytes) or kind == "text/html" else json.dumps(document)
             self.send_response(status)
             if status == 429:
                 self.send_header("Retry-After", "1")
             self.send_header("Content-Type", kind)
             self.end_headers()
             if status != 204:
-                self.wfile.write(text.encode())
+                self.wfile.write(text if isinstance(text, bytes) else text.encode())
 
         do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815  # the names are the base class's
 
@@ -237,6 +264,7 @@ def service() -> Iterator[Service]:
 
 
 Call = Callable[..., Any]
+_MANY = ("list", "stream", "cast_many")
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -246,12 +274,12 @@ def call(request: pytest.FixtureRequest, service: Service) -> Call:
     def sync_call(method: str, *given: Any, options: dict[str, Any] | None = None, **named: Any) -> Any:
         with Client(**({"url": service.url} | (options or {}))) as client:
             answer = getattr(client, method)(*given, **named)
-            return list(answer) if method == "list" else answer
+            return list(answer) if method in _MANY else answer
 
     async def async_call(method: str, *given: Any, options: dict[str, Any] | None = None, **named: Any) -> Any:
         async with AsyncClient(**({"url": service.url} | (options or {}))) as client:
             answer = getattr(client, method)(*given, **named)
-            return [run async for run in answer] if method == "list" else await answer
+            return [each async for each in answer] if method in _MANY else await answer
 
     return sync_call if request.param == "sync" else lambda *a, **k: asyncio.run(async_call(*a, **k))
 
@@ -347,6 +375,51 @@ def test_lanes(call: Call, service: Service) -> None:
     assert call("lift_lane", "a/b") is None
     with pytest.raises(UnknownLane):
         call("lane", "a/b")
+
+
+def test_a_run_is_repeated_with_changes(call: Call, service: Service) -> None:
+    run_id = service.add_run()
+    assert call("input", run_id) == {"a": 1}
+    run = call("retry", run_id, key="mine", input={"a": 2}, priority=5)
+    assert (str(run.retry_of), run.priority) == (run_id, 5)
+    assert service.seen[-1].body == {"input": {"a": 2}, "priority": 5}
+    assert service.seen[-1].headers["idempotency-key"] == "mine"
+    with pytest.raises(TypeError, match="Did you mean priority"):
+        call("retry", run_id, prioritty=5)
+    with pytest.raises(InvalidInput, match="priority"):
+        call("retry", run_id, priority=1000)
+    first, second = call("attempts", run_id).items
+    assert (first.outcome, first.error.code, second.outcome) == ("retrying", "task_failed", "succeeded")
+
+
+def _sent(*events: tuple[str, str, Any]) -> str:
+    return "".join(f"id: {id_}\nevent: {name}\ndata: {json.dumps(data)}\n\n" for id_, name, data in events)
+
+
+def test_a_stream_goes_on_where_it_was_cut_off(call: Call, service: Service) -> None:
+    run_id = service.add_run()
+    whole = [("1", "queued", {}), ("2", "started", {"attempt": 1}), ("3", "ended", {"run": {"state": "completed"}})]
+    cut = ": hello\nretry: 10\n\n" + _sent(*whole[:1]) + "id: 2\nevent: started\ndata: {"
+    service.streams += [cut, "", _sent(*whole[1:])]
+    assert [(event.name, event.data) for event in call("stream", run_id)] == [(name, data) for _, name, data in whole]
+    lasts = [seen.headers.get("last-event-id") for seen in service.seen if seen.path.endswith("/events")]
+    assert lasts == [None, "1", "1"]
+    with pytest.raises(UnknownRun):
+        call("stream", uuid7())
+
+
+def test_many_rows_are_cast_in_their_order_and_one_that_fails_ends_no_other(call: Call, service: Service) -> None:
+    rows = (f"row {n}" for n in range(250))
+    results = call("cast_many", rows, int, "count", owner="ana")
+    assert [result.value for result in results[:3]] == [None, 1, 2]
+    assert [len([r for r in results if r.error]), len(results)] == [3, 250]
+    assert "wrong row" in str(results[0].error)
+    sent = [seen.body for seen in service.seen if seen.method == "POST"]
+    assert [len(body) for body in sent] == [100, 100, 50]
+    assert sent[0][0]["owner"] == "ana"
+    assert sent[0][0]["input"] == {"data": "row 0", "target": {"type": "integer"}, "instructions": "count"}
+    with pytest.raises(TypeError, match="Did you mean owner"):
+        call("cast_many", [1], int, ownr="ana")
 
 
 def test_levers(call: Call, service: Service) -> None:

@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from backcast.models import JSON, Run, State, TaskType
+from backcast.models import JSON, Attempt, Run, State, TaskType
 
 _COLOURS = {
     State.QUEUED: "cyan",
@@ -150,8 +150,40 @@ def _local(moment: datetime | None) -> str:
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
 
 
+def print_line(value: JSON) -> None:
+    """A line of JSON."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def print_event(name: str, data: JSON) -> None:
+    """A line for people: what happened, and what of it is worth a glance."""
+    given: dict[str, JSON] = data if isinstance(data, dict) else {}
+    match name:
+        case "progress":
+            fraction = given.get("fraction")
+            words = [f"{fraction:.0%}" if isinstance(fraction, int | float) else "", str(given.get("message") or "")]
+        case "output":
+            words = [str(given.get("kind") or ""), json.dumps(given.get("data"), ensure_ascii=False)]
+        case "ended":
+            run = given.get("run") or {}
+            error = run.get("error")
+            words = [str(run.get("state", "")), f"{error['code']}: {error['detail']}" if error else ""]
+        case _:
+            words = [f"attempt {given['attempt']}" if "attempt" in given else ""]
+    rest = _printable(" ".join(word for word in words if word))
+    if not out.is_terminal:
+        typer.echo(f"{name}\t{rest}")
+        return
+    text = Text(f"{datetime.now().astimezone():%H:%M:%S}  ", style="dim")
+    out.print(text.append(f"{name:9} ", style="bold").append(rest), soft_wrap=True)
+
+
 def took(run: Run) -> str:
     return span(run.finished_at - run.started_at) if run.finished_at and run.started_at else ""
+
+
+def lasted(attempt: Attempt) -> str:
+    return span(attempt.ended_at - attempt.started_at) if attempt.ended_at and attempt.started_at else ""
 
 
 def span(time: timedelta) -> str:

@@ -1,4 +1,4 @@
-"""The commands about runs: cast, submit, get, wait, list, cancel."""
+"""The commands about runs: cast, submit, get, wait, list, retry, attempts, watch, cancel."""
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -166,6 +166,70 @@ def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
         typer.echo(f"Run {run.id} is {run.state}.")
     else:
         typer.echo(f"Run {run.id} is {run.state} and was asked to stop.")
+
+
+@use()
+def retry(
+    run_id: RunId,
+    given: Annotated[
+        Any,
+        typer.Option(
+            "--input",
+            parser=arguments.json_object,
+            metavar="JSON",
+            help="Another input: a JSON object, or @FILE (@- is stdin) with one.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Another task.", show_default=False)] = None,
+    priority: Annotated[int | None, typer.Option(help="Another priority.", show_default=False)] = None,
+    lane: Annotated[str | None, typer.Option(help="Another lane.", show_default=False)] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it instead of the id.")] = False,
+    timeout: Timeout = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Repeat a run that has ended as a new one, with its input or another one, and print the new id."""
+    changes = {"input": given, "task": task, "priority": priority, "lane": lane}
+    stated: Any = {name: value for name, value in changes.items() if value is not None}
+    with connect(url) as service:
+        run = service.retry(run_id, **stated)
+        if wait:
+            _finish(service, run, timeout, as_json)
+        elif as_json:
+            output.print_document(run.model_dump(mode="json"))
+        else:
+            typer.echo(run.id)
+
+
+@use()
+def attempts(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
+    """Show the attempts of a run: how each ended, on which worker, and its traceback."""
+    with connect(url) as service:
+        found = service.attempts(run_id)
+    if as_json:
+        output.print_document(found.model_dump(mode="json"))
+        return
+    rows = [(str(one.number), one.outcome, one.host or "", output.lasted(one), one.error.code if one.error else "")
+            for one in found.items]  # fmt: skip
+    output.print_table(("ATTEMPT", "OUTCOME", "HOST", "TOOK", "ERROR"), rows)
+    for one in found.items:
+        if one.traceback:
+            typer.echo(f"\nAttempt {one.number}:\n{one.traceback.rstrip()}")
+
+
+@use()
+def watch(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
+    """Follow a run until it has ended: its states, its progress, and what its task emits, a line each."""
+    with connect(url) as service:
+        try:
+            for event in service.stream(run_id):
+                if as_json:
+                    output.print_line({"event": event.name, "data": event.data})
+                else:
+                    output.print_event(event.name, event.data)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _finish(service: "Client", run: Run, timeout: float | None, as_json: bool) -> None:

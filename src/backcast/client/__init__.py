@@ -6,23 +6,29 @@ Every request may be sent twice without harm, submissions by their Idempotency-K
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Never, Self, TypeVar, Unpack, overload
 from uuid import UUID
 
 import httpx
 
 from backcast.client import exchanges
-from backcast.client.exchanges import Filters, Progress, Waiting, raise_for_state
+from backcast.client.events import Event, Following
+from backcast.client.exchanges import BatchResult, CastResult, Filters, Progress, Waiting, raise_for_state
 from backcast.client.wire import Ask, Flow, SubmitOptions, connection, to_httpx
-from backcast.errors import WaitTimeout, refuse_unknown
-from backcast.models import CAST, JSON, Batch, Lane, Limits, Pause, PauseKind, Run, Submission, TaskType
+from backcast.errors import Unavailable, WaitTimeout, refuse_unknown
+from backcast.models import CAST, JSON, Attempts, Batch, Lane, Limits, Pause, PauseKind, Run, Submission, TaskType
 
 __all__ = [
     "CAST",
     "DEFAULT_URL",
     "AsyncClient",
+    "BatchResult",
+    "CastResult",
     "Client",
+    "Event",
     "Progress",
     "WaitTimeout",
     "authorization",
@@ -30,6 +36,9 @@ __all__ = [
 ]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_ROWS, _BATCHES = 100, 10
+"""Rows that `cast_many` sends in one batch, and batches that are under way: results come often, and workers have enough
+to do."""
 
 T = TypeVar("T")
 
@@ -99,6 +108,37 @@ class Client:
         """
         return self._perform(exchanges.cast(data, target, instructions, waiting, self._patience))
 
+    @overload
+    def cast_many(
+        self, rows: Iterable[JSON], target: type[T], instructions: str | None = None, **options: Unpack[SubmitOptions]
+    ) -> Iterator[CastResult[T]]: ...
+    @overload
+    def cast_many(
+        self,
+        rows: Iterable[JSON],
+        target: str | Mapping[str, JSON],
+        instructions: str | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Iterator[CastResult[JSON]]: ...
+    def cast_many(
+        self, rows: Iterable[JSON], target: Any, instructions: str | None = None, **options: Unpack[SubmitOptions]
+    ) -> Iterator[CastResult[Any]]:
+        """Cast every row, many at a time, and yield the results in the order of the rows. A row that fails has an
+        `error`, and the others go on. At most a thousand rows are under way, so `rows` may be a generator."""
+        refuse_unknown("cast_many", options, ("instructions", *SubmitOptions.__annotations__))
+        return self._cast_many(iter(rows), exchanges.Casting(target, instructions), options)
+
+    def _cast_many(
+        self, rows: Iterator[JSON], casting: exchanges.Casting, options: SubmitOptions
+    ) -> Iterator[CastResult[Any]]:
+        batches = deque[UUID]()
+        while True:
+            while len(batches) < _BATCHES and (some := list(islice(rows, _ROWS))):
+                batches.append(self._perform(casting.submit_many(some, options, self._patience)).id)
+            if not batches:
+                return
+            yield from self._perform(casting.results(batches.popleft(), self._patience))
+
     def get(self, run_id: UUID | str) -> Run:
         return self._perform(exchanges.get(run_id, self._patience))
 
@@ -118,6 +158,41 @@ class Client:
         """
         return self._perform(exchanges.wait(run_id, waiting, self._patience))
 
+    def stream(self, run_id: UUID | str) -> Iterator[Event]:
+        """What happens to a run, from its submission to its end: each state once, progress, and what the task emits. A
+        lost connection is made again."""
+        return self._stream(Following("runs", run_id))
+
+    def stream_batch(self, batch_id: UUID | str) -> Iterator[Event]:
+        """As `stream`: the batch's counts by state, and its runs as they end."""
+        return self._stream(Following("batches", batch_id))
+
+    def _stream(self, following: Following) -> Iterator[Event]:
+        while not following.is_over:
+            try:
+                with self._http.stream(**to_httpx(following.ask())) as answer:
+                    if answer.status_code != 200:
+                        answer.read()
+                    following.opened(answer)
+                    for line in answer.iter_lines():
+                        if event := following.line(line):
+                            yield event
+            except (httpx.TransportError, Unavailable) as error:
+                time.sleep(following.lost(error))
+            else:
+                time.sleep(0 if following.is_over else following.pause)
+
+    def input(self, run_id: UUID | str) -> JSON:
+        """The input that a run was submitted with."""
+        return self._perform(exchanges.kept_input(run_id, self._patience))
+
+    def attempts(self, run_id: UUID | str) -> Attempts:
+        return self._perform(exchanges.attempts(run_id, self._patience))
+
+    def retry(self, run_id: UUID | str, *, key: str | None = None, **changes: Unpack[exchanges.RetryChanges]) -> Run:
+        """A new run that repeats an ended one, with its input or what `changes` has. `key` as in `submit`."""
+        return self._perform(exchanges.retry(run_id, changes, key, self._patience))
+
     def cancel(self, run_id: UUID | str) -> Run:
         return self._perform(exchanges.cancel(run_id, self._patience))
 
@@ -130,6 +205,10 @@ class Client:
     def batch(self, batch_id: UUID | str) -> Batch:
         """A batch, with its runs counted by state; `list(batch=…)` has the runs."""
         return self._perform(exchanges.batch("GET", batch_id, "", self._patience))
+
+    def batch_results(self, batch_id: UUID | str) -> Sequence[BatchResult]:
+        """The runs of a batch with their results, in the order of submission, ended or not."""
+        return self._perform(exchanges.batch_results(batch_id, self._patience))
 
     def cancel_batch(self, batch_id: UUID | str) -> Batch:
         """Cancel every run of the batch that has not ended."""
@@ -246,6 +325,36 @@ class AsyncClient:
     async def cast(self, data: JSON, target: Any, instructions: str | None = None, **waiting: Unpack[Waiting]) -> Any:
         return await self._perform(exchanges.cast(data, target, instructions, waiting, self._patience))
 
+    @overload
+    def cast_many(
+        self, rows: Iterable[JSON], target: type[T], instructions: str | None = None, **options: Unpack[SubmitOptions]
+    ) -> AsyncIterator[CastResult[T]]: ...
+    @overload
+    def cast_many(
+        self,
+        rows: Iterable[JSON],
+        target: str | Mapping[str, JSON],
+        instructions: str | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncIterator[CastResult[JSON]]: ...
+    def cast_many(
+        self, rows: Iterable[JSON], target: Any, instructions: str | None = None, **options: Unpack[SubmitOptions]
+    ) -> AsyncIterator[CastResult[Any]]:
+        refuse_unknown("cast_many", options, ("instructions", *SubmitOptions.__annotations__))
+        return self._cast_many(iter(rows), exchanges.Casting(target, instructions), options)
+
+    async def _cast_many(
+        self, rows: Iterator[JSON], casting: exchanges.Casting, options: SubmitOptions
+    ) -> AsyncIterator[CastResult[Any]]:
+        batches = deque[UUID]()
+        while True:
+            while len(batches) < _BATCHES and (some := list(islice(rows, _ROWS))):
+                batches.append((await self._perform(casting.submit_many(some, options, self._patience))).id)
+            if not batches:
+                return
+            for result in await self._perform(casting.results(batches.popleft(), self._patience)):
+                yield result
+
     async def get(self, run_id: UUID | str) -> Run:
         return await self._perform(exchanges.get(run_id, self._patience))
 
@@ -254,6 +363,38 @@ class AsyncClient:
 
     async def wait(self, run_id: UUID | str, **waiting: Unpack[Waiting]) -> Run:
         return await self._perform(exchanges.wait(run_id, waiting, self._patience))
+
+    def stream(self, run_id: UUID | str) -> AsyncIterator[Event]:
+        return self._stream(Following("runs", run_id))
+
+    def stream_batch(self, batch_id: UUID | str) -> AsyncIterator[Event]:
+        return self._stream(Following("batches", batch_id))
+
+    async def _stream(self, following: Following) -> AsyncIterator[Event]:
+        while not following.is_over:
+            try:
+                async with self._http.stream(**to_httpx(following.ask())) as answer:
+                    if answer.status_code != 200:
+                        await answer.aread()
+                    following.opened(answer)
+                    async for line in answer.aiter_lines():
+                        if event := following.line(line):
+                            yield event
+            except (httpx.TransportError, Unavailable) as error:
+                await asyncio.sleep(following.lost(error))
+            else:
+                await asyncio.sleep(0 if following.is_over else following.pause)
+
+    async def input(self, run_id: UUID | str) -> JSON:
+        return await self._perform(exchanges.kept_input(run_id, self._patience))
+
+    async def attempts(self, run_id: UUID | str) -> Attempts:
+        return await self._perform(exchanges.attempts(run_id, self._patience))
+
+    async def retry(
+        self, run_id: UUID | str, *, key: str | None = None, **changes: Unpack[exchanges.RetryChanges]
+    ) -> Run:
+        return await self._perform(exchanges.retry(run_id, changes, key, self._patience))
 
     async def cancel(self, run_id: UUID | str) -> Run:
         return await self._perform(exchanges.cancel(run_id, self._patience))
@@ -266,6 +407,9 @@ class AsyncClient:
 
     async def batch(self, batch_id: UUID | str) -> Batch:
         return await self._perform(exchanges.batch("GET", batch_id, "", self._patience))
+
+    async def batch_results(self, batch_id: UUID | str) -> Sequence[BatchResult]:
+        return await self._perform(exchanges.batch_results(batch_id, self._patience))
 
     async def cancel_batch(self, batch_id: UUID | str) -> Batch:
         return await self._perform(exchanges.batch("POST", batch_id, "/cancel", self._patience))

@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from backcast.client.wire import (
     Ask,
@@ -19,10 +19,12 @@ from backcast.client.wire import (
     SubmitOptions,
     answered,
     body_of,
+    json_of,
     lane_path,
     post_headers,
     read,
     read_json,
+    read_line,
     run_path,
     segment,
     task_path,
@@ -31,7 +33,9 @@ from backcast.errors import RunError, WaitTimeout, refuse_unknown
 from backcast.models import (
     CAST,
     JSON,
+    Attempts,
     Batch,
+    Changes,
     Lane,
     Limits,
     Pause,
@@ -43,6 +47,8 @@ from backcast.models import (
     Submission,
     TaskType,
 )
+
+T = TypeVar("T")
 
 _HOLD = 20.0  # seconds the service may hold a poll: under the idle timeout of every common proxy (30 s and more)
 _WATCHED_HOLD = 2.0  # when a person watches: an answer comes at the end only, and "queued" should not look stuck
@@ -58,6 +64,18 @@ class Waiting(TypedDict, total=False):
 
     timeout: float | None
     progress: Progress | None
+
+
+class RetryChanges(TypedDict, total=False):
+    """As in `Changes`."""
+
+    input: dict[str, JSON]
+    task: str
+    priority: int
+    run_at: datetime
+    deadline: datetime
+    lane: str
+    metadata: dict[str, str]
 
 
 class PauseOptions(TypedDict, total=False):
@@ -145,6 +163,21 @@ def batch(method: str, batch_id: UUID | str, verb: str, patience: float) -> Flow
     return read(Batch, (yield from answered(ask, patience)))
 
 
+class BatchResult(BaseModel):
+    """A run of a batch: `result` if it has completed, `error` if it has no result and will have none."""
+
+    id: UUID
+    state: State
+    result: JSON = None
+    error: dict[str, str] | None = None
+
+
+def batch_results(batch_id: UUID | str, patience: float) -> Flow[list[BatchResult]]:
+    ask = Ask("GET", f"/v1/batches/{quote(str(batch_id), safe='')}/results", timeout=60.0)
+    answer = yield from answered(ask, patience)
+    return [read_line(BatchResult, answer, line) for line in answer.content.splitlines()]
+
+
 def lanes(patience: float) -> Flow[Sequence[Lane]]:
     return read(_Lanes, (yield from answered(Ask("GET", "/v1/lanes"), patience))).items
 
@@ -182,20 +215,63 @@ def drain(worker_id: UUID | str, patience: float) -> Flow[None]:
     yield from answered(Ask("POST", f"/v1/workers/{UUID(str(worker_id))}/drain"), patience)
 
 
+class Casting:
+    """A wanted shape: how it is asked for, and how a value of it is read."""
+
+    def __init__(self, target: Any, instructions: str | None) -> None:
+        self._type = None if isinstance(target, str | Mapping) else TypeAdapter[Any](target)
+        self._wanted = {"target": target if self._type is None else self._type.json_schema()}
+        if instructions is not None:
+            self._wanted["instructions"] = instructions
+
+    def input(self, data: JSON) -> dict[str, JSON]:
+        return {"data": data, **self._wanted}
+
+    def value(self, value: JSON) -> Any:
+        return value if self._type is None else self._type.validate_json(json.dumps(value))
+
+    def submit_many(self, rows: Sequence[JSON], options: SubmitOptions, patience: float) -> Flow[Batch]:
+        return submit_many(CAST, [self.input(row) for row in rows], options, None, patience)
+
+    def results(self, batch_id: UUID, patience: float) -> Flow[list["CastResult[Any]"]]:
+        """Those of a batch, once all of its runs have ended."""
+        while True:
+            states = (yield from batch("GET", batch_id, "", patience)).states
+            patience = _OUTAGE
+            if all(state.is_final for state in states):
+                break
+            yield 0.5
+        return [self._result(item) for item in (yield from batch_results(batch_id, patience))]
+
+    def _result(self, item: "BatchResult") -> "CastResult[Any]":
+        if item.state is State.COMPLETED and item.error is None:
+            try:
+                return CastResult(item.id, self.value(item.result), None)
+            except ValidationError as error:
+                return CastResult(item.id, None, RunError(str(error), code="invalid_result"))
+        problem = item.error or {}
+        detail = problem.get("detail") or f"Run {item.id} is {item.state}."
+        return CastResult(item.id, None, RunError(detail, code=problem.get("code", item.state)))
+
+
+class CastResult(NamedTuple, Generic[T]):
+    """What became of one row: a value, or the error of its run."""
+
+    id: UUID
+    """Of the run."""
+    value: T | None
+    error: RunError | None
+
+
 def cast(data: JSON, target: Any, instructions: str | None, waiting: Waiting, patience: float) -> Flow[Any]:
     refuse_unknown("cast", waiting, ("instructions", *Waiting.__annotations__))
-    is_wire = isinstance(target, str | Mapping)
-    python_type = None if is_wire else TypeAdapter[Any](target)
-    wanted = {"data": data, "target": target if python_type is None else python_type.json_schema()}
-    if instructions is not None:
-        wanted["instructions"] = instructions
-    run = yield from submit(CAST, wanted, {}, None, patience)
+    casting = Casting(target, instructions)
+    run = yield from submit(CAST, casting.input(data), {}, None, patience)
     if progress := waiting.get("progress"):
         progress(run)
     run = yield from wait(run.id, waiting, patience)
     raise_for_state(run)
-    value = yield from result(run.id, patience)
-    return value if python_type is None else python_type.validate_json(json.dumps(value))
+    return casting.value((yield from result(run.id, patience)))
 
 
 def wait(run_id: UUID | str, waiting: Waiting, patience: float) -> Flow[Run]:
@@ -227,6 +303,20 @@ def get(run_id: UUID | str, patience: float) -> Flow[Run]:
 
 def result(run_id: UUID | str, patience: float) -> Flow[JSON]:
     return read_json((yield from answered(Ask("GET", run_path(run_id) + "/result"), patience)))
+
+
+def kept_input(run_id: UUID | str, patience: float) -> Flow[JSON]:
+    return read_json((yield from answered(Ask("GET", run_path(run_id) + "/input"), patience)))
+
+
+def attempts(run_id: UUID | str, patience: float) -> Flow[Attempts]:
+    return read(Attempts, (yield from answered(Ask("GET", run_path(run_id) + "/attempts"), patience)))
+
+
+def retry(run_id: UUID | str, changes: RetryChanges, key: str | None, patience: float) -> Flow[Run]:
+    refuse_unknown("retry", changes, ("key", *RetryChanges.__annotations__))
+    ask = Ask("POST", run_path(run_id) + "/retry", {}, json_of(Changes, changes), post_headers(key))
+    return read(Run, (yield from answered(ask, patience)))
 
 
 def cancel(run_id: UUID | str, patience: float) -> Flow[Run]:

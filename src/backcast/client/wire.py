@@ -64,11 +64,11 @@ def answered(ask: Ask, patience: float) -> Flow[httpx.Response]:
         if isinstance(got, httpx.Response):
             if got.is_success:
                 return got
-            trouble, retry_after = _refusal(got), got.headers.get("Retry-After", "")
+            trouble, retry_after = refusal(got), got.headers.get("Retry-After", "")
             if got.status_code not in (429, 502, 503, 504):
                 raise trouble
         else:
-            trouble, retry_after = _silence(got), ""
+            trouble, retry_after = silence(got), ""
         seconds = max(next(delays), float(retry_after) if retry_after.isdecimal() else 0.0)
         seconds *= random.uniform(1.0, 1.5)  # noqa: S311  # so that clients do not all come back together
         if time.monotonic() + seconds > give_up:
@@ -147,6 +147,18 @@ def body_of(submission: Submission | Mapping[str, JSON], given: SubmitOptions) -
         raise InvalidInput(f"The input is not plain JSON: {error}.") from None
 
 
+def json_of(model: type[BaseModel], given: Mapping[str, Any]) -> bytes:
+    """What is given of `model`'s fields, checked by it. Raises `InvalidInput`."""
+    try:
+        checked = model.model_validate(dict(given)).model_dump(mode="json", include=set(given))
+        return json.dumps(checked, allow_nan=False, ensure_ascii=False).encode()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InvalidInput(f"{'/'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    except (ValueError, TypeError) as error:
+        raise InvalidInput(f"This is not plain JSON: {error}.") from None
+
+
 # Answers
 
 
@@ -156,6 +168,14 @@ def read(noun: type[Noun], answer: httpx.Response) -> Noun:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise _foreign(answer, ": ".join([*map(str, first["loc"]), first["msg"]])) from None
+
+
+def read_line(noun: type[Noun], answer: httpx.Response, line: bytes) -> Noun:
+    """A noun of an answer in JSON Lines."""
+    try:
+        return noun.model_validate_json(line, extra="ignore")
+    except ValidationError as error:
+        raise _foreign(answer, error.errors(include_input=False, include_url=False)[0]["msg"]) from None
 
 
 def read_json(answer: httpx.Response) -> JSON:
@@ -169,7 +189,7 @@ def _foreign(answer: httpx.Response, why: str) -> ConfigurationError:
     return ConfigurationError(f"{answer.url} does not answer as backcast does ({why}): check the URL.")
 
 
-def _silence(error: httpx.TransportError) -> Unavailable:
+def silence(error: httpx.TransportError) -> Unavailable:
     url, why = error.request.url, str(error) or type(error).__name__
     return Unavailable(f"{url.scheme}://{url.netloc.decode()} can't be reached ({why}): is the service running there?")
 
@@ -184,7 +204,7 @@ def _kinds(root: type[BackcastError]) -> dict[str, type[BackcastError]]:
 _KINDS = _kinds(ClientError) | _kinds(Unavailable)
 
 
-def _refusal(answer: httpx.Response) -> BackcastError:
+def refusal(answer: httpx.Response) -> BackcastError:
     """The error of our tree for a problem document; the nearest one if its code is not known here."""
     is_away = answer.status_code == 429 or answer.status_code >= 500
     try:

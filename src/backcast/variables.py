@@ -3,6 +3,6 @@
 CONFIG_VARIABLE = "BACKCAST_CONFIG"
 """The YAML file of the settings."""
 URL_VARIABLE = "BACKCAST_URL"
-"""Read by the command line only: the address of the API."""
+"""Read by the command line and `delay`: the address of the API."""
 KEY_VARIABLE = "BACKCAST_API_KEY"
-"""Read by the command line only: the key that it sends to the API."""
+"""Read by the command line and `delay`: the key that they send to the API."""

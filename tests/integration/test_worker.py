@@ -59,6 +59,14 @@ async def test_tasks_run_and_return(product: Stack) -> None:
     assert files == {"1.json"}, "every result is in the store, under its fence"
 
 
+async def test_a_task_makes_runs_of_other_tasks(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path) as product:
+        await product.up("api")
+        worker = product.start("worker", BACKCAST_URL=str(product.http.base_url))
+        await worker.ready()
+        assert await product.result(await product.submit("delegate", value={"a": 1})) == {"a": 1}
+
+
 async def test_task_types_come_from_signatures_and_docstrings(product: Stack) -> None:
     task = (await product.http.get("/v1/tasks/reorder")).json()
     assert task["description"].startswith("Change the date of an order.")

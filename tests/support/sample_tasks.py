@@ -18,7 +18,7 @@ from prefect import get_run_logger, runtime, task
 from prefect.cache_policies import INPUTS, TASK_SOURCE
 from pydantic import BaseModel, TypeAdapter
 
-from backcast import emit, progress
+from backcast import delay, emit, progress
 from backcast.errors import FatalError, TransientError, UsageError
 from tests.support.waiting import until
 
@@ -39,6 +39,12 @@ def _note(name: str) -> int:
 @task
 async def echo(value: Any) -> Any:
     return value
+
+
+@task
+def delegate(value: Any) -> Any:
+    """Makes a run of another task, and waits for it."""
+    return delay(echo, value).result(timeout=60)
 
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -17,6 +17,7 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel
 
+from backcast import delay, delay_async
 from backcast.client import AsyncClient, Client, WaitTimeout, raise_for_state
 from backcast.errors import (
     ClientError,
@@ -420,6 +421,32 @@ def test_many_rows_are_cast_in_their_order_and_one_that_fails_ends_no_other(call
     assert sent[0][0]["input"] == {"data": "row 0", "target": {"type": "integer"}, "instructions": "count"}
     with pytest.raises(TypeError, match="Did you mean owner"):
         call("cast_many", [1], int, ownr="ana")
+
+
+def test_delay_is_called_as_the_task_is(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKCAST_URL", service.url)
+    monkeypatch.setenv("BACKCAST_API_KEY", "the-key")
+
+    def add(a: int, b: date | None = None, **rest: int) -> int:
+        raise AssertionError
+
+    future = delay(add, 1, b=date(2030, 1, 31), c=3)
+    assert service.seen[-1].body == {"input": {"a": 1, "b": "2030-01-31", "c": 3}}
+    assert service.seen[-1].headers["authorization"] == "Bearer the-key"
+    assert (future.wait(timeout=60).state, future.result(timeout=60)) == (State.COMPLETED, service.result)
+    again = asyncio.run(delay_async("add", a=1))
+    assert asyncio.run(again.result_async()) == service.result
+    assert again.task_run_id != future.task_run_id
+    for wrong in (lambda: delay(add, 1, 2, 3), lambda: delay(add), lambda: delay("add", 1)):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(UnknownTask):
+        delay("nope")
+    service.states, service.error = ("failed",), {"code": "task_failed", "title": "t", "detail": "no"}
+    failed = delay(add, 2)
+    with pytest.raises(RunError, match="no"):
+        failed.result()
+    assert failed.result(raise_on_failure=False) is None
 
 
 def test_levers(call: Call, service: Service) -> None:

@@ -27,10 +27,10 @@ import pytest
 
 from backcast.settings import PREFIX, Settings
 from backcast.testing import Reply, Request, ScriptedModel, extract
-from tests.support.stack import ROOT, Stack, stack
+from tests.support.stack import ROOT, free_port, stack
 from tests.support.waiting import PATIENCE
 
-PAGES = ("guarantees",)
+PAGES = ("guarantees", "writing-tasks")
 _FENCE = re.compile(r"^\s*```(.*)$")
 _MODEL = re.compile(r"^<!-- model: (.*) -->$")
 _KINDS = (
@@ -68,22 +68,21 @@ def read(page: Path) -> Iterator[Block]:
             yield Block(place, kinds[0][0], kinds[0][1].groupdict(), "".join(text))
 
 
-def run(block: Block, product: Stack) -> str:
+def run(block: Block, folder: Path, address: str) -> str:
     """What the block prints."""
-    address = product.http.base_url.netloc.decode()
     text = block.text.replace("localhost:8000", address)
     command = (
         ["bash", "-euo", "pipefail", "-c", text] if block.given["language"] == "sh" else [sys.executable, "-c", text]
     )
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(product.folder),
+        "HOME": str(folder),
         "BACKCAST_URL": f"http://{address}",
         "COLUMNS": "200",
     }
     ended = subprocess.run(
         command,
-        cwd=product.folder,
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -113,21 +112,25 @@ async def test_the_blocks_of_a_page_do_what_it_shows(page: str, database: str, t
     def script(request: Request) -> Reply:
         return Reply(answers.pop(0)) if answers else extract(request)
 
+    port = free_port()
+    address = f"localhost:{port}"
     with ScriptedModel(script) as model:
         env = {
+            "BACKCAST_URL": f"http://{address}",
             "BACKCAST_MODEL__BASE_URL": model.url,
             "BACKCAST_MODEL__API_KEY": "any",
             "BACKCAST_TASKS": ",".join(modules),
             "PYTHONPATH": str(tmp_path),
         }
         async with stack(database, tmp_path, **env) as product:
-            await product.up("api", "worker")
+            parts = [product.start("api", port), product.start("worker")]
+            await asyncio.gather(*[part.ready() for part in parts])
             printed: str | None = None
             for block in blocks:
                 if block.kind == "model":
                     answers.append(json.loads(block.text))
                 elif block.kind == "run":
-                    printed = await asyncio.to_thread(run, block, product)
+                    printed = await asyncio.to_thread(run, block, tmp_path, address)
                     assert not answers, f"{block.place}: the model was not asked for {answers}"
                 elif block.kind == "output":
                     assert printed is not None, f"{block.place}: no block before it is run"

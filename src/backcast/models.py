@@ -453,7 +453,7 @@ class Operation(_Noun):
     """Cancelled: it was stopped; what it had done stays done."""
     filter: Selection
     batch_id: UUID | None = None
-    """The batch of the runs that it makes, for the retry of a batch."""
+    """Of the retry of a batch: the batch of the runs that it makes, which grows until it is completed."""
     done: int
     """Runs that are repeated; or cancelled, or asked to stop."""
     skipped: int

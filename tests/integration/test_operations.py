@@ -245,6 +245,44 @@ async def test_a_pause_holds_for_repeated_runs_and_a_cancel_for_paused_ones(
     assert (await seen(api, operation))["done"] == 3
 
 
+async def test_the_failed_and_expired_runs_of_a_batch_are_repeated_as_a_new_batch(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID
+) -> None:
+    values = [n if n % 3 else f"{n}{LARGE}" for n in range(300)]
+    lines = "\n".join(json.dumps({"task": "echo", "owner": "ana", "input": {"value": value}}) for value in values)
+    answer = await api.post("/v1/batches", content=lines, headers={"content-type": "application/jsonl"})
+    batch = answer.json()["id"]
+    rows = await ledger.fetch("select id from runs order by id")
+    for n, state in enumerate(("completed", "cancelled", "expired", "failed")):
+        await homes.end(ledger, state, "id = any($1)", [row["id"] for row in rows[n::5]])
+    before = (await api.get(f"/v1/batches/{batch}")).json()
+    key = {"Idempotency-Key": "k"}
+    answers = [await api.post(f"/v1/batches/{batch}/retry", headers=key) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [202, 202], answers[0].text
+    assert "idempotent-replayed" in answers[1].headers
+    operation = answers[0].json()
+    assert answers[1].json() == operation
+    assert answers[0].headers["location"] == f"/v1/operations/{operation['id']}"
+    assert operation["filter"]["batch"] == batch
+    assert (await api.get(f"/v1/batches/{operation['batch_id']}")).json()["size"] == 0
+    await Operations(ledger, store)()
+    assert counts(await seen(api, operation)) == ("completed", 120, 0, 0)
+    new = (await api.get(f"/v1/batches/{operation['batch_id']}")).json()
+    assert (new["owner"], new["size"], new["states"]) == ("ana", 120, {"queued": 120})
+    assert (await api.get(f"/v1/batches/{batch}")).json() == before
+    text = (await api.get(f"/v1/batches/{operation['batch_id']}/results")).text
+    repeated = [(await api.get(f"/v1/runs/{json.loads(line)['id']}")).json()["retry_of"] for line in text.splitlines()]
+    assert repeated == [str(row["id"]) for n, row in enumerate(rows) if n % 5 in (2, 3)], "in the order of the old ones"
+    again = (await api.post(f"/v1/runs/{rows[3]['id']}/retry")).json()
+    assert again["batch_id"] is None
+    other = {"Idempotency-Key": "k2"}
+    assert (await api.post(f"/v1/batches/{batch}/retry", headers=other)).json()["batch_id"] != operation["batch_id"]
+    conflict = await api.post("/v1/runs/retry", json={"batch": batch, "owner": "ana"}, headers=key)
+    problem(conflict, 422, "idempotency_key_reused")
+    for unknown in (uuid4(), "42"):
+        problem(await api.post(f"/v1/batches/{unknown}/retry"), 404, "unknown_batch")
+
+
 # -- cancel ------------------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +489,16 @@ async def test_the_steward_makes_operations(database: str, tmp_path: Path) -> No
         for run in failed:
             [new] = (await product.run(run))["retried_by"]
             assert (await product.ended(new))["state"] == "failed"
+        lines = "\n".join(json.dumps({"task": "fail", "input": {"kind": "usage"}}) for _ in range(2))
+        jsonl = {"content-type": "application/jsonl"}
+        batch = (await product.http.post("/v1/batches", content=lines, headers=jsonl)).json()["id"]
+
+        async def states(batch: str) -> dict[str, int]:
+            return dict((await product.http.get(f"/v1/batches/{batch}")).json()["states"])
+
+        await until(lambda: states(batch), lambda each: each == {"failed": 2})
+        operation = (await product.http.post(f"/v1/batches/{batch}/retry")).json()
+        await until(lambda: states(operation["batch_id"]), lambda each: each == {"failed": 2})
         later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
         answer = await product.http.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, "run_at": later})
         assert counts(await completed("cancel", task="echo")) == ("completed", 1, 0, 0)

@@ -40,6 +40,7 @@ _LINKS = {
         "/v1/batches/{batch_id}/results",
         "/v1/batches/{batch_id}/events",
         "/v1/batches/{batch_id}/cancel",
+        "/v1/batches/{batch_id}/retry",
     ),
 }
 _MAKES = {
@@ -48,6 +49,7 @@ _MAKES = {
     "/v1/batches": ("batch_id", "id"),
     "/v1/runs/retry": ("operation_id", "id"),
     "/v1/runs/cancel": ("operation_id", "id"),
+    "/v1/batches/{batch_id}/retry": ("operation_id", "id"),
 }
 """The routes that make something: the parameter by which others find it, and the field of the answer that has it."""
 

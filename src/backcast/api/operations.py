@@ -16,12 +16,14 @@ from backcast.errors import (
     InvalidInput,
     LedgerUnavailable,
     MalformedBody,
+    UnknownBatch,
     UnknownOperation,
     UnsupportedBody,
 )
-from backcast.ledger import operations
+from backcast.ledger import batches, operations
+from backcast.ledger.operations import Recorded
 from backcast.ledger.selection import Kind
-from backcast.models import FILTERS, CancelMany, Matched, Operation, RetryMany, Selection
+from backcast.models import FILTERS, CancelMany, Matched, Operation, RetryMany, Selection, uuid7
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 
@@ -77,11 +79,37 @@ async def _begin(request: Request, deps: Backend, kind: Kind, asked: RetryMany |
     if asked.dry_run:
         runs, more = await operations.matching(deps.ledger, kind, chosen)
         return Response(Matched(runs=runs, more=more).model_dump_json(), media_type="application/json")
-    recorded = await operations.record(deps.ledger, kind, chosen, owner=chosen.owner or "", key=key)
+    return _accepted(await operations.record(deps.ledger, kind, chosen, owner=chosen.owner or "", key=key))
+
+
+def _accepted(recorded: Recorded) -> Response:
     headers = {"Location": f"/v1/operations/{recorded.operation.id}", "Retry-After": "1"}
     if not recorded.fresh:
         headers["Idempotent-Replayed"] = "true"
     return Response(recorded.operation.model_dump_json(), 202, headers, "application/json")
+
+
+@router.post(
+    "/batches/{batch_id}/retry",
+    status_code=202,
+    summary="Repeat the runs of a batch that did not succeed",
+    description=(
+        "For its failed and expired runs: not for cancelled ones, whose caller did not want them any more. It is as"
+        " `POST /v1/runs/retry` with this `batch`, which also takes another `state` and a `dry_run`; but the new runs"
+        " are a batch of their own, the operation's `batch_id`, in the order of the old ones. The old batch stays as it"
+        " is. Answers 202 with the operation. An `Idempotency-Key` is one of the batch's owner."
+    ),
+    response_model=Operation,
+    responses=problems.responses(UnknownBatch, InvalidInput, IdempotencyConflict, LedgerUnavailable),
+    openapi_extra={"parameters": [IDEMPOTENCY_KEY]},
+)
+async def retry_batch(batch_id: UUID, request: Request, deps: Deps) -> Response:
+    key, batch = idempotency_key(request), await batches.get(deps.ledger, batch_id)
+    return _accepted(
+        await operations.record(
+            deps.ledger, "retry", Selection(batch=batch.id), owner=batch.owner, key=key, batch_id=uuid7()
+        )
+    )
 
 
 @router.get(

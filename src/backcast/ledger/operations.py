@@ -33,17 +33,25 @@ class Recorded:
 
 # As for runs: the unique index on (owner, idem_key) lets one of any number of racing requests insert.
 _RECORD = f"""
-insert into operations (id, kind, owner, idem_key, request_hash, filter, until) values ($1, $2, $3, $4, $5, $6, $7)
-on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
-returning {_COLUMNS}, request_hash, xmax = 0 as fresh"""  # noqa: S608  # constants
+with recorded as (
+  insert into operations (id, kind, owner, idem_key, request_hash, filter, until, batch_id)
+  values ($1, $2, $3, $4, $5, $6, $7, $8)
+  on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
+  returning *, xmax = 0 as fresh),
+batch as (
+  insert into batches (id, owner, request_hash, size)
+  select batch_id, owner, request_hash, 0 from recorded where fresh and batch_id is not null)
+select {_COLUMNS}, request_hash, fresh from recorded"""  # noqa: S608  # constants
 
 
-async def record(ledger: Ledger, kind: Kind, chosen: Selection, *, owner: str, key: str | None) -> Recorded:
-    """Record an operation, which the leading steward makes. Raises `IdempotencyConflict`: the key belongs to another
-    operation of this owner."""
+async def record(
+    ledger: Ledger, kind: Kind, chosen: Selection, *, owner: str, key: str | None, batch_id: UUID | None = None
+) -> Recorded:
+    """Record an operation, which the leading steward makes. With `batch_id`, its runs are a new batch with this id.
+    Raises `IdempotencyConflict`: the key belongs to another operation of this owner."""
     filters = chosen.model_dump_json(exclude_none=True)
-    request_hash = hashlib.sha256(f"{kind}\n{filters}".encode()).digest()
-    row = await ledger.fetchrow(_RECORD, uuid7(), kind, owner, key, request_hash, filters, uuid7(-MARGIN))
+    request_hash = hashlib.sha256(f"{kind}\n{filters}\n{batch_id is not None}".encode()).digest()
+    row = await ledger.fetchrow(_RECORD, uuid7(), kind, owner, key, request_hash, filters, uuid7(-MARGIN), batch_id)
     assert row is not None
     if row["request_hash"] != request_hash:
         raise IdempotencyConflict(
@@ -128,7 +136,8 @@ _TURN = """turn as materialized (
 _ENDS = """state = case when {is_last} then 'completed' else state end,
        finished_at = case when {is_last} then now() end"""
 
-# The new runs have ids that nobody knows, and the old ones never change: nothing is waited for. Where each waits is
+# The new runs have ids that nobody knows, the old ones never change, and a batch of retries is changed by its operation
+# and nothing else: nothing is waited for. Where each waits is
 # decided as for a submission.
 _RETRY = f"""
 with {_TURN.format(and_="and ($8::timestamptz is null or now() < $8)")},
@@ -141,7 +150,8 @@ made as (
    cross join lateral (select * from all_runs where all_runs.id = given.old) r
    where exists (select from turn)
   returning id, retry_of, pool, lane, state),
-linked as (insert into retries (run_id, retry_id) select retry_of, id from made)
+linked as (insert into retries (run_id, retry_id) select retry_of, id from made),
+sized as (update batches set size = size + (select count(*) from made) where id = $9 and exists (select from turn))
 update operations set cursor = $3, done = done + (select count(*) from made),
        skipped = skipped + cardinality($5) - (select count(*) from made), failed = failed + $10,
        {_ENDS.format(is_last="$4")}

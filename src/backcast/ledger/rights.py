@@ -65,7 +65,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "retire_partition(text)": "execute",
         "drop_retired()": "execute",
         "backlog": "select",
-        "batches": "select, delete",
+        "batches": "select, update (size), delete",
         "cursors": "select, insert, update",
         "events": "select, delete",
         "flights": "select, delete",

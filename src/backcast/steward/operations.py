@@ -51,8 +51,10 @@ class Operations:
             await self._retry(work, page)
 
     async def _retry(self, work: Work, page: Page) -> None:
-        retries = [Retry(run, uuid7(), None) for run, key in page.runs.items() if key is None]
-        large = [(run, key) for run, key in page.runs.items() if key is not None]
+        # The new ids rise as the old ones do: that is the order of a batch.
+        new = dict(zip(page.runs, sorted(uuid7() for _ in page.runs), strict=True))
+        retries = [Retry(run, new[run], None) for run, key in page.runs.items() if key is None]
+        large = [(run, new[run], key) for run, key in page.runs.items() if key is not None]
         until: datetime | None = None
         copied = list[Retry]()
         if large:
@@ -64,9 +66,8 @@ class Operations:
         if not await operations.retry(self.ledger, work, page, retries + copied, failed=failed, stored_until=until):
             await self.store.delete(each.input_key for each in copied if each.input_key is not None)
 
-    async def _copied(self, run: UUID, key: str) -> Retry | None:
+    async def _copied(self, run: UUID, new: UUID, key: str) -> Retry | None:
         """The retry with an input of its own, as the old run's goes with the old run; None: it has gone."""
-        new = uuid7()
         own = submissions.input_key(new)
         try:
             await self.store.put(own, await self.store.get(key))

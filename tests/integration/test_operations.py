@@ -378,6 +378,10 @@ async def test_a_request_without_a_filter_or_with_a_wrong_one_is_refused(api: ht
     for verb, state in (("retry", "queued"), ("retry", "running"), ("cancel", "failed"), ("cancel", "held")):
         found = problem(await api.post(f"/v1/runs/{verb}", json={"state": state}), 422, "invalid_input")
         assert [error["pointer"] for error in found["errors"]] == ["/state"]  # type: ignore[attr-defined]
+    for verb in ("retry", "cancel"):
+        answer = await api.get(f"/v1/runs/{verb}")
+        problem(answer, 405, "method_not_allowed")
+        assert answer.headers["allow"] == "POST"
     problem(
         await api.post("/v1/runs/cancel", content="x", headers={"content-type": "text/plain"}), 415, "unsupported_body"
     )

@@ -79,7 +79,20 @@ class _Name(Convertor[str]):
         return quote(value, safe="")
 
 
+class _Run(Convertor[str]):
+    """`{run_id:run}` at the end of a path: anything but the verbs that have routes of their own in its place."""
+
+    regex = "(?!(?:retry|cancel)$)[^/]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
 register_url_convertor("name", _Name())
+register_url_convertor("run", _Run())
 
 
 class EncodedPath:

@@ -124,7 +124,7 @@ async def list_runs(
 
 
 @hot.get(
-    "/runs/{run_id}",
+    "/runs/{run_id:run}",
     summary="Get a run",
     response_model=Run,
     responses=problems.responses(UnknownRun, LedgerUnavailable),

@@ -30,7 +30,7 @@ from backcast.testing import Reply, Request, ScriptedModel, extract
 from tests.support.stack import ROOT, free_port, stack
 from tests.support.waiting import PATIENCE
 
-PAGES = ("guarantees", "writing-tasks")
+PAGES = ("guarantees", "tutorial", "writing-tasks")
 _FENCE = re.compile(r"^\s*```(.*)$")
 _MODEL = re.compile(r"^<!-- model: (.*) -->$")
 _KINDS = (

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backcast.errors import LedgerUnavailable
-from backcast.ledger import claims, dispatch, fleet, provisioning, runs, settlement, submissions
+from backcast.ledger import claims, dispatch, fleet, listing, provisioning, runs, settlement, submissions
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
@@ -160,15 +160,15 @@ STATEMENTS: dict[str, Statement] = {
     "claim 10 of 100 owners": lambda at: at.claim("many", 10),
     "settle 10": lambda at: at.settle(),
     "status": lambda at: at.status(),
-    "list newest": lambda at: runs.find(at.ledger, limit=50),
-    "list an owner": lambda at: runs.find(at.ledger, limit=50, owner="o7"),
-    "list completed": lambda at: runs.find(at.ledger, limit=50, state=State.COMPLETED),
-    "list queued": lambda at: runs.find(at.ledger, limit=50, state=State.QUEUED),
-    "list failed": lambda at: runs.find(at.ledger, limit=50, state=State.FAILED),
-    "list expired": lambda at: runs.find(at.ledger, limit=50, state=State.EXPIRED),
-    "list running": lambda at: runs.find(at.ledger, limit=50, state=State.RUNNING),
-    "list an owner's failed": lambda at: runs.find(at.ledger, limit=50, owner="o7", state=State.FAILED),
-    "list a task": lambda at: runs.find(at.ledger, limit=50, task="cast_many"),
+    "list newest": lambda at: listing.find(at.ledger, limit=50),
+    "list an owner": lambda at: listing.find(at.ledger, limit=50, owner="o7"),
+    "list completed": lambda at: listing.find(at.ledger, limit=50, state=State.COMPLETED),
+    "list queued": lambda at: listing.find(at.ledger, limit=50, state=State.QUEUED),
+    "list failed": lambda at: listing.find(at.ledger, limit=50, state=State.FAILED),
+    "list expired": lambda at: listing.find(at.ledger, limit=50, state=State.EXPIRED),
+    "list running": lambda at: listing.find(at.ledger, limit=50, state=State.RUNNING),
+    "list an owner's failed": lambda at: listing.find(at.ledger, limit=50, owner="o7", state=State.FAILED),
+    "list a task": lambda at: listing.find(at.ledger, limit=50, task="cast_many"),
     "dispatch due runs (poll)": lambda at: dispatch.dispatch_due(at.ledger),
 }
 

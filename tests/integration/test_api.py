@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 from uuid import UUID, uuid4
 
 import httpx
@@ -18,7 +20,7 @@ from backcast.api.server import protocol
 from backcast.ledger import claims, fleet, runs, settlement, submissions
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
-from backcast.models import TaskType, uuid7
+from backcast.models import Problem, TaskType, uuid7
 from backcast.settings import Api
 from backcast.store import Store
 from tests.integration.test_ledger import LEASE
@@ -457,3 +459,56 @@ async def test_one_line_a_request_names_route_status_run_and_key(
     assert len(lines[0]["key"]) == 8
     assert "secret" not in caplog.text
     assert "private" not in caplog.text
+
+
+async def test_lists_are_filtered_by_everything_that_a_run_shows(
+    api: httpx.AsyncClient, ledger: Ledger, worker: UUID
+) -> None:
+    async def make(**fields: object) -> str:
+        run = await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}, **fields})
+        return run.json()["id"]
+
+    async def found(query: str) -> list[str]:
+        answer = await api.get(f"/v1/runs?{query}")
+        assert answer.status_code == 200, answer.text
+        return [run["id"] for run in answer.json()["items"]]
+
+    failed = await make(lane="gpu", metadata={"customer": "A&B", "kind": "bill"})
+    [claim] = await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
+    error = Problem(code="task_failed", title="t", detail="No such Invoice: 100% wrong_")
+    await settlement.settle(ledger, worker, [Settlement(id=claim.id, fence=1, state="failed", error=error)])
+    await asyncio.sleep(0.002)  # ids have milliseconds
+    cut = datetime.now(UTC)
+    live = await make(lane="gpu", metadata={"customer": "A&B"}, owner="ana")
+    other = await make(metadata={"customer": "C", "strange": "a\u2028b"})
+    await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=worker, lease=LEASE)
+    at = quote(cut.isoformat())
+    assert await found("lane=gpu") == [live, failed]
+    assert await found("metadata.customer=A%26B") == [live, failed]
+    assert await found("metadata.customer=A%26B&metadata.kind=bill") == [failed]
+    assert await found("metadata.strange=a%E2%80%A8b&metadata.customer=C") == [other]
+    assert await found("metadata.nothing=1") == []
+    assert await found("error=task_failed&state=failed") == [failed]
+    assert await found("text=no%20SUCH%20invoice") == [failed]
+    assert await found("text=100%25%20wrong_") == [failed]
+    assert await found("text=100_") == []
+    assert await found(f"created_after={at}") == [other, live]
+    assert await found(f"created_before={at}") == [failed]
+    assert await found(f"created_before={at}&lane=gpu&owner=default") == [failed]
+    assert await found(f"ended_before={at}") == [failed]
+    assert await found(f"ended_after={at}") == []
+    assert failed in await found(f"worker={worker}")
+    for wrong in (
+        "metadata=1", "metadat.a=1", "created_after=5", "text=", "worker=me", "metadata.a%00=1",
+        "&".join(f"metadata.{n}=1" for n in range(6)), "metadata.a=1&metadata.a=2",
+    ):  # fmt: skip
+        problem(await api.get(f"/v1/runs?{wrong}"), 422, "invalid_input")
+    problem(await api.get("/v1/tasks?metadata.a=1"), 422, "invalid_input")
+
+
+async def test_a_label_with_a_null_character_spoils_no_list(api: httpx.AsyncClient, ledger: Ledger) -> None:
+    run = (await api.post("/v1/tasks/echo/runs", json={"input": {"value": 1}})).json()["id"]
+    await ledger.execute("""update runs set metadata = '{"a": "\\u0000"}', error = '{"code": "\\u0000"}'""")
+    for query in ("metadata.a=1", "error=x", "text=x"):
+        assert (await api.get(f"/v1/runs?{query}")).json()["items"] == []
+    assert [each["id"] for each in (await api.get("/v1/runs")).json()["items"]] == [run]

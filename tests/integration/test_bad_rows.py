@@ -11,7 +11,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from backcast.ledger import dispatch, fleet, history, limits, recovery, runs, settlement, task_types, unusable
+from backcast.ledger import dispatch, fleet, history, limits, listing, recovery, runs, settlement, task_types, unusable
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Limits, uuid7
 from tests.integration.test_lanes import LEASE, NOOP, claim, ended, fill, register, submit
@@ -66,7 +66,7 @@ async def healthy(ledger: Ledger, worker: UUID) -> None:
         await tried(ledger, recovery.requeue(ledger, LEASE))
         for one in await tried(ledger, claim(ledger, worker)) or []:
             await tried(ledger, settlement.settle(ledger, worker, [ended(one)]))
-        return {run.id for run in (await runs.find(ledger, limit=200))[0] if run.state == "completed"}
+        return {run.id for run in (await listing.find(ledger, limit=200))[0] if run.state == "completed"}
 
     await until(work, lambda done: mine <= done)
 
@@ -100,7 +100,7 @@ async def test_a_run_with_an_impossible_value(ledger: Ledger, column: str) -> No
             else:
                 await ledger.execute("update runs set state = $2 where id = $1", bad[-1], state)
     await healthy(ledger, worker)
-    found, _ = await runs.find(ledger, limit=200)
+    found, _ = await listing.find(ledger, limit=200)
     for run in (*found, *[await runs.cancel(ledger, one) for one in bad]):
         json.dumps(run.model_dump(mode="json"), allow_nan=False, ensure_ascii=False).encode()
         assert run.created_at.tzinfo is not None
@@ -116,7 +116,7 @@ async def test_bad_rows_are_looked_for_once_in_a_while(ledger: Ledger) -> None:
         bad = (await submit(ledger, None)).id
         await ledger.execute("update runs set fence = 9223372036854775807 where id = $1", bad)
         await unusable.set_aside(ledger, error)
-        return [run.state.value for run in (await runs.find(ledger, limit=10))[0]]
+        return [run.state.value for run in (await listing.find(ledger, limit=10))[0]]
 
     assert await codes() == ["failed"]
     assert await codes() == ["queued", "failed"]

@@ -18,6 +18,7 @@ from backcast.ledger import (
     dispatch,
     ended,
     limits,
+    listing,
     maintenance,
     recovery,
     runs,
@@ -75,7 +76,7 @@ async def newest_first(ledger: Ledger, **filters: Any) -> list[UUID]:
     """The ids of a whole list, in pages of three."""
     ids, before = list[UUID](), None
     while True:
-        page, before = await runs.find(ledger, limit=3, before=before, **filters)
+        page, before = await listing.find(ledger, limit=3, before=before, **filters)
         ids += [run.id for run in page]
         if before is None:
             return ids

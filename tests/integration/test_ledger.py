@@ -23,6 +23,7 @@ from backcast.ledger import (
     dispatch,
     fleet,
     history,
+    listing,
     migration,
     recovery,
     runs,
@@ -382,13 +383,13 @@ async def test_listing_pages_through_everything_once(ledger: Ledger) -> None:
     made = [(await submit(ledger, owner="ab"[n % 2])).run.id for n in range(25)]
     pages: list[Run] = []
     before = None
-    while page := (await runs.find(ledger, limit=4, before=before))[0]:
+    while page := (await listing.find(ledger, limit=4, before=before))[0]:
         pages += page
         before = page[-1].id
     assert [run.id for run in pages] == sorted(made, reverse=True)
-    assert {run.owner for run in (await runs.find(ledger, limit=50, owner="a"))[0]} == {"a"}
-    assert len((await runs.find(ledger, limit=50, state=State.QUEUED, task="noop"))[0]) == 25
-    assert await runs.find(ledger, limit=50, state=State.FAILED) == ([], None)
+    assert {run.owner for run in (await listing.find(ledger, limit=50, owner="a"))[0]} == {"a"}
+    assert len((await listing.find(ledger, limit=50, state=State.QUEUED, task="noop"))[0]) == 25
+    assert await listing.find(ledger, limit=50, state=State.FAILED) == ([], None)
 
 
 @pytest.mark.parametrize("when", ["empty", "all running", "all of one owner"])
@@ -419,7 +420,7 @@ async def test_a_claim_reads_few_rows_whatever_the_statistics_are(ledger: Ledger
         none: list[None] = [None] * 10
         args = [*settle, none, none, [0.0] * 10, [1] * 10, [0] * 10, none, [""] * 10, none]
         assert len(await connection.fetch(settlement._SETTLE_FREE, worker, *args)) == 10
-        await connection.fetch(runs._WAITING_OR_RUNNING.format(most=50), runs._LAST, runs._FIRST, ["queued"])
+        await connection.fetch(listing._WAITING_OR_RUNNING.format(most=50), listing._LAST, listing._FIRST, ["queued"])
     plan = "\n".join(plan for plan in plans if "on runs" in plan)
     assert "runs_ready" in plan
     assert max(float(most) for most in re.findall(r"actual .*? rows=([\d.]+)", plan)) <= 50, plan
@@ -579,7 +580,7 @@ async def test_a_filter_that_matches_few_runs_reads_few_rows(ledger: Ledger) -> 
     for filters in ({"task": "noop"}, {"task": "noop", "owner": "o"}, {"task": "noop", "state": State.QUEUED}):
         sizes, before = list[int](), None
         while True:
-            found, before = await runs.find(ledger, limit=5, before=before, **filters)  # type: ignore[arg-type]
+            found, before = await listing.find(ledger, limit=5, before=before, **filters)  # type: ignore[arg-type]
             sizes.append(len(found))
             if before is None:
                 break
@@ -615,11 +616,11 @@ async def test_lists_by_state_do_not_walk_through_other_states(database: str, st
     )
     await ledger.execute("analyze runs, ended")
     before = await looked_at()
-    found, following = await runs.find(ledger, limit=20, state=state)
+    found, following = await listing.find(ledger, limit=20, state=state)
     assert {run.state for run in found} == {state}
     assert [run.id for run in found] == sorted((run.id for run in found), reverse=True)
     assert following == found[-1].id
-    again, _ = await runs.find(ledger, limit=20, state=state, before=following)
+    again, _ = await listing.find(ledger, limit=20, state=state, before=following)
     assert again
     assert all(run.id < found[-1].id for run in again)
     assert 0 < await looked_at() - before <= 2 * 3 * 21, "two pages, of three states at most"

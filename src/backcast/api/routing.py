@@ -17,8 +17,13 @@ from backcast import names
 from backcast.api.access import SEEN
 from backcast.errors import FieldError, InvalidInput
 
+LABEL = "metadata."
+"""A query parameter of this prefix filters by a label of the caller's own."""
+
 
 class Route(APIRoute):
+    takes_labels = False
+
     def __init__(self, path: str, endpoint: Callable[..., Any], **declared: Any) -> None:
         super().__init__(path, endpoint, **declared)
         taken = get_flat_params(self.dependant)
@@ -53,7 +58,7 @@ class Route(APIRoute):
             raise InvalidInput(f"query: {why}.", errors=(FieldError("query", why),)) from None
         given = [name for name, _ in asked]
         for name in given:
-            if name not in self._queries:
+            if name not in self._queries and not (self.takes_labels and name.startswith(LABEL)):
                 known = f"it takes {', '.join(sorted(self._queries))}" if self._queries else "it takes none"
                 why = f"this route does not take this query parameter; {known}"
             elif given.count(name) > 1:
@@ -61,6 +66,10 @@ class Route(APIRoute):
             else:
                 continue
             raise InvalidInput(f"query/{name}: {why}.", errors=(FieldError(f"query/{name}", why),))
+
+
+class LabelledRoute(Route):
+    takes_labels = True
 
 
 class _Name(Convertor[str]):

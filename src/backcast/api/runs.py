@@ -11,7 +11,7 @@ from backcast.api import objects, problems
 from backcast.api.body import json_body, validate
 from backcast.api.deps import Backend, Deps, backend
 from backcast.api.fast_path import NAME, RUN_ID, FastRoute, in_header, run_id
-from backcast.api.routing import Route
+from backcast.api.routing import LABEL, LabelledRoute, Route
 from backcast.api.submit import idempotency_key, submit
 from backcast.api.waits import LONGEST
 from backcast.errors import (
@@ -31,14 +31,16 @@ from backcast.errors import (
     UnknownTask,
     UnsupportedBody,
 )
-from backcast.ledger import runs
+from backcast.ledger import listing, runs
+from backcast.ledger.listing import Filters
 from backcast.ledger.runs import Value
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import Name, Run, State, Submission
+from backcast.models import Moment, Name, Run, State, Submission
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
 """The routes that every run uses: submit, get."""
+_LABELS = 5
 
 PREFER = in_header(
     "Prefer",
@@ -105,22 +107,66 @@ class RunList(BaseModel):
     before the last one may be short or empty."""
 
 
-@router.get(
-    "/runs", summary="List runs, the newest first", responses=problems.responses(InvalidInput, LedgerUnavailable)
-)
 async def list_runs(
+    request: Request,
     deps: Deps,
     state: State | None = None,
     task: Name | None = None,
     owner: Name | None = None,
     batch: UUID | None = None,
+    lane: Name | None = None,
+    worker: UUID | None = None,
+    error: Annotated[str | None, Query(max_length=100)] = None,
+    text: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    created_after: Moment | None = None,
+    created_before: Moment | None = None,
+    ended_after: Moment | None = None,
+    ended_before: Moment | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: UUID | None = None,
 ) -> RunList:
-    found, following = await runs.find(
-        deps.ledger, limit=limit, before=cursor, state=state, task=task, owner=owner, batch=batch
+    filters = Filters(
+        state=state,
+        task=task,
+        owner=owner,
+        batch=batch,
+        lane=lane,
+        worker=worker,
+        error=error,
+        text=text,
+        created_after=created_after,
+        created_before=created_before,
+        ended_after=ended_after,
+        ended_before=ended_before,
+        metadata=_labels(request),
     )
+    found, following = await listing.find(deps.ledger, limit=limit, before=cursor, filters=filters)
     return RunList(items=found, next_cursor=following)
+
+
+router.add_api_route(
+    "/runs",
+    list_runs,
+    methods=["GET"],
+    route_class_override=LabelledRoute,
+    summary="List runs, the newest first",
+    description=(
+        "All filters hold together. `error` is the code of a run's error, `text` a part of its detail;"
+        " `metadata.NAME=VALUE` a label, up to five of them. An index finds the runs of a batch, an owner or a state,"
+        " and of a time of submission; of those that it finds, each request looks at the next 10,000 with the other"
+        " filters, so a page may be short and not the last."
+    ),
+    responses=problems.responses(InvalidInput, LedgerUnavailable),
+)
+
+
+def _labels(request: Request) -> dict[str, str]:
+    given = {name.removeprefix(LABEL): value for name, value in request.query_params.items() if name.startswith(LABEL)}
+    if len(given) > _LABELS:
+        raise InvalidInput(f"query: at most {_LABELS} labels can be filtered by at once.")
+    if any("\0" in each for item in given.items() for each in item):
+        raise InvalidInput("query: labels have no null character.")
+    return given
 
 
 @hot.get(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import typer
 from pydantic import ValidationError
@@ -54,6 +55,24 @@ def moment(given: str) -> datetime:
         return datetime.fromisoformat(given).astimezone()  # without an offset it is this machine's time
     except ValueError:
         raise typer.BadParameter("a time is wanted, such as 2030-01-31T08:00 or 2030-01-31T08:00Z.") from None
+
+
+def filters(pairs: Iterable[str]) -> Any:
+    """Filters of a list of runs, by name."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or (name not in _FILTERS and not name.startswith("metadata.")):
+            raise typer.BadParameter(f"{pair!r} is no filter: write NAME=VALUE, with one of {', '.join(_FILTERS)}.")
+        if name.startswith("metadata."):
+            found.setdefault("metadata", {})[name.removeprefix("metadata.")] = text
+        else:
+            found[name] = moment(text) if name.endswith(("_after", "_before")) else text
+    return found
+
+
+_TIMES = ("created_after", "created_before", "ended_after", "ended_before")
+_FILTERS = ("lane", "worker", "batch", "error", "text", *_TIMES, "metadata.NAME")
 
 
 def wrong_option(error: ValidationError) -> typer.BadParameter:

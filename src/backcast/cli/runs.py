@@ -135,13 +135,22 @@ def list_(
     state: Annotated[State | None, typer.Option(help="Only runs in this state.", show_default=False)] = None,
     task: Annotated[str | None, typer.Option(help="Only runs of this task.", show_default=False)] = None,
     owner: Annotated[str | None, typer.Option(help="Only runs of this owner.", show_default=False)] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Another filter, several times: lane, worker, batch, error (its code), text (of the error),"
+            " created_after, created_before, ended_after, ended_before (times), metadata.NAME.",
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(help="Runs to show at most.", min=1)] = 20,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """List runs, the newest first."""
     with connect(url) as service:
-        runs = list(service.list(limit=limit, state=state, task=task, owner=owner))
+        runs = list(service.list(limit=limit, state=state, task=task, owner=owner, **arguments.filters(where or ())))
     if as_json:
         output.print_document([run.model_dump(mode="json") for run in runs])
         return

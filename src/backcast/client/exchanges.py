@@ -88,10 +88,21 @@ class PauseOptions(TypedDict, total=False):
 
 
 class Filters(TypedDict, total=False):
+    """The runs that match all of these. `error` is a code, `text` a part of the error's detail."""
+
     state: State | None
     task: str | None
     owner: str | None
     batch: UUID | str | None
+    lane: str | None
+    worker: UUID | str | None
+    error: str | None
+    text: str | None
+    created_after: datetime | None
+    created_before: datetime | None
+    ended_after: datetime | None
+    ended_before: datetime | None
+    metadata: Mapping[str, str]
 
 
 _SUBMITTING = ("key", *SubmitOptions.__annotations__)
@@ -333,7 +344,14 @@ def tasks(patience: float) -> Flow[Sequence[TaskType]]:
 
 def first_page(filters: Filters, limit: int | None) -> PageRequest | None:
     refuse_unknown("list", filters, ("limit", *Filters.__annotations__))
-    return _next_page({name: str(value) for name, value in filters.items() if value is not None}, limit)
+    given: dict[str, object] = {name: value for name, value in filters.items() if name != "metadata"}
+    given |= {f"metadata.{name}": value for name, value in filters.get("metadata", {}).items()}
+    return _next_page({name: _written(value) for name, value in given.items() if value is not None}, limit)
+
+
+def _written(value: object) -> str:
+    """A filter in a query; a time without an offset is this machine's."""
+    return value.astimezone().isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _next_page(params: Mapping[str, str], left: int | None) -> PageRequest | None:

@@ -7,7 +7,19 @@ from datetime import timedelta
 from uuid import UUID
 
 from backcast.errors import ConfigurationError, UnknownRun
-from backcast.ledger import claims, figures, fleet, history, lanes, recovery, runs, settlement, submissions, task_types
+from backcast.ledger import (
+    claims,
+    figures,
+    fleet,
+    history,
+    lanes,
+    listing,
+    recovery,
+    runs,
+    settlement,
+    submissions,
+    task_types,
+)
 from backcast.ledger.connection import Ledger
 from backcast.ledger.rights import require
 from backcast.ledger.settlement import Settlement
@@ -50,7 +62,7 @@ async def rights(ledger: Ledger, part: str) -> None:
 async def _submit(ledger: Ledger) -> None:
     await task_types.all_(ledger)
     await ledger.fetch(submissions.INSERT, *[[] for _ in submissions.New._fields[:-1]], None)
-    await runs.find(ledger, limit=1)
+    await listing.find(ledger, limit=1)
     with contextlib.suppress(UnknownRun):
         await runs.cancel(ledger, _NOBODY)
 

@@ -1,11 +1,10 @@
-"""Looks up, lists and cancels runs for callers. Other modules decide how a run is accepted and executed.
+"""Looks up and cancels runs for callers. Other modules decide how a run is accepted and executed.
 
 Isolation is READ COMMITTED in the whole ledger: an UPDATE that waited for a row lock reads the row again, so the newest
 version of the row decides a `where` on state, fence and worker. Locks are taken in one order: lanes by name, then runs.
 A statement that takes many runs skips the locked ones, or takes only runs that its own worker holds.
 """
 
-import time
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -101,71 +100,6 @@ async def latest_fence(ledger: Ledger, run_id: UUID) -> int:
     if row is None:
         raise UnknownRun.of(run_id)
     return row["fence"]
-
-
-# One index of each table gives the newest rows of a batch, an owner or a state. Further filters apply to the next
-# 10,000 of them, so that a filter which matches next to nothing does not walk through years of history. The two row
-# comparisons mean `state = …`, in a form for which the planner takes runs_by_state and not the primary key.
-_WAITING_OR_RUNNING = """
-select r.*, null::timestamptz as finished_at from unnest($3::text[]) s cross join lateral (
-  select * from runs where (runs.state, runs.id) < (s, $1) and (runs.state, runs.id) >= (s, $2)
-   order by runs.state desc, runs.id desc limit {most}) r
- order by id desc limit {most}"""
-WALK = 10_000
-_STATES = {State.QUEUED: ["paused", "held", "scheduled", "queued"]}
-_FIRST, _LAST = UUID(int=0), UUID(int=(1 << 128) - 1)
-_A_DAY = 86_400_000
-"""Milliseconds."""
-
-
-async def find(
-    ledger: Ledger,
-    *,
-    limit: int,
-    before: UUID | None = None,
-    state: State | None = None,
-    task: str | None = None,
-    owner: str | None = None,
-    batch: UUID | None = None,
-) -> tuple[list[Run], UUID | None]:
-    """The newest runs first (ids are time-ordered), and where the next page begins. A page whose filters matched few of
-    many runs is short, or empty, and yet not the last one."""
-    states = None if state is None else _STATES.get(state, [state.value])
-    asked = [("batch_id =", batch), ("owner =", owner), ("state =", states), ("task =", task)]
-    filters = [(column, value) for column, value in asked if value is not None]
-    base = filters.pop(0) if filters and filters[0][0] != "task =" else None
-    most = WALK if filters else limit + 1
-    by_state = state if base is not None and base[0] == "state =" else None
-    matches = "" if base is None else f"{base[0]} $3 and"
-    if by_state is not None:  # its name and no parameter: the planner leaves out the tables that have no such run
-        matches = f"state = '{by_state.value}' and $3::text[] is not null and"
-    is_live = by_state is not None and not by_state.is_final
-    if is_live:
-        walk = _WAITING_OR_RUNNING.format(most=most)
-    else:
-        walk = f"select * from all_runs where {matches} id < $1 and id >= $2 order by id desc limit {most}"  # noqa: S608
-    values = [] if base is None else [base[1]]
-    at = 2 + len(values)
-    rest = [f"{column} {'any' if column == 'state =' else ''}(${at + n})" for n, (column, _) in enumerate(filters, 1)]
-    where = f"where {' and '.join(rest)}" if rest else ""
-    sql = f"select {COLUMNS} from ({walk}) r {where} order by id desc limit {limit + 1}"  # noqa: S608  # constants
-    before, found = before or _LAST, list[Run]()
-    for since in (_FIRST,) if filters or is_live else (_a_day_before(before), _FIRST):
-        rows = await ledger.fetch(sql, before, since, *values, *[value for _, value in filters])
-        found = [shown(row) for row in rows]
-        if len(found) > limit:
-            return found[:limit], found[limit - 1].id
-    if not filters:
-        return found, None
-    sql = f"select id from ({walk}) r order by id desc offset {WALK - 1}"  # noqa: S608
-    last = await ledger.fetchrow(sql, before, _FIRST, *values)
-    return found, None if last is None else last["id"]
-
-
-def _a_day_before(run: UUID) -> UUID:
-    """A full page is mostly found there, and the partitions of all other days are left alone."""
-    newest = min(run.int >> 80, time.time_ns() // 1_000_000)
-    return UUID(int=max(0, newest - _A_DAY) << 80)
 
 
 _MOVED = ended.moved(state="'cancelled'", cancel_requested_at="coalesce(cancel_requested_at, now())", returning=COLUMNS)

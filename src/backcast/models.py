@@ -220,6 +220,10 @@ class Run(_Noun):
     """The cost of the run so far, failed attempts included: `model` (its name), `input_tokens`, `output_tokens`."""
     progress: Progress | None = None
     """As its task has reported it last."""
+    why: (
+        Literal["paused", "lane", "same_value", "no_worker", "unknown_version", "retry", "scheduled", "ready"] | None
+    ) = None
+    """What it waits for, in a word, if it waits; `GET /v1/runs/{id}/why` explains it."""
     metadata: dict[str, str] = {}
     created_at: datetime
     run_at: datetime
@@ -262,6 +266,66 @@ class Attempts(_Noun):
     items: list[Attempt]
     left_out: int
     """How many earlier ones are no longer kept."""
+
+
+class Why(_Noun):
+    """Where a run is, and what it waits for. Fields that the code does not need are left out."""
+
+    code: Literal[
+        "no_worker",
+        "paused",
+        "lane_full",
+        "lane_rate",
+        "behind",
+        "scheduled",
+        "retry_wait",
+        "same_value",
+        "unknown_version",
+        "released",
+        "ready",
+        "running",
+        "stopping",
+        "completed",
+        "failed",
+        "cancelled",
+        "expired",
+    ]
+    sentence: str
+    since: datetime | None = None
+    """When that began, if it is known."""
+    until: datetime | None = None
+    """When the wait is over at the latest, if that is known."""
+    estimate_seconds: float | None = None
+    """Until it starts, at the pace of the last minute; absent when nothing has ended lately."""
+    pool: str | None = None
+    last_seen_at: datetime | None = None
+    """When a worker that serves the task was last alive."""
+    slots: int | None = None
+    """Of the live workers that serve the task."""
+    runs_before: int | None = None
+    """Of the same owner, which start earlier; at most 10,000 are counted."""
+    owners: int | None = None
+    """Others whose runs take turns with those of this owner; at most 1,000 are counted."""
+    lane: str | None = None
+    max_running: int | None = None
+    running: int | None = None
+    """Runs that take a place in the lane."""
+    max_per_minute: float | None = None
+    pause: "Pause | None" = None
+    attempt: int | None = None
+    """The number of the present or the last attempt, of `attempts`."""
+    attempts: int | None = None
+    """How many the task allows, unless some are lost."""
+    error: Problem | None = None
+    run_id: UUID | None = None
+    """The run whose value it waits for."""
+    worker_id: UUID | None = None
+    host: str | None = None
+    progress: Progress | None = None
+    waited_seconds: float | None = None
+    """From its submission to the start of its last attempt, or to its end if it never started."""
+    ran_seconds: float | None = None
+    """In its last attempt."""
 
 
 class TaskType(_Noun):

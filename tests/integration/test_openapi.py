@@ -41,8 +41,8 @@ async def test_schemathesis_finds_nothing(database: str, ledger: Ledger, tmp_pat
 
 
 def test_every_code_has_a_page_and_every_page_says_what_to_do() -> None:
-    """Codes are found where they are written, and the errors of routes by their classes."""
-    sources = {path: path.read_text() for path in (ROOT / "src" / "backcast").rglob("*.py")}
+    """Codes are found where they are written, and the errors of routes by their classes. Not those of `why`."""
+    sources = {path: path.read_text() for path in (ROOT / "src" / "backcast").rglob("*.py") if path.name != "why.py"}
     written = {code for text in sources.values() for code in re.findall(r'\bcode\s*=\s*"([a-z_]+)"', text)}
     assert len(written) > 40
     for code in written:

@@ -27,6 +27,7 @@ from backcast.api import (
     routing,
     runs,
     tasks,
+    why,
 )
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
@@ -77,7 +78,22 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     app.add_middleware(access.LogRequests)
     openapi.describe(app)
     problems.install(app)
-    nouns = (tasks, runs, again, attempts, logs, operations, batches, events, lanes, levers, health, problems, docs)
+    nouns = (
+        tasks,
+        runs,
+        again,
+        attempts,
+        why,
+        logs,
+        operations,
+        batches,
+        events,
+        lanes,
+        levers,
+        health,
+        problems,
+        docs,
+    )
     for router in (runs.hot, compatibility.router, *(noun.router for noun in nouns)):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     app.router.routes.append(docs.assets)

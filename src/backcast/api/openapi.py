@@ -32,6 +32,7 @@ _LINKS = {
         "/v1/runs/{run_id}/cancel",
         "/v1/runs/{run_id}/retry",
         "/v1/runs/{run_id}/attempts",
+        "/v1/runs/{run_id}/why",
         "/tasks/{run_id}/status",
     ),
     "operation_id": ("/v1/operations/{operation_id}", "/v1/operations/{operation_id}/cancel"),

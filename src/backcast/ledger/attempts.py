@@ -92,14 +92,14 @@ async def get(ledger: Ledger, run_id: UUID) -> Attempts:
     row = await ledger.fetchrow(_SHOWN, run_id)
     if row is None:
         raise UnknownRun.of(run_id)
-    items, left_out = _kept(row["attempts"])
+    items, left_out = kept(row["attempts"])
     if row["state"] in ("running", "completed"):
         items.append(_last(row, items, left_out))
     return Attempts(items=items, left_out=left_out)
 
 
-def _kept(text: str | None) -> tuple[list[Attempt], int]:
-    """Without those that can't be read."""
+def kept(text: str | None) -> tuple[list[Attempt], int]:
+    """The attempts of this column, the oldest first, and how many are left out. Without those that can't be read."""
     known: Any = reading.loaded(text) if text else None
     items, left_out = list[Attempt](), 0
     with contextlib.suppress(*_UNREADABLE):

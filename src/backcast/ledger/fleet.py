@@ -8,7 +8,7 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import UnknownWorker
-from backcast.ledger import routing, task_types, waiting
+from backcast.ledger import pace, routing, task_types, waiting
 from backcast.ledger.connection import Ledger
 from backcast.models import TaskType
 
@@ -70,7 +70,8 @@ class Beat:
 # id dispatches: by the primary key that is the first row that is looked at, whatever the number of workers.
 _BEAT = f"""
 with beat as (
-  update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4 where id = $1
+  update workers set heartbeat_at = now(), busy = $2, draining = $3, settled = $4,
+         recent = {pace.counted("recent", "heartbeat_at", "$4 - settled")} where id = $1
   returning id, pool, drain_asked_at is not null as drain)
 select r.id, r.fence, r.cancel_requested_at is not null as cancel, r.retries_used,
        case when r.promoted then r.lane end as lane, {waiting.paused("r")} as paused,

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 
 from backcast.errors import LedgerFault, LedgerUnavailable
+from backcast.ledger import pace
 from backcast.ledger.connection import REFUSED, Ledger
 
 log = logging.getLogger("backcast.ledger")
@@ -68,6 +69,7 @@ promoted as (
 counted as (
   update lanes set promoted = least(lanes.promoted + (select count(*) from promoted), 2000000000),
          refilled_at = greatest(lanes.refilled_at, now()),
+         recent = {pace.counted("lanes.recent", "lanes.refilled_at", "(select count(*) from promoted)")},
          tokens = coalesce(lane.tokens_now - (select count(*) from promoted), lanes.tokens),
          served = coalesce((select owner_key from pick order by n desc limit 1), lanes.served)
     from lane where lanes.name = $1 and exists (select from promoted))

@@ -66,6 +66,18 @@ async def all_(ledger: Ledger) -> list[Pause]:
     return [_pause(row) for row in await ledger.fetch(sql)]
 
 
+async def on(ledger: Ledger, *, task: str, lane: str | None, pool: str) -> list[Pause]:
+    """Those that hold for runs of this task, lane and pool, the one that lasts longest first."""
+    rows = await ledger.fetch(
+        f"""select {_COLUMNS} from pauses where {_ACTIVE} and (kind, name) in (('task', $1), ('lane', $2), ('pool', $3))
+             order by pauses.until desc nulls first""",  # noqa: S608  # constants
+        task,
+        lane,
+        pool,
+    )
+    return [_pause(row) for row in rows]
+
+
 async def of(ledger: Ledger, kind: PauseKind, name: str) -> Pause | None:
     row = await ledger.fetchrow(
         f"select {_COLUMNS} from pauses where kind = $1 and name = $2 and {_ACTIVE}",  # noqa: S608  # constants

@@ -22,7 +22,7 @@ _REPEATED = (
     " metadata"
 )
 """What the retry of many runs takes over from each."""
-_COUNTED = "promoted, refilled_at, tokens, served"
+_COUNTED = "promoted, refilled_at, tokens, served, recent"
 """What a promotion, or the end of a promoted run, changes in its lane."""
 
 RIGHTS: Mapping[str, Mapping[str, str]] = {
@@ -30,6 +30,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "alembic_version": "select",
         "batches": "select, insert, update (idem_key)",
         "events": "select",
+        "flights": "select (key, run_id)",
         "lanes": "select, insert, update",
         "make_partitions(date,date)": "execute",
         "all_runs": "select",

@@ -5,7 +5,9 @@ version of the row decides a `where` on state, fence and worker. Locks are taken
 A statement that takes many runs skips the locked ones, or takes only runs that its own worker holds.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -13,7 +15,7 @@ import asyncpg
 from backcast.errors import UnknownRun
 from backcast.ledger import ended, lanes, reading
 from backcast.ledger.connection import Ledger
-from backcast.models import Run, State
+from backcast.models import Problem, Run, State
 
 _TIMES = ("created_at", "run_at", "deadline", "started_at", "finished_at")
 RETRIES = 20
@@ -38,6 +40,7 @@ def shown(row: asyncpg.Record) -> Run:
     """A run from a row of `COLUMNS`."""
     state: str = row["state"]
     running = state == "running"
+    problem = reading.problem(row["error"]) if row["error"] and state != "completed" else None
     return Run(
         id=row["id"],
         task=row["task"],
@@ -49,9 +52,10 @@ def shown(row: asyncpg.Record) -> Run:
         retry_of=row["retry_of"],
         retried_by=(row["retried_by"] or [])[::-1],
         attempts=row["attempts_used"] + running,
-        error=reading.problem(row["error"]) if row["error"] and state != "completed" else None,
+        error=problem,
         usage=reading.mapping(row["usage"]) if row["usage"] else None,
         progress=reading.progress(row["progress"]) if row["progress"] else None,
+        why=None if row["finished_at"] or running else _why(state, problem, row["attempts_used"]),
         metadata={name: str(value) for name, value in reading.mapping(row["metadata"]).items()},
         created_at=row["created_at"],
         run_at=row["run_at"],
@@ -59,6 +63,17 @@ def shown(row: asyncpg.Record) -> Run:
         started_at=reading.started(row),
         finished_at=row["finished_at"],
     )
+
+
+_WAITS: Mapping[str, Any] = {"paused": "paused", "held": "lane", "queued": "ready"}
+_PARKED: Mapping[str, Any] = {"same_value": "same_value", "unknown_task": "no_worker", "unfit_input": "unknown_version"}
+
+
+def _why(state: str, problem: Problem | None, attempts: int) -> Any:
+    """From the row alone: a run that is `ready` may find no worker."""
+    if (word := _WAITS.get(state)) is not None:
+        return word
+    return "scheduled" if problem is None and not attempts else _PARKED.get(problem.code if problem else "", "retry")
 
 
 async def get(ledger: Ledger, run_id: UUID) -> Run:

@@ -246,6 +246,7 @@ def upgrade() -> None:
         busy         integer not null default 0,
         draining     boolean not null default false,
         settled      bigint not null default 0,     -- runs: the wait of a backlog is estimated from them
+        recent       float8 not null default 0,     -- of them: see ledger/pace.py
         drain_asked_at timestamptz,
         started_at   timestamptz not null default now(),
         heartbeat_at timestamptz not null default now()
@@ -280,7 +281,8 @@ def upgrade() -> None:
         promoted       integer not null default 0,
         tokens         double precision not null default 1,
         refilled_at    timestamptz not null default now(),
-        served         bigint not null default 0                     -- the owner key that was served last
+        served         bigint not null default 0,                    -- the owner key that was served last
+        recent         float8 not null default 0                     -- promotions: see ledger/pace.py
     ) with (fillfactor = 50);
 
     -- Nothing new of these starts. A row stays for a minute after its end: see `pauses`.

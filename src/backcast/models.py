@@ -457,6 +457,8 @@ class Batch(_Noun):
     created_at: datetime
     states: dict[State, int] = {}
     """The number of its runs in each state; removed runs are not counted."""
+    skipped: int = 0
+    """Wrong lines that made no run, with `on_error=skip`; `GET /v1/batches/{id}/errors` has the reasons."""
 
 
 class Selection(_Noun):

@@ -149,7 +149,7 @@ class Api(_Section):
     """Path below which the API is served too, such as `/backcast`: what a proxy in front of it sends on unchanged."""
     max_body: int = Field(default=1024 * 1024, ge=1024)
     """Largest request body, in bytes; more is refused before it is read."""
-    max_batch: int = Field(default=10_000, ge=1, le=100_000)
+    max_batch: int = Field(default=50_000, ge=1, le=100_000)
     """Most runs in one batch."""
     max_batch_body: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest body of a batch, in bytes."""

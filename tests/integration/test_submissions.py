@@ -427,7 +427,7 @@ async def test_a_batch_from_submit_to_results(
     values = sorted(item["result"][:5] for item in completed if "result" in item)
     assert values == ["large", *["small"] * 10]
     assert [item["error"]["code"] for item in completed if "error" in item] == ["result_gone"]
-    assert [item for item in found if item["state"] == "queued" and item.keys() != {"id", "state"}] == []
+    assert [item for item in found if item["state"] == "queued" and item.keys() != {"id", "state", "metadata"}] == []
 
     cancelled = (await api.post(f"{where}/cancel")).json()
     assert cancelled["states"] == {"cancelled": 238, "completed": 12}
@@ -571,3 +571,56 @@ async def test_an_expired_run_has_no_result_and_shows_why(api: httpx.AsyncClient
     assert "deadline" in str(found["detail"])
     status = (await api.get(f"/tasks/{run['id']}/status")).json()
     assert (status["status"], "deadline" in status["message"]) == ("error", True)
+
+
+async def test_wrong_lines_are_skipped_and_have_their_errors(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID
+) -> None:
+    late = {"deadline": "2020-01-01T00:00:00Z"}
+    body = (
+        lines(
+            {"task": "echo", "input": {"value": 1}, "custom_id": "a", "metadata": {"customer": "x"}},
+            {"task": "echo", "input": {"n": 1}, "custom_id": "b"},
+            {"task": "nope", "input": {}},
+            {"task": "echo", "input": {"value": "x" * 100_000}, "custom_id": "late", **late},
+            {"task": "echo", "input": {"value": 2}, "custom_id": "a"},
+            {"task": "echo", "input": {"value": 3}, "custom_id": "c", "metadata": {"custom_id": "d"}},
+            {"task": "echo", "input": {"value": 4}, "custom_id": ""},
+            {"task": "echo", "input": {"value": "y" * 100_000}, "custom_id": "large"},
+        )
+        + "not JSON\n"
+    )
+    refused = await api.post("/v1/batches", content=body, headers=JSONL)
+    problem(refused, 422, "invalid_input")
+    assert {error["pointer"].split("/")[1] for error in refused.json()["errors"]} == set("1234568")
+    keyed = JSONL | {"Idempotency-Key": "k"}
+    batch = (await api.post("/v1/batches?on_error=skip", content=body, headers=keyed)).json()
+    assert (batch["size"], batch["skipped"], batch["states"]) == (2, 7, {"queued": 2})
+    again = await api.post("/v1/batches?on_error=skip", content=body, headers=keyed)
+    assert (again.json()["id"], again.headers["Idempotent-Replayed"]) == (batch["id"], "true")
+    problem(await api.post("/v1/batches", content=body, headers=keyed), 422, "invalid_input")
+    errors = [json.loads(line) for line in (await api.get(f"/v1/batches/{batch['id']}/errors")).text.splitlines()]
+    assert [(error["line"], error["custom_id"]) for error in errors] == [
+        (1, "b"), (2, None), (3, "late"), (4, "a"), (5, "c"), (6, ""), (8, None)
+    ]  # fmt: skip
+    assert errors[0]["errors"] == [{"pointer": "/input", "detail": "'value' is a required property"}]
+    assert "line 1 has it already" in errors[3]["detail"]
+    await end(ledger, store, worker, "1")
+    results = [json.loads(line) for line in (await api.get(f"/v1/batches/{batch['id']}/results")).text.splitlines()]
+    assert [(result["custom_id"], result["result"]) for result in results] == [("a", 1), ("large", 1)]
+    assert results[0]["metadata"] == {"customer": "x", "custom_id": "a"}
+    found = (await api.get("/v1/runs?metadata.custom_id=a")).json()["items"]
+    assert [run["id"] for run in found] == [results[0]["id"]]
+
+
+async def test_a_batch_of_wrong_lines_only_is_refused_also_when_they_may_be_skipped(api: httpx.AsyncClient) -> None:
+    body = lines(*[{"task": "echo", "input": {}} for _ in range(1500)])
+    refused = await api.post("/v1/batches?on_error=skip", content=body, headers=JSONL)
+    problem(refused, 422, "invalid_input")
+    assert len(refused.json()["errors"]) == 20
+    right = json.dumps({"task": "echo", "input": {"value": 1}}) + "\n"
+    batch = (await api.post("/v1/batches?on_error=skip", content=body + right, headers=JSONL)).json()
+    assert (batch["size"], batch["skipped"]) == (1, 1500)
+    errors = await api.get(f"/v1/batches/{batch['id']}/errors")
+    assert len(errors.text.splitlines()) == 1000
+    problem(await api.get(f"/v1/batches/{uuid7()}/errors"), 404, "unknown_batch")

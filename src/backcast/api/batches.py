@@ -7,12 +7,13 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from datetime import datetime
-from typing import Any
+from operator import itemgetter
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
 from backcast.api import problems
@@ -49,6 +50,8 @@ _SLICE = 100
 """Lines after which other requests have a turn: some milliseconds."""
 _WRONG = 20
 """Wrong lines that are reported; after them the rest is not read."""
+_KEPT = 1000
+"""Skipped lines whose errors are kept."""
 _PUTS = 8
 """Large inputs that are stored at the same time."""
 
@@ -69,6 +72,8 @@ _BODY = {
 
 class _Line(Submission):
     task: Name
+    custom_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """The caller's name for the line, one of its own in the batch; kept as the label `custom_id`."""
 
 
 class _Reader:
@@ -85,21 +90,28 @@ class _Reader:
         self.rows: list[New] = []
         self.owner: str | None = None
         self.wrong: list[tuple[int, ClientError]] = []
-        self.late: list[tuple[int, ClientError]] = []
-        """Lines whose deadline has passed: wrong, unless the batch is sent again."""
+        self._late: list[tuple[int, ClientError, UUID]] = []
+        self.dropped: list[str] = []
+        """Stored inputs of lines that make no run; the orphan sweep removes them, unless the whole batch is dropped."""
+        self.names: dict[int, str] = {}
+        """The `custom_id` of the wrong lines that have a usable one."""
+        self._named: dict[str, int] = {}
 
     async def read(self, number: int, line: bytes) -> None:
         try:
-            found = await self._read(line)
+            found = await self._read(number, line)
         except ClientError as error:
             self.wrong.append((number, error))
         else:
             if (error := late(found)) is not None:
-                self.late.append((number, error))
+                self._late.append((number, error, self.rows[-1].id))
 
-    async def _read(self, line: bytes) -> Submission:
+    async def _read(self, number: int, line: bytes) -> Submission:
         given = parse_json(line)
+        if isinstance(given, dict) and isinstance(named := given.get("custom_id"), str):
+            self.names[number] = named[:200]
         found = validate(_Line, self._given | given if isinstance(given, dict) else given)
+        self._name(number, found)
         self.owner = self.owner or found.owner
         if found.owner != self.owner:
             raise InvalidInput(
@@ -128,6 +140,34 @@ class _Reader:
         )
         return found
 
+    def _name(self, number: int, found: _Line) -> None:
+        if found.custom_id is None:
+            return
+        if (first := self._named.setdefault(found.custom_id, number)) != number:
+            why = f"line {first + 1} has it already"
+        elif found.metadata.get("custom_id", found.custom_id) != found.custom_id:
+            why = "the metadata has another one"
+        else:
+            found.metadata = found.metadata | {"custom_id": found.custom_id}
+            return
+        raise InvalidInput(f"/custom_id: {why}.", errors=(FieldError("/custom_id", why),))
+
+    def skip(self) -> tuple[int, str | None]:
+        """How many lines are wrong, and JSON Lines about the first ones."""
+        lines = [
+            to_json(
+                {
+                    "line": number,
+                    "custom_id": self.names.get(number),
+                    "code": error.code,
+                    "detail": error.detail,
+                    "errors": [{"pointer": each.pointer, "detail": each.detail} for each in error.errors],
+                }
+            ).decode()
+            for number, error in self.wrong[:_KEPT]
+        ]
+        return len(self.wrong), "\n".join(lines) + "\n" if lines else None
+
     async def _task(self, name: str) -> Known:
         """The task, looked up once per batch; an unknown one too."""
         known = self._known.get(name)
@@ -149,6 +189,10 @@ class _Reader:
                 put.result()
         self._puts.add(asyncio.create_task(self._backend.store.put(key, body)))
 
+    @property
+    def has_late(self) -> bool:
+        return bool(self._late)
+
     async def stored(self) -> None:
         """Wait until every large input is in the store. Raises `StoreUnavailable`."""
         await asyncio.gather(*self._puts)
@@ -157,16 +201,24 @@ class _Reader:
         """Delete the large inputs of a batch that is not recorded. The orphan sweep removes any that stay behind."""
         await asyncio.gather(*self._puts, return_exceptions=True)  # a cancelled one may still be written
         try:
-            await self._backend.store.delete([row.input_key for row in self.rows if row.input_key is not None])
+            keys = [row.input_key for row in self.rows if row.input_key is not None]
+            await self._backend.store.delete([*keys, *self.dropped])
         except StoreUnavailable:
             return
+
+    def refuse_late(self) -> None:
+        """Lines whose deadline has passed are wrong, as this is no repetition of a batch."""
+        late_runs = {run for _, _, run in self._late}
+        self.dropped += [row.input_key for row in self.rows if row.id in late_runs and row.input_key is not None]
+        self.rows = [row for row in self.rows if row.id not in late_runs]
+        self.wrong = sorted([*self.wrong, *((number, error) for number, error, _ in self._late)], key=itemgetter(0))
 
     def check(self) -> None:
         """Raises `InvalidInput` that names the wrong lines."""
         if self.wrong:
             errors = tuple(
                 FieldError(f"/{number}{field.pointer}", field.detail)
-                for number, error in self.wrong
+                for number, error in self.wrong[:_WRONG]
                 for field in (error.errors or (FieldError("", error.detail),))
             )
             number, first = self.wrong[0]
@@ -204,19 +256,28 @@ async def _lines(request: Request, digest: Any, longest: int) -> AsyncIterator[t
     description=(
         "One run per line: `task`, and the fields of a submission. `task` and `owner` may be given once, as query"
         " parameters. All runs are accepted, or none; a batch has one owner. An `Idempotency-Key` holds for the whole"
-        " batch. Wrong lines are named by `errors[].pointer`: `/<line, from 0>/<field>`, for up to 20 lines."
+        " batch. Wrong lines are named by `errors[].pointer`: `/<line, from 0>/<field>`, for up to 20 lines. With"
+        " `on_error=skip` they make no run and the others do, unless all are wrong. A `custom_id` names a line: it is"
+        " in its result or error, and a label of its run (`metadata.custom_id`)."
     ),
     response_model=Batch,
     responses=SUBMIT_PROBLEMS,
     openapi_extra={"parameters": [IDEMPOTENCY_KEY], **_BODY},
 )
-async def submit_batch(request: Request, deps: Deps, task: Name | None = None, owner: Name | None = None) -> Response:
+async def submit_batch(
+    request: Request,
+    deps: Deps,
+    task: Name | None = None,
+    owner: Name | None = None,
+    on_error: Literal["reject", "skip"] = "reject",
+) -> Response:
     if (kind := media_type(request)) not in _KINDS:
         kind = kind or "of no stated type"
         raise UnsupportedBody(f"The body is {kind}: send one JSON object per line, with `Content-Type: {JSON_LINES}`.")
     key = idempotency_key(request)
     given = {name: value for name, value in (("task", task), ("owner", owner)) if value is not None}
-    digest = hashlib.sha256(to_json(given))
+    skips = on_error == "skip"
+    digest = hashlib.sha256(to_json(given | ({"on_error": on_error} if skips else {})))
     batch_id = uuid7()
     reader = _Reader(deps, batch_id, given)
     kept = False
@@ -225,17 +286,26 @@ async def submit_batch(request: Request, deps: Deps, task: Name | None = None, o
             if len(reader.rows) >= deps.limits.max_batch:
                 raise BodyTooLarge(f"A batch may have {deps.limits.max_batch} runs: send more batches.")
             await reader.read(number, line)
-            if len(reader.wrong) >= _WRONG:
+            if len(reader.wrong) >= _WRONG and not skips:
                 break
-        if reader.late and not (key and reader.owner and await batches.has_key(deps.ledger, reader.owner, key)):
-            reader.wrong = sorted(reader.wrong + reader.late[:_WRONG], key=lambda wrong: wrong[0])
-        reader.check()
+        if reader.has_late and not (key and reader.owner and await batches.has_key(deps.ledger, reader.owner, key)):
+            reader.refuse_late()
+        if not (skips and reader.rows):
+            reader.check()
         assert reader.owner is not None
+        skipped, errors = reader.skip()
         await _admit(deps, reader.owner, len(reader.rows), key)
         await reader.stored()
         kept = True  # from here on it may be recorded, even if no answer reaches us
         submitted = await batches.submit(
-            deps.ledger, batch_id, reader.owner, reader.rows, key=key, request_hash=digest.digest()
+            deps.ledger,
+            batch_id,
+            reader.owner,
+            reader.rows,
+            key=key,
+            request_hash=digest.digest(),
+            skipped=skipped,
+            errors=errors,
         )
         kept = submitted.fresh
     finally:
@@ -270,11 +340,30 @@ async def cancel_batch(batch_id: UUID, deps: Deps) -> Batch:
     return await batches.cancel(deps.ledger, batch_id)
 
 
+@router.get(
+    "/{batch_id}/errors",
+    summary="Get the errors of skipped lines",
+    description=(
+        "One line per wrong line, for the first 1,000:"
+        ' `{"line" (from 0), "custom_id", "code", "detail", "errors": [{"pointer", "detail"}]}`.'
+    ),
+    response_model=None,
+    responses={
+        200: {"description": "JSON Lines", "content": {JSON_LINES: {"schema": {"type": "string"}}}},
+        **problems.responses(UnknownBatch, LedgerUnavailable),
+    },
+)
+async def get_errors(batch_id: UUID, deps: Deps) -> Response:
+    return Response(await batches.errors(deps.ledger, batch_id), media_type=JSON_LINES)
+
+
 class BatchResult(BaseModel):
     """A line of the results: with `result` if the run completed, with `error` if there will be no result."""
 
     id: UUID
     state: str
+    custom_id: str | None = None
+    metadata: dict[str, str] = {}
     result: JSON = None
     error: dict[str, str] | None = None
 
@@ -284,7 +373,8 @@ class BatchResult(BaseModel):
     summary="Get the results of a batch",
     description=(
         "One line per run, in the order of submission, finished or not:"
-        ' `{"id", "state", "result" | "error"}`. A completed run whose result can\'t be read has an `error`.'
+        ' `{"id", "state", "custom_id", "metadata", "result" | "error"}`, without those that it lacks. A completed run'
+        " whose result can't be read has an `error`."
     ),
     response_model=None,
     responses={
@@ -302,6 +392,10 @@ async def _written(deps: Backend, batch_id: UUID) -> AsyncIterator[bytes]:
     page = bytearray()
     async for item in batches.results(deps.ledger, batch_id):
         head = f'{{"id":"{item.id}","state":"{item.state.value}"'.encode()
+        if (custom_id := item.metadata.get("custom_id")) is not None:
+            head += b',"custom_id":%b' % to_json(custom_id)
+        if item.metadata:
+            head += b',"metadata":%b' % to_json(item.metadata)
         if item.text is not None:
             page += b'%b,"result":%b}\n' % (head, item.text.encode())
         elif item.key is not None:

@@ -179,6 +179,8 @@ class BatchResult(BaseModel):
 
     id: UUID
     state: State
+    custom_id: str | None = None
+    metadata: dict[str, str] = {}
     result: JSON = None
     error: dict[str, str] | None = None
 

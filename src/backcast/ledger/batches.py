@@ -33,15 +33,24 @@ class SubmittedBatch:
 # As for runs: the unique index on (owner, idem_key) lets one of any number of racing requests insert; the others wait
 # until it has committed the whole batch.
 _RECORD = f"""
-insert into batches (id, owner, idem_key, request_hash, size) values ($1, $2, $3, $4, $5)
+insert into batches (id, owner, idem_key, request_hash, size, skipped, errors) values ($1, $2, $3, $4, $5, $6, $7)
 on conflict (owner, idem_key) where idem_key is not null do update set idem_key = excluded.idem_key
-returning id, owner, size, {reading.time("created_at")}, request_hash, xmax = 0 as fresh"""  # noqa: S608  # constants
+returning id, owner, size, skipped, {reading.time("created_at")}, request_hash, xmax = 0 as fresh"""  # noqa: S608  # constants
 
 
 async def submit(
-    ledger: Ledger, batch_id: UUID, owner: str, rows: Sequence[New], *, key: str | None, request_hash: bytes
+    ledger: Ledger,
+    batch_id: UUID,
+    owner: str,
+    rows: Sequence[New],
+    *,
+    key: str | None,
+    request_hash: bytes,
+    skipped: int = 0,
+    errors: str | None = None,
 ) -> SubmittedBatch:
-    """Record a batch and its runs; when this returns they are durable.
+    """Record a batch and its runs; when this returns they are durable. `errors` are JSON Lines about the lines that
+    were skipped.
 
     Raises:
         IdempotencyConflict: the key belongs to another batch of this owner.
@@ -50,7 +59,7 @@ async def submit(
     ready, held = set[str](), set[str]()
     try:
         async with ledger.transaction() as connection:
-            row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, len(rows))
+            row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, len(rows), skipped, errors)
             assert row is not None
             for start in range(0, len(rows) if row["fresh"] else 0, SLICE):
                 recorded = await connection.fetch(INSERT, *columns(rows[start : start + SLICE]))
@@ -83,17 +92,29 @@ async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
 
 
 def _batch(row: asyncpg.Record, states: dict[State, int]) -> Batch:
-    return Batch(id=row["id"], owner=row["owner"], size=row["size"], created_at=row["created_at"], states=states)
+    return Batch(**{name: row[name] for name in ("id", "owner", "size", "skipped", "created_at")}, states=states)
+
+
+async def errors(ledger: Ledger, batch_id: UUID) -> str:
+    """JSON Lines about the lines that were skipped. Raises `UnknownBatch`."""
+    row = await ledger.fetchrow("select errors from batches where id = $1", batch_id)
+    if row is None:
+        raise _unknown(batch_id)
+    return row["errors"] or ""
+
+
+def _unknown(batch_id: UUID) -> UnknownBatch:
+    return UnknownBatch(f"There is no batch {batch_id}: it was never accepted here, or it has been removed.")
 
 
 async def get(ledger: Ledger, batch_id: UUID) -> Batch:
     """With its runs counted by state (index runs_in_batch). Raises `UnknownBatch`."""
     row = await ledger.fetchrow(
-        f"select id, owner, size, {reading.time('created_at')} from batches where id = $1",  # noqa: S608  # constants
+        f"select id, owner, size, skipped, {reading.time('created_at')} from batches where id = $1",  # noqa: S608  # constants
         batch_id,
     )
     if row is None:
-        raise UnknownBatch(f"There is no batch {batch_id}: it was never accepted here, or it has been removed.")
+        raise _unknown(batch_id)
     counts = await ledger.fetch(
         f"""select case when state in {waiting.NOT_READY} then 'queued' else state end as state, count(*) as runs
               from all_runs where batch_id = $1 group by 1 order by 1""",  # noqa: S608  # a constant
@@ -111,6 +132,7 @@ class Item:
     text: str | None
     key: str | None
     error: Problem | None
+    metadata: dict[str, str]
 
 
 async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
@@ -119,7 +141,7 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
     after = UUID(int=0)
     while True:
         rows = await ledger.fetch(
-            """select id, state, result, result_key, error from all_runs where batch_id = $1 and id > $2
+            """select id, state, result, result_key, error, metadata from all_runs where batch_id = $1 and id > $2
                 order by id limit $3""",
             batch_id,
             after,
@@ -128,7 +150,8 @@ async def results(ledger: Ledger, batch_id: UUID) -> AsyncIterator[Item]:
         for row in rows:
             state = outside(row["state"])
             error = reading.problem(row["error"]) if row["error"] and state.is_final else None
-            yield Item(row["id"], state, row["result"], row["result_key"], error)
+            metadata = {name: str(value) for name, value in reading.mapping(row["metadata"]).items()}
+            yield Item(row["id"], state, row["result"], row["result_key"], error, metadata)
         if len(rows) < PAGE:
             return
         after = rows[-1]["id"]

@@ -210,6 +210,8 @@ def upgrade() -> None:
         idem_key     text,
         request_hash bytea not null,
         size         integer not null,
+        skipped      integer not null default 0,  -- wrong lines, if it was to go on without them
+        errors       text,                        -- of the first ones, in JSON Lines
         created_at   timestamptz not null default now()
     );
     create unique index batches_idempotency on batches (owner, idem_key) where idem_key is not null;

@@ -26,6 +26,7 @@ _LONGEST = (
     "test_ledger_machine",
     "test_chaos",
     "test_steward",
+    "test_docs",
     "test_history",
     "test_signals",
 )

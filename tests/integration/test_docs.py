@@ -30,7 +30,9 @@ from backcast.testing import Reply, Request, ScriptedModel, extract
 from tests.support.stack import ROOT, free_port, stack
 from tests.support.waiting import PATIENCE
 
-PAGES = ("guarantees", "tutorial", "writing-tasks")
+PAGES = ("coming-from", "guarantees", "testing-tasks", "tutorial", "writing-tasks")
+LONGEST = 3 * PATIENCE
+"""Seconds for a block, which may start a whole product."""
 _FENCE = re.compile(r"^\s*```(.*)$")
 _MODEL = re.compile(r"^<!-- model: (.*) -->$")
 _KINDS = (
@@ -88,7 +90,7 @@ def run(block: Block, folder: Path, address: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=PATIENCE,
+        timeout=LONGEST,
     )
     wanted = int(block.given["exit"] or 0)
     assert ended.returncode == wanted, f"{block.place}: exit code {ended.returncode}, not {wanted}:\n{ended.stdout}"
@@ -153,3 +155,20 @@ def test_the_limits_that_a_setting_changes_are_its_defaults() -> None:
             value = getattr(value, name)
         value = value.total_seconds() if isinstance(value, timedelta) else value
         assert int(number.replace(",", "")) * _UNITS[unit] == value, variable
+
+
+_LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub gives to the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for path, anchor in _LINK.findall(page.read_text()):
+            there = page.parent / path if path else page
+            assert there.exists(), f"{page.name}: {path}"
+            assert not anchor or anchor in anchors(there), f"{page.name}: {path}#{anchor}"

@@ -225,6 +225,28 @@ def test_retry_attempts_and_watch(cli: Cli, service: Service) -> None:
     }
 
 
+def test_why_and_logs(cli: Cli, service: Service) -> None:
+    run_id = service.add_run(state="completed")
+    assert cli("why", run_id).stdout == "It waits for its time.\n"
+    assert json.loads(cli("why", run_id, "--json").stdout)["code"] == "scheduled"
+    for given in ((), ("--follow",)):
+        first, second = cli("logs", run_id, *given).stdout.splitlines()
+        assert (first.endswith("INFO    hello"), second) == (True, "printed")
+    assert json.loads(cli("logs", run_id, "--json").stdout.splitlines()[0])["message"] == "hello"
+
+
+def test_batches(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    batch = cli("batch", "submit", str(tmp_path / "rows.jsonl"), "--task", "add", "--skip").stdout.strip()
+    assert cli("batch", "show", batch).stdout == "STATE\tRUNS\n"
+    results = [json.loads(line) for line in cli("batch", "results", batch).stdout.splitlines()]
+    assert [result["state"] for result in results] == ["failed", "completed"]
+    assert json.loads(cli("batch", "errors", batch).stdout)["line"] == 3
+    assert "cancelled\t2" in cli("batch", "cancel", batch).stdout
+    assert len(cli("batch", "retry", batch).stdout.strip()) == 36
+    fails(cli("batch", "submit", "nowhere.jsonl"), 2, "does not exist")
+
+
 def test_levers(cli: Cli) -> None:
     assert cli("pause", "task", "add", "--reason", "why").stdout == "The task add is paused.\n"
     assert json.loads(cli("pause", "lane", "gpu", "--release", "--json").stdout)["running"] == "release"

@@ -117,6 +117,28 @@ class Service:
                 }
                 failed |= {"error": {"code": "task_failed", "title": "t", "detail": "d"}}
                 return 200, {"items": [failed, {"number": 2, "fence": 2, "outcome": "succeeded"}], "left_out": 0}
+            case "GET", ["runs", run_id, "why"] if run_id in self.runs:
+                return 200, {"code": "scheduled", "sentence": "It waits for its time.", "news": 1}
+            case "GET", ["runs", run_id, "logs"] if run_id in self.runs:
+                line = {
+                    "at": "2030-01-31T08:00:00Z",
+                    "level": "INFO",
+                    "logger": "mine",
+                    "message": "hello",
+                    "attempt": 1,
+                }
+                printed = line | {"logger": "stdout", "message": "printed"}
+                return 200, f"{json.dumps(line)}\n{json.dumps(printed)}\n".encode()
+            case "POST", ["runs", kind] if kind in ("retry", "cancel"):
+                if seen.body.get("dry_run"):
+                    return 200, {"runs": 5, "more": False}
+                return 202, _operation(kind, seen.body)
+            case "POST", ["batches", batch_id, "retry"]:
+                return 202, _operation("retry", {"batch": batch_id})
+            case _, ["operations", _, *_]:
+                return 200, _operation("retry", {"task": "add"})
+            case "GET", ["batches", _, "errors"]:
+                return 200, b'{"line": 3, "code": "invalid_input"}\n'
             case "POST", ["runs", run_id, "retry"] if run_id in self.runs:
                 return 202, self.runs[self.add_run(retry_of=run_id, **seen.body)]
             case "GET", ["runs", run_id, "events"] if run_id in self.runs:
@@ -218,6 +240,12 @@ _TASK = {
 
 def _problem(status: int, code: str, detail: str, **more: Any) -> tuple[int, Any]:
     return status, {"type": "about:blank", "title": code, "status": status, "code": code, "detail": detail, **more}
+
+
+def _operation(kind: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    counts = {"done": 1, "skipped": 0, "failed": 0, "batch_id": str(uuid7())}
+    moment = {"created_at": "2030-01-31T08:00:00Z"}
+    return {"id": str(uuid7()), "kind": kind, "state": "running", "filter": chosen, **counts, **moment}
 
 
 def _route(service: Service) -> type[BaseHTTPRequestHandler]:
@@ -447,6 +475,29 @@ def test_delay_is_called_as_the_task_is(service: Service, monkeypatch: pytest.Mo
     with pytest.raises(RunError, match="no"):
         failed.result()
     assert failed.result(raise_on_failure=False) is None
+
+
+def test_why_and_logs(call: Call, service: Service) -> None:
+    run_id = service.add_run()
+    assert call("why", run_id).sentence == "It waits for its time."
+    assert [(line.logger, line.message) for line in call("logs", run_id)] == [("mine", "hello"), ("stdout", "printed")]
+
+
+def test_many_runs_at_once(call: Call, service: Service) -> None:
+    assert call("retry_many", key="k", task="add", state="failed").kind == "retry"
+    assert service.seen[-1].body == {"task": "add", "state": "failed"}
+    assert service.seen[-1].headers["idempotency-key"] == "k"
+    assert call("cancel_many", batch=uuid7()).kind == "cancel"
+    assert (call("count_to_retry", task="add").runs, call("count_to_cancel", owner="ana").runs) == (5, 5)
+    assert service.seen[-1].body == {"owner": "ana", "dry_run": True}
+    assert call("operation", uuid7()).done == 1
+    assert call("stop_operation", uuid7()).done == 1
+    assert call("retry_batch", uuid7()).batch_id
+    assert call("batch_errors", uuid7()) == [{"line": 3, "code": "invalid_input"}]
+    assert call("submit_lines", b'{"a": 1}\n', task="add", on_error="skip").size == 1
+    assert service.seen[-1].query == {"task": "add", "on_error": "skip"}
+    with pytest.raises(TypeError, match="Did you mean owner"):
+        call("retry_many", ownr="ana")
 
 
 def test_levers(call: Call, service: Service) -> None:

@@ -56,6 +56,15 @@ app = typer.Typer(
     name="backcast", cls=_Readable, no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_CODES
 )
 use = partial(app.command, rich_help_panel="Use the service", epilog=EXIT_CODES)
+
+
+def group(name: str, about: str) -> typer.Typer:
+    """Declare a command that has commands of its own."""
+    made = typer.Typer(name=name, help=about, no_args_is_help=True, pretty_exceptions_enable=False)
+    app.add_typer(made, rich_help_panel="Use the service")
+    return made
+
+
 _EXTRAS: dict[str, str] = {}
 """By command: the extra of the package that has all that it imports."""
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import typer
@@ -15,6 +16,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from backcast.client import LogLine
 from backcast.models import JSON, Attempt, Run, State, TaskType
 
 _COLOURS = {
@@ -153,6 +156,15 @@ def _local(moment: datetime | None) -> str:
 def print_line(value: JSON) -> None:
     """A line of JSON."""
     typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def print_log(line: "LogLine") -> None:
+    """A line for people; what was printed has no level."""
+    if line.logger in ("stdout", "stderr"):
+        out.print(Text(_printable(line.message)), soft_wrap=True)
+        return
+    text = Text(f"{line.at.astimezone():%H:%M:%S} {line.level:7} ", style="dim")
+    out.print(text.append(_printable(line.message), style=""), soft_wrap=True)
 
 
 def print_event(name: str, data: JSON) -> None:

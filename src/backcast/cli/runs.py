@@ -1,4 +1,4 @@
-"""The commands about runs: cast, submit, get, wait, list, retry, attempts, watch, cancel."""
+"""The commands about runs: from cast and submit to retry and cancel."""
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from backcast.cli import arguments, output
 from backcast.cli.app import INTERRUPTED, use
 from backcast.cli.service import AsJson, RunId, Timeout, Url, connect
+from backcast.errors import WaitTimeout
 from backcast.models import CAST, Run, State, Submission
 
 if TYPE_CHECKING:
@@ -156,9 +157,17 @@ def list_(
         return
     now = datetime.now(UTC)
     output.print_table(
-        ("ID", "TASK", "STATE", "OWNER", "AGE", "TOOK"),
+        ("ID", "TASK", "STATE", "WHY", "OWNER", "AGE", "TOOK"),
         [
-            (str(run.id), run.task, run.state, run.owner, output.span(now - run.created_at), output.took(run))
+            (
+                str(run.id),
+                run.task,
+                run.state,
+                run.why or "",
+                run.owner,
+                output.span(now - run.created_at),
+                output.took(run),
+            )
             for run in runs
         ],
     )
@@ -239,6 +248,42 @@ def watch(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
                     output.print_event(event.name, event.data)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+
+
+@use()
+def why(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
+    """Explain where a run is, and what it waits for."""
+    with connect(url) as service:
+        found = service.why(run_id)
+    if as_json:
+        output.print_document(found.model_dump(mode="json", exclude_none=True))
+    else:
+        typer.echo(found.sentence)
+
+
+@use()
+def logs(
+    run_id: RunId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the code of a run has logged and printed."""
+    shown = 0
+    with connect(url) as service:
+        while True:
+            is_over = not follow or service.get(run_id).state.is_final
+            for line in (found := service.logs(run_id))[shown:]:
+                output.print_line(line.model_dump(mode="json")) if as_json else output.print_log(line)
+            shown = max(shown, len(found))
+            if is_over:
+                return
+            try:
+                service.wait(run_id, timeout=2.0)
+            except WaitTimeout:
+                pass
+            except KeyboardInterrupt:
+                raise typer.Exit(INTERRUPTED) from None
 
 
 def _finish(service: "Client", run: Run, timeout: float | None, as_json: bool) -> None:

@@ -9,17 +9,32 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Never, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Never, Self, TypeVar, Unpack, overload
 from uuid import UUID
 
 import httpx
 
 from backcast.client import exchanges
 from backcast.client.events import Event, Following
-from backcast.client.exchanges import BatchResult, CastResult, Filters, Progress, Waiting, raise_for_state
+from backcast.client.exchanges import BatchResult, CastResult, Filters, LogLine, Progress, Waiting, raise_for_state
 from backcast.client.wire import Ask, Flow, SubmitOptions, connection, to_httpx
 from backcast.errors import Unavailable, WaitTimeout, refuse_unknown
-from backcast.models import CAST, JSON, Attempts, Batch, Lane, Limits, Pause, PauseKind, Run, Submission, TaskType
+from backcast.models import (
+    CAST,
+    JSON,
+    Attempts,
+    Batch,
+    Lane,
+    Limits,
+    Matched,
+    Operation,
+    Pause,
+    PauseKind,
+    Run,
+    Submission,
+    TaskType,
+    Why,
+)
 
 __all__ = [
     "CAST",
@@ -29,6 +44,7 @@ __all__ = [
     "CastResult",
     "Client",
     "Event",
+    "LogLine",
     "Progress",
     "WaitTimeout",
     "authorization",
@@ -182,6 +198,42 @@ class Client:
             else:
                 time.sleep(0 if following.is_over else following.pause)
 
+    def why(self, run_id: UUID | str) -> Why:
+        """Where a run is, and what it waits for."""
+        return self._perform(exchanges.why(run_id, self._patience))
+
+    def logs(self, run_id: UUID | str) -> Sequence[LogLine]:
+        """What the code of a run has logged and printed so far; lines come about 10 s late."""
+        return self._perform(exchanges.logs(run_id, self._patience))
+
+    def retry_many(self, *, key: str | None = None, **chosen: Unpack[exchanges.Chosen]) -> Operation:
+        """Repeat all ended runs that match, the failed and expired ones unless `state` is given. The service works
+        through them; `operation` shows how far it has come."""
+        return self._perform(exchanges.many("retry", chosen, key, self._patience))
+
+    def cancel_many(self, *, key: str | None = None, **chosen: Unpack[exchanges.Chosen]) -> Operation:
+        """Cancel all runs that match and have not ended."""
+        return self._perform(exchanges.many("cancel", chosen, key, self._patience))
+
+    def count_to_retry(self, **chosen: Unpack[exchanges.Chosen]) -> Matched:
+        """How many runs `retry_many` would repeat."""
+        return self._perform(exchanges.count_many("retry", chosen, self._patience))
+
+    def count_to_cancel(self, **chosen: Unpack[exchanges.Chosen]) -> Matched:
+        """How many runs `cancel_many` would cancel."""
+        return self._perform(exchanges.count_many("cancel", chosen, self._patience))
+
+    def operation(self, operation_id: UUID | str) -> Operation:
+        return self._perform(exchanges.operation("GET", operation_id, "", self._patience))
+
+    def stop_operation(self, operation_id: UUID | str) -> Operation:
+        """Let it go no further; what it has done stays done."""
+        return self._perform(exchanges.operation("POST", operation_id, "/cancel", self._patience))
+
+    def retry_batch(self, batch_id: UUID | str, *, key: str | None = None) -> Operation:
+        """Repeat the failed and expired runs of a batch, as a batch of their own: the operation's `batch_id`."""
+        return self._perform(exchanges.retry_batch(batch_id, key, self._patience))
+
     def input(self, run_id: UUID | str) -> JSON:
         """The input that a run was submitted with."""
         return self._perform(exchanges.kept_input(run_id, self._patience))
@@ -205,6 +257,24 @@ class Client:
     def batch(self, batch_id: UUID | str) -> Batch:
         """A batch, with its runs counted by state; `list(batch=…)` has the runs."""
         return self._perform(exchanges.batch("GET", batch_id, "", self._patience))
+
+    def submit_lines(
+        self,
+        lines: bytes,
+        *,
+        task: str | None = None,
+        owner: str | None = None,
+        on_error: Literal["reject", "skip"] = "reject",
+        key: str | None = None,
+    ) -> Batch:
+        """Queue the runs of JSON Lines, as `POST /v1/batches` takes them; `task` and `owner` hold for lines that name
+        none. `skip` goes on without the wrong lines: `batch_errors` has the reasons."""
+        params = {"task": task, "owner": owner, "on_error": on_error}
+        return self._perform(exchanges.submit_lines(lines, params, key, self._patience))
+
+    def batch_errors(self, batch_id: UUID | str) -> Sequence[JSON]:
+        """The errors of the first 1,000 skipped lines: `line` (from 0), `custom_id`, `code`, `detail`, `errors`."""
+        return self._perform(exchanges.batch_errors(batch_id, self._patience))
 
     def batch_results(self, batch_id: UUID | str) -> Sequence[BatchResult]:
         """The runs of a batch with their results, in the order of submission, ended or not."""
@@ -385,6 +455,33 @@ class AsyncClient:
             else:
                 await asyncio.sleep(0 if following.is_over else following.pause)
 
+    async def why(self, run_id: UUID | str) -> Why:
+        return await self._perform(exchanges.why(run_id, self._patience))
+
+    async def logs(self, run_id: UUID | str) -> Sequence[LogLine]:
+        return await self._perform(exchanges.logs(run_id, self._patience))
+
+    async def retry_many(self, *, key: str | None = None, **chosen: Unpack[exchanges.Chosen]) -> Operation:
+        return await self._perform(exchanges.many("retry", chosen, key, self._patience))
+
+    async def cancel_many(self, *, key: str | None = None, **chosen: Unpack[exchanges.Chosen]) -> Operation:
+        return await self._perform(exchanges.many("cancel", chosen, key, self._patience))
+
+    async def count_to_retry(self, **chosen: Unpack[exchanges.Chosen]) -> Matched:
+        return await self._perform(exchanges.count_many("retry", chosen, self._patience))
+
+    async def count_to_cancel(self, **chosen: Unpack[exchanges.Chosen]) -> Matched:
+        return await self._perform(exchanges.count_many("cancel", chosen, self._patience))
+
+    async def operation(self, operation_id: UUID | str) -> Operation:
+        return await self._perform(exchanges.operation("GET", operation_id, "", self._patience))
+
+    async def stop_operation(self, operation_id: UUID | str) -> Operation:
+        return await self._perform(exchanges.operation("POST", operation_id, "/cancel", self._patience))
+
+    async def retry_batch(self, batch_id: UUID | str, *, key: str | None = None) -> Operation:
+        return await self._perform(exchanges.retry_batch(batch_id, key, self._patience))
+
     async def input(self, run_id: UUID | str) -> JSON:
         return await self._perform(exchanges.kept_input(run_id, self._patience))
 
@@ -407,6 +504,21 @@ class AsyncClient:
 
     async def batch(self, batch_id: UUID | str) -> Batch:
         return await self._perform(exchanges.batch("GET", batch_id, "", self._patience))
+
+    async def submit_lines(
+        self,
+        lines: bytes,
+        *,
+        task: str | None = None,
+        owner: str | None = None,
+        on_error: Literal["reject", "skip"] = "reject",
+        key: str | None = None,
+    ) -> Batch:
+        params = {"task": task, "owner": owner, "on_error": on_error}
+        return await self._perform(exchanges.submit_lines(lines, params, key, self._patience))
+
+    async def batch_errors(self, batch_id: UUID | str) -> Sequence[JSON]:
+        return await self._perform(exchanges.batch_errors(batch_id, self._patience))
 
     async def batch_results(self, batch_id: UUID | str) -> Sequence[BatchResult]:
         return await self._perform(exchanges.batch_results(batch_id, self._patience))

@@ -38,14 +38,18 @@ from backcast.models import (
     Changes,
     Lane,
     Limits,
+    Matched,
+    Operation,
     Pause,
     PauseKind,
     PauseRequest,
     Release,
     Run,
+    Selection,
     State,
     Submission,
     TaskType,
+    Why,
 )
 
 T = TypeVar("T")
@@ -76,6 +80,15 @@ class RetryChanges(TypedDict, total=False):
     deadline: datetime
     lane: str
     metadata: dict[str, str]
+
+
+class Chosen(TypedDict, total=False):
+    """The runs that match all of these; at least one is given."""
+
+    state: State | str
+    task: str
+    owner: str
+    batch: UUID | str
 
 
 class PauseOptions(TypedDict, total=False):
@@ -117,6 +130,17 @@ class PageRequest(NamedTuple):
 class _RunPage(BaseModel):
     items: list[Run]
     next_cursor: str | None = None
+
+
+class LogLine(BaseModel):
+    """A line that the code of a run has logged or printed."""
+
+    at: datetime
+    level: str
+    logger: str
+    """`stdout` or `stderr`: it was printed."""
+    message: str
+    attempt: int | None = None
 
 
 class _TaskTypes(BaseModel):
@@ -164,9 +188,19 @@ def submit_many(
 ) -> Flow[Batch]:
     refuse_unknown("submit_many", options, _SUBMITTING)
     body = b"".join(body_of(submission, options) + b"\n" for submission in submissions)
+    return submit_lines(body, {"task": task}, key, patience)
+
+
+def submit_lines(body: bytes, params: Mapping[str, str | None], key: str | None, patience: float) -> Flow[Batch]:
+    given = {name: value for name, value in params.items() if value is not None}
     headers = post_headers(key) | {"Content-Type": "application/jsonl"}
-    ask = Ask("POST", "/v1/batches", {"task": task}, body, headers, timeout=60.0)
+    ask = Ask("POST", "/v1/batches", given, body, headers, timeout=60.0)
     return read(Batch, (yield from answered(ask, patience)))
+
+
+def batch_errors(batch_id: UUID | str, patience: float) -> Flow[list[JSON]]:
+    answer = yield from answered(Ask("GET", f"/v1/batches/{UUID(str(batch_id))}/errors"), patience)
+    return [json.loads(line) for line in answer.content.splitlines()]
 
 
 def batch(method: str, batch_id: UUID | str, verb: str, patience: float) -> Flow[Batch]:
@@ -316,6 +350,37 @@ def get(run_id: UUID | str, patience: float) -> Flow[Run]:
 
 def result(run_id: UUID | str, patience: float) -> Flow[JSON]:
     return read_json((yield from answered(Ask("GET", run_path(run_id) + "/result"), patience)))
+
+
+def why(run_id: UUID | str, patience: float) -> Flow[Why]:
+    return read(Why, (yield from answered(Ask("GET", run_path(run_id) + "/why"), patience)))
+
+
+def logs(run_id: UUID | str, patience: float) -> Flow[list[LogLine]]:
+    answer = yield from answered(Ask("GET", run_path(run_id) + "/logs", timeout=60.0), patience)
+    return [read_line(LogLine, answer, line) for line in answer.content.splitlines()]
+
+
+def operation(method: str, which: UUID | str, verb: str, patience: float) -> Flow[Operation]:
+    ask = Ask(method, f"/v1/operations/{UUID(str(which))}{verb}")
+    return read(Operation, (yield from answered(ask, patience)))
+
+
+def many(kind: str, chosen: Chosen, key: str | None, patience: float) -> Flow[Operation]:
+    refuse_unknown(f"{kind}_many", chosen, ("key", *Chosen.__annotations__))
+    ask = Ask("POST", f"/v1/runs/{kind}", {}, json_of(Selection, chosen), post_headers(key))
+    return read(Operation, (yield from answered(ask, patience)))
+
+
+def count_many(kind: str, chosen: Chosen, patience: float) -> Flow[Matched]:
+    refuse_unknown(f"count_to_{kind}", chosen, Chosen.__annotations__)
+    body = json.dumps(json.loads(json_of(Selection, chosen)) | {"dry_run": True}).encode()
+    return read(Matched, (yield from answered(Ask("POST", f"/v1/runs/{kind}", {}, body, post_headers(None)), patience)))
+
+
+def retry_batch(batch_id: UUID | str, key: str | None, patience: float) -> Flow[Operation]:
+    ask = Ask("POST", f"/v1/batches/{UUID(str(batch_id))}/retry", headers=post_headers(key))
+    return read(Operation, (yield from answered(ask, patience)))
 
 
 def kept_input(run_id: UUID | str, patience: float) -> Flow[JSON]:

@@ -459,6 +459,8 @@ class Batch(_Noun):
     """The number of its runs in each state; removed runs are not counted."""
     skipped: int = 0
     """Wrong lines that made no run, with `on_error=skip`; `GET /v1/batches/{id}/errors` has the reasons."""
+    operation_id: UUID | None = None
+    """Of the retry of a batch: the operation that is still adding runs to it. None: it has all of them."""
 
 
 class Selection(_Noun):

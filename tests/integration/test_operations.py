@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from backcast.errors import StoreUnavailable
-from backcast.ledger import claims, lanes, limits, operations, runs, selection, submissions
+from backcast.ledger import claims, lanes, limits, maintenance, operations, runs, selection, submissions
 from backcast.ledger.connection import Ledger
 from backcast.ledger.operations import Retry, Work
 from backcast.models import Limits, Selection, State, Submission, uuid7
@@ -25,7 +25,7 @@ from tests.integration.test_api import ECHO, api, problem, worker
 from tests.integration.test_ledger import LEASE
 from tests.support import ended as homes
 from tests.support.stack import stack
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE, until
 
 __all__ = ["api", "worker"]
 
@@ -264,11 +264,12 @@ async def test_the_failed_and_expired_runs_of_a_batch_are_repeated_as_a_new_batc
     assert answers[1].json() == operation
     assert answers[0].headers["location"] == f"/v1/operations/{operation['id']}"
     assert operation["filter"]["batch"] == batch
-    assert (await api.get(f"/v1/batches/{operation['batch_id']}")).json()["size"] == 0
+    growing = (await api.get(f"/v1/batches/{operation['batch_id']}")).json()
+    assert (growing["size"], growing["operation_id"]) == (0, operation["id"])
     await Operations(ledger, store)()
     assert counts(await seen(api, operation)) == ("completed", 120, 0, 0)
     new = (await api.get(f"/v1/batches/{operation['batch_id']}")).json()
-    assert (new["owner"], new["size"], new["states"]) == ("ana", 120, {"queued": 120})
+    assert (new["owner"], new["size"], new["states"], new["operation_id"]) == ("ana", 120, {"queued": 120}, None)
     assert (await api.get(f"/v1/batches/{batch}")).json() == before
     text = (await api.get(f"/v1/batches/{operation['batch_id']}/results")).text
     repeated = [(await api.get(f"/v1/runs/{json.loads(line)['id']}")).json()["retry_of"] for line in text.splitlines()]
@@ -281,6 +282,46 @@ async def test_the_failed_and_expired_runs_of_a_batch_are_repeated_as_a_new_batc
     problem(conflict, 422, "idempotency_key_reused")
     for unknown in (uuid4(), "42"):
         problem(await api.post(f"/v1/batches/{unknown}/retry"), 404, "unknown_batch")
+
+
+async def test_the_cancel_of_a_batch_of_retries_stops_its_operation(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID
+) -> None:
+    old = uuid7()
+    await ledger.execute("insert into batches (id, owner, request_hash, size) values ($1, 'ana', '', 0)", old)
+    await add_ended(ledger, 2 * selection.PAGE, owner="ana", batch=old)
+    operation = (await api.post(f"/v1/batches/{old}/retry")).json()
+    new = uuid7(DAY)  # as if it had waited for long, without a run
+    for column in ("batches set id", "operations set batch_id"):
+        name = column.split()[-1]
+        await ledger.execute(f"update {column} = $1 where {name} = $2", new, UUID(operation["batch_id"]))
+    await maintenance.remove_empty_batches(ledger, timedelta(0))
+    at = await work(ledger)
+    page = await operations.find(ledger, at, at.cursor)
+    assert await operations.retry(
+        ledger, at, page, [Retry(run, uuid7(), None) for run in page.runs], failed=0, stored_until=None
+    )
+    cancelled = (await api.post(f"/v1/batches/{new}/cancel")).json()
+    assert (cancelled["states"], cancelled["operation_id"]) == ({"cancelled": selection.PAGE}, None)
+    await Operations(ledger, store)()
+    assert counts(await seen(api, operation)) == ("cancelled", selection.PAGE, 0, 0)
+    assert (await api.get(f"/v1/batches/{new}")).json() == cancelled
+
+
+async def test_the_stream_of_a_batch_of_retries_ends_with_the_operation(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID
+) -> None:
+    old = uuid7()
+    await ledger.execute("insert into batches (id, owner, request_hash, size) values ($1, 'ana', '', 2)", old)
+    await add_ended(ledger, 2, owner="ana", batch=old)
+    operation = (await api.post(f"/v1/batches/{old}/retry")).json()
+    following = asyncio.create_task(api.get(f"/v1/batches/{operation['batch_id']}/events"))
+    done, _ = await asyncio.wait({following}, timeout=3)
+    assert not done, "it has no runs yet, and has not ended"
+    await Operations(ledger, store)()
+    await homes.end(ledger, "completed")
+    ended = (await asyncio.wait_for(following, PATIENCE)).text.split("event: ended")[1]
+    assert '"states":{"completed":2}' in ended
 
 
 # -- cancel ------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,8 @@ class Streams:
                     moved = began
                     yield _event(_batch_id(seen), "states", batch.model_dump_json())
                 shown = batch.states
-                is_over = not any(batch.states.get(state) for state in (State.QUEUED, State.RUNNING))
+                live = any(batch.states.get(state) for state in (State.QUEUED, State.RUNNING))
+                is_over = not live and batch.operation_id is None
                 while is_over or began - moved < following.LAG.total_seconds() + 2 * BATCH_PAUSE:
                     page = await following.ended(self._ledger, batch_id, seen, is_over=is_over)
                     if page:

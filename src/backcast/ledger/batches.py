@@ -91,8 +91,9 @@ async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
     return await ledger.fetchrow(sql, owner, key) is not None
 
 
-def _batch(row: asyncpg.Record, states: dict[State, int]) -> Batch:
-    return Batch(**{name: row[name] for name in ("id", "owner", "size", "skipped", "created_at")}, states=states)
+def _batch(row: asyncpg.Record, states: dict[State, int], operation: UUID | None = None) -> Batch:
+    given = {name: row[name] for name in ("id", "owner", "size", "skipped", "created_at")}
+    return Batch(**given, states=states, operation_id=operation)
 
 
 async def errors(ledger: Ledger, batch_id: UUID) -> str:
@@ -109,8 +110,11 @@ def _unknown(batch_id: UUID) -> UnknownBatch:
 
 async def get(ledger: Ledger, batch_id: UUID) -> Batch:
     """With its runs counted by state (index runs_in_batch). Raises `UnknownBatch`."""
+    # The operation first: if it has ended, the runs that are counted next are all that it has made.
     row = await ledger.fetchrow(
-        f"select id, owner, size, skipped, {reading.time('created_at')} from batches where id = $1",  # noqa: S608  # constants
+        f"""select id, owner, size, skipped, {reading.time("created_at")}, (
+                     select o.id from operations o where o.state = 'running' and o.batch_id = b.id) as operation_id
+              from batches b where id = $1""",  # noqa: S608  # constants
         batch_id,
     )
     if row is None:
@@ -120,7 +124,7 @@ async def get(ledger: Ledger, batch_id: UUID) -> Batch:
               from all_runs where batch_id = $1 group by 1 order by 1""",  # noqa: S608  # a constant
         batch_id,
     )
-    return _batch(row, {State(count["state"]): count["runs"] for count in counts})
+    return _batch(row, {State(count["state"]): count["runs"] for count in counts}, row["operation_id"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +177,15 @@ select (select count(*) from due) as due, (select max(id::text)::uuid from due) 
 
 
 async def cancel(ledger: Ledger, batch_id: UUID) -> Batch:
-    """Cancel the waiting runs, and ask the running ones to stop. Raises `UnknownBatch`."""
-    await get(ledger, batch_id)
+    """Cancel the waiting runs, and ask the running ones to stop. Raises `UnknownBatch`.
+
+    An operation that adds runs is stopped first; the lock of its row waits for the page that it is making."""
+    if (await get(ledger, batch_id)).operation_id is not None:
+        await ledger.execute(
+            """update operations set state = 'cancelled', finished_at = now()
+                where state = 'running' and batch_id = $1""",
+            batch_id,
+        )
     for delay in backoff(0.01, 1.0):
         after, skipped = UUID(int=0), 0
         while rows := await ended.fetch(ledger, _CANCEL, batch_id, after, AT_ONCE):

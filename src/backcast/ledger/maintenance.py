@@ -76,7 +76,8 @@ _OLD_BATCHES = f"""
 with page as materialized (select id from batches where id > $1 and id <= $2 order by id limit {PAGE}),
 gone as (
   delete from batches where id = any(array(select id from page))
-     and not exists (select from all_runs where batch_id = batches.id))
+     and not exists (select from all_runs where batch_id = batches.id)
+     and not exists (select from operations o where o.state = 'running' and o.batch_id = batches.id))
 select id from page order by id desc limit 1"""  # noqa: S608  # constants
 
 

@@ -16,6 +16,8 @@ from backcast.store import Missing, Store
 
 _LOOKS = 50
 """Pages without a matching run that are read before the cursor moves, and another operation has its turn."""
+_PAUSE = 0.01
+"""Seconds at least: the runs that it comes back to may be locked for a while."""
 _COPIES = 8
 """Large inputs that are copied at the same time: so many are in memory."""
 
@@ -35,7 +37,7 @@ class Operations:
                     await self._turn(work)
                 except (*REFUSED, LedgerFault, StoreUnavailable) as error:
                     stuck[work.id] = error
-                await asyncio.sleep(time.monotonic() - began)
+                await asyncio.sleep(max(_PAUSE, time.monotonic() - began))
         for error in stuck.values():
             raise error
 

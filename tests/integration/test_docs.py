@@ -30,7 +30,7 @@ from backcast.testing import Reply, Request, ScriptedModel, extract
 from tests.support.stack import ROOT, free_port, stack
 from tests.support.waiting import PATIENCE
 
-PAGES = ("coming-from", "guarantees", "testing-tasks", "tutorial", "writing-tasks")
+PAGES = ("client", "coming-from", "guarantees", "testing-tasks", "tutorial", "writing-tasks")
 LONGEST = 3 * PATIENCE
 """Seconds for a block, which may start a whole product."""
 _FENCE = re.compile(r"^\s*```(.*)$")

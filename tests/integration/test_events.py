@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import signal
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -294,6 +295,30 @@ async def test_head_and_unknown_ids_are_answered_at_once(served: Stack, ledger: 
     for path, code in ((of_run(uuid7()), "unknown_run"), (f"/v1/batches/{uuid7()}/events", "unknown_batch")):
         answer = await served.http.get(path)
         assert (answer.status_code, answer.json()["code"]) == (404, code)
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off(database: str, ledger: Ledger, tmp_path: Path) -> None:
+    worker = await register(ledger)
+    run = (await submit(ledger)).run
+    [claimed] = await claim(ledger, worker)
+    large = json.dumps("x" * 16_000)
+    for first in range(1, 1001, 100):
+        some = report(claimed, *range(first, first + 100))
+        some.events = [replace(each, data=large) for each in some.events]
+        await events.record(ledger, worker, [some])
+    async with stack(database, tmp_path, BACKCAST_API__MAX_STREAMS="1") as running:
+        await running.up("api")
+        url = running.http.base_url
+        with socket.create_connection((url.host, url.port or 80)) as stuck:
+            stuck.sendall(f"GET {of_run(run.id)} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+
+            async def status() -> int:
+                async with running.http.stream("GET", of_run(run.id)) as answer:
+                    return answer.status_code
+
+            await until(status, lambda code: code == 503)
+            await until(status, lambda code: code == 200)
+        assert "ASGI" not in running.parts[0].text, "uvicorn has nothing to complain of"
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

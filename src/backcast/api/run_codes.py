@@ -29,6 +29,10 @@ RUN_CODES = {
         "The input does not fit the task",
         "A parameter is missing, unknown or of the wrong type; the detail names it; the task may have changed since.",
     ),
+    "invalid_result": (
+        "The result does not fit the type that the client was given",
+        "Seen by the client only: the run has completed. Give the type that the target was made from.",
+    ),
     "invalid_target": ("The target is not a shape that can be cast to", "The detail says what is wrong with it."),
     "model_answer_invalid": (
         "The model's answer does not fit the target",

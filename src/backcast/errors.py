@@ -173,6 +173,10 @@ class UnknownWorker(NotFound):
     code = "unknown_worker"
     title = "There is no such worker"
 
+    @classmethod
+    def of(cls, worker: object) -> Self:
+        return cls(f"There is no worker {worker}: it has stopped, or its runs were given to others.")
+
 
 class MethodNotAllowed(ClientError):
     """The path is right and the method is not; the header `Allow` has those that it takes."""

@@ -328,6 +328,58 @@ class Why(_Noun):
     """In its last attempt."""
 
 
+class Load(_Noun):
+    """What waits, and who does it. At most 10,000 runs of each kind are counted: a number that reaches this may be
+    higher."""
+
+    workers: int
+    """Those that are alive and take runs."""
+    slots: int
+    """Of these workers, as `busy`, for whichever of their tasks."""
+    busy: int
+    per_minute: float
+    """Runs of any task that these workers ended in the last minute, about: it follows a change with a delay."""
+    ready: int
+    """Runs that may start as soon as a slot is free."""
+    oldest_age_seconds: float | None
+    """How long the oldest of them has waited since it could have started."""
+    running: int
+    parked: int
+    """Runs that wait for a worker that has their task, or their version of it."""
+    paused: "Pause | None" = None
+
+
+class Pool(Load):
+    """A pool: its backlog and its workers."""
+
+    name: str
+
+
+class Worker(_Noun):
+    """A worker, as it has reported itself."""
+
+    id: UUID
+    pool: str
+    host: str
+    version: str
+    tasks: list[str]
+    slots: int
+    busy: int
+    """Slots in which code executes."""
+    running: int
+    """Runs that it has claimed and not settled."""
+    settled: int
+    """Runs that have ended in it since it started."""
+    per_minute: float
+    """Of these in the last minute, about."""
+    started_at: datetime
+    heartbeat_age_seconds: float
+    draining: bool
+    """Whether it takes no more runs, or was asked to."""
+    takes_runs: bool
+    """Whether it is believed to be alive, and does not drain."""
+
+
 class TaskType(_Noun):
     """A task that can be run, as its workers have registered it."""
 
@@ -350,6 +402,9 @@ class TaskType(_Noun):
     """Whether Prefect shows its runs."""
     warnings: list[str] = []
     """What of the task has no effect here, or why it can't be run; also in the input schema, as `x-warnings`."""
+    load: Load | None = None
+    """Of the task in its pool, where one task is asked for. Its ready runs are counted among the first 10,000 of the
+    pool."""
 
     @model_validator(mode="after")
     def _reads_warnings(self) -> Self:
@@ -443,6 +498,10 @@ class Lane(_Noun):
     """Its runs that may start as soon as a slot is free."""
     held: int
     """Its runs that wait for the lane: for a place, or for the end of a pause."""
+    oldest_age_seconds: float | None = None
+    """How long the oldest of the queued and held ones that are counted has waited since it could have started."""
+    per_minute: float | None = None
+    """Runs that it let start in the last minute, about; None if it has no limits."""
     paused: Pause | None = None
     problem: str | None = None
     """What is wrong with its limits, if they were not set by this interface."""

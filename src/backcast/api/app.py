@@ -23,11 +23,13 @@ from backcast.api import (
     openapi,
     operations,
     origins,
+    pools,
     problems,
     routing,
     runs,
     tasks,
     why,
+    workers,
 )
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
@@ -89,6 +91,8 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         batches,
         events,
         lanes,
+        pools,
+        workers,
         levers,
         health,
         problems,

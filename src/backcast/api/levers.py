@@ -41,8 +41,8 @@ async def _check(deps: Backend, kind: PauseKind, name: str) -> None:
     """Any name may be one of a lane."""
     if kind is PauseKind.TASK:
         await task_types.get(deps.ledger, name)
-    elif kind is PauseKind.POOL and name not in (pools := await task_types.pools(deps.ledger)):
-        raise UnknownPool(f"There is no pool {name!r}; known are: {', '.join(sorted(pools)) or 'none'}.")
+    elif kind is PauseKind.POOL:
+        await task_types.require_pool(deps.ledger, name)
 
 
 @router.get("/pauses", summary="List what is paused", responses=problems.responses(LedgerUnavailable))
@@ -96,6 +96,7 @@ _add(PauseKind.POOL, UnknownPool)
 @router.post(
     "/workers/{worker_id}/drain",
     status_code=202,
+    response_class=Response,  # it has no body
     summary="Drain a worker",
     description="It claims nothing more, lets its runs finish within its grace period, releases the rest, and ends. A"
     " new one takes its place where something restarts it, as in Kubernetes.",

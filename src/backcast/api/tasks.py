@@ -9,7 +9,7 @@ from backcast.api import problems
 from backcast.api.deps import Deps
 from backcast.api.routing import Route
 from backcast.errors import LedgerUnavailable, UnknownTask
-from backcast.ledger import task_types
+from backcast.ledger import overview, task_types
 from backcast.models import Name, TaskType
 
 router = APIRouter(prefix="/v1/tasks", tags=["tasks"], route_class=Route)
@@ -26,4 +26,4 @@ async def list_tasks(deps: Deps) -> TaskList:
 
 @router.get("/{name:name}", summary="Get a task", responses=problems.responses(UnknownTask, LedgerUnavailable))
 async def get_task(name: Annotated[Name, Path()], deps: Deps) -> TaskType:
-    return await task_types.get(deps.ledger, name)
+    return await overview.task(deps.ledger, name)

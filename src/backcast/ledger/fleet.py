@@ -113,7 +113,7 @@ async def drain(ledger: Ledger, worker_id: UUID) -> None:
     """Ask a worker to drain; its next heartbeat reads it. Raises `UnknownWorker`."""
     sql = "update workers set drain_asked_at = coalesce(drain_asked_at, now()) where id = $1 returning id"
     if await ledger.fetchrow(sql, worker_id) is None:
-        raise UnknownWorker(f"There is no worker {worker_id}: it has stopped, or its runs were given to others.")
+        raise UnknownWorker.of(worker_id)
 
 
 async def busy(ledger: Ledger) -> dict[str, int]:

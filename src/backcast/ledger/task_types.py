@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from backcast.errors import NoWorkerYet, UnknownTask
+from backcast.errors import NoWorkerYet, UnknownPool, UnknownTask
 from backcast.ledger import reading
 from backcast.ledger.connection import Ledger
 from backcast.ledger.routing import HAS_VERSION, LIVE
@@ -96,6 +96,12 @@ async def pools(ledger: Ledger) -> set[str]:
     """The pools that have, or had, workers."""
     rows = await ledger.fetch("select pool from task_types union select pool from workers")
     return {row["pool"] for row in rows}
+
+
+async def require_pool(ledger: Ledger, name: str) -> None:
+    """Raises `UnknownPool`."""
+    if name not in (known := await pools(ledger)):
+        raise UnknownPool(f"There is no pool {name!r}; known are: {', '.join(sorted(known)) or 'none'}.")
 
 
 async def renew(ledger: Ledger) -> None:

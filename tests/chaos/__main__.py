@@ -41,6 +41,7 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
         "attempts are bounded": checks.bounded(ledger),
         "slots are a bound": checks.slots(it),
         "limits of lanes hold": await checks.lanes(it),
+        "nothing that is paused begins": await checks.paused(it),
         "values are right": await checks.values(it, load.cases, ledger),
         "objects are right": await checks.stored(bucket, load.cases, ledger),
         "no object without a run": await checks.swept(bucket, ledger, timeout=settle),

@@ -153,6 +153,20 @@ async def lanes(world: World) -> list[str]:
     return wrong + ([f"the lane still counts {row['promoted']} runs"] if row["promoted"] else [])
 
 
+_STARTED = """
+select c.id::text, c.began from audit.changes c join backcast.all_runs r on r.id = c.id
+ where c.state = 'running' and c.began between $3 and $4 and case $1 when 'task' then r.task else r.lane end = $2"""
+
+
+async def paused(world: World) -> list[str]:
+    """No claim that began while something was paused has taken a run of it."""
+    return [
+        f"{row['id']}: began at {row['began']:%H:%M:%S.%f}, while the {pause[0]} {pause[1]} was paused"
+        for pause in world.pauses
+        for row in await world.sql(_STARTED, *pause)
+    ] + ([] if world.pauses else ["nothing was paused"])
+
+
 async def values(world: World, cases: list[Case], ledger: dict[str, Row]) -> list[str]:
     """The API answers every completed run with its value."""
     wrong: list[str] = []

@@ -9,12 +9,14 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import asyncpg
+import httpx
 
 from tests.chaos.process import Process
 from tests.chaos.proxy import CLEAR, Weather
-from tests.chaos.world import LEASE, World
+from tests.chaos.world import LEASE, NARROW, World
 
 _DRAIN = 120.0
 """Seconds after SIGTERM in which a process must have ended: far more than its grace and its last requests to servers
@@ -86,6 +88,37 @@ async def _snapshot(world: World) -> AsyncIterator[None]:
         holder.terminate()
 
 
+@contextlib.asynccontextmanager
+async def _paused(world: World, kind: str, name: str, dice: random.Random) -> AsyncIterator[None]:
+    """No run of it may begin: see `checks.paused`. Times are the database's, after the answer and before the resume."""
+    await _ask(world, f"/v1/{kind}s/{name}/pause", dice)
+    since = await _clock(world)
+    yield
+    until = await _clock(world)
+    world.pauses.append((kind, name, since, until))
+    await _ask(world, f"/v1/{kind}s/{name}/resume", dice)
+
+
+async def _ask(world: World, path: str, dice: random.Random) -> None:
+    """Ask until it is answered."""
+    async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                answer = await client.post(dice.choice(world.apis) + path)
+                if answer.status_code < 500:
+                    assert answer.is_success, answer.text
+                    return
+            await asyncio.sleep(dice.uniform(0.1, 0.5))
+
+
+async def _clock(world: World) -> datetime:
+    while True:
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            [row] = await world.sql("select clock_timestamp() as at")
+            return row["at"]
+        await asyncio.sleep(0.1)
+
+
 def _deck(world: World, dice: random.Random) -> list[Fault]:
     one = {kind: dice.choice(world.of(kind)) for kind in ("api", "worker", "steward", "prefect", "postgres", "s3")}
     cards = [
@@ -122,6 +155,9 @@ def _deck(world: World, dice: random.Random) -> list[Fault]:
     alone = dice.choice(world.of("worker")).name
     disturb("hang", f"{alone}>all", [link for link in world.links if link.startswith(alone)], (LEASE + 1, LEASE + 5))
 
+    for kind, name in (("task", dice.choice(["add", "doze"])), ("lane", NARROW[0])):
+        touches = frozenset({f"pause of {name}"})
+        cards.append(Fault("pause", name, touches, lambda k=kind, n=name: _paused(world, k, n, dice), (1, 6)))
     cards.append(Fault("slow commits", "postgres", frozenset({"commits"}), lambda: _slow_commits(world), (4, 8)))
     dice.shuffle(cards)
     long = Fault("held snapshot", "postgres", frozenset({"snapshot"}), lambda: _snapshot(world), (20, 20))

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ _AUDIT = """
 create schema audit;
 create table audit.changes (
     n bigint generated always as identity primary key, id uuid, state text, fence bigint, worker_id uuid,
-    result_key text, at timestamptz default clock_timestamp(), by text default current_setting('application_name'));
+    result_key text, began timestamptz default now(), at timestamptz default clock_timestamp(),
+    by text default current_setting('application_name'));
 create index on audit.changes (id, n);
 create function audit.note() returns trigger language plpgsql security definer as $$ begin
     insert into audit.changes (id, state, fence, worker_id, result_key)
@@ -82,6 +84,8 @@ class World:
     prefect: str = ""
     database: str = ""
     died: list[str] = field(default_factory=list)
+    pauses: list[tuple[str, str, datetime, datetime]] = field(default_factory=list)
+    """Kind and name of what was paused, and from when to when at least, by the database's clock."""
     """Processes of the product that ended unasked."""
     began: float = field(default_factory=time.monotonic)
 

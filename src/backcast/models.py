@@ -522,44 +522,74 @@ class Batch(_Noun):
     """Of the retry of a batch: the operation that is still adding runs to it. None: it has all of them."""
 
 
-class Selection(_Noun):
+LABELS = 5
+"""Labels by which runs can be filtered at once."""
+_Words = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
+
+
+class _Filters(_Noun):
+    task: Name | None = None
+    owner: Name | None = None
+    batch: UUID | None = None
+    lane: Name | None = None
+    worker: UUID | None = None
+    error: _Words | None = None
+    """The code of the run's error."""
+    text: _Words | None = None
+    """A part of the detail of its error, in upper or lower case."""
+    created_after: Moment | None = None
+    created_before: Moment | None = None
+    metadata: dict[_Words, Annotated[str, Field(max_length=METADATA, pattern=r"^[^\x00]*$")]] = Field(
+        default={}, max_length=LABELS
+    )
+    """Labels that the run has."""
+
+
+class _EndedFilters(_Filters):
+    ended_after: Moment | None = None
+    ended_before: Moment | None = None
+
+
+class Selection(_EndedFilters):
     """The runs that match every filter which is set."""
 
     state: State | None = None
-    task: Name | None = None
-    owner: Name | None = None
-    batch: UUID | None = None
 
 
-FILTERS = tuple(Selection.model_fields)
+def _at_least_one(*models: type[BaseModel]) -> JSON:
+    """For the JSON Schema of a body: one filter is set."""
+    names = [name for model in models for name in model.model_fields]
+    return {
+        "anyOf": [
+            {
+                "required": [name],
+                "properties": {name: {"minProperties": 1} if name == "metadata" else {"not": {"type": "null"}}},
+            }
+            for name in [*names, "state"]
+        ]
+    }
 
 
-class _Many(_Noun):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [{"required": [name], "not": {"properties": {name: {"type": "null"}}}} for name in FILTERS]
-        }
-    )
+class RetryMany(_EndedFilters):
+    """The ended runs to be repeated: those that match every filter which is set, at least one."""
 
-    task: Name | None = None
-    owner: Name | None = None
-    batch: UUID | None = None
+    model_config = ConfigDict(json_schema_extra=_at_least_one(_EndedFilters))
+
+    state: Literal["completed", "failed", "cancelled", "expired"] | None = None
+    """None: failed and expired."""
     dry_run: Annotated[bool, Strict()] = False
     """Only count the runs that match."""
 
 
-class RetryMany(_Many):
-    """The ended runs to be repeated: those that match every filter which is set, at least one."""
-
-    state: Literal["completed", "failed", "cancelled", "expired"] | None = None
-    """None: failed and expired."""
-
-
-class CancelMany(_Many):
+class CancelMany(_Filters):
     """The runs to be cancelled: those that match every filter which is set, at least one."""
+
+    model_config = ConfigDict(json_schema_extra=_at_least_one(_Filters))
 
     state: Literal["queued", "running"] | None = None
     """None: both."""
+    dry_run: Annotated[bool, Strict()] = False
+    """Only count the runs that match."""
 
 
 class Matched(_Noun):

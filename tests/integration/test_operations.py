@@ -96,7 +96,7 @@ async def test_the_failed_and_expired_runs_are_repeated(
     assert await retried(ledger) == []
     operation = await ask(api, "retry", owner="ana")
     assert (operation["kind"], *counts(operation)) == ("retry", "running", 0, 0, 0)
-    assert operation["filter"] == {"state": None, "task": None, "owner": "ana", "batch": None}
+    assert {name: value for name, value in operation["filter"].items() if value} == {"owner": "ana"}
     await Operations(ledger, store)()
     after = await seen(api, operation)
     assert counts(after) == ("completed", 604, 0, 0)
@@ -133,6 +133,47 @@ async def test_each_filter_holds(
         await ledger.execute("delete from runs where retry_of is not null")
         await ledger.execute("delete from retries")
     assert (await ask(api, "retry", state=state, task="other", dry_run=True))["runs"] == 0
+
+
+async def test_the_filters_of_the_list_choose_the_same_runs(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID
+) -> None:
+    hour, now = timedelta(hours=1), datetime.now(UTC)
+    error = {"code": "worker_lost", "title": "t", "detail": "The Worker\u0020was lost"}
+    run = uuid7(7200)
+    row = {**ROW, "error": json.dumps(error), "metadata": json.dumps({"a": "b", "c": "d"}), "lane": "wide"}
+    await homes.add(ledger, run, since=5400, **row, worker_id=worker)
+    for other in (uuid7(7 * DAY), uuid7(1)):
+        await homes.add(ledger, other, since=0.5, **ROW)
+    ago = {"created_after": now - 3 * hour, "created_before": now - hour, "ended_after": now - 2 * hour}
+    times = {name: at.isoformat() for name, at in (ago | {"ended_before": now - hour}).items()}
+    chosen: list[dict[str, Any]] = [
+        {"lane": "wide"}, {"worker": str(worker)}, {"error": "worker_lost"}, {"text": "worker WAS"},
+        {"metadata": {"a": "b"}}, {"metadata": {"a": "b", "c": "d"}},
+        {"created_after": times["created_after"], "created_before": times["created_before"]},
+        {"ended_after": times["ended_after"], "ended_before": times["ended_before"]},
+        {"owner": "me", "lane": "wide", "error": "worker_lost", **times},
+    ]  # fmt: skip
+    for filters in chosen:
+        assert (await ask(api, "retry", dry_run=True, **filters))["runs"] == 1, filters
+        await ask(api, "retry", **filters)
+        await Operations(ledger, store)()
+    assert await retried(ledger) == [run] * len(chosen)
+    for filters in ({"lane": "narrow"}, {"error": "none"}, {"text": "100%"}, {"metadata": {"a": "c"}}):
+        assert (await ask(api, "retry", dry_run=True, **filters))["runs"] == 0, filters
+    await ledger.execute("delete from runs")
+    await add(ledger, 1, lane="wide", metadata={"x": "y"})
+    await add(ledger, 2)
+    for filters in ({"lane": "wide"}, {"metadata": {"x": "y"}}):
+        assert (await ask(api, "cancel", dry_run=True, **filters))["runs"] == 1, filters
+    for body in (
+        {"error": "\0"},
+        {"metadata": {"a": "\0"}},
+        {"metadata": {}},
+        {"metadata": {str(n): "" for n in range(6)}},
+    ):
+        problem(await api.post("/v1/runs/retry", json=body), 422, "invalid_input")
+    problem(await api.post("/v1/runs/cancel", json={"ended_after": times["ended_after"]}), 422, "invalid_input")
 
 
 async def test_what_ends_later_is_left_alone(
@@ -193,11 +234,14 @@ async def test_large_inputs_are_copied_and_those_that_are_gone_are_counted(
     await homes.end(ledger, "failed")
     await store.delete([f"inputs/{ids[1]}.json"])
     operation = await ask(api, "retry", state="failed")
+    await add(ledger, 1, owner="bo")
+    other = await ask(api, "cancel", owner="bo")
     away = open_store(StoreSettings(url=f"file://{tmp_path}/not-mounted"))
     with pytest.raises(StoreUnavailable):
         await Operations(ledger, away)()
     await away.aclose()
     assert counts(await seen(api, operation)) == ("running", 0, 0, 0)
+    assert (await seen(api, other))["state"] == "completed", "one that can't go on holds up no other"
     await Operations(ledger, store)()
     assert counts(await seen(api, operation)) == ("completed", 2, 0, 1)
     await store.delete(f"inputs/{run}.json" for run in ids)

@@ -23,7 +23,7 @@ from backcast.errors import (
 from backcast.ledger import batches, operations
 from backcast.ledger.operations import Recorded
 from backcast.ledger.selection import Kind
-from backcast.models import FILTERS, CancelMany, Matched, Operation, RetryMany, Selection, uuid7
+from backcast.models import CancelMany, Matched, Operation, RetryMany, Selection, uuid7
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 
@@ -72,8 +72,8 @@ async def cancel_runs(request: Request, deps: Deps) -> Response:
 
 async def _begin(request: Request, deps: Backend, kind: Kind, asked: RetryMany | CancelMany) -> Response:
     chosen = Selection.model_validate(asked.model_dump(exclude={"dry_run"}))
-    if not chosen.model_dump(exclude_none=True):
-        why = f"set at least one filter: {', '.join(FILTERS)}"
+    if not chosen.model_dump(exclude_defaults=True):
+        why = f"set at least one filter: {', '.join(name for name in type(asked).model_fields if name != 'dry_run')}"
         raise InvalidInput(f"The body would choose all runs: {why}.", errors=(FieldError("", why),))
     key = idempotency_key(request)
     if asked.dry_run:

@@ -35,12 +35,11 @@ from backcast.ledger import listing, runs
 from backcast.ledger.listing import Filters
 from backcast.ledger.runs import Value
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import Moment, Name, Run, State, Submission
+from backcast.models import LABELS, Moment, Name, Run, State, Submission
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
 """The routes that every run uses: submit, get."""
-_LABELS = 5
 
 PREFER = in_header(
     "Prefer",
@@ -162,8 +161,8 @@ router.add_api_route(
 
 def _labels(request: Request) -> dict[str, str]:
     given = {name.removeprefix(LABEL): value for name, value in request.query_params.items() if name.startswith(LABEL)}
-    if len(given) > _LABELS:
-        raise InvalidInput(f"query: at most {_LABELS} labels can be filtered by at once.")
+    if len(given) > LABELS:
+        raise InvalidInput(f"query: at most {LABELS} labels can be filtered by at once.")
     if any("\0" in each for item in given.items() for each in item):
         raise InvalidInput("query: labels have no null character.")
     return given

@@ -55,9 +55,9 @@ def _value(column: str, name: str) -> str:
 
 
 _CODE, _DETAIL = _value("error", "'code'"), _value("error", "'detail'")
-_METADATA = _value("metadata", "{0}::text")
+METADATA = _value("metadata", "{0}::text")
 # A completed run shows no error, and may have that of an attempt before.
-_CONDITIONS = {
+CONDITIONS = {
     "batch": "batch_id = {0}",
     "owner": "owner = {0}",
     "state": "state = any({0}::text[])",
@@ -78,11 +78,11 @@ async def find(
     many runs is short, or empty, and yet not the last one. `given` is short for `filters`."""
     filters = filters or Filters(**given)
     states = None if filters.state is None else _STATES.get(filters.state, [filters.state.value])
-    values: dict[str, Any] = {name: getattr(filters, name) for name in _CONDITIONS} | {"state": states}
+    values: dict[str, Any] = {name: getattr(filters, name) for name in CONDITIONS} | {"state": states}
     asked = [(name, value) for name, value in values.items() if value is not None]
     base = asked.pop(0) if asked and asked[0][0] in ("batch", "owner", "state") else None
-    rest = [(_CONDITIONS[name], (value,)) for name, value in asked]
-    rest += [(f"{_METADATA} = {{1}}", item) for item in filters.metadata.items()]
+    rest = [(CONDITIONS[name], (value,)) for name, value in asked]
+    rest += [(f"{METADATA} = {{1}}", item) for item in filters.metadata.items()]
     walk, arguments = _walk(filters, base, most=WALK if rest else limit + 1)
     where, at = list[str](), 3 + len(arguments)
     for condition, items in rest:
@@ -90,8 +90,8 @@ async def find(
         arguments, at = [*arguments, *items], at + len(items)
     sql = f"""select {COLUMNS} from ({walk}) r {"where" if where else ""} {" and ".join(where)}
                order by id desc limit {limit + 1}"""  # noqa: S608  # constants
-    before = min(before or _LAST, _at(filters.created_before) or _LAST)
-    first, found = _at(filters.created_after) or _FIRST, list[Run]()
+    before = min(before or _LAST, lowest_id(filters.created_before) or _LAST)
+    first, found = lowest_id(filters.created_after) or _FIRST, list[Run]()
     is_live = base is not None and filters.state is not None and base[0] == "state" and not filters.state.is_final
     for since in (first,) if rest or is_live else (_a_day_before(before), first):
         rows = await ledger.fetch(sql, before, max(since, first), *arguments)
@@ -111,7 +111,7 @@ def _walk(filters: Filters, base: tuple[str, Any] | None, *, most: int) -> tuple
         return f"select * from all_runs where id < $1 and id >= $2 order by id desc limit {most}", []  # noqa: S608
     name, value = base
     if name != "state":
-        sql = f"select * from all_runs where {_CONDITIONS[name].format('$3')} and id < $1 and id >= $2"  # noqa: S608
+        sql = f"select * from all_runs where {CONDITIONS[name].format('$3')} and id < $1 and id >= $2"  # noqa: S608
         return f"{sql} order by id desc limit {most}", [value]
     assert filters.state is not None
     if not filters.state.is_final:
@@ -121,7 +121,7 @@ def _walk(filters: Filters, base: tuple[str, Any] | None, *, most: int) -> tuple
     return f"{sql} and id < $1 and id >= $2 order by id desc limit {most}", [value]
 
 
-def _at(moment: datetime | None) -> UUID | None:
+def lowest_id(moment: datetime | None) -> UUID | None:
     """The lowest id of a moment."""
     return None if moment is None else UUID(int=max(0, int(moment.timestamp() * 1000)) << 80)
 

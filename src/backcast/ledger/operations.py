@@ -49,7 +49,7 @@ async def record(
 ) -> Recorded:
     """Record an operation, which the leading steward makes. With `batch_id`, its runs are a new batch with this id.
     Raises `IdempotencyConflict`: the key belongs to another operation of this owner."""
-    filters = chosen.model_dump_json(exclude_none=True)
+    filters = chosen.model_dump_json(exclude_defaults=True)
     request_hash = hashlib.sha256(f"{kind}\n{filters}\n{batch_id is not None}".encode()).digest()
     row = await ledger.fetchrow(_RECORD, uuid7(), kind, owner, key, request_hash, filters, uuid7(-MARGIN), batch_id)
     assert row is not None

@@ -423,5 +423,5 @@ async def test_a_heartbeat_keeps_the_pace_of_the_last_minute(ledger: Ledger, wor
         await ledger.execute(f"update workers set recent = {odd}")
         assert await beat(30) == 0
     for odd in ("'infinity'", "'-infinity'", "'9999-01-01'", "'4713-01-01 BC'"):
-        await ledger.execute(f"update workers set heartbeat_at = {odd}")
+        await ledger.execute(f"update workers set recent = 5, heartbeat_at = {odd}")
         await beat(30)

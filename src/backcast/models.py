@@ -483,7 +483,7 @@ class Pause(_Noun):
     reason: str
     by: str
     since: datetime
-    until: datetime | None
+    until: datetime | None = None
     running: Release
 
 

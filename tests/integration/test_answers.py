@@ -24,6 +24,7 @@ RECORD = Path(__file__).with_name("answers.txt")
 _SHOWN = ("content-type", "location", "retry-after", "preference-applied", "link", "etag", "cache-control")
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
+_FIGURE = re.compile(r'(?<="oldest_age_seconds":)[0-9.e-]+|(?<="per_minute":)[0-9.e-]+')
 _CURSOR = re.compile(r'(?<=cursor":")[^"]+|(?<=cursor=)[^&"> ]+')
 
 
@@ -47,7 +48,7 @@ class Recorder:
 
     def _named(self, text: str) -> str:
         text = _ID.sub(lambda found: self._names.setdefault(found[0], f"<id {len(self._names) + 1}>"), text)
-        return _CURSOR.sub("<cursor>", _TIME.sub("<time>", text))
+        return _CURSOR.sub("<cursor>", _TIME.sub("<time>", _FIGURE.sub("<figure>", text)))
 
 
 async def _scenario(product: Stack) -> str:

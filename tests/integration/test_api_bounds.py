@@ -341,7 +341,11 @@ async def test_head_is_answered_like_get_without_a_body(api: httpx.AsyncClient, 
     for path in reads:
         got, headed = await api.get(path), await api.head(path)
         assert (headed.status_code, headed.content) == (200, b""), path
-        assert headed.headers.get("content-length") == got.headers.get("content-length")
+        lengths = [answer.headers.get("content-length") for answer in (got, headed)]
+        if "oldest_age_seconds" in got.text:  # an age may have another digit by now
+            assert abs(int(lengths[0]) - int(lengths[1])) < 20, path
+        else:
+            assert lengths[0] == lengths[1], path
     assert (await api.head("/v1/runs/nothing")).status_code == 404
     assert (await api.head("/v1/tasks/echo/runs")).status_code == 405
 

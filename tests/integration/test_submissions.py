@@ -543,6 +543,8 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
         "running": 0,
         "queued": 0,
         "held": 0,
+        "oldest_age_seconds": None,
+        "per_minute": 0.0,
         "paused": None,
         "problem": None,
     }

@@ -1,6 +1,7 @@
 """Requests that arrive slowly, over raw sockets: each part has a deadline, and what is fast enough is served."""
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -36,27 +37,23 @@ async def served(database: str, deadlines: dict[str, str], tmp_path: Path) -> As
 
 async def answer(served: Stack, *, first: bytes, then: bytes = b"x") -> tuple[int, bytes]:
     """Send `first`, then `then` again and again until the connection is closed: the last status, and all that came."""
-    url = served.http.base_url
-    reader, writer = await asyncio.open_connection(url.host, url.port)
+    url, loop, got = served.http.base_url, asyncio.get_running_loop(), b""
+    with socket.create_connection((url.host, url.port)) as connection:  # a stream forgets what came before a reset
+        connection.setblocking(False)
 
-    async def dribble() -> None:
-        while True:
-            writer.write(then)
-            await writer.drain()
-            await asyncio.sleep(0.05)  # the pace of the client, far below each deadline
+        async def dribble() -> None:
+            while True:
+                await loop.sock_sendall(connection, then)
+                await asyncio.sleep(0.05)  # the pace of the client, far below each deadline
 
-    try:
         async with asyncio.timeout(PATIENCE):
-            writer.write(first)
+            await loop.sock_sendall(connection, first)
             dribbling = asyncio.create_task(dribble())
-            try:
-                got = await reader.read()
-            except ConnectionError:
-                got = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := await loop.sock_recv(connection, 65_536):
+                    got += piece
             dribbling.cancel()
             await asyncio.gather(dribbling, return_exceptions=True)
-    finally:
-        writer.close()
     statuses = re.findall(rb"HTTP/1\.1 (\d+) ", got)
     return int(statuses[-1]) if statuses else 0, got
 

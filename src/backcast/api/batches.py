@@ -45,6 +45,9 @@ router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=Route)
 
 PATH = "/v1/batches"
 JSON_LINES = "application/jsonl"
+LINES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "JSON Lines", "content": {JSON_LINES: {"schema": {"type": "string"}}}}
+}
 _KINDS = (JSON_LINES, "application/x-ndjson", "application/ndjson", "application/x-jsonlines")
 _SLICE = 100
 """Lines after which other requests have a turn: some milliseconds."""
@@ -348,10 +351,7 @@ async def cancel_batch(batch_id: UUID, deps: Deps) -> Batch:
         ' `{"line" (from 0), "custom_id", "code", "detail", "errors": [{"pointer", "detail"}]}`.'
     ),
     response_model=None,
-    responses={
-        200: {"description": "JSON Lines", "content": {JSON_LINES: {"schema": {"type": "string"}}}},
-        **problems.responses(UnknownBatch, LedgerUnavailable),
-    },
+    responses=LINES | problems.responses(UnknownBatch, LedgerUnavailable),
 )
 async def get_errors(batch_id: UUID, deps: Deps) -> Response:
     return Response(await batches.errors(deps.ledger, batch_id), media_type=JSON_LINES)
@@ -377,10 +377,7 @@ class BatchResult(BaseModel):
         " whose result can't be read has an `error`."
     ),
     response_model=None,
-    responses={
-        200: {"description": "JSON Lines", "content": {JSON_LINES: {"schema": {"type": "string"}}}},
-        **problems.responses(UnknownBatch, LedgerUnavailable),
-    },
+    responses=LINES | problems.responses(UnknownBatch, LedgerUnavailable),
 )
 async def get_results(batch_id: UUID, deps: Deps) -> Response:
     await batches.get(deps.ledger, batch_id)

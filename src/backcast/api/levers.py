@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request, Response
 from pydantic import BaseModel
 
 from backcast.api import problems
-from backcast.api.body import json_body, validate
+from backcast.api.body import optional_body, validate
 from backcast.api.deps import Backend, Deps
 from backcast.api.routing import Route
 from backcast.api.runs import json_request
@@ -52,7 +52,7 @@ async def list_pauses(deps: Deps) -> PauseList:
 
 def _add(kind: PauseKind, *unknown: type[NotFound]) -> None:
     async def pause(name: Annotated[Name, Path()], request: Request, deps: Deps) -> Pause:
-        asked = validate(PauseRequest, await json_body(request) if await request.body() else {})
+        asked = validate(PauseRequest, await optional_body(request))
         if asked.until is not None and asked.until <= datetime.now(UTC):
             why = "the time has passed; send a later one, or none"
             raise InvalidInput(f"/until: {why}.", errors=(FieldError("/until", why),))
@@ -64,7 +64,6 @@ def _add(kind: PauseKind, *unknown: type[NotFound]) -> None:
         await pauses.resume(deps.ledger, kind, name)
         return Response(status_code=204)
 
-    body = json_request(PauseRequest)["requestBody"] | {"required": False}
     refusals = problems.responses(*unknown, MalformedBody, UnsupportedBody, InvalidInput, LedgerUnavailable)
     router.add_api_route(
         f"/{kind}s/{{name:name}}/pause",
@@ -74,7 +73,7 @@ def _add(kind: PauseKind, *unknown: type[NotFound]) -> None:
         summary=f"Pause a {kind}",
         description=_ABOUT,
         responses=refusals,
-        openapi_extra={"requestBody": body},
+        openapi_extra=json_request(PauseRequest, required=False),
     )
     router.add_api_route(
         f"/{kind}s/{{name:name}}/resume",

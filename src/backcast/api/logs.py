@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 
 from backcast.api import problems
-from backcast.api.batches import JSON_LINES
+from backcast.api.batches import JSON_LINES, LINES
 from backcast.api.deps import Backend, Deps
 from backcast.api.routing import Route
 from backcast.errors import LedgerUnavailable, StoreUnavailable, UnknownRun
@@ -28,10 +28,7 @@ router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
         " runs, its lines come about 10 s late."
     ),
     response_model=None,
-    responses={
-        200: {"description": "JSON Lines", "content": {JSON_LINES: {"schema": {"type": "string"}}}},
-        **problems.responses(UnknownRun, LedgerUnavailable, StoreUnavailable),
-    },
+    responses=LINES | problems.responses(UnknownRun, LedgerUnavailable, StoreUnavailable),
 )
 async def get_logs(run_id: UUID, deps: Deps) -> Response:
     fence = await runs.latest_fence(deps.ledger, run_id)

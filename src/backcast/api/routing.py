@@ -42,11 +42,8 @@ class Route(APIRoute):
         if scope["query_string"]:
             self._check(scope["query_string"])
         if scope["method"] == "HEAD" and self._gets:
-            scope = {
-                **scope,
-                "method": "GET",
-                "is_head": True,
-            }  # a copy: by its own scope the server knows to send no body
+            # A copy: by its own scope the server knows to send no body.
+            scope = {**scope, "method": "GET", "is_head": True}
         await super().handle(scope, receive, send)
 
     def _check(self, query: bytes) -> None:

@@ -16,6 +16,17 @@ from backcast.models import CAST, Run, State, Submission
 if TYPE_CHECKING:
     from backcast.client import Client
 
+Input = Annotated[
+    Any,
+    typer.Option(
+        "--input",
+        parser=arguments.json_object,
+        metavar="JSON",
+        help="All parameters as a JSON object, or @FILE (@- is stdin) with one.",
+        show_default=False,
+    ),
+]
+
 
 @use()
 def cast(
@@ -54,16 +65,7 @@ def submit(
             metavar="KEY=VALUE", help="Parameters; a value that parses as JSON is JSON.", show_default=False
         ),
     ] = None,
-    given: Annotated[
-        Any,
-        typer.Option(
-            "--input",
-            parser=arguments.json_object,
-            metavar="JSON",
-            help="All parameters as a JSON object, or @FILE (@- is stdin) with one.",
-            show_default=False,
-        ),
-    ] = None,
+    given: Input = None,
     owner: Annotated[str, typer.Option(help="Owner of the run; owners get equal shares of the queue.")] = "default",
     priority: Annotated[int, typer.Option(help="Among the owner's runs, higher ones start first.")] = 0,
     run_at: Annotated[
@@ -189,16 +191,7 @@ def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
 @use()
 def retry(
     run_id: RunId,
-    given: Annotated[
-        Any,
-        typer.Option(
-            "--input",
-            parser=arguments.json_object,
-            metavar="JSON",
-            help="Another input: a JSON object, or @FILE (@- is stdin) with one.",
-            show_default=False,
-        ),
-    ] = None,
+    given: Input = None,
     task: Annotated[str | None, typer.Option(help="Another task.", show_default=False)] = None,
     priority: Annotated[int | None, typer.Option(help="Another priority.", show_default=False)] = None,
     lane: Annotated[str | None, typer.Option(help="Another lane.", show_default=False)] = None,

@@ -1,5 +1,6 @@
 """Sets, lifts and shows the limits of lanes. Decides what becomes of runs that are queued beyond a new limit."""
 
+from collections.abc import Mapping
 from urllib.parse import quote
 
 import asyncpg
@@ -7,7 +8,7 @@ import asyncpg
 from backcast.errors import UnknownLane
 from backcast.ledger import lanes, overview, pace, pauses
 from backcast.ledger.connection import Ledger
-from backcast.models import Lane, Limits
+from backcast.models import Lane, Limits, Pause, PauseKind
 
 _SET = """
 insert into lanes as l (name, max_running, max_per_minute) values ($1, $2, $3)
@@ -35,6 +36,7 @@ kept as (
   update lanes set promoted = lanes.promoted - (select count(*) from counted)
    where name = (select name from lane) and exists (select from counted))
 select count(*) as moved from back"""  # noqa: S608  # constants
+_LIMITED = "select name from lanes where limited"
 _COUNT = "(select count(*) from (select from runs where lane = n.name and state {} limit 10000) c)"
 _SHOWN = f"""
 select n.name, l.max_running, l.max_per_minute, {_COUNT.format("= 'running'")} as running,
@@ -70,18 +72,24 @@ def _unknown(name: str) -> UnknownLane:
 
 async def get(ledger: Ledger, name: str) -> Lane:
     """Raises `UnknownLane`."""
-    for lane in await all_(ledger):
-        if lane.name == name:
-            return lane
-    raise _unknown(name)
+    paused = await pauses.of(ledger, PauseKind.LANE, name)
+    if paused is None and await ledger.fetchrow("select from lanes where name = $1 and limited", name) is None:
+        raise _unknown(name)
+    [lane] = await _lanes(ledger, {name: paused})
+    return lane
 
 
 async def all_(ledger: Ledger) -> list[Lane]:
     """The lanes that have limits or are paused."""
-    paused = {pause.name: pause for pause in await pauses.all_(ledger) if pause.kind == "lane"}
-    limited = await ledger.fetch("select name from lanes where limited")
-    rows = await ledger.fetch(_SHOWN, list({*paused, *(row["name"] for row in limited)}))
-    return [_lane(row).model_copy(update={"paused": paused.get(row["name"])}) for row in rows]
+    named: dict[str, Pause | None] = {row["name"]: None for row in await ledger.fetch(_LIMITED)}
+    named |= {pause.name: pause for pause in await pauses.all_(ledger) if pause.kind is PauseKind.LANE}
+    return await _lanes(ledger, named)
+
+
+async def _lanes(ledger: Ledger, named: Mapping[str, Pause | None]) -> list[Lane]:
+    """These lanes, with their pauses."""
+    rows = await ledger.fetch(_SHOWN, list(named))
+    return [_lane(row).model_copy(update={"paused": named[row["name"]]}) for row in rows]
 
 
 def _lane(row: asyncpg.Record) -> Lane:

@@ -29,12 +29,12 @@ _MOVED = ended.moved(
 # Lanes first, then runs, as everywhere; a run that is locked is being claimed or cancelled. The index is runs_deadline.
 _EXPIRE = f"""
 with due as materialized (
-  select id, lane from runs where deadline <= now() and state in ('paused', 'held', 'scheduled', 'queued')
+  select id, lane from runs where deadline <= now() and state in {waiting.WAITING}
    order by deadline limit 1000),
 lane as materialized (
   select name from lanes where name = any(array(select lane from due)) order by name for update),
 late as materialized (
-  select id from runs where id = any(array(select id from due)) and state in ('paused', 'held', 'scheduled', 'queued')
+  select id from runs where id = any(array(select id from due)) and state in {waiting.WAITING}
      and (select count(*) from lane) >= 0 for update skip locked),
 gone as (
   delete from runs where id = any(array(select id from late)) returning *),

@@ -12,6 +12,7 @@ import asyncpg
 
 from backcast.ledger import reading
 from backcast.ledger.connection import Ledger
+from backcast.ledger.waiting import WAITING
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ _SHOWN = "not exists (select from task_types t where t.name = r.task and not t.h
 # By the primary key: ids are time-ordered, so "accepted since" is a range of ids, and each row is read once.
 _WAITING = f"""
 select {_COLUMNS}, null as reported_at from all_runs r
- where id > $1 and id <= $2 and fence = 0 and state in ('paused', 'held', 'scheduled', 'queued') and {_SHOWN}
+ where id > $1 and id <= $2 and fence = 0 and state in {WAITING} and {_SHOWN}
  order by id limit $3"""  # noqa: S608  # constants
 
 # By ended_badly and ended_late_finished. The latest second is left out: a slow transaction may still commit an earlier

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from backcast.ledger import waiting
 from backcast.ledger.connection import Ledger
 from backcast.ledger.runs import COLUMNS, shown
 from backcast.models import Run, State
@@ -43,7 +44,7 @@ select r.*, null::timestamptz as finished_at from unnest($3::text[]) s cross joi
    order by runs.state desc, runs.id desc limit {most}) r
  order by id desc limit {most}"""
 WALK = 10_000
-_STATES = {State.QUEUED: ["paused", "held", "scheduled", "queued"]}
+_STATES = {State.QUEUED: list(waiting.STATES)}
 _FIRST, _LAST = UUID(int=0), UUID(int=(1 << 128) - 1)
 _A_DAY = 86_400_000
 """Milliseconds."""

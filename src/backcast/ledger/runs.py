@@ -13,7 +13,7 @@ from uuid import UUID
 import asyncpg
 
 from backcast.errors import UnknownRun
-from backcast.ledger import ended, lanes, reading
+from backcast.ledger import ended, lanes, reading, waiting
 from backcast.ledger.connection import Ledger
 from backcast.models import Problem, Run, State
 
@@ -33,7 +33,7 @@ LIVE_COLUMNS = COLUMNS.replace(reading.time("finished_at"), "null::timestamptz a
 
 def outside(state: str) -> State:
     """The state that callers see."""
-    return State.QUEUED if state in ("paused", "held", "scheduled") else State(state)
+    return State.QUEUED if state in waiting.STATES else State(state)
 
 
 def shown(row: asyncpg.Record) -> Run:

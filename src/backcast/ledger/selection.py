@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from backcast.ledger import listing
+from backcast.ledger import listing, waiting
 from backcast.ledger.connection import Ledger
 from backcast.models import Selection, State
 
@@ -24,8 +24,8 @@ MOST_EXAMINED = 2_000_000
 FIRST = UUID(int=0)
 _STATES: dict[Kind, dict[State | None, list[str]]] = {
     "cancel": {
-        None: ["paused", "held", "scheduled", "queued", "running"],
-        State.QUEUED: ["paused", "held", "scheduled", "queued"],
+        None: [*waiting.STATES, "running"],
+        State.QUEUED: list(waiting.STATES),
         State.RUNNING: ["running"],
     },
     "retry": {None: ["failed", "expired"]},

@@ -1,7 +1,9 @@
-"""SQL: the state in which a run waits once it waits for nothing but a worker: `queued`, or what keeps it from that."""
+"""The states in which runs wait, and SQL for the one of a run that waits for nothing but a worker."""
 
-NOT_READY = "('paused', 'held', 'scheduled')"
-"""The states that callers see as queued, besides `queued`."""
+STATES = ("paused", "held", "scheduled", "queued")
+"""Those that callers see as queued."""
+WAITING, NOT_READY = str(STATES), str(STATES[:-1])
+"""SQL: these states, and those of them that no worker claims."""
 
 
 def paused(row: str, *, pool: str | None = None, which: str = "true") -> str:

@@ -559,8 +559,13 @@ async def test_lanes_are_limited_and_lifted(api: httpx.AsyncClient, ledger: Ledg
     assert [lane["name"] for lane in (await api.get("/v1/lanes")).json()["items"]] == ["gpu"]
     assert (await api.delete("/v1/lanes/gpu")).status_code == 204
     problem(await api.get("/v1/lanes/gpu"), 404, "unknown_lane")
-    taken = await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE)
-    assert len(taken) == 3
+    taken: list[claims.Claim] = []
+
+    async def take() -> int:  # a promotion that began before the end of the limits may hold the lane a moment longer
+        taken.extend(await claims.claim(ledger, pool="default", cursor=0, limit=10, worker_id=worker, lease=LEASE))
+        return len(taken)
+
+    await until(take, lambda number: number == 3)
 
 
 async def test_an_expired_run_has_no_result_and_shows_why(api: httpx.AsyncClient, ledger: Ledger) -> None:

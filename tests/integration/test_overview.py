@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
+from backcast import AsyncClient
 from backcast.api.app import create_app
 from backcast.ledger import claims, fleet, lanes, limits, pauses
 from backcast.ledger.connection import Ledger
@@ -180,3 +181,16 @@ async def test_times_that_cannot_be_shown(api: httpx.AsyncClient, ledger: Ledger
     row = await ledger.fetchrow("select id from runs")
     assert row is not None
     await get(api, f"/v1/runs/{row['id']}/why")
+
+
+async def test_the_client_reads_pools_workers_and_pages_of_runs(ledger: Ledger, store: Store) -> None:
+    worker = await register(ledger, EXTRACT)
+    await fill(ledger, "gpu", "extract", 3)
+    transport = httpx.ASGITransport(create_app(ledger, store, Api()))
+    async with AsyncClient("http://localhost", transport=transport) as client:
+        assert [(pool.name, pool.slots) for pool in await client.pools()] == [("gpu", 4)]
+        assert [one.id for one in await client.workers()] == [worker]
+        first = await client.page(limit=2, task="extract")
+        rest = await client.page(limit=2, task="extract", cursor=first.next_cursor)
+    assert (len(first.items), len(rest.items), rest.next_cursor) == (2, 1, None)
+    assert len({run.id for run in first.items + rest.items}) == 3

@@ -16,7 +16,16 @@ import httpx
 
 from backcast.client import exchanges
 from backcast.client.events import Event, Following
-from backcast.client.exchanges import BatchResult, CastResult, Filters, LogLine, Progress, Waiting, raise_for_state
+from backcast.client.exchanges import (
+    BatchResult,
+    CastResult,
+    Filters,
+    LogLine,
+    Progress,
+    RunPage,
+    Waiting,
+    raise_for_state,
+)
 from backcast.client.wire import Ask, Flow, SubmitOptions, connection, to_httpx
 from backcast.errors import Unavailable, WaitTimeout, refuse_unknown
 from backcast.models import (
@@ -30,10 +39,12 @@ from backcast.models import (
     Operation,
     Pause,
     PauseKind,
+    Pool,
     Run,
     Submission,
     TaskType,
     Why,
+    Worker,
 )
 
 __all__ = [
@@ -46,6 +57,7 @@ __all__ = [
     "Event",
     "LogLine",
     "Progress",
+    "RunPage",
     "WaitTimeout",
     "authorization",
     "raise_for_state",
@@ -311,6 +323,14 @@ class Client:
         """End a pause; what is not paused stays as it is."""
         self._perform(exchanges.resume(kind, name, self._patience))
 
+    def pools(self) -> Sequence[Pool]:
+        """The pools, with what waits in them and who works on it."""
+        return self._perform(exchanges.pools(self._patience))
+
+    def workers(self) -> Sequence[Worker]:
+        """The workers, the newest first; those that are silent are listed until they are removed."""
+        return self._perform(exchanges.workers(self._patience))
+
     def drain(self, worker_id: UUID | str) -> None:
         """Ask a worker to claim nothing more, and to end once its runs have."""
         self._perform(exchanges.drain(worker_id, self._patience))
@@ -318,6 +338,10 @@ class Client:
     def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> Iterator[Run]:
         """Runs, newest first; pages are fetched as they are read."""
         return self._pages(exchanges.first_page(filters, limit))
+
+    def page(self, *, limit: int = 50, cursor: UUID | str | None = None, **filters: Unpack[Filters]) -> RunPage:
+        """One page of `list`; `next_cursor` leads to the next one."""
+        return self._perform(exchanges.run_page(filters, limit, cursor, self._patience))
 
     def _pages(self, ask: exchanges.PageRequest | None) -> Iterator[Run]:
         while ask:
@@ -341,7 +365,7 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio; the methods are the same."""
+    """`Client` for asyncio; the methods are the same. `transport` takes the place of the network, as httpx's does."""
 
     def __init__(
         self,
@@ -349,11 +373,13 @@ class AsyncClient:
         *,
         headers: Mapping[str, str] | None = None,
         patience: float = 10.0,
+        transport: httpx.AsyncBaseTransport | None = None,
         **unknown: Never,
     ) -> None:
-        refuse_unknown("AsyncClient", unknown, ("headers", "patience"))
+        refuse_unknown("AsyncClient", unknown, ("headers", "patience", "transport"))
         self._patience = patience
-        self._http = httpx.AsyncClient(**connection(url, headers))
+        way: Any = connection(url, headers) if transport is None else {"base_url": url, "headers": headers}
+        self._http = httpx.AsyncClient(**way, transport=transport)
 
     async def __aenter__(self) -> Self:
         return self
@@ -547,11 +573,23 @@ class AsyncClient:
     async def resume(self, kind: PauseKind | str, name: str) -> None:
         await self._perform(exchanges.resume(kind, name, self._patience))
 
+    async def pools(self) -> Sequence[Pool]:
+        """The pools, with what waits in them and who works on it."""
+        return await self._perform(exchanges.pools(self._patience))
+
+    async def workers(self) -> Sequence[Worker]:
+        """The workers, the newest first; those that are silent are listed until they are removed."""
+        return await self._perform(exchanges.workers(self._patience))
+
     async def drain(self, worker_id: UUID | str) -> None:
         await self._perform(exchanges.drain(worker_id, self._patience))
 
     def list(self, *, limit: int | None = None, **filters: Unpack[Filters]) -> AsyncIterator[Run]:
         return self._pages(exchanges.first_page(filters, limit))
+
+    async def page(self, *, limit: int = 50, cursor: UUID | str | None = None, **filters: Unpack[Filters]) -> RunPage:
+        """One page of `list`; `next_cursor` leads to the next one."""
+        return await self._perform(exchanges.run_page(filters, limit, cursor, self._patience))
 
     async def _pages(self, ask: exchanges.PageRequest | None) -> AsyncIterator[Run]:
         while ask:

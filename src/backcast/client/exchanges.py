@@ -43,6 +43,7 @@ from backcast.models import (
     Pause,
     PauseKind,
     PauseRequest,
+    Pool,
     Release,
     Run,
     Selection,
@@ -50,6 +51,7 @@ from backcast.models import (
     Submission,
     TaskType,
     Why,
+    Worker,
 )
 
 T = TypeVar("T")
@@ -127,7 +129,9 @@ class PageRequest(NamedTuple):
     """Runs still wanted; None is all of them."""
 
 
-class _RunPage(BaseModel):
+class RunPage(BaseModel):
+    """Runs, the newest first. A page that is not the last may be short or empty."""
+
     items: list[Run]
     next_cursor: str | None = None
 
@@ -149,6 +153,14 @@ class _TaskTypes(BaseModel):
 
 class _Lanes(BaseModel):
     items: list[Lane]
+
+
+class _Pools(BaseModel):
+    items: list[Pool]
+
+
+class _Workers(BaseModel):
+    items: list[Worker]
 
 
 class _Pauses(BaseModel):
@@ -256,6 +268,14 @@ def resume(kind: PauseKind | str, name: str, patience: float) -> Flow[None]:
 
 def _noun_path(kind: PauseKind | str, name: str) -> str:
     return f"/v1/{PauseKind(kind)}s/{segment(name)}"
+
+
+def pools(patience: float) -> Flow[Sequence[Pool]]:
+    return read(_Pools, (yield from answered(Ask("GET", "/v1/pools"), patience))).items
+
+
+def workers(patience: float) -> Flow[Sequence[Worker]]:
+    return read(_Workers, (yield from answered(Ask("GET", "/v1/workers"), patience))).items
 
 
 def drain(worker_id: UUID | str, patience: float) -> Flow[None]:
@@ -411,9 +431,19 @@ def tasks(patience: float) -> Flow[Sequence[TaskType]]:
 
 def first_page(filters: Filters, limit: int | None) -> PageRequest | None:
     refuse_unknown("list", filters, ("limit", *Filters.__annotations__))
+    return _next_page(_query(filters), limit)
+
+
+def run_page(filters: Filters, limit: int, cursor: UUID | str | None, patience: float) -> Flow[RunPage]:
+    refuse_unknown("page", filters, ("limit", "cursor", *Filters.__annotations__))
+    params = _query(filters) | {"limit": str(limit)} | ({} if cursor is None else {"cursor": str(cursor)})
+    return read(RunPage, (yield from answered(Ask("GET", "/v1/runs", params), patience)))
+
+
+def _query(filters: Filters) -> dict[str, str]:
     given: dict[str, object] = {name: value for name, value in filters.items() if name != "metadata"}
     given |= {f"metadata.{name}": value for name, value in filters.get("metadata", {}).items()}
-    return _next_page({name: _written(value) for name, value in given.items() if value is not None}, limit)
+    return {name: _written(value) for name, value in given.items() if value is not None}
 
 
 def _written(value: object) -> str:
@@ -428,7 +458,7 @@ def _next_page(params: Mapping[str, str], left: int | None) -> PageRequest | Non
 
 
 def page(page: PageRequest, patience: float) -> Flow[tuple[Sequence[Run], PageRequest | None]]:
-    got = read(_RunPage, (yield from answered(Ask("GET", "/v1/runs", page.params), patience)))
+    got = read(RunPage, (yield from answered(Ask("GET", "/v1/runs", page.params), patience)))
     if got.next_cursor is None:
         return got.items, None
     left = None if page.left is None else page.left - len(got.items)

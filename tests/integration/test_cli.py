@@ -129,6 +129,7 @@ async def test_the_client_speaks_the_real_interface(product: Stack) -> None:
         with pytest.raises(InvalidInput):
             await client.submit("nap", {"seconds": "long"})
 
+        assert (await client.counts()).states[State.FAILED] == 1
         seen = [run.id async for run in client.list()]
         assert seen[0] > seen[-1]
         assert [run.id async for run in client.list(task="fail", state=State.FAILED)] == [failed.id]

@@ -187,6 +187,22 @@ def test_cancel(cli: Cli, service: Service) -> None:
     assert cli("cancel", run_id).stdout == f"Run {run_id} is cancelled.\n"
 
 
+def test_counts(cli: Cli) -> None:
+    shown = cli("counts")
+    assert shown.stdout.splitlines() == [
+        "TASK\tSUBMITTED\tQUEUED\tRUNNING\tCOMPLETED\tFAILED\tCANCELLED\tEXPIRED",
+        "all\t2\t1\t0\t0\t1\t0\t0",
+        "add\t2\t1\t0\t0\t1\t0\t0",
+        "",
+        "TASK\tERROR\tRUNS",
+        "add\ttask_failed\t1",
+    ]
+    assert shown.stderr == ""
+    assert "estimates" in cli("counts", "--within", "day").stderr
+    assert json.loads(cli("counts", "--json").stdout)["errors"][0]["code"] == "task_failed"
+    fails(cli("counts", "--within", "week"), 2, "week")
+
+
 def test_lanes(cli: Cli) -> None:
     assert cli("lane", "gpu", "--max-running", "2").stdout.splitlines() == [
         "LANE\tMAX RUNNING\tMAX PER MINUTE\tRUNNING\tQUEUED\tHELD\tPAUSED",

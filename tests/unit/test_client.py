@@ -164,6 +164,17 @@ class Service:
                 return 200, self.batches[batch_id]
             case "POST", ["batches", batch_id, "cancel"]:
                 return 200, self.batches[batch_id] | {"states": {"cancelled": 2}}
+            case "GET", ["counts"]:
+                flow = {"at": "2030-01-31T08:00:00Z", "submitted": 2, "ended": {"failed": 1}}
+                counted = {"submitted": 2, "states": {"failed": 1, "queued": 1}}
+                return 200, counted | {
+                    "since": "2030-01-31T07:00:00Z",
+                    "until": "2030-01-31T08:00:00Z",
+                    "approximate": seen.query["within"] == "day",
+                    "tasks": [counted | {"task": "add"}],
+                    "errors": [{"task": "add", "code": "task_failed", "runs": 1}],
+                    "flow": [flow],
+                }
             case "GET", ["lanes"]:
                 return 200, {"items": list(self.lanes.values())}
             case "PUT", ["lanes", name]:
@@ -392,6 +403,14 @@ def test_many_are_one_request(call: Call, service: Service) -> None:
     assert call("cancel_batch", batch.id).states == {State.CANCELLED: 2}
     call("list", batch=batch.id)
     assert service.seen[-1].query == {"batch": str(batch.id), "limit": "100"}
+
+
+def test_counts(call: Call, service: Service) -> None:
+    found = call("counts")
+    assert (found.submitted, found.states, found.approximate) == (2, {State.FAILED: 1, State.QUEUED: 1}, False)
+    assert (found.tasks[0].task, found.errors[0].code, found.flow[0].submitted) == ("add", "task_failed", 2)
+    assert call("counts", "day").approximate
+    assert [seen.query["within"] for seen in service.seen] == ["hour", "day"]
 
 
 def test_lanes(call: Call, service: Service) -> None:

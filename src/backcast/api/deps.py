@@ -14,6 +14,7 @@ from backcast.api.watching import Watching
 from backcast.ledger import task_types
 from backcast.ledger.admission import Admission
 from backcast.ledger.connection import Ledger
+from backcast.ledger.counts import Recent
 from backcast.ledger.submissions import Submissions
 from backcast.models import TaskType
 from backcast.store import Store
@@ -47,6 +48,7 @@ class Backend:
         self.limits = limits
         self.submissions = Submissions(ledger)
         self.admission = Admission(ledger, most=limits.max_waiting, most_per_owner=limits.max_waiting_per_owner)
+        self.recent = Recent(ledger)
         watching = self._watching = Watching(ledger)
         self.waits = Waits(ledger, watching, limits.max_waits)
         self.streams = Streams(ledger, watching, most=limits.max_streams, longest=limits.longest_stream)

@@ -33,6 +33,7 @@ from backcast.models import (
     JSON,
     Attempts,
     Batch,
+    Counts,
     Lane,
     Limits,
     Matched,
@@ -44,6 +45,7 @@ from backcast.models import (
     Submission,
     TaskType,
     Why,
+    Within,
     Worker,
 )
 
@@ -323,6 +325,10 @@ class Client:
         """End a pause; what is not paused stays as it is."""
         self._perform(exchanges.resume(kind, name, self._patience))
 
+    def counts(self, within: Within | str = Within.HOUR) -> Counts:
+        """How many runs were submitted and have ended in the last `"hour"` or `"day"`."""
+        return self._perform(exchanges.counts(within, self._patience))
+
     def pools(self) -> Sequence[Pool]:
         """The pools, with what waits in them and who works on it."""
         return self._perform(exchanges.pools(self._patience))
@@ -572,6 +578,9 @@ class AsyncClient:
 
     async def resume(self, kind: PauseKind | str, name: str) -> None:
         await self._perform(exchanges.resume(kind, name, self._patience))
+
+    async def counts(self, within: Within | str = Within.HOUR) -> Counts:
+        return await self._perform(exchanges.counts(within, self._patience))
 
     async def pools(self) -> Sequence[Pool]:
         """The pools, with what waits in them and who works on it."""

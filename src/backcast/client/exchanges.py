@@ -36,6 +36,7 @@ from backcast.models import (
     Attempts,
     Batch,
     Changes,
+    Counts,
     Lane,
     Limits,
     Matched,
@@ -51,6 +52,7 @@ from backcast.models import (
     Submission,
     TaskType,
     Why,
+    Within,
     Worker,
 )
 
@@ -235,6 +237,10 @@ def batch_results(batch_id: UUID | str, patience: float) -> Flow[list[BatchResul
     ask = Ask("GET", f"/v1/batches/{quote(str(batch_id), safe='')}/results", timeout=60.0)
     answer = yield from answered(ask, patience)
     return [read_line(BatchResult, answer, line) for line in answer.content.splitlines()]
+
+
+def counts(within: Within | str, patience: float) -> Flow[Counts]:
+    return read(Counts, (yield from answered(Ask("GET", "/v1/counts", {"within": Within(within)}), patience)))
 
 
 def lanes(patience: float) -> Flow[Sequence[Lane]]:

@@ -55,7 +55,7 @@ def _value(column: str, name: str) -> str:
     return f"case when strpos({column}::text, '\\u0000') = 0 then {column}->>{name} end"
 
 
-_CODE, _DETAIL = _value("error", "'code'"), _value("error", "'detail'")
+CODE, _DETAIL = _value("error", "'code'"), _value("error", "'detail'")
 METADATA = _value("metadata", "{0}::text")
 # A completed run shows no error, and may have that of an attempt before.
 CONDITIONS = {
@@ -65,7 +65,7 @@ CONDITIONS = {
     "task": "task = {0}",
     "lane": "lane = {0}",
     "worker": "worker_id = {0}",
-    "error": f"state <> 'completed' and {_CODE} = {{0}}",
+    "error": f"state <> 'completed' and {CODE} = {{0}}",
     "text": f"state <> 'completed' and strpos(lower({_DETAIL}), lower({{0}})) > 0",
     "ended_after": "finished_at >= {0}",
     "ended_before": "finished_at < {0}",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 from importlib.util import find_spec
 
 import uvloop
@@ -48,6 +49,7 @@ async def _serve(settings: Settings) -> None:
         host, port = settings.worker.host, settings.worker.port
         async with probes(host, port, setting="BACKCAST_WORKER__PORT", ready=ready, registry=registry):
             if await _started(executors, stop):
+                gc.freeze()  # what has been imported is never garbage, and no collection needs to walk it
                 worker = Worker(settings, ledger, store, executors, registry, worker_id)
                 await worker.run(stop)
     finally:

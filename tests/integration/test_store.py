@@ -275,6 +275,9 @@ async def test_many_puts_at_the_same_time(store: Store) -> None:
 async def test_a_large_object_comes_in_chunks(store: Store) -> None:
     await store.put("results/a/1.json", LARGE)
     chunks = [chunk async for chunk in await store.stream("results/a/1.json")]
+    for start in (0, 5, CHUNK, len(LARGE) - 1, len(LARGE), len(LARGE) + 5):
+        rest = [chunk async for chunk in await store.stream("results/a/1.json", start)]
+        assert b"".join(rest) == LARGE[start:]
     assert [len(chunk) for chunk in chunks] == [CHUNK] * 5
     assert b"".join(chunks) == LARGE
 

@@ -376,6 +376,24 @@ async def print_a_lot(lines: int, linger: str | None = None) -> None:
         await _there(f"release-{linger}")
 
 
+@task(retries=3, retry_delay_seconds=0.2)
+async def report_and_log(name: str, fails: int) -> None:
+    calls = _note(name)
+    for step in range(3):
+        print(f"step {step} of call {calls}")
+        emit(step)
+    if calls <= fails:
+        raise TransientError(f"call {calls} of {name}")
+
+
+@task
+async def log_when_released(name: str, lines: int) -> None:
+    """Logs a line for each number once the test releases it."""
+    for number in range(lines):
+        await _there(f"release-{name}-{number}")
+        print(f"line {number}")
+
+
 @task
 async def log_and_die(name: str) -> None:
     """Ends its process once what it has logged is on its way."""

@@ -245,10 +245,16 @@ def test_why_and_logs(cli: Cli, service: Service) -> None:
     run_id = service.add_run(state="completed")
     assert cli("why", run_id).stdout == "It waits for its time.\n"
     assert json.loads(cli("why", run_id, "--json").stdout)["code"] == "scheduled"
+    line = {"at": "2030-01-31T08:00:00Z", "level": "INFO", "logger": "mine", "message": "hello", "attempt": 1}
+    events = [("started", {"attempt": 1}), ("log", line), ("log", line | {"logger": "stdout", "message": "printed"})]
+    text = "".join(f"id: 1\nevent: {name}\ndata: {json.dumps(data)}\n\n" for name, data in [*events, ("ended", {})])
+    service.streams += [text, text]
     for given in ((), ("--follow",)):
         first, second = cli("logs", run_id, *given).stdout.splitlines()
         assert (first.endswith("INFO    hello"), second) == (True, "printed")
     assert json.loads(cli("logs", run_id, "--json").stdout.splitlines()[0])["message"] == "hello"
+    assert cli("watch", run_id, "--logs").stdout.splitlines()[1] == "log\thello"
+    assert service.seen[-1].query == {"logs": "true"}
 
 
 def test_batches(cli: Cli, tmp_path: Path) -> None:

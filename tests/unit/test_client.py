@@ -304,7 +304,7 @@ def service() -> Iterator[Service]:
 
 
 Call = Callable[..., Any]
-_MANY = ("list", "stream", "cast_many")
+_MANY = ("list", "stream", "cast_many", "follow_logs")
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -454,6 +454,17 @@ def test_a_stream_goes_on_where_it_was_cut_off(call: Call, service: Service) -> 
     assert lasts == [None, "1", "1"]
     with pytest.raises(UnknownRun):
         call("stream", uuid7())
+
+
+def test_a_log_that_is_followed_has_each_line_once(call: Call, service: Service) -> None:
+    run_id = service.add_run()
+    line = {"at": "2030-01-31T08:00:00Z", "level": "INFO", "logger": "mine", "message": "1", "attempt": 1}
+    first, second = ("1~1.5", "log", line), ("1~1.9", "log", line | {"message": "2", "colour": "a newer version's"})
+    ended = ("end", "ended", {"run": {"state": "completed"}})
+    service.streams += ["retry: 10\n\n" + _sent(("1", "started", {"attempt": 1}), first), _sent(second, ended)]
+    assert [found.message for found in call("follow_logs", run_id)] == ["1", "2"]
+    asked = [(seen.query, seen.headers.get("last-event-id")) for seen in service.seen if seen.path.endswith("/events")]
+    assert asked == [({"logs": "true"}, None), ({"logs": "true"}, "1~1.5")]
 
 
 def test_many_rows_are_cast_in_their_order_and_one_that_fails_ends_no_other(call: Call, service: Service) -> None:

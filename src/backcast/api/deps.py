@@ -51,7 +51,7 @@ class Backend:
         self.recent = Recent(ledger)
         watching = self._watching = Watching(ledger)
         self.waits = Waits(ledger, watching, limits.max_waits)
-        self.streams = Streams(ledger, watching, most=limits.max_streams, longest=limits.longest_stream)
+        self.streams = Streams(ledger, store, watching, most=limits.max_streams, longest=limits.longest_stream)
         self._known: dict[str, Known] = {}
 
     def stop(self) -> None:

@@ -1,9 +1,9 @@
 """Events: what happens to a run or a batch, as a stream of server-sent events."""
 
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from backcast.api import problems
 from backcast.api.deps import Deps
@@ -38,17 +38,18 @@ def _stream(*names: str) -> dict[int | str, dict[str, Any]]:
         " is sent once. `queued`; `started` and `retrying`, each with the number of the `attempt`; `progress`, the"
         " newest one (`fraction`, `message`); `output`, with the `kind` and the `data` that the task has emitted;"
         " `dropped`, with the number of outputs that an attempt lacks; `ended`, with the `run`, and its `result` if it"
-        " has at most 32 KiB. The stream ends after `ended`; before that, a reader connects again with `Last-Event-ID`."
-        " When nothing happens, a comment comes every 15 s. A run that is released by its worker goes on in the same"
-        " attempt, which is not started again."
+        " has at most 32 KiB. With `logs=true`, also `log`, a line of the run's log as in `/logs`, within about 2 s,"
+        " also after the `retrying` of its attempt. The stream ends after `ended`; before that, a reader connects again"
+        " with `Last-Event-ID`. When nothing happens, a comment comes every 15 s. A run that is released by"
+        " its worker goes on in the same attempt, which is not started again."
     ),
     response_model=None,
-    responses=_stream("queued", "started", "progress", "output", "dropped", "retrying", "ended")
+    responses=_stream("queued", "started", "progress", "output", "dropped", "retrying", "log", "ended")
     | problems.responses(UnknownRun, TooManyStreams, LedgerUnavailable),
     openapi_extra={"parameters": [_LAST]},
 )
-async def follow_run(run_id: UUID, request: Request, deps: Deps) -> Response:
-    return await deps.streams.run(request, run_id)
+async def follow_run(run_id: UUID, request: Request, deps: Deps, logs: Annotated[bool, Query()] = False) -> Response:
+    return await deps.streams.run(request, run_id, with_log=logs)
 
 
 @router.get(

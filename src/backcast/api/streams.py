@@ -1,7 +1,8 @@
 """Answers that go on: server-sent events about runs and batches, for a bounded number of readers.
 
 A stream holds nothing but its place: it reads the next page from the ledger once the page before has been sent, so a
-slow reader costs no memory, and what it misses of the progress is left out. One that takes nothing is cut off.
+slow reader costs no memory, and what it misses of the progress is left out. One that takes nothing is cut off. Lines of
+the log are read from the store, for those who ask for them.
 """
 
 import asyncio
@@ -10,20 +11,25 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 from uuid import UUID
 
 import asyncpg
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from backcast.api.run_log import RunLog
 from backcast.api.waits import gone
 from backcast.api.watching import Watching
-from backcast.errors import LedgerUnavailable, TooManyStreams, UnknownBatch, UnknownRun
+from backcast.errors import LedgerUnavailable, StoreUnavailable, TooManyStreams, UnknownBatch, UnknownRun
 from backcast.ledger import batches, following
 from backcast.ledger.connection import ENDED, REPORTED, Ledger
 from backcast.ledger.following import Happening, Known, News, Place
 from backcast.models import JSON, Batch, State
+from backcast.process.background import OnDemand
+from backcast.store import Store
 
 MEDIA_TYPE = "text/event-stream"
 COMMENT = 15.0
@@ -32,8 +38,12 @@ PAUSE = 0.25
 """Seconds at least between two looks of a stream at its run."""
 BATCH_PAUSE, BURDEN = 1.0, 20.0
 """The same for a batch, which is counted each time; but it may be looked at for a twentieth of the time at most."""
+LOG_PAUSE, LOG_ASKED = 0.5, 1.0
+"""Seconds between two looks of a stream at the log of its running run, and between two requests to its worker to store
+the log: a line is seen within their sum."""
 STUCK = 30.0
 """Seconds in which a reader has to take a part of the stream."""
+_COMMENT = b":\n\n"
 _RETRY = b"retry: 1000\n\n"
 """Milliseconds after which a browser connects again, with its place, to any API process."""
 END = "end"
@@ -66,7 +76,7 @@ class _Stream:
         if now < self._comment:
             return b""
         self._comment = now + COMMENT
-        return b":\n\n"
+        return _COMMENT
 
     def end(self) -> None:
         self.is_over = True
@@ -78,9 +88,11 @@ class Streams:
 
     channels: Sequence[str] = (ENDED, REPORTED)
 
-    def __init__(self, ledger: Ledger, watching: Watching, *, most: int, longest: timedelta) -> None:
-        self._ledger, self._watching, self._most, self._longest = ledger, watching, most, longest
+    def __init__(self, ledger: Ledger, store: Store, watching: Watching, *, most: int, longest: timedelta) -> None:
+        self._ledger, self._store, self._watching, self._most, self._longest = ledger, store, watching, most, longest
         self._open = set[_Stream]()
+        self._logs_read = set[UUID]()
+        self._asking = OnDemand("ask for logs", self._ask_for_logs, lambda: LOG_ASKED)
         self._batches = dict[UUID, tuple[float, asyncio.Task[Batch]]]()
         self._stopped = False
         watching.looks.append(self)
@@ -99,16 +111,38 @@ class Streams:
     def stop(self) -> None:
         """End all streams now; their readers go on elsewhere."""
         self._stopped = True
+        self._asking.cancel()
         for stream in self._open:
             stream.end()
 
-    async def run(self, request: Request, run_id: UUID) -> Response:
+    async def run(self, request: Request, run_id: UUID, *, with_log: bool) -> Response:
         """Raises `UnknownRun`, `TooManyStreams` or `LedgerUnavailable` before anything is sent."""
         if (last := request.headers.get("last-event-id", "").strip()) == END:
             return Response(status_code=204)
-        seen = _place(last)
+        last, _, of_log = last.partition("~")
+        seen, log = _place(last), RunLog(self._store, run_id, of_log) if with_log else None
         first = await following.read(self._ledger, run_id, seen)
-        return self._answer(request, lambda stream: self._follow_run(stream, run_id, first, seen))
+
+        async def events(stream: _Stream) -> AsyncIterator[bytes]:
+            async for part in self._follow_run(stream, run_id, first, seen, log):
+                yield part.events() if isinstance(part, _Lines) else part
+
+        return self._answer(request, events)
+
+    async def logs(self, request: Request, run_id: UUID, media_type: str) -> Response:
+        """The lines of the log only. Raises as `run` does."""
+        first, log = await following.read(self._ledger, run_id, following.NOW), RunLog(self._store, run_id)
+
+        async def lines(stream: _Stream) -> AsyncIterator[bytes]:
+            async for part in self._follow_run(stream, run_id, first, following.NOW, log):
+                if isinstance(part, _Lines):
+                    yield part.text
+                elif part == _COMMENT:
+                    yield b"\n"
+                elif part == _RETRY:
+                    raise _BrokenOff
+
+        return self._answer(request, lines, media_type)
 
     async def batch(self, request: Request, batch_id: UUID) -> Response:
         """Raises `UnknownBatch`, `TooManyStreams` or `LedgerUnavailable` before anything is sent."""
@@ -117,29 +151,40 @@ class Streams:
         await self._batch(batch_id)
         return self._answer(request, lambda stream: self._follow_batch(stream, batch_id, _batch_place(last)))
 
-    def _answer(self, request: Request, parts: Callable[[_Stream], AsyncIterator[bytes]]) -> "_Answer":
+    def _answer(
+        self, request: Request, parts: Callable[[_Stream], AsyncIterator[bytes]], media_type: str = MEDIA_TYPE
+    ) -> "_Answer":
         if len(self._open) >= self._most or self._stopped:
             raise TooManyStreams(
                 f"This process serves {self._most} streams already: try again later, or ask for the run itself, with"
                 " `Prefer: wait`."
             )
         self._open.add(stream := _Stream(self._longest))
-        return _Answer(request, stream, parts(stream), lambda: self._open.discard(stream))
+        return _Answer(request, stream, parts(stream), lambda: self._open.discard(stream), media_type)
 
-    async def _follow_run(self, stream: _Stream, run_id: UUID, news: News, seen: Place) -> AsyncIterator[bytes]:
+    async def _follow_run(
+        self, stream: _Stream, run_id: UUID, news: News, seen: Place, log: RunLog | None
+    ) -> "AsyncIterator[bytes | _Lines]":
         while True:
             looked = time.monotonic()
             if news.happenings:
                 seen = news.happenings[-1].place
-                yield b"".join(map(_text, news.happenings))
+                yield b"".join(_text(each, log) for each in news.happenings)
             if news.is_all:
-                if news.run.state.is_final:
+                # The log of an attempt is stored before its end is recorded: what is read from here on is all of it.
+                async for part in self._lines(stream, news, log, seen):
+                    yield part
+                if news.run.state.is_final and not (stream.is_over and log):
                     yield _event(END, "ended", _end(news))
                     return
                 stream.known = Known(run_id, news.version, seen)
                 self._watching.ask()
+                is_live = log is not None and news.run.state is State.RUNNING
                 while not (stream.changed.is_set() or stream.is_over):
-                    yield await stream.wait()
+                    yield await stream.wait(LOG_PAUSE if is_live else COMMENT)
+                    if is_live:
+                        async for part in self._lines(stream, news, log, seen):
+                            yield part
                 stream.known = None
                 await asyncio.sleep(max(0.0, PAUSE - (time.monotonic() - looked)))
             stream.changed.clear()
@@ -149,6 +194,27 @@ class Streams:
                     return
                 yield await stream.wait(1.0)
             news = more
+
+    async def _lines(
+        self, stream: _Stream, news: News, log: RunLog | None, seen: Place
+    ) -> "AsyncIterator[bytes | _Lines]":
+        """The lines of the log that are there now, however long the store is away."""
+        while log is not None and not stream.is_over:
+            if news.run.state is State.RUNNING:
+                self._logs_read.add(news.run.id)
+                self._asking.ask()
+            try:
+                async with aclosing(log.lines(news.fence)) as pieces:
+                    async for lines in pieces:
+                        yield _Lines(lines, seen, log.fence, log.at - len(lines))
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(1.0)
+                yield await stream.wait(0.0)
+
+    async def _ask_for_logs(self) -> None:
+        runs, self._logs_read = self._logs_read, set[UUID]()
+        await following.report_logs_read(self._ledger, runs)
 
     async def _more(self, run_id: UUID, seen: Place) -> News | None:
         """None while the database is away, or if the run was removed: whoever comes again learns that."""
@@ -200,13 +266,40 @@ class Streams:
                 return
 
 
+class _Lines(NamedTuple):
+    """Lines of a log."""
+
+    text: bytes
+    seen: Place
+    """Of the events, where the reader is."""
+    fence: int
+    at: int
+    """Bytes of the attempt's log before them."""
+
+    def events(self) -> bytes:
+        events, at = list[bytes](), self.at
+        for line in self.text.split(b"\n")[:-1]:
+            at += len(line) + 1
+            events.append(_event(f"{_id(self.seen)}~{self.fence}.{at}", "log", line.decode()))
+        return b"".join(events)
+
+
+class _BrokenOff(Exception):
+    """There is more of an answer than was sent."""
+
+
 class _Answer(Response):
     """Sends the parts of a stream as they come, until there are no more or its reader leaves."""
 
     def __init__(
-        self, request: Request, stream: _Stream, parts: AsyncIterator[bytes], closed: Callable[[], object]
+        self,
+        request: Request,
+        stream: _Stream,
+        parts: AsyncIterator[bytes],
+        closed: Callable[[], object],
+        media_type: str,
     ) -> None:
-        super().__init__(media_type=MEDIA_TYPE, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(media_type=media_type, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._request, self._stream, self._parts, self._closed = request, stream, parts, closed
 
@@ -222,7 +315,7 @@ class _Answer(Response):
                     async with asyncio.timeout(STUCK):
                         await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except TimeoutError:  # its reader takes nothing
+        except (TimeoutError, _BrokenOff):  # its reader takes nothing, or must see that this is not all
             scope["abort"]()  # see `server.py`
         finally:
             left.cancel()
@@ -239,11 +332,12 @@ def _event(name_of_place: str, name: str, data: str) -> bytes:
     return f"id: {name_of_place}\nevent: {name}\ndata: {data.replace(chr(10), ' ').replace(chr(13), ' ')}\n\n".encode()
 
 
-def _text(happening: Happening) -> bytes:
+def _text(happening: Happening, log: RunLog | None) -> bytes:
     data = json.dumps(happening.data)
     if happening.raw is not None:
         data = f'{data[:-1]}, "data": {happening.raw}}}'
-    return _event(_id(happening.place), happening.name, data)
+    of_log = f"~{log.fence}.{log.at}" if log is not None else ""
+    return _event(_id(happening.place) + of_log, happening.name, data)
 
 
 def _end(news: News) -> str:

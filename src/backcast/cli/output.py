@@ -176,6 +176,8 @@ def print_event(name: str, data: JSON) -> None:
             words = [f"{fraction:.0%}" if isinstance(fraction, int | float) else "", str(given.get("message") or "")]
         case "output":
             words = [str(given.get("kind") or ""), json.dumps(given.get("data"), ensure_ascii=False)]
+        case "log":
+            words = [str(given.get("message") or "")]
         case "ended":
             run = given.get("run") or {}
             error = run.get("error")

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from backcast.cli import arguments, output
 from backcast.cli.app import INTERRUPTED, use
 from backcast.cli.service import AsJson, RunId, Timeout, Url, connect
-from backcast.errors import WaitTimeout
 from backcast.models import CAST, Run, State, Submission
 
 if TYPE_CHECKING:
@@ -230,11 +229,16 @@ def attempts(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
 
 
 @use()
-def watch(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
+def watch(
+    run_id: RunId,
+    with_logs: Annotated[bool, typer.Option("--logs", help="Also the lines of its log.")] = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
     """Follow a run until it has ended: its states, its progress, and what its task emits, a line each."""
     with connect(url) as service:
         try:
-            for event in service.stream(run_id):
+            for event in service.stream(run_id, logs=with_logs):
                 if as_json:
                     output.print_line({"event": event.name, "data": event.data})
                 else:
@@ -262,21 +266,12 @@ def logs(
     as_json: AsJson = False,
 ) -> None:
     """Print what the code of a run has logged and printed."""
-    shown = 0
     with connect(url) as service:
-        while True:
-            is_over = not follow or service.get(run_id).state.is_final
-            for line in (found := service.logs(run_id))[shown:]:
+        try:
+            for line in service.follow_logs(run_id) if follow else service.logs(run_id):
                 output.print_line(line.model_dump(mode="json")) if as_json else output.print_log(line)
-            shown = max(shown, len(found))
-            if is_over:
-                return
-            try:
-                service.wait(run_id, timeout=2.0)
-            except WaitTimeout:
-                pass
-            except KeyboardInterrupt:
-                raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _finish(service: "Client", run: Run, timeout: float | None, as_json: bool) -> None:

@@ -188,10 +188,10 @@ class Client:
         """
         return self._perform(exchanges.wait(run_id, waiting, self._patience))
 
-    def stream(self, run_id: UUID | str) -> Iterator[Event]:
-        """What happens to a run, from its submission to its end: each state once, progress, and what the task emits. A
-        lost connection is made again."""
-        return self._stream(Following("runs", run_id))
+    def stream(self, run_id: UUID | str, *, logs: bool = False) -> Iterator[Event]:
+        """What happens to a run, from its submission to its end: each state once, progress, what the task emits, and
+        the lines of its log if asked. A lost connection is made again."""
+        return self._stream(Following("runs", run_id, logs=logs))
 
     def stream_batch(self, batch_id: UUID | str) -> Iterator[Event]:
         """As `stream`: the batch's counts by state, and its runs as they end."""
@@ -219,6 +219,12 @@ class Client:
     def logs(self, run_id: UUID | str) -> Sequence[LogLine]:
         """What the code of a run has logged and printed so far; lines come about 10 s late."""
         return self._perform(exchanges.logs(run_id, self._patience))
+
+    def follow_logs(self, run_id: UUID | str) -> Iterator[LogLine]:
+        """What the code of a run logs and prints, from its start to its end; lines come about 2 s late."""
+        for event in self.stream(run_id, logs=True):
+            if event.name == "log":
+                yield LogLine.model_validate(event.data, extra="ignore")
 
     def retry_many(self, *, key: str | None = None, **chosen: Unpack[exchanges.Chosen]) -> Operation:
         """Repeat all ended runs that match, the failed and expired ones unless `state` is given. The service works
@@ -466,8 +472,8 @@ class AsyncClient:
     async def wait(self, run_id: UUID | str, **waiting: Unpack[Waiting]) -> Run:
         return await self._perform(exchanges.wait(run_id, waiting, self._patience))
 
-    def stream(self, run_id: UUID | str) -> AsyncIterator[Event]:
-        return self._stream(Following("runs", run_id))
+    def stream(self, run_id: UUID | str, *, logs: bool = False) -> AsyncIterator[Event]:
+        return self._stream(Following("runs", run_id, logs=logs))
 
     def stream_batch(self, batch_id: UUID | str) -> AsyncIterator[Event]:
         return self._stream(Following("batches", batch_id))
@@ -492,6 +498,11 @@ class AsyncClient:
 
     async def logs(self, run_id: UUID | str) -> Sequence[LogLine]:
         return await self._perform(exchanges.logs(run_id, self._patience))
+
+    async def follow_logs(self, run_id: UUID | str) -> AsyncIterator[LogLine]:
+        async for event in self.stream(run_id, logs=True):
+            if event.name == "log":
+                yield LogLine.model_validate(event.data, extra="ignore")
 
     async def retry_many(self, *, key: str | None = None, **chosen: Unpack[exchanges.Chosen]) -> Operation:
         return await self._perform(exchanges.many("retry", chosen, key, self._patience))

@@ -21,8 +21,8 @@ _FOREVER = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What has happened: `name` is `queued`, `started`, `progress`, `output`, `retrying`, `ended` …, as in the HTTP
-    interface."""
+    """What has happened: `name` is `queued`, `started`, `progress`, `output`, `retrying`, `log`, `ended` …, as in the
+    HTTP interface."""
 
     name: str
     data: JSON
@@ -34,8 +34,9 @@ class Following:
     Raises (any method): the error of the problem document, or `Unavailable` after two minutes without a connection.
     """
 
-    def __init__(self, noun: str, which: UUID | str) -> None:
+    def __init__(self, noun: str, which: UUID | str, *, logs: bool = False) -> None:
         self._url = f"/v1/{noun}/{UUID(str(which))}/events"
+        self._params = {"logs": "true"} if logs else {}
         self._last: str | None = None
         self._delays: Iterator[float] = backoff(0.1, 5.0)
         self._connected = time.monotonic()
@@ -46,7 +47,7 @@ class Following:
 
     def ask(self) -> Ask:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last} if self._last is not None else {})
-        return Ask("GET", self._url, headers=headers, timeout=_SILENCE)
+        return Ask("GET", self._url, self._params, headers=headers, timeout=_SILENCE)
 
     def opened(self, answer: httpx.Response) -> None:
         """Called with an answer whose body, unless it is a stream, has been read."""

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
+from uuid import UUID
 
 import asyncpg
 
@@ -26,6 +27,8 @@ ENDED_INTERVAL = 0.05
 REPORTED = "backcast_reported"
 REPORTED_INTERVAL = 0.1
 """Seconds between two notifications that running runs have reported something."""
+LOGS_READ = "backcast_logs_read"
+"""Names running runs whose logs are read now. It is sent again for as long as they are, so that none has to arrive."""
 
 
 REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
@@ -290,14 +293,20 @@ class Ledger:
                 "select set_config('synchronous_commit', 'off', true), pg_notify($1, $2)", channel, payload
             )
 
-    async def listen(self, pool: str, ready: Callable[[str], None]) -> None:
-        """Call `ready` with the route whenever a run of `pool` may be ready, for ever; a lost connection is opened
-        again."""
+    async def listen(
+        self, pool: str, ready: Callable[[str], None], logs_read: Callable[[Collection[UUID]], object] | None = None
+    ) -> None:
+        """Call `ready` with the route whenever a run of `pool` may be ready, and `logs_read` with the runs whose logs
+        somebody reads, for ever; a lost connection is opened again."""
 
         def notified(_connection: object, _pid: int, _channel: str, payload: object) -> None:
             of, _, route = str(payload).partition("\n")
             if of == pool:
                 ready(route)
+
+        def read(_connection: object, _pid: int, _channel: str, payload: object) -> None:
+            if logs_read is not None:
+                logs_read({UUID(run) for run in str(payload).split()})
 
         while True:
             with contextlib.suppress(LedgerUnavailable):
@@ -305,6 +314,7 @@ class Ledger:
                     lost = asyncio.get_running_loop().create_future()
                     connection.add_termination_listener(partial(_closed, lost))
                     await connection.add_listener(CHANNEL, notified)
+                    await connection.add_listener(LOGS_READ, read)
                     ready("")  # runs may have become ready while no connection listened
                     while not lost.done():
                         await asyncio.wait({lost}, timeout=LISTENS_FOR)

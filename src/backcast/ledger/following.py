@@ -2,7 +2,7 @@
 goes on where another one has stopped. Decides the order of what happens to a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -11,13 +11,14 @@ import asyncpg
 
 from backcast.errors import UnknownRun
 from backcast.ledger import events, reading
-from backcast.ledger.connection import Ledger
+from backcast.ledger.connection import LOGS_READ, Ledger
 from backcast.ledger.events import Event, Place
 from backcast.ledger.runs import COLUMNS, shown
 from backcast.models import JSON, Run, State
 from backcast.reporting import DROPPED
 
-START = Place(-1)
+START, NOW = Place(-1), Place((1 << 31) - 1)
+"""Before and after all that happens."""
 RETRYING = (1 << 63) - 1
 """In the place of a fence: after all that an attempt has reported."""
 ENDED_PAGE = 500
@@ -44,6 +45,8 @@ class News:
     run: Run
     version: str
     """Another one when its state or its progress is another one."""
+    fence: int
+    """Of its latest attempt; 0: there is none."""
     is_all: bool
     """Whether nothing else has happened so far."""
     result: str | None
@@ -52,7 +55,7 @@ class News:
 
 _VERSION = "concat_ws(' ', r.state, r.fence, r.attempts_used, r.progress->>'fence', r.progress->>'seq')"
 _READ = f"""
-select {COLUMNS}, result, {_VERSION} as version,
+select {COLUMNS}, result, fence, {_VERSION} as version,
        r.progress->>'fence' as progress_fence, r.progress->>'seq' as progress_seq,
        exists (select from events e where e.run_id = r.id and (e.attempt, e.fence, e.seq) > ($2, $3, $4)) as has_events
   from all_runs r where id = $1"""  # noqa: S608  # constants
@@ -80,7 +83,7 @@ async def read(ledger: Ledger, run_id: UUID, seen: Place) -> News:
     until = max([_present(run), *(each.place for each in found)]) if is_all else found[len(emitted) - 1].place
     found += _states(run, until)
     news = sorted((each for each in found if seen < each.place <= until), key=lambda each: each.place)
-    return News(news, run, row["version"], is_all, row["result"])
+    return News(news, run, row["version"], row["fence"], is_all, row["result"])
 
 
 def _present(run: Run) -> Place:
@@ -147,6 +150,23 @@ async def changed(connection: asyncpg.Connection, known: Sequence[Known]) -> lis
         *([each.seen[column] for each in known] for column in range(3)),
     )
     return [row["n"] for row in rows]
+
+
+_RUNS_NAMED = 200
+"""Of the 8,000 bytes that a notification may have, each run takes 33."""
+
+
+async def report_logs_read(ledger: Ledger, runs: Collection[UUID]) -> None:
+    """Ask the workers of these runs to store their logs now. No table is read and no row is locked; a notification that
+    is lost is made good by the next one."""
+    ids = [run.hex for run in runs]
+    named = [" ".join(ids[at : at + _RUNS_NAMED]) for at in range(0, len(ids), _RUNS_NAMED)]
+    # A hint need not be durable: its commit does not wait for the disk.
+    await ledger.execute(
+        "select set_config('synchronous_commit', 'off', true), pg_notify($1, named) from unnest($2::text[]) named",
+        LOGS_READ,
+        named,
+    )
 
 
 # By runs_in_batch and ended_in_batch: a batch is read as a whole each time. It locks nothing. A time that SQL has made

@@ -71,17 +71,18 @@ class Store:
         """The whole object. Raises `Missing`."""
         return b"".join([chunk async for chunk in await self.stream(key)])
 
-    async def stream(self, key: str) -> AsyncIterator[bytes]:
-        """The object in chunks, the first of which is read before this returns. Raises `Missing`."""
+    async def stream(self, key: str, start: int = 0) -> AsyncIterator[bytes]:
+        """The object from this byte on, in chunks, the first of which is read before this returns. There is none if the
+        object has no such byte. Raises `Missing`."""
         try:
-            first, size = await self._within(self._place.read(_checked(key), 0))
+            first, size = await self._within(self._place.read(_checked(key), start))
         except Missing:
             if self.fallback is None:
                 raise
-            return await self.fallback.stream(key)
+            return await self.fallback.stream(key, start)
 
         async def chunks() -> AsyncIterator[bytes]:
-            chunk, at = first, 0
+            chunk, at = first, start
             while chunk:
                 yield chunk
                 at += len(chunk)

@@ -73,7 +73,7 @@ class Bucket:
         try:
             answer = await self._of(key, "get_object", Range=f"bytes={start}-{start + CHUNK - 1}")
         except OSError as error:
-            if _code(error) == "InvalidRange":  # nothing from there on: an empty object
+            if _code(error) == "InvalidRange":  # nothing from there on
                 return b"", start
             raise
         async with answer["Body"] as body:

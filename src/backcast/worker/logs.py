@@ -1,10 +1,10 @@
-"""Keeps the logs of this worker's runs in the store, as `logs/<run id>/<fence>.jsonl`: at the end of each attempt, and
-now and then before. A run that logs nothing has no object, and costs nothing.
+"""Keeps the logs of this worker's runs in the store, as `logs/<run id>/<fence>.jsonl`: at the end of each attempt, now
+and then before, and at once when somebody reads them. A run that logs nothing has no object, and costs nothing.
 """
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
@@ -12,6 +12,7 @@ from uuid import UUID
 from backcast.errors import StoreUnavailable
 from backcast.ledger.claims import Claim
 from backcast.models import LOGS_KEPT, log_key
+from backcast.process.background import OnDemand
 from backcast.process.outages import Outage
 from backcast.protocol import Line
 from backcast.store import Store
@@ -38,6 +39,8 @@ class Logs:
         self._store = store
         self._logs = dict[tuple[UUID, int], _Log]()
         self._size = 0
+        self._read = set[UUID]()
+        self._storing = OnDemand("store the logs that are read", self._store_read)
         self._outage = Outage(partial(log.warning, "can't store the logs of runs: %s"))
 
     def put(self, claim: Claim, lines: Sequence[Line]) -> None:
@@ -65,6 +68,17 @@ class Logs:
             await asyncio.sleep(EVERY)
             for (run, fence), kept in list(self._logs.items()):
                 await self._put(run, fence, kept)
+
+    def read(self, runs: Collection[UUID]) -> None:
+        """Store the logs of those of these runs that are here: somebody reads them."""
+        if here := {run for run, _ in self._logs if run in runs}:
+            self._read |= here
+            self._storing.ask()
+
+    async def _store_read(self) -> None:
+        runs, self._read = self._read, set[UUID]()
+        logs = [(run, fence, kept) for (run, fence), kept in self._logs.items() if run in runs]
+        await asyncio.gather(*(self._put(*each) for each in logs))
 
     async def _put(self, run: UUID, fence: int, kept: _Log) -> None:
         async with kept.storing:  # an older state must not replace a newer one

@@ -424,7 +424,7 @@ class Worker:
         others = (
             background.keep("dispatch due runs", self._dispatch_due),
             self._watch_lease(),
-            background.keep("listen for runs", partial(self._ledger.listen, pool, self._ready)),
+            background.keep("listen for runs", partial(self._ledger.listen, pool, self._ready, self._logs.read)),
             self._watch_executors(),
         )
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]

@@ -112,6 +112,14 @@ def _number(value: object) -> object:
 
 _Number = BeforeValidator(_number)
 """After the bounds of its type, which then are part of the JSON Schema."""
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+Figure = Annotated[float, AfterValidator(_rounded)]
+"""An age, a duration or a pace, in three digits."""
 METADATA = 16 * 1024
 """Bytes of JSON that the metadata of a run may have in all: it is part of every answer about the run."""
 
@@ -295,7 +303,7 @@ class Why(_Noun):
     """When that began, if it is known."""
     until: datetime | None = None
     """When the wait is over at the latest, if that is known."""
-    estimate_seconds: float | None = None
+    estimate_seconds: Figure | None = None
     """Until it starts, at the pace of the last minute; absent when nothing has ended lately."""
     pool: str | None = None
     last_seen_at: datetime | None = None
@@ -322,9 +330,9 @@ class Why(_Noun):
     worker_id: UUID | None = None
     host: str | None = None
     progress: Progress | None = None
-    waited_seconds: float | None = None
+    waited_seconds: Figure | None = None
     """From its submission to the start of its last attempt, or to its end if it never started."""
-    ran_seconds: float | None = None
+    ran_seconds: Figure | None = None
     """In its last attempt."""
 
 
@@ -337,11 +345,11 @@ class Load(_Noun):
     slots: int
     """Of these workers, as `busy`, for whichever of their tasks."""
     busy: int
-    per_minute: float
+    per_minute: Figure
     """Runs of any task that these workers ended in the last minute, about: it follows a change with a delay."""
     ready: int
     """Runs that may start as soon as a slot is free."""
-    oldest_age_seconds: float | None
+    oldest_age_seconds: Figure | None
     """How long the oldest of them has waited since it could have started."""
     running: int
     parked: int
@@ -370,10 +378,10 @@ class Worker(_Noun):
     """Runs that it has claimed and not settled."""
     settled: int
     """Runs that have ended in it since it started."""
-    per_minute: float
+    per_minute: Figure
     """Of these in the last minute, about."""
     started_at: datetime
-    heartbeat_age_seconds: float
+    heartbeat_age_seconds: Figure
     draining: bool
     """Whether it takes no more runs, or was asked to."""
     takes_runs: bool
@@ -550,9 +558,9 @@ class Lane(_Noun):
     """Its runs that may start as soon as a slot is free."""
     held: int
     """Its runs that wait for the lane: for a place, or for the end of a pause."""
-    oldest_age_seconds: float | None = None
+    oldest_age_seconds: Figure | None = None
     """How long the oldest of the queued and held ones that are counted has waited since it could have started."""
-    per_minute: float | None = None
+    per_minute: Figure | None = None
     """Runs that it let start in the last minute, about; None if it has no limits."""
     paused: Pause | None = None
     problem: str | None = None

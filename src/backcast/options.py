@@ -14,8 +14,8 @@ from backcast import names
 from backcast.errors import refuse_unknown
 
 History = Literal["full", "none"]
-"""`full`: Prefect shows every run of the task. `none`: the function is called without Prefect's engine, which is cheap;
-the ledger still has every run."""
+"""`full`: Prefect shows every run of the task. `none`: it shows none, and the function is called without Prefect's
+engine where nothing needs it, which is cheap; the ledger still has every run."""
 
 Isolation = Literal["none", "process"]
 """`none`: its runs share the executors of their worker. `process`: each has a fresh process of its own, which is ended
@@ -53,8 +53,10 @@ def options(
     Above `@task` it applies to that one task; below, on the function, also to every copy by `with_options`.
 
     Args:
-        history: `none` trades Prefect's engine for speed: no states, logs, caching or hooks for these runs; retries,
-            time-outs and results are the same.
+        history: `none` keeps the runs out of Prefect: it shows neither their states nor their logs. A task with a cache
+            policy, hooks, assets or a name for its runs has them all the same; any other is called without Prefect's
+            engine, for about a third of the processor time. Retries, time-outs, results and the run's own log are the
+            same.
         lane: the lane of the runs, such as a provider's quota, unless a submission names another one.
         isolation: `process` gives each run a process of its own: for code that crashes, leaks, or can't be interrupted.
         may_block: seconds for which a run may keep its process from answering, if that is longer than the setting

@@ -1,5 +1,6 @@
 """Pools, workers, lanes and tasks at work, by HTTP: backlog, age, pace, slots, heartbeat, version, pauses."""
 
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -53,6 +54,8 @@ async def fill(ledger: Ledger, pool: str, task: str, runs: int, *, state: str = 
 async def get(api: httpx.AsyncClient, path: str) -> Any:
     answer = await api.get(path)
     assert answer.status_code == 200, answer.text
+    figures = re.findall(r'"(?:\w+_age_seconds|per_minute)":([0-9.e+-]+)', answer.text)
+    assert [f"{float(each):.3g}" for each in figures] == [f"{float(each):g}" for each in figures], "three digits"
     return answer.json()
 
 

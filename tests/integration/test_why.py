@@ -105,13 +105,14 @@ async def recent(ledger: Ledger, table: str) -> float:
 
 
 def faded(count: float, *, since: float, fewer: float = 0.0) -> float:
-    """What a count has faded to at most, `fewer` seconds after `since` by our monotonic clock."""
-    return count * math.exp(-(time.monotonic() - since + fewer) / 60) * 0.999
+    """What a count has faded to at most, `fewer` seconds after `since` by our monotonic clock, in an answer with its
+    three digits."""
+    return count * math.exp(-(time.monotonic() - since + fewer) / 60) * 0.994
 
 
 def is_estimate(found: dict[str, Any], seconds: float, since: float) -> bool:
     """The estimate grows while the count fades."""
-    return seconds <= found["estimate_seconds"] <= seconds / faded(1.0, since=since) + 0.1
+    return seconds * 0.994 <= found["estimate_seconds"] <= seconds / faded(1.0, since=since) + 0.1
 
 
 async def test_ready(api: httpx.AsyncClient, worker: UUID) -> None:

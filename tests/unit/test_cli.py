@@ -260,7 +260,7 @@ def test_why_and_logs(cli: Cli, service: Service) -> None:
 def test_batches(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     batch = cli("batch", "submit", str(tmp_path / "rows.jsonl"), "--task", "add", "--skip").stdout.strip()
-    assert cli("batch", "show", batch).stdout == "STATE\tRUNS\n"
+    assert cli("batch", "show", batch).stdout == "STATE\tRUNS\ncompleted\t2\n"
     results = [json.loads(line) for line in cli("batch", "results", batch).stdout.splitlines()]
     assert [result["state"] for result in results] == ["failed", "completed"]
     assert json.loads(cli("batch", "errors", batch).stdout)["line"] == 3

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -18,7 +18,7 @@ import pytest
 from pydantic import BaseModel
 
 from backcast import delay, delay_async
-from backcast.client import AsyncClient, Client, WaitTimeout, raise_for_state
+from backcast.client import AsyncClient, Client, Filters, WaitTimeout, raise_for_state
 from backcast.errors import (
     ClientError,
     ConfigurationError,
@@ -33,7 +33,7 @@ from backcast.errors import (
     UnknownRun,
     UnknownTask,
 )
-from backcast.models import Batch, Limits, Run, State, Submission, uuid7
+from backcast.models import Batch, Limits, Run, Selection, State, Submission, uuid7
 
 DROP = 0
 """A status that closes the connection without an answer."""
@@ -157,7 +157,8 @@ class Service:
                 self.runs[run_id]["state"] = "cancelled"
                 return 200, self.runs[run_id]
             case "POST", ["batches"]:
-                batch = {"id": str(uuid7()), "owner": "default", "size": len(seen.body), "states": {}}
+                batch = {"id": str(uuid7()), "owner": "default", "size": len(seen.body)}
+                batch["states"] = {"completed": len(seen.body)}
                 self.batches[batch["id"]] = batch | {"created_at": "2030-01-31T08:00:00Z"}
                 return 202, self.batches[batch["id"]]
             case "GET", ["batches", batch_id]:
@@ -264,7 +265,7 @@ def _route(service: Service) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
             headers = {name.lower(): value for name, value in self.headers.items()}
             texts = body.splitlines() if headers.get("content-type") == "application/jsonl" else None
             parsed = json.loads(body or b"null") if texts is None else [json.loads(text) for text in texts]
@@ -469,12 +470,15 @@ def test_a_log_that_is_followed_has_each_line_once(call: Call, service: Service)
 
 def test_many_rows_are_cast_in_their_order_and_one_that_fails_ends_no_other(call: Call, service: Service) -> None:
     rows = (f"row {n}" for n in range(250))
-    results = call("cast_many", rows, int, "count", owner="ana")
+    looks = list[tuple[int, int]]()
+    results = call("cast_many", rows, int, "count", owner="ana", progress=lambda *look: looks.append(look))
     assert [result.value for result in results[:3]] == [None, 1, 2]
-    assert [len([r for r in results if r.error]), len(results)] == [3, 250]
+    assert [len([r for r in results if r.error]), len(results)] == [10, 250]
     assert "wrong row" in str(results[0].error)
     sent = [seen.body for seen in service.seen if seen.method == "POST"]
-    assert [len(body) for body in sent] == [100, 100, 50]
+    assert [len(body) for body in sent] == [25] * 10
+    assert (looks[0], looks[9], looks[-1]) == ((0, 25), (0, 250), (250, 250))
+    assert looks == sorted(looks)
     assert sent[0][0]["owner"] == "ana"
     assert sent[0][0]["input"] == {"data": "row 0", "target": {"type": "integer"}, "instructions": "count"}
     with pytest.raises(TypeError, match="Did you mean owner"):
@@ -638,6 +642,36 @@ def test_a_list_can_be_narrowed(call: Call, service: Service) -> None:
     ours = service.add_run(owner="ana")
     assert [str(run.id) for run in call("list", owner="ana", state=State.QUEUED, task=None)] == [ours]
     assert service.seen[0].query == {"owner": "ana", "state": "queued", "limit": "100"}
+    call("list", **_FILTERS)
+    assert service.seen[-1].query == {**_QUERY, "metadata.team": "a", "metadata.x y": "", "limit": "100"}
+
+
+_MOMENT = datetime(2030, 1, 31, 8, tzinfo=timezone(timedelta(hours=2)))
+_WRITTEN = {"task": "add", "owner": "ana", "batch": str(UUID(int=1)), "lane": "gpu", "worker": str(UUID(int=2))}
+_WRITTEN |= {"error": "timeout", "text": "too long", "state": "failed"}
+_TIMES = ("created_after", "created_before", "ended_after", "ended_before")
+_FILTERS: dict[str, Any] = {**_WRITTEN, "batch": UUID(int=1), **dict.fromkeys(_TIMES, _MOMENT)}
+_FILTERS |= {"metadata": {"team": "a", "x y": ""}}
+_QUERY = {**_WRITTEN, **dict.fromkeys(_TIMES, "2030-01-31T06:00:00Z")}
+
+
+def test_many_runs_are_chosen_by_the_filters_of_the_list(call: Call, service: Service) -> None:
+    assert set(_FILTERS) == set(Filters.__annotations__) == set(Selection.model_fields)
+    for method in ("retry_many", "count_to_retry"):
+        call(method, **_FILTERS)
+        assert service.seen[-1].body == {**_QUERY, "metadata": _FILTERS["metadata"]} | (
+            {"dry_run": True} if method == "count_to_retry" else {}
+        )
+    call("cancel_many", lane="gpu", created_before=datetime(2030, 1, 31), owner=None)
+    sent = service.seen[-1].body
+    assert (sent.pop("created_before"), sent) == (
+        datetime(2030, 1, 31).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        {"lane": "gpu"},
+    )
+    with pytest.raises(TypeError, match="no option 'ended_after'"):
+        call("cancel_many", ended_after=_MOMENT)
+    with pytest.raises(InvalidInput, match="state: "):
+        call("retry_many", state="running")
 
 
 class Box(BaseModel):

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import httpx
 
-from backcast.client.wire import Ask, refusal, silence
+from backcast.client.wire import Ask, path, refusal, silence
 from backcast.errors import Unavailable
 from backcast.models import JSON
 from backcast.process.outages import backoff
@@ -35,7 +35,7 @@ class Following:
     """
 
     def __init__(self, noun: str, which: UUID | str, *, logs: bool = False) -> None:
-        self._url = f"/v1/{noun}/{UUID(str(which))}/events"
+        self._url = path(noun, which, "/events")
         self._params = {"logs": "true"} if logs else {}
         self._last: str | None = None
         self._delays: Iterator[float] = backoff(0.1, 5.0)

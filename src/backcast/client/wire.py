@@ -3,11 +3,13 @@ again.
 """
 
 import json
+import math
 import random
 import time
-from collections.abc import Generator, Mapping
-from datetime import datetime, timedelta
-from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 from uuid import UUID, uuid4
 
@@ -24,22 +26,11 @@ from backcast.errors import (
     TooManyWaiting,
     Unavailable,
 )
-from backcast.models import IDEMPOTENCY_KEY, JSON, KEY_RULE, Submission
+from backcast.models import IDEMPOTENCY_KEY, JSON, KEY_RULE
 from backcast.process.outages import backoff
 
 T = TypeVar("T")
 Noun = TypeVar("Noun", bound=BaseModel)
-
-
-class SubmitOptions(TypedDict, total=False):
-    """The fields of a `Submission` beside its input."""
-
-    owner: str
-    priority: int
-    run_at: datetime | None
-    deadline: datetime | None
-    lane: str | None
-    metadata: dict[str, str]
 
 
 class Ask(NamedTuple):
@@ -49,14 +40,35 @@ class Ask(NamedTuple):
     content: bytes | None = None
     headers: Mapping[str, str] = {}
     timeout: float = 10.0
+    patience: float | None = None
+    """Seconds of outage, or of "come back later", after which its error is raised; None: those of the client."""
+    within: float = math.inf
+    """Seconds after which it is raised in any case."""
 
 
-Flow: TypeAlias = Generator[Ask | float, httpx.Response | httpx.TransportError | None, T]
+Flow: TypeAlias = Generator[Ask | float, httpx.Response, T]
+"""An exchange with the service: it yields requests, or seconds to pause, and is sent the answers that are no errors. It
+knows nothing of how they are performed."""
+Steps: TypeAlias = Generator[Ask | float, httpx.Response | httpx.TransportError | None, T]
+"""As `Flow`, with what happens to each single request."""
 
 
-def answered(ask: Ask, patience: float) -> Flow[httpx.Response]:
-    """Send `ask` until it is answered; give up after `patience` seconds of outage or "come back later"."""
-    give_up = time.monotonic() + patience
+def patiently(flow: Flow[T], patience: float) -> Steps[T]:
+    """The steps of a flow, each of whose requests is sent until it is answered."""
+    try:
+        step = next(flow)
+        while True:
+            if isinstance(step, Ask):
+                step = flow.send((yield from _answered(step, patience)))
+            else:
+                yield step
+                step = next(flow)
+    except StopIteration as end:
+        return end.value
+
+
+def _answered(ask: Ask, patience: float) -> Steps[httpx.Response]:
+    give_up = time.monotonic() + min(patience if ask.patience is None else ask.patience, ask.within)
     delays = backoff(0.1, 5.0)
     while True:
         got = yield ask
@@ -98,65 +110,77 @@ def connection(url: str, headers: Mapping[str, str] | None) -> dict[str, Any]:
 
 def to_httpx(ask: Ask) -> dict[str, Any]:
     timeout = httpx.Timeout(ask.timeout, connect=min(5.0, ask.timeout))
-    return ask._asdict() | {"timeout": timeout}
+    return {
+        "method": ask.method,
+        "url": ask.url,
+        "params": ask.params,
+        "content": ask.content,
+        "headers": ask.headers,
+        "timeout": timeout,
+    }
 
 
-def run_path(run_id: UUID | str) -> str:
-    return f"/v1/runs/{quote(str(run_id), safe='')}"
+def path(noun: str, which: UUID | str, verb: str = "") -> str:
+    """The path of one thing that has an id."""
+    return f"/v1/{noun}/{quote(str(which), safe='')}{verb}"
 
 
-def lane_path(name: str) -> str:
-    return f"/v1/lanes/{segment(name)}"
-
-
-def task_path(name: str) -> str:
-    return f"/v1/tasks/{segment(name)}"
-
-
-def segment(name: str) -> str:
-    """A name in a path. Raises `InvalidInput`."""
+def named(noun: str, name: str, verb: str = "") -> str:
+    """The path of one thing that has a name. Raises `InvalidInput`."""
     try:
-        return quote(names.check(name), safe="")
+        return path(noun, names.check(name), verb)
     except ValueError as error:
         raise InvalidInput(f"{name!r} is no name: {error}.") from None
 
 
-def post_headers(key: str | None) -> dict[str, str]:
-    return {"Content-Type": "application/json", "Idempotency-Key": uuid4().hex if key is None else _header(key)}
+def get(path: str) -> Flow[httpx.Response]:
+    return (yield Ask("GET", path))
 
 
-def _header(key: str) -> str:
-    if not IDEMPOTENCY_KEY.fullmatch(key):
+def post(path: str, body: bytes | None = None) -> Flow[httpx.Response]:
+    return (yield json_request("POST", path, body))
+
+
+def json_request(method: str, path: str, body: bytes | None) -> Ask:
+    return Ask(method, path, {}, body, {} if body is None else _JSON)
+
+
+def once(path: str, body: bytes | None, key: str | None) -> Ask:
+    """A POST that takes an Idempotency-Key; one is made up when none is given."""
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidInput(KEY_RULE)
-    return key
+    return Ask("POST", path, {}, body, _JSON | {"Idempotency-Key": uuid4().hex if key is None else key})
 
 
-def body_of(submission: Submission | Mapping[str, JSON], given: SubmitOptions) -> bytes:
+_JSON = {"Content-Type": "application/json"}
+
+
+@contextmanager
+def valid(what: str) -> Iterator[None]:
+    """Raise `InvalidInput` for what its model refuses, and for values that are no JSON."""
     try:
-        if not isinstance(submission, Submission):
-            submission = Submission(input=dict(submission), **given)
-        elif given:
-            submission = Submission.model_validate({**dict(submission), **given})
-        options = submission.model_dump(mode="json", exclude_defaults=True, exclude={"input"})
-        # Not by pydantic, which would send NaN as null.
-        return json.dumps(options | {"input": submission.input}, allow_nan=False, ensure_ascii=False).encode()
+        yield
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InvalidInput(f"{'/'.join(map(str, first['loc']))}: {first['msg']}.") from None
     except (ValueError, TypeError) as error:  # NaN, a lone surrogate, an object that is no JSON value
-        raise InvalidInput(f"The input is not plain JSON: {error}.") from None
+        raise InvalidInput(f"{what} is not plain JSON: {error}.") from None
 
 
-def json_of(model: type[BaseModel], given: Mapping[str, Any]) -> bytes:
-    """What is given of `model`'s fields, checked by it. Raises `InvalidInput`."""
-    try:
-        checked = model.model_validate(dict(given)).model_dump(mode="json", include=set(given))
-        return json.dumps(checked, allow_nan=False, ensure_ascii=False).encode()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InvalidInput(f"{'/'.join(map(str, first['loc']))}: {first['msg']}.") from None
-    except (ValueError, TypeError) as error:
-        raise InvalidInput(f"This is not plain JSON: {error}.") from None
+def encoded(value: JSON) -> bytes:
+    """Not by pydantic, which would send NaN as null."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+
+
+def checked(model: type[BaseModel], given: Mapping[str, Any]) -> dict[str, JSON]:
+    """What is given of `model`'s fields, checked by it, as JSON values. Raises `InvalidInput`."""
+    with valid("This"):
+        return model.model_validate(dict(given)).model_dump(mode="json", include=set(given))
+
+
+def body_of(model: type[BaseModel], given: Mapping[str, Any]) -> bytes:
+    with valid("This"):
+        return encoded(checked(model, given))
 
 
 # Answers
@@ -170,12 +194,19 @@ def read(noun: type[Noun], answer: httpx.Response) -> Noun:
         raise _foreign(answer, ": ".join([*map(str, first["loc"]), first["msg"]])) from None
 
 
-def read_line(noun: type[Noun], answer: httpx.Response, line: bytes) -> Noun:
-    """A noun of an answer in JSON Lines."""
+def read_lines(noun: type[Noun], answer: httpx.Response) -> list[Noun]:
+    """The nouns of an answer in JSON Lines."""
     try:
-        return noun.model_validate_json(line, extra="ignore")
+        return [noun.model_validate_json(line, extra="ignore") for line in answer.content.splitlines()]
     except ValidationError as error:
         raise _foreign(answer, error.errors(include_input=False, include_url=False)[0]["msg"]) from None
+
+
+def read_json_lines(answer: httpx.Response) -> list[JSON]:
+    try:
+        return [json.loads(line) for line in answer.content.splitlines()]
+    except ValueError as error:
+        raise _foreign(answer, str(error)) from None
 
 
 def read_json(answer: httpx.Response) -> JSON:

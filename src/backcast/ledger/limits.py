@@ -98,7 +98,7 @@ def _lane(row: asyncpg.Record) -> Lane:
     if rate is not None and not 1e-6 <= rate <= lanes.HIGHEST:
         problem, rate = f"The rate {rate:g} counts as", 1e-6 if rate < 1e-6 else lanes.HIGHEST
         problem = f"{problem} {rate:g}: set another one."
-    return Lane.model_construct(
+    return Lane(
         name=row["name"],
         max_running=row["max_running"],
         max_per_minute=rate,

@@ -84,7 +84,7 @@ class _Place:
         words = f"{number} runs of its owner are before it, and {others} other owners take turns with it"
         shown: dict[str, Any] = {"runs_before": self.before, "owners": self.owners}
         if per_second > 0.001:
-            shown["estimate_seconds"] = round((self.first + 1) / per_second, 1)
+            shown["estimate_seconds"] = (self.first + 1) / per_second
             words += f"; at the present pace it starts in about {_span(shown['estimate_seconds'])}"
         return f"{words}.", shown
 

@@ -55,6 +55,8 @@ _WRONG = 20
 """Wrong lines that are reported; after them the rest is not read."""
 _KEPT = 1000
 """Skipped lines whose errors are kept."""
+_LISTED = 100
+"""Batches in the list."""
 _PUTS = 8
 """Large inputs that are stored at the same time."""
 
@@ -326,6 +328,20 @@ async def _admit(deps: Backend, owner: str, runs: int, key: str | None) -> None:
     except TooManyWaiting:
         if key is None or not await batches.has_key(deps.ledger, owner, key):
             raise
+
+
+class BatchList(BaseModel):
+    items: list[Batch]
+
+
+@router.get(
+    "",
+    summary="List the latest batches",
+    description="The newest first, at most 100, without their `states`: each batch has them.",
+    responses=problems.responses(LedgerUnavailable),
+)
+async def list_batches(deps: Deps) -> BatchList:
+    return BatchList(items=await batches.latest(deps.ledger, _LISTED))
 
 
 @router.get("/{batch_id}", summary="Get a batch", responses=problems.responses(UnknownBatch, LedgerUnavailable))

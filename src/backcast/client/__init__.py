@@ -64,6 +64,7 @@ class _Methods:
     batch_errors = method(batches.errors)
     cancel_batch = method(batches.cancel)
     retry_batch = method(batches.retry)
+    latest_batches = method(batches.latest)
 
     retry_many = method(selection.retry_many)
     cancel_many = method(selection.cancel_many)

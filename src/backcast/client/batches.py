@@ -1,6 +1,6 @@
 """Exchanges about batches: runs that are submitted together."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Unpack
 from uuid import UUID
 
@@ -57,6 +57,15 @@ def submit_lines(
 def get(batch_id: UUID | str) -> Flow[Batch]:
     """A batch, with its runs counted by state; `list(batch=…)` has the runs."""
     return read(Batch, (yield Ask("GET", path("batches", batch_id), timeout=60.0)))
+
+
+class _Batches(BaseModel):
+    items: list[Batch]
+
+
+def latest() -> Flow[Sequence[Batch]]:
+    """The newest batches, at most 100, without their states."""
+    return read(_Batches, (yield from wire.get("/v1/batches"))).items
 
 
 def errors(batch_id: UUID | str) -> Flow[list[JSON]]:

@@ -127,6 +127,12 @@ async def get(ledger: Ledger, batch_id: UUID) -> Batch:
     return _batch(row, {State(count["state"]): count["runs"] for count in counts}, row["operation_id"])
 
 
+async def latest(ledger: Ledger, limit: int) -> list[Batch]:
+    """The newest ones, without their states. Ids are in the order of time: the end of the primary key is read."""
+    sql = f"select id, owner, size, skipped, {reading.time('created_at')} from batches order by id desc limit $1"  # noqa: S608
+    return [_batch(row, {}) for row in await ledger.fetch(sql, limit)]
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A run of a batch with its result: `text` holds a small one, `key` names the object in the store."""

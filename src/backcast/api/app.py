@@ -5,8 +5,9 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-from backcast import __version__
+from backcast import __version__, console
 from backcast.api import (
     access,
     again,
@@ -34,7 +35,7 @@ from backcast.api import (
 )
 from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
-from backcast.api.prefix import Prefix
+from backcast.api.prefix import Prefix, of_links
 from backcast.ledger.connection import Ledger
 from backcast.settings import Api
 from backcast.store import Store
@@ -42,6 +43,10 @@ from backcast.store import Store
 _ABOUT = """Background tasks you can rely on. Submit a run, get its id at once, fetch the result when it is there.
 Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` explains what to do.
 Of a key that occurs twice in a JSON object, the last value counts."""
+
+
+def _own_pages(app: ASGIApp) -> ASGIApp:
+    return origins.OwnPages(app, origins=())
 
 
 def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
@@ -103,4 +108,6 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
     for router in (runs.hot, compatibility.router, *(noun.router for noun in nouns)):
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     app.router.routes.append(docs.assets)
+    # With keys too: its sessions are cookies, which a browser sends for every page.
+    app.router.routes.extend(console.routes(app, limits, of_links.get, _own_pages))
     return app

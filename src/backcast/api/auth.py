@@ -11,12 +11,12 @@ from backcast.api import problems
 from backcast.api.access import SEEN
 from backcast.errors import Unauthorized
 
-OPEN = ("/livez", "/readyz", "/docs", "/openapi.json", "/problems")
-"""Paths that need no key: for probes, and for people who have none yet."""
+OPEN = ("/livez", "/readyz", "/docs", "/openapi.json", "/problems", "/console")
+"""Paths that need no key: for probes, and for people who have none yet. The console has a door of its own."""
 
 
 def is_open(path: str) -> bool:
-    return any(path == place or path.startswith(f"{place}/") for place in OPEN)
+    return path == "/" or any(path == place or path.startswith(f"{place}/") for place in OPEN)
 
 
 class RequireKey:

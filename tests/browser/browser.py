@@ -1,0 +1,5 @@
+"""Debian's Chromium, which the machine has or has not: none is downloaded."""
+
+import shutil
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -1,0 +1,76 @@
+"""`python -m tests.browser.screenshots`: pictures of the console, light and dark, into docs/images. With a folder given
+every page goes there, as a phone shows it too. Look at them before you commit them."""
+
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.async_api import async_playwright
+
+from backcast.ledger import provisioning
+from backcast.ledger.migration import migrate
+from backcast.local import postgres
+from tests.browser.browser import CHROMIUM
+from tests.browser.world import World, world
+from tests.support.roles import give_roles
+from tests.support.stack import ROOT
+
+COMMITTED = ("overview", "runs", "run", "try")
+WIDE, PHONE = {"width": 1280, "height": 820}, {"width": 390, "height": 844}
+
+
+def pages(made: World) -> dict[str, str]:
+    runs = made.runs
+    return {
+        "overview": "/",
+        "runs": "/runs",
+        "run": f"/runs/{runs['retrying']}",
+        "try": f"/try?run={runs['cast']}&shape=name,%20age",
+        "run-failed": f"/runs/{runs['failed']}",
+        "run-running": f"/runs/{runs['running']}",
+        "run-completed": f"/runs/{runs['completed']}",
+        "run-hostile": f"/runs/{runs['hostile']}",
+        "tasks": "/tasks",
+        "task": "/tasks/extract_invoice",
+        "lanes": "/lanes",
+        "pools": "/pools",
+        "batches": "/batches",
+        "batch": f"/batches/{made.batch}",
+        "many": "/many/retry?state=failed",
+        "missing": "/nothing",
+    }
+
+
+async def shoot(made: World, folder: Path | None) -> None:
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            for size, suffix in ((WIDE, ""), (PHONE, "-phone")) if folder else ((WIDE, ""),):
+                context = await browser.new_context(viewport=size, color_scheme=scheme)
+                page = await context.new_page()
+                for name, path in pages(made).items():
+                    if folder is None and name not in COMMITTED:
+                        continue
+                    await page.goto(f"{made.url}/console{path}")
+                    await page.wait_for_timeout(700)  # the stream of events has begun
+                    place = (folder or ROOT / "docs/images") / f"{name}-{scheme}{suffix}.png"
+                    await page.screenshot(path=place, full_page=folder is not None)
+                    print(place, place.stat().st_size // 1024, "KB")
+                await context.close()
+        await browser.close()
+
+
+async def main() -> None:
+    given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    with tempfile.TemporaryDirectory() as text, postgres.running(Path(text) / "data") as server:
+        database = server.url("console")
+        provisioning.create_database(server.url(), "console")
+        migrate(database)
+        give_roles(database)
+        async with world(database, Path(text)) as made:
+            await shoot(made, given)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -103,7 +103,7 @@ COPY --from=package /package /app/.venv
 USER 10001:10001
 ENTRYPOINT ["tini", "--", "backcast"]
 CMD ["api"]
-EXPOSE 8000 8082
+EXPOSE 8000 8082 8084
 ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="backcast api" org.opencontainers.image.version="${VERSION}" \

@@ -51,7 +51,7 @@ lint: .venv/.synced ## format, lint, types, import contracts, generated files
 	.venv/bin/lint-imports
 	.venv/bin/python -m tests.support.generate --check
 
-gen: .venv/.synced ## write the generated files: docs/openapi.json, docs/settings.md, the chart's schema and README
+gen: .venv/.synced ## write the generated files: docs/openapi.json, settings.md and metrics.md, the chart's schema and README
 	.venv/bin/python -m tests.support.generate
 
 eval: .venv/.synced ## accuracy of the embedded model, through the HTTP API (EVAL="--model 1.5b")

@@ -19,20 +19,12 @@ ASSIGN, EXECUTE, KEY, STOP, PING, TAG, ANSWER, CLOSE = range(8)
 # From the executor.
 READY, REFUSED, RESULT, FREE, PONG, GET, PUT, REPORTS = range(16, 24)
 """`FREE`: the code of an attempt that is over has ended at last. `GET` and `PUT` ask for objects of the store; an
-`ANSWER` has the request's id. `REPORTS`: what the code of a run reports while it runs."""
+`ANSWER` has the request's id. A `PONG` has the figures of the history sink, and what it has dropped. `REPORTS`: what
+the code of a run reports while it runs."""
 FOUND, MISSING, UNAVAILABLE = range(3)
 """The number of an `ANSWER`."""
 _SUCCEEDED, _FAILED, _RETRY, _STOPPED, DISTURBED = range(5)
 """The number of a `RESULT`. `DISTURBED`: it was stopped, but nobody had asked for it."""
-
-
-HISTORY = {
-    "waiting": "Events not yet published to Prefect, the spooled ones included",
-    "waiting_bytes": "Bytes of events and log lines in memory",
-    "spooled_bytes": "Bytes of events on the disk",
-}
-"""The figures of a history sink, which a `PONG` carries, with their descriptions."""
-DROPPED = "Events and log lines that Prefect never gets: it refuses them, or they found no room"
 
 
 class Assignment(BaseModel):
@@ -105,6 +97,8 @@ class Attempt:
     """Its thread goes on: the slot is not free before a `FREE`."""
     tried: tuple[Tried, ...] = ()
     """The failures that were followed by a retry at once: the latest of them."""
+    answers: tuple[float, ...] = ()
+    """Seconds that each answer of the model took: the latest ones."""
 
 
 def result(run: UUID, attempt: Attempt) -> Message:
@@ -125,6 +119,8 @@ def result(run: UUID, attempt: Attempt) -> Message:
         meta["usage"] = attempt.usage
     if attempt.is_left:
         meta["left"] = True
+    if attempt.answers:
+        meta["answers"] = attempt.answers
     if attempt.tried:
         meta["tried"] = [(each.problem.model_dump(), each.traceback, each.since, each.until) for each in attempt.tried]
     return Message(RESULT, run.bytes, kind, json.dumps(meta).encode() if meta else b"", body)
@@ -141,7 +137,8 @@ def attempt(message: Message) -> Attempt:
     elif message.number == _RETRY:
         ended = Retry(Problem(**meta["problem"]), meta["delay"], retries, traceback=meta["traceback"])
     tried = tuple(Tried(Problem(**problem), *rest) for problem, *rest in meta.get("tried", ()))
-    return Attempt(ended, retries, meta.get("usage"), meta.get("left", False), tried)
+    answers = tuple(meta.get("answers", ()))
+    return Attempt(ended, retries, meta.get("usage"), meta.get("left", False), tried, answers)
 
 
 class Progress(NamedTuple):

@@ -145,6 +145,10 @@ class Api(_Section):
     """Address that the API listens on; 0.0.0.0 in a cluster."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port that the API listens on."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the metrics port; 0.0.0.0 in a cluster. Nobody else should reach it: it asks for no key."""
+    metrics_port: int = Field(default=8084, ge=0, le=65535)
+    """Port of /metrics, and of /livez and /readyz once more; 0 takes a free one, which the log names."""
     prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     """Path below which the API is served too, such as `/backcast`: what a proxy in front of it sends on unchanged."""
     max_body: int = Field(default=1024 * 1024, ge=1024)

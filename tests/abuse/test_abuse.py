@@ -146,7 +146,7 @@ async def test_who_swallows_a_cancellation_is_cancelled_all_the_same(product: St
 
 
 async def lost(product: Stack) -> float:
-    text = (await product.http.get(product.parts[1].url + "/metrics")).text
+    text = (await product.http.get(product.parts[1].metrics_url)).text
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("backcast_worker_slots_lost "))
 
 

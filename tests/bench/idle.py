@@ -14,13 +14,13 @@ from typing import Any, cast
 
 import asyncpg
 import psutil
-from prometheus_client import CollectorRegistry
 
 from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.models import TaskType, uuid7
+from backcast.process.metrics import WorkerMetrics
 from backcast.process.stop import Stop
 from backcast.settings import Settings
 from backcast.store import open_store
@@ -50,7 +50,7 @@ async def measure(workers: int, seconds: float, server: postgres.Postgres, folde
     for _ in range(workers):
         ledgers.append(Ledger(url, pool=2, name="backcast-worker"))
         executors = cast("Executors", cast("Any", NoExecutors()))
-        worker = Worker(settings, ledgers[-1], store, executors, CollectorRegistry(), uuid7())
+        worker = Worker(settings, ledgers[-1], store, executors, WorkerMetrics(), uuid7())
         running.append(asyncio.create_task(worker.run(Stop())))
         await asyncio.sleep(0.02)
     await asyncio.sleep(5)

@@ -196,6 +196,7 @@ class World:
         port = next(self._ports)
         variables = {
             f"{kind.upper()}__PORT": str(port),
+            "API__METRICS_PORT": "0",
             "DATABASE__URL": role_url(f"postgresql://postgres@127.0.0.1:{ports['postgres']}/backcast", kind),
             "STORE__URL": self.store.url,
             "STORE__ENDPOINT": f"http://127.0.0.1:{ports['s3']}",

@@ -279,7 +279,7 @@ async def test_vacuum_and_figures(ledger: Ledger) -> None:
 
 async def metric(part: Part, name: str) -> float | None:
     async with httpx.AsyncClient() as client:
-        text = (await client.get(f"{part.url}/metrics", timeout=10)).text
+        text = (await client.get(part.metrics_url, timeout=10)).text
     values = [line.split()[-1] for line in text.splitlines() if line.startswith(name)]
     return float(values[0]) if values else None
 
@@ -293,6 +293,7 @@ async def two_stewards(product: Stack) -> tuple[Part, Part]:
     await leads(leader)
     other = await product.start("steward").ready()
     assert await metric(other, "backcast_steward_leading") == 0
+    assert await metric(other, "backcast_backlog_ready") is None, "or a sum would count the backlog twice"
     return leader, other
 
 
@@ -309,6 +310,9 @@ async def test_when_the_leader_is_killed_the_other_leads(database: str, tmp_path
         product.start("worker")
         product.release("lost")
         assert await product.result(lost) == "lost"
+        recovered = 'backcast_runs_recovered_total{state="queued"}'
+        await until(lambda: metric(other, recovered), lambda value: value == 1)
+        assert await metric(other, "backcast_workers_lost_total") == 1
 
 
 async def test_a_leader_that_is_stopped_loses_its_lead(database: str, tmp_path: Path, ledger: Ledger) -> None:

@@ -236,7 +236,7 @@ async def test_probes_and_metrics(product: Stack) -> None:
             return (await client.get("/metrics")).text
 
         # A run is completed in the ledger before its worker counts it.
-        ended = 'backcast_worker_attempts_total{state="completed"} 1.0'
+        ended = 'backcast_attempts_total{outcome="succeeded",task="echo"} 1.0'
         text = await until(figures, lambda text: ended in text)
         assert "backcast_worker_slots 10.0" in text
         (product.folder / "store").rename(product.folder / "gone")

@@ -1,5 +1,5 @@
 """Writes the generated files, or with --check lists those that are not current: docs/openapi.json, docs/settings.md,
-and the chart's schema and README.
+docs/metrics.md, and the chart's schema and README.
 """
 
 import json
@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from backcast.api.app import create_app
 from backcast.ledger.connection import Ledger
+from backcast.process.metrics import PROCESSES, Definition
 from backcast.settings import PREFIX, Api, Settings
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
@@ -60,9 +61,39 @@ def settings() -> str:
     return "\n".join(head + _rows(Settings, PREFIX, Settings())) + "\n"
 
 
+def metrics() -> str:
+    head = [
+        "# Metrics",
+        "",
+        "Generated from `src/backcast/process/metrics.py` by `make gen`. Each process serves its own, at `/metrics` of",
+        "a port that only Prometheus should reach: the API on `api.metrics_port` (8084), workers on `worker.port`",
+        "(8081), stewards on `steward.port` (8082). Beside these there are `process_cpu_seconds_total` and its like.",
+        "Gauges about pools, tasks, lanes and the database are figures of the whole ledger: only the leading steward",
+        "shows them, so a sum over all pods is right. Of tasks the first 100 have names of their own, those that are",
+        "served before others; the rest shares `other`. No label has an owner, an id of a run, or an error's text.",
+        "",
+        "| metric | type | labels | process | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    served = dict[str, tuple[Definition, list[str]]]()
+    for process in PROCESSES:
+        for each in process().definitions:
+            served.setdefault(each.name, (each, []))[1].append(process.process)
+    rows = list[str]()
+    for name, (each, by) in sorted(served.items()):
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        rows.append(f"| `{name}` | {each.kind} | {labels} | {', '.join(by)} | {each.text} |")
+    return "\n".join(head + rows) + "\n"
+
+
 def main(check: bool) -> int:
     stale = 0
-    texts = {DOCS / "openapi.json": openapi(), DOCS / "settings.md": settings(), **chart.files()}
+    texts = {
+        DOCS / "openapi.json": openapi(),
+        DOCS / "settings.md": settings(),
+        DOCS / "metrics.md": metrics(),
+        **chart.files(),
+    }
     for path, text in texts.items():
         if check and (not path.exists() or path.read_text() != text):
             print(f"{path.relative_to(DOCS.parent)} is not current: run `make gen` and commit it.", file=sys.stderr)

@@ -36,6 +36,8 @@ class Part:
     process: subprocess.Popen[bytes]
     log: Path
     url: str
+    metrics_url: str
+    """Where it serves its metrics: the API on a port of its own."""
 
     @property
     def text(self) -> str:
@@ -99,13 +101,14 @@ class Stack(Runs):
             "BACKCAST_DATABASE__URL": self.database,
             "BACKCAST_STORE__URL": f"file://{self.folder}/store",
             "BACKCAST_PREFECT__HISTORY": "false",
+            "BACKCAST_API__METRICS_PORT": "0",
             "BACKCAST_TASKS": "tests.support.sample_tasks",
             "PREFECT_HOME": str(self.folder / "prefect"),
             **self.env,
             **more,
         }
 
-    def spawn(self, name: str, command: list[str], url: str, **more: str) -> Part:
+    def spawn(self, name: str, command: list[str], url: str, metrics_url: str | None = None, **more: str) -> Part:
         log = self.folder / f"{name}-{len(self.parts)}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -116,7 +119,7 @@ class Stack(Runs):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        part = Part(name, process, log, url)
+        part = Part(name, process, log, url, f"{metrics_url or url}/metrics")
         self.parts.append(part)
         return part
 
@@ -124,8 +127,12 @@ class Stack(Runs):
         """Start `backcast <name>` with the database role of its part; its port is free unless given."""
         port = port or free_port()
         ours = {f"BACKCAST_{name.upper()}__PORT": str(port), "BACKCAST_DATABASE__URL": role_url(self.database, name)}
+        url = metrics_url = f"http://127.0.0.1:{port}"
+        if name == "api":
+            ours["BACKCAST_API__METRICS_PORT"] = str(metrics := free_port())
+            metrics_url = f"http://127.0.0.1:{metrics}"
         settings = {**ours, **self.env, **more}
-        return self.spawn(name, [sys.executable, "-m", "backcast", name], f"http://127.0.0.1:{port}", **settings)
+        return self.spawn(name, [sys.executable, "-m", "backcast", name], url, metrics_url, **settings)
 
     async def up(self, *names: str, **more: str) -> None:
         """Start these parts and wait for them; the first `api` becomes the client's."""

@@ -5,6 +5,8 @@ import contextlib
 import json
 import tempfile
 import threading
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +17,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prefect.events.schemas.events import Event
-from prometheus_client import CollectorRegistry
 
 from backcast.history import sink as sink_module
 from backcast.history.events import Change
@@ -82,8 +83,8 @@ class Refusing:
         await send({"type": "http.response.body", "body": b"because"})
 
 
-def over(server: Refusing, **given: Any) -> Sink:
-    sink = Sink(Prefect.model_validate({"api_url": "http://prefect/api", **given}))
+def over(server: Refusing, *dropped: Callable[[str, int], object], **given: Any) -> Sink:
+    sink = Sink(Prefect.model_validate({"api_url": "http://prefect/api", **given}), *dropped)
     sink.server._client = httpx.AsyncClient(transport=httpx.ASGITransport(server), base_url="http://prefect/api")
     return sink
 
@@ -106,7 +107,7 @@ async def flushed(sink: Sink, tries: int = 1) -> None:
 
 
 def dropped(sink: Sink, why: str) -> float:
-    return sink.dropped.labels(why)._value.get()
+    return sink.dropped[why]
 
 
 @pytest.mark.parametrize("bad", [{0}, {199}, {57, 58, 120}, {0, 1, 2, 3}, set(range(20))], ids=lambda bad: len(bad))
@@ -242,7 +243,8 @@ async def test_refusals_are_seldom_reported(caplog: pytest.LogCaptureFixture) ->
 
 async def test_memory_and_disk_are_bounded_and_read_back_in_pieces() -> None:
     server = Refusing(503, for_all=True)
-    sink = over(server, spool=4 * 1024 * 1024)
+    reported = Counter[str]()
+    sink = over(server, lambda why, count: reported.update({why: count}), spool=4 * 1024 * 1024)
     for n in range(12_000):
         sink.publish(change(f"item {n}", "x" * 3000))
         sink.keep_log(line("y" * 3000))
@@ -250,10 +252,9 @@ async def test_memory_and_disk_are_bounded_and_read_back_in_pieces() -> None:
     assert sink._log_bytes <= sink_module.MEMORY
     assert 0 < sink._spool.size <= 4 * 1024 * 1024
     lost = dropped(sink, "no_room")
-    registry = CollectorRegistry()
-    sink.measure(registry)
-    assert registry.get_sample_value("backcast_history_spooled_bytes") == sink._spool.size
-    assert registry.get_sample_value("backcast_history_dropped_total", {"why": "no_room"}) == lost > 0
+    assert sink.figures["spooled_bytes"] == sink._spool.size
+    assert reported == sink.dropped == {"no_room": lost}
+    assert lost > 0
     server.for_all = False
     await flushed(sink)
     assert len(server.taken) == 24_000 - lost

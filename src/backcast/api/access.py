@@ -1,7 +1,10 @@
-"""Logs one line a request: what was asked, how it was answered, how long that took. Health checks are left out."""
+"""Observes each request: what was asked, how it was answered, how long that took. Metrics count it, and the log
+has one line about it, but for health checks.
+"""
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,14 +27,15 @@ class Seen:
     """The first digits of the key's digest."""
 
 
-class LogRequests:
-    """Middleware, outside of all others."""
+class Observe:
+    """Middleware, outside of all others. `answered` is called with method, route, status and seconds; a caller who has
+    gone away gets the status 0."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, answered: Callable[[str, str, int, float], object]) -> None:
+        self._app, self._answered = app, answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not log.isEnabledFor(logging.INFO):
+        if scope["type"] != "http":
             return await self._app(scope, receive, send)
         seen = scope[SEEN] = Seen()
         status, began = 0, time.perf_counter()
@@ -48,8 +52,9 @@ class LogRequests:
         try:
             await self._app(scope, receive, watched)
         finally:
-            if seen.route not in _QUIET:
-                ms = round((time.perf_counter() - began) * 1000, 1)
-                method, route = scope["method"], seen.route or "(no route)"
+            seconds, method, route = time.perf_counter() - began, scope["method"], seen.route or "(no route)"
+            self._answered(method, route, status, seconds)
+            if route not in _QUIET and log.isEnabledFor(logging.INFO):
+                ms = round(seconds * 1000, 1)
                 fields = {"method": method, "route": route, "status": status, "ms": ms, "key": seen.key}
                 log.info("%s %s %d", method, route, status, extra={"fields": {**fields, "run": seen.run}})

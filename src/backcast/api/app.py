@@ -37,6 +37,7 @@ from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
 from backcast.api.prefix import Prefix, of_links
 from backcast.ledger.connection import Ledger
+from backcast.process.metrics import ApiMetrics
 from backcast.settings import Api
 from backcast.store import Store
 
@@ -49,8 +50,9 @@ def _own_pages(app: ASGIApp) -> ASGIApp:
     return origins.OwnPages(app, origins=())
 
 
-def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
+def create_app(ledger: Ledger, store: Store, limits: Api, metrics: ApiMetrics | None = None) -> FastAPI:
     """The API over these collaborators, which it closes at its end. It does not know its address."""
+    metrics = metrics or ApiMetrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,7 +71,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         redirect_slashes=False,
         openapi_url=None,  # by docs.py
     )
-    app.state.backend = Backend(ledger, store, limits)
+    app.state.backend = Backend(ledger, store, limits, metrics)
     app.add_middleware(routing.EncodedPath)
     app.add_middleware(LimitBody, limit=limits.max_body, longer={batches.PATH: limits.max_batch_body})
     if limits.keys:
@@ -83,7 +85,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api) -> FastAPI:
         app.add_middleware(origins.CrossOrigin, origins=limits.cors_origins)
     if limits.prefix:
         app.add_middleware(Prefix, prefix=limits.prefix)
-    app.add_middleware(access.LogRequests)
+    app.add_middleware(access.Observe, answered=metrics.answered)
     openapi.describe(app)
     problems.install(app)
     nouns = (

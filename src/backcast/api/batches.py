@@ -317,7 +317,9 @@ async def submit_batch(
         if not kept:
             await reader.drop()
     headers = {"Location": f"{PATH}/{submitted.batch.id}", "Retry-After": "1"}
-    if not submitted.fresh:
+    if submitted.fresh:
+        deps.metrics.submitted(submitted.batch.size)
+    else:
         headers["Idempotent-Replayed"] = "true"
     return Response(submitted.batch.model_dump_json(), 202, headers, "application/json")
 

@@ -17,6 +17,7 @@ from backcast.ledger.connection import Ledger
 from backcast.ledger.counts import Recent
 from backcast.ledger.submissions import Submissions
 from backcast.models import TaskType
+from backcast.process.metrics import ApiMetrics
 from backcast.store import Store
 
 _FRESH = 2.0
@@ -42,16 +43,18 @@ class Known:
 class Backend:
     """The collaborators of one API process."""
 
-    def __init__(self, ledger: Ledger, store: Store, limits: settings.Api) -> None:
+    def __init__(self, ledger: Ledger, store: Store, limits: settings.Api, metrics: ApiMetrics) -> None:
         self.ledger = ledger
         self.store = store
         self.limits = limits
-        self.submissions = Submissions(ledger)
+        self.metrics = metrics
+        self.submissions = Submissions(ledger, metrics.submitted_at_once)
         self.admission = Admission(ledger, most=limits.max_waiting, most_per_owner=limits.max_waiting_per_owner)
         self.recent = Recent(ledger)
         watching = self._watching = Watching(ledger)
         self.waits = Waits(ledger, watching, limits.max_waits)
         self.streams = Streams(ledger, store, watching, most=limits.max_streams, longest=limits.longest_stream)
+        metrics.show(waits=lambda: self.waits.held, streams=lambda: self.streams.count)
         self._known: dict[str, Known] = {}
 
     def stop(self) -> None:

@@ -30,11 +30,12 @@ async def livez() -> dict[str, str]:
     responses=problems.responses(LedgerUnavailable, StoreUnavailable),
 )
 async def readyz(deps: Deps) -> dict[str, str]:
-    await _check(deps)
+    await check(deps)
     return {"status": "ready"}
 
 
-async def _check(backend: Backend) -> None:
+async def check(backend: Backend) -> None:
+    """Raises `Unavailable`."""
     await asyncio.gather(backend.ledger.check(), backend.store.check())
 
 
@@ -45,7 +46,7 @@ async def report(backend: Backend) -> None:
     async def look() -> None:
         nonlocal is_ready
         was_ready, is_ready = is_ready, False
-        await _check(backend)
+        await check(backend)
         is_ready = True
         if not was_ready:
             log.info("ready: the database and the store answer")

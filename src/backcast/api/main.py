@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import gc
 import sys
+from functools import partial
 
 from uvicorn.config import STARTUP_FAILURE
 
-from backcast.api import server
+from backcast.api import health, server
 from backcast.api.app import create_app
 from backcast.errors import LedgerUnavailable
 from backcast.ledger.connection import Ledger
 from backcast.process.logs import configure_logging
+from backcast.process.metrics import ApiMetrics
+from backcast.process.probes import probes
 from backcast.settings import Settings
 from backcast.store import open_store
 
@@ -25,7 +28,8 @@ def main(settings: Settings) -> None:
     ledger = Ledger.of(settings.database, name="backcast-api")
     with contextlib.suppress(LedgerUnavailable, TimeoutError):  # a database that is away may come later
         asyncio.run(asyncio.wait_for(ledger.verify(), VERIFY))
-    app = create_app(ledger, open_store(settings.store), settings.api)
+    metrics = ApiMetrics()
+    app = create_app(ledger, open_store(settings.store, metrics.stored), settings.api, metrics)
     config = server.config(
         app,
         settings.api,
@@ -38,7 +42,14 @@ def main(settings: Settings) -> None:
         timeout_keep_alive=75,  # longer than a proxy's usual 60 s: it must be the one to close an idle connection
         server_header=False,
     )
-    serving = server.Server(config, app)
+    beside = probes(
+        settings.api.metrics_host,
+        settings.api.metrics_port,
+        setting="BACKCAST_API__METRICS_PORT",
+        ready=partial(health.check, app.state.backend),
+        registry=metrics.registry,
+    )
+    serving = server.Server(config, app, beside)
     gc.freeze()  # what has been imported is never garbage, and no collection needs to walk it
     with contextlib.suppress(KeyboardInterrupt):
         serving.run()

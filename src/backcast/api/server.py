@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 import uvicorn
@@ -24,9 +25,15 @@ SLOWEST = 16 * 1024
 
 
 class Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    """Serves while `beside` is entered, which serves the probes and metrics of this process."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, beside: AbstractAsyncContextManager[Any]) -> None:
         super().__init__(config)
-        self._app = app
+        self._app, self._beside = app, beside
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with self._beside:
+            await super().serve(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.backend.stop()

@@ -108,6 +108,10 @@ class Streams:
                 followed[index][0].changed.set()
         return bool(followed)
 
+    @property
+    def count(self) -> int:
+        return len(self._open)
+
     def stop(self) -> None:
         """End all streams now; their readers go on elsewhere."""
         self._stopped = True

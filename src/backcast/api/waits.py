@@ -77,6 +77,11 @@ class Waits:
             self._waiting.pop(run_id, None)
 
     @property
+    def held(self) -> int:
+        """Requests that wait now."""
+        return self._held
+
+    @property
     def is_wanted(self) -> bool:
         return bool(self._waiting)
 

@@ -29,6 +29,8 @@ from backcast.reporting import reporting_to
 
 log = logging.getLogger("backcast.executor")
 
+ANSWERS = 100
+"""Answers of the model whose time is reported, of one attempt: the latest."""
 TRIED = 10
 """Failures that are reported of those that were followed by a retry at once: the latest."""
 
@@ -89,7 +91,8 @@ class Jobs:
         left = self._executor.has_left(message.id)
         retries = result.retries if isinstance(result, Retry) else self._retries[message.id]
         tried = tuple(self._tried.get(message.id, ()))
-        self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left, tried)))
+        answers = tuple(round(one.seconds, 4) for one in used[-ANSWERS:])
+        self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left, tried, answers)))
 
     async def _result(self, message: Message, run: UUID, reports: RunReports) -> AttemptResult | None:
         """None: it was stopped."""

@@ -117,7 +117,7 @@ class _Process:
     def _received(self, message: Message) -> None:
         match message.kind:
             case protocol.PING:
-                figures = [{}, {}] if self._sink is None else [self._sink.figures, self._sink.counted]
+                figures = [{}, {}] if self._sink is None else [self._sink.figures, self._sink.dropped]
                 self._channel.send(Message(protocol.PONG, number=message.number, body=json.dumps(figures).encode()))
             case protocol.EXECUTE if self._jobs is not None:
                 self._jobs.execute(message)

@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -16,9 +16,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 import httpx
-from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from backcast import protocol
 from backcast.errors import LedgerUnavailable
 from backcast.history import cleaning
 from backcast.history.delivery import Delivery, Refused, Undelivered
@@ -60,10 +58,15 @@ Item = bytes | Change | dict[str, Any]
 event of Prefect's own, which may still need the tag."""
 
 
+def _ignored(_why: str, _count: int) -> None:
+    pass
+
+
 class Sink:
     """Any thread may call `publish`, `record`, `keep_event` and `keep_log`; `run` belongs to one event loop."""
 
-    def __init__(self, settings: Prefect) -> None:
+    def __init__(self, settings: Prefect, dropped: Callable[[str, int], object] = _ignored) -> None:
+        """`dropped` is called with the reason and the number of items that Prefect never gets."""
         self._waiting: OrderedDict[str, tuple[Item, int]] = OrderedDict()
         self._bytes = 0
         self._logs: deque[bytes] = deque()
@@ -76,33 +79,27 @@ class Sink:
         self.server = PrefectServer(settings)
         self._events, self._lines = Delivery(self.server, "/events"), Delivery(self.server, "/logs/")
         self.is_enabled = settings.api_url is not None and settings.history
-        self.dropped = Counter(
-            "backcast_history_dropped",
-            protocol.DROPPED,
-            ["why"],
-            registry=None,
-        )
+        self.dropped = Counter[str]()
+        """Events and log lines that Prefect never gets, by reason."""
+        self._report_dropped = dropped
+        self._caught_up = time.monotonic()
+        """When nothing was left to publish."""
         self._is_full = Outage(partial(log.warning, "history is dropped until Prefect is back: %s"))
         self._unreported, self._reported = 0, -REPORTED
 
     @property
     def figures(self) -> dict[str, float]:
-        """By the names of `protocol.HISTORY`."""
-        held = self._bytes + self._log_bytes
-        return {"waiting": self.waiting, "waiting_bytes": held, "spooled_bytes": self._spool.size}
+        """By the names of `metrics.HISTORY`."""
+        return {
+            "waiting": self.waiting,
+            "waiting_bytes": self._bytes + self._log_bytes,
+            "spooled_bytes": self._spool.size,
+            "lag_seconds": time.monotonic() - self._caught_up if self.waiting or self._logs else 0.0,
+        }
 
-    @property
-    def counted(self) -> dict[str, float]:
-        """Dropped events and log lines, by reason."""
-        samples = [sample for metric in self.dropped.collect() for sample in metric.samples]
-        return {sample.labels["why"]: sample.value for sample in samples if sample.name.endswith("_total")}
-
-    def measure(self, registry: CollectorRegistry) -> None:
-        """Show the sink's figures among the metrics of its process."""
-        registry.register(self.dropped)
-        for name, text in protocol.HISTORY.items():
-            gauge = Gauge(f"backcast_history_{name}", text, registry=registry)
-            gauge.set_function(lambda name=name: self.figures[name])
+    def _count_dropped(self, why: str, count: int) -> None:
+        self.dropped[why] += count
+        self._report_dropped(why, count)
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +141,7 @@ class Sink:
 
     def _shed(self, count: int, of: str) -> None:
         if count:
-            self.dropped.labels("no_room").inc(count)
+            self._count_dropped("no_room", count)
             self._is_full.failed(f"there is no more room for {of}")
 
     def _keep(self, key: str, item: Item, size: int) -> None:
@@ -245,6 +242,7 @@ class Sink:
                 failed = failed or error.__cause__
         if failed is not None:
             raise failed
+        self._caught_up = time.monotonic()
         self._is_full.ended()
 
     async def _post_events(self) -> bool:
@@ -297,7 +295,7 @@ class Sink:
         """Count them; report the first one, and later ones seldom."""
         if not refused:
             return
-        self.dropped.labels("refused").inc(len(refused))
+        self._count_dropped("refused", len(refused))
         self._unreported += len(refused)
         if time.monotonic() - self._reported >= REPORTED:
             body, why = refused[0]

@@ -6,7 +6,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from backcast.errors import LedgerFault, LedgerUnavailable
-from backcast.ledger import pauses, routing, waiting
+from backcast.ledger import pauses, reading, routing, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 
 
@@ -31,6 +31,8 @@ class Claim:
     """The latest attempt that was lost with its worker. It may have stored a result."""
     signature: str = ""
     """Of the version of the task that accepted the input."""
+    waited: float = 0.0
+    """Seconds since the run could have started, by the database's clock."""
 
     @property
     def losses(self) -> int:
@@ -89,7 +91,8 @@ claimed as (
      and (r.lost_fence is null or r.id = any(array(select id from pick where place <= $6))
           or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1)))
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
-            r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature)
+            r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature,
+            {reading.age("greatest(r.run_at, r.created_at)")} as waited)
 select claimed.*, n.* from (
     select array_agg(distinct owner_key) filter (where not paused) as lacking,
            array_agg(distinct owner_key) filter (where paused) as paused from pick where not can) n

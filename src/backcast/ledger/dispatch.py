@@ -1,5 +1,8 @@
 """Makes the changes that are due by time alone: to scheduled runs, late runs, paused runs, and lanes with room."""
 
+from collections.abc import Callable
+from functools import partial
+
 from backcast.ledger import ended, lanes, pauses, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
@@ -51,15 +54,21 @@ _HELD = "The lane '{lane}' held it when its deadline came: submit it with a late
 _PAUSED = "It was paused when its deadline came: submit it with a later one, or resume what is paused."
 
 
-async def dispatch_due(ledger: Ledger) -> None:
+def _ignored(_runs: int) -> None:
+    pass
+
+
+async def dispatch_due(ledger: Ledger, expired: Callable[[int], object] = _ignored) -> None:
     """Queue scheduled runs whose time has come, expire late ones, go on with pauses, and promote from lanes that have
     room again.
+
+    `expired` is called with the number of runs that one statement has expired.
 
     A worker of each pool and every steward call this each second, so that no run waits for one of them. A step that
     meets a refused value does not keep the next ones from being taken; its error is raised last.
     """
     refused = None
-    for step in (_expire, _queue, pauses.advance, _promote):
+    for step in (partial(_expire, expired), _queue, pauses.advance, _promote):
         try:
             await step(ledger)
         except REFUSED as error:
@@ -68,9 +77,10 @@ async def dispatch_due(ledger: Ledger) -> None:
         raise refused
 
 
-async def _expire(ledger: Ledger) -> None:
+async def _expire(expired: Callable[[int], object], ledger: Ledger) -> None:
     while rows := await ended.fetch(ledger, _EXPIRE, EXPIRED.code, EXPIRED.title, EXPIRED.detail, _HELD, _PAUSED):
         if rows[0]["expired"]:
+            expired(rows[0]["expired"])
             ledger.report_ends()
         if rows[0]["expired"] < AT_ONCE:
             break

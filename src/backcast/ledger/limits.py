@@ -6,7 +6,7 @@ from urllib.parse import quote
 import asyncpg
 
 from backcast.errors import UnknownLane
-from backcast.ledger import lanes, overview, pace, pauses
+from backcast.ledger import lanes, pace, pauses, reading
 from backcast.ledger.connection import Ledger
 from backcast.models import Lane, Limits, Pause, PauseKind
 
@@ -42,7 +42,7 @@ _SHOWN = f"""
 select n.name, l.max_running, l.max_per_minute, {_COUNT.format("= 'running'")} as running,
        {_COUNT.format("= 'queued'")} as queued, {_COUNT.format("in ('held', 'paused')")} as held,
        case when l.limited then {pace.faded("l.recent", "l.refilled_at")}::float8 end as per_minute,
-       (select {overview.age("min(run_at)")} from (
+       (select {reading.age("min(run_at)")} from (
           select run_at from runs where lane = n.name and state in ('queued', 'held') limit 10000) o)
          as oldest_age_seconds
   from unnest($1::text[]) n(name) left join lanes l on l.name = n.name order by n.name"""  # noqa: S608  # constants

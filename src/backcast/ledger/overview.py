@@ -19,16 +19,10 @@ MOST = 10_000
 MOST_WORKERS = 1000
 
 
-def age(time: str) -> str:
-    """SQL: the seconds since then, of a time that SQL may have set to anything, or null."""
-    seconds = f"extract(epoch from now() - greatest(least({time}, now()), '1900-01-01'))::float8"
-    return f"case when {time} is not null then {seconds} end"
-
-
 # The workers by their primary key: they are few. Ready runs by runs_ready, running ones by runs_live, which has as many
 # as there are slots, parked ones by runs_routed.
 _LOAD = f"""
-select asked.pool as name, f.*, q.ready, {age("q.oldest")} as oldest_age_seconds,
+select asked.pool as name, f.*, q.ready, {reading.age("q.oldest")} as oldest_age_seconds,
        (select count(*) from (select pool, task from runs where state = 'running' limit {MOST}) r
          where r.pool = asked.pool and ($2::text is null or r.task = $2)) as running,
        (select count(*) from (select task from runs r where r.pool = asked.pool and route <> '' and state = 'scheduled'
@@ -80,7 +74,8 @@ def _load(row: asyncpg.Record, paused: Pause | None) -> Mapping[str, Any]:
 # By the primary keys, the newest first; of each worker the running rows by runs_live.
 _WORKERS = f"""
 select id, pool, host, version, tasks, slots, busy, settled, draining or drain_asked_at is not null as draining,
-       {reading.time("started_at")}, {age("heartbeat_at")} as heartbeat_age_seconds, {routing.LIVE} as takes_runs,
+       {reading.time("started_at")}, {reading.age("heartbeat_at")} as heartbeat_age_seconds,
+       {routing.LIVE} as takes_runs,
        {pace.faded("recent", "heartbeat_at")}::float8 as per_minute,
        (select count(*) from runs r where r.worker_id = w.id and r.state = 'running') as running
   from workers w where ($1::uuid is null or id = $1) order by id desc limit {MOST_WORKERS}"""  # noqa: S608  # constants

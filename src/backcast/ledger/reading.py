@@ -23,6 +23,12 @@ def time(column: str) -> str:
     return f"case {within} else {column} end as {column}"
 
 
+def age(time: str) -> str:
+    """SQL: the seconds since then, of a time that SQL may have set to anything, or null."""
+    seconds = f"extract(epoch from now() - greatest(least({time}, now()), '1900-01-01'))::float8"
+    return f"case when {time} is not null then {seconds} end"
+
+
 def started(row: asyncpg.Record) -> datetime | None:
     """When the latest attempt began. A run that a worker only had, and released or put on a route, has not started."""
     return row["started_at"] if row["attempts_used"] or row["state"] == "running" else None

@@ -25,6 +25,8 @@ class Settlement:
     state: Literal["completed", "failed", "scheduled", "queued"]
     lane: str | None = None
     """As in the claim."""
+    task: str = ""
+    """As in the claim, for metrics."""
     result: str | None = None
     result_key: str | None = None
     error: Problem | None = None
@@ -45,6 +47,34 @@ class Settlement:
     traceback: str = ""
     earlier: Sequence[Tried] = ()
     """The attempts of this claim that were followed by another at once: the latest of them."""
+
+    @property
+    def outcome(self) -> str | None:
+        """Of the claim, once it is recorded, as metrics name it; None: no attempt was begun."""
+        if self.state == "completed":
+            return "succeeded"
+        if self.error is None:
+            return "failed" if self.state == "failed" else "released" if self.has_started else None
+        if self.state != "failed" and not self.counts:
+            return "postponed"
+        return attempts.outcome(self.error, "failed" if self.state == "failed" else "retrying")
+
+    def retries(self) -> dict[str, int]:
+        """The further attempts that it stands for, made at once or to be made, by the kinds that metrics name."""
+        is_released = self.state == "queued" and self.error is None
+        made = self.counts if is_released else self.counts - 1
+        found = {"at_once": made} if made > 0 else {}
+        if self.state in ("completed", "failed") or self.error is None:
+            return found
+        if self.flight is not None:
+            kind = "same_value"
+        elif self.route:
+            kind = "no_worker"
+        elif self.state == "queued":
+            kind = "executor"
+        else:
+            kind = "delayed" if self.counts else "outage"
+        return {**found, kind: 1}
 
     def reports(self) -> str | None:
         """For `attempts`: on all that did not succeed; None after an attempt that did, at once."""

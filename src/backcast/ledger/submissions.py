@@ -6,8 +6,9 @@ Decides what an Idempotency-Key means, where a new run waits, which submissions 
 import asyncio
 import hashlib
 import json
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -181,13 +182,18 @@ async def submit(ledger: Ledger, task: TaskType, submission: Submission, **how: 
     return _result(answer)
 
 
+def _ignored(_seconds: float, _runs: int) -> None:
+    pass
+
+
 class Submissions:
     """Records the runs of one process. Runs that arrive while a statement is under way share the next statement and its
     commit; an idle process sends a run at once. It sends one statement at a time: with two, the groups are half as
     large and fewer runs are recorded in a second, with slow commits too."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, measured: Callable[[float, int], object] = _ignored) -> None:
+        """`measured` is called after each statement with its seconds, and the runs that it has made."""
+        self._ledger, self._measured = ledger, measured
         self._waiting: deque[tuple[New, asyncio.Future[Answer]]] = deque()
         self._recording: asyncio.Task[None] | None = None
         self._held: set[str] = set()
@@ -241,8 +247,10 @@ class Submissions:
         return group
 
     async def _answers(self, rows: list[New]) -> Sequence[Answer]:
+        began, made = time.monotonic(), 0
         try:
             answers, held = await _record(self._ledger, rows)
+            made = sum(isinstance(answer, SubmittedRun) and answer.fresh for answer in answers)
         except LedgerUnavailable as error:  # an exception for each, as each gets a traceback
             return [type(error)(error.detail, reason=error.reason) for _ in rows]
         except LedgerFault as error:
@@ -252,6 +260,8 @@ class Submissions:
                 late = isinstance(error, StoreUnavailable)
                 return [error if late else InvalidInput(f"The run can't be stored: {error}.")]
             return [answer for row in rows for answer in await self._answers([row])]
+        finally:
+            self._measured(time.monotonic() - began, made)
         if held:
             self._held |= held
             self._promoting.ask()

@@ -39,6 +39,8 @@ class Usage:
     model: str
     input_tokens: int
     output_tokens: int
+    seconds: float = 0.0
+    """From the request to the whole answer."""
 
 
 _model: Model | None = None

@@ -6,6 +6,7 @@ grammar (`response_format`) for its text, and Marvin gets the text as that call.
 """
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -42,10 +43,11 @@ class Whole(WrapperModel):
     """A model that answers in one piece, so that its time-out bounds the answer and not the gap between two words.
 
     An answer that was cut or filtered is no answer, whether or not it can be read: it is asked for once more, with
-    more room, and is then an error. `meter` gets every answer, useless ones included: they are paid for.
+    more room, and is then an error. `meter` gets every answer and the seconds that it took, useless ones included: they
+    are paid for.
     """
 
-    def __init__(self, wrapped: Model, schema: Schema, meter: Callable[[ModelResponse], None]) -> None:
+    def __init__(self, wrapped: Model, schema: Schema, meter: Callable[[ModelResponse, float], None]) -> None:
         super().__init__(wrapped)
         self._schema, self._meter = schema, meter
         self.answer = ""
@@ -84,8 +86,9 @@ class Whole(WrapperModel):
     async def _metered(
         self, messages: list[ModelMessage], settings: ModelSettings, parameters: ModelRequestParameters
     ) -> ModelResponse:
+        began = time.monotonic()
         response = await super().request(messages, settings, parameters)
-        self._meter(response)
+        self._meter(response, time.monotonic() - began)
         if response.finish_reason == "error":
             raise ModelHTTPError(502, response.model_name or "")  # a router's word for a model that broke off
         self.answer = "".join(
@@ -115,7 +118,7 @@ class Grammar(Whole):
         self,
         wrapped: Model,
         schema: Schema,
-        meter: Callable[[ModelResponse], None],
+        meter: Callable[[ModelResponse, float], None],
         prompt: Prompt,
         ground: Callable[[Any], Any],
     ) -> None:

@@ -46,8 +46,9 @@ async def cast(
 ) -> JSON:
     """See `llm.cast`; `record` is called with the usage of every answer."""
 
-    def meter(response: ModelResponse) -> None:
-        record(Usage(response.model_name or "", response.usage.input_tokens, response.usage.output_tokens))
+    def meter(response: ModelResponse, seconds: float) -> None:
+        used = response.usage
+        record(Usage(response.model_name or "", used.input_tokens, used.output_tokens, seconds))
 
     misfits: list[Misfit] = []
     whole: Whole | None = None

@@ -114,6 +114,7 @@ class _Up:
         """The processes whose ports nobody has been told yet."""
         self._failure: BaseException | None = None
         defaults = {"BACKCAST_STORE__URL": self._store.url, "BACKCAST_STEWARD__KEEP_HISTORY": "P30D"}
+        defaults["BACKCAST_API__METRICS_PORT"] = "0"  # no other program can take it before the API does
         self._environ = defaults | os.environ | self._variables()
         python = [sys.executable, "-m"]
         commands: dict[str, Callable[[], list[str]]] = {

@@ -1,7 +1,8 @@
-"""Serves the probes and metrics of a process on one port."""
+"""Serves the probes and metrics of a process on a port of its own."""
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import uvicorn
@@ -13,6 +14,8 @@ from starlette.routing import Route
 
 from backcast.errors import ConfigurationError, Unavailable
 from backcast.process import background
+
+log = logging.getLogger("backcast.process")
 
 
 class _Server(uvicorn.Server):
@@ -56,6 +59,8 @@ async def probes(
         if not servers[-1].should_exit:
             raise RuntimeError("the server has ended by itself")
 
+    if port == 0:
+        log.info("probes and metrics are on port %d", socket.getsockname()[1])
     serving = asyncio.create_task(background.keep("serve the probes", serve))
     try:
         yield socket.getsockname()[1]

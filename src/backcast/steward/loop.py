@@ -16,7 +16,6 @@ from uuid import UUID
 
 import asyncpg
 import httpx
-from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable
 from backcast.history.reconciliation import Reconciliation
@@ -25,6 +24,7 @@ from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, r
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import uuid7
 from backcast.process import background
+from backcast.process.metrics import StewardMetrics
 from backcast.process.outages import Outage
 from backcast.settings import Settings
 from backcast.steward.failure_detector import ROUND, FailureDetector
@@ -40,6 +40,7 @@ VACUUM_EVERY = 2.0
 DEAD_ROWS = 5000
 MEASURE_EVERY = 5.0
 """Seconds; to count a backlog of a million runs takes a fraction of one."""
+MEASURE_DATABASE_EVERY = 60.0
 MARK_EVERY = 5.0
 ROUTE_EVERY = 5.0
 FOLLOW_EVERY = 20.0
@@ -56,7 +57,7 @@ Duty = tuple[str, Callable[[], Awaitable[object]], float]
 
 
 class Steward:
-    def __init__(self, settings: Settings, ledger: Ledger, store: Store, sink: Sink) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, store: Store, sink: Sink, metrics: StewardMetrics) -> None:
         self._settings, self._ledger, self._store, self._sink = settings.steward, ledger, store, sink
         self._lease, self._unknown_after = settings.lease, settings.unknown_after
         self._id = uuid7()
@@ -64,28 +65,10 @@ class Steward:
         self._last_round = self._last_dispatch = 0.0
         self._refusals = dict[str, Outage]()
         self._moves = dict[routing.Move, int]()
-        self.registry = CollectorRegistry()
-        self._metrics()
-
-    def _metrics(self) -> None:
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"backcast_{name}", text, labels, registry=self.registry)
-
-        gauge("steward_leading", "1 for the leader").set_function(lambda: float(self._leading))
-        self._ready = gauge("backlog_ready", "Runs that a worker could start now", "pool")
-        self._running = gauge("backlog_running", "Runs that are running", "pool")
-        self._parked = gauge("runs_parked", "Runs that wait for a worker that can do them", "pool")
-        self._oldest = gauge("backlog_oldest_age_seconds", "Age of the oldest ready run", "pool")
-        self._oldest_xmin = gauge(
-            "database_oldest_xmin_age_transactions",
-            "Transactions since the oldest snapshot still held; vacuum removes nothing newer",
-        )
-        self._requeued = Counter(
-            "backcast_runs_lost",
-            "Runs recovered from dead workers, by their new state",
-            ["state"],
-            registry=self.registry,
-        )
+        self._metrics = metrics
+        metrics.leading.set_function(lambda: self._leading)
+        self._lost = frozenset[UUID]()
+        """The workers that were dead in the last round."""
 
     async def check(self) -> None:
         """Ready: this steward leads or stands by, and the database has answered lately."""
@@ -120,9 +103,14 @@ class Steward:
         detector = FailureDetector(self._lease.total_seconds())
         async with self._at_work():
             while True:
+                began = time.monotonic()
                 await leadership.beat(connection, self._id)
+                self._metrics.beat_seconds.observe(time.monotonic() - began)
                 seen = await fleet.observe(connection, self._lease)
-                if dead := detector.believed_dead(seen, time.monotonic()):
+                dead = detector.believed_dead(seen, time.monotonic())
+                self._metrics.workers_lost.inc(len(dead - self._lost))
+                self._lost = dead
+                if dead:
                     await self._done(self._requeue(dead), "requeue the runs of lost workers")
                 await self._round_ends()
 
@@ -132,7 +120,8 @@ class Steward:
 
     async def _dispatch(self) -> None:
         routed = await self._done(routing.apply(self._ledger), "route runs")
-        if await self._done(dispatch.dispatch_due(self._ledger), "dispatch due runs") and routed:
+        dispatching = dispatch.dispatch_due(self._ledger, self._metrics.expired.inc)
+        if await self._done(dispatching, "dispatch due runs") and routed:
             self._last_dispatch = time.monotonic()
 
     async def _done(self, work: Awaitable[object], name: str) -> bool:
@@ -151,7 +140,7 @@ class Steward:
         states = await recovery.requeue(self._ledger, self._lease, dead)
         for state in sorted(set(states.values())):
             count = sum(1 for value in states.values() if value == state)
-            self._requeued.labels(state).inc(count)
+            self._metrics.recovered.labels(state).inc(count)
             log.warning("%d runs of lost workers are now %s", count, state)
 
     # -- the leader's other duties ------------------------------------------------------------------------------------
@@ -162,6 +151,7 @@ class Steward:
         duties: list[Duty] = [
             ("vacuum the tables", self._vacuum, VACUUM_EVERY),
             ("measure the backlog", self._measure, MEASURE_EVERY),
+            ("measure the database", self._measure_database, MEASURE_DATABASE_EVERY),
             (
                 "remove silent workers",
                 partial(maintenance.remove_silent_workers, self._ledger, REMOVE_WORKERS_AFTER),
@@ -200,7 +190,7 @@ class Steward:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._reset_figures()
+            self._metrics.ledger.clear()
 
     async def _follow(self) -> None:
         await task_types.renew(self._ledger)
@@ -217,17 +207,13 @@ class Steward:
                 await maintenance.vacuum(connection)
 
     async def _measure(self) -> None:
-        self._oldest_xmin.set(await figures.oldest_xmin_age(self._ledger))
-        for pool in await figures.backlog(self._ledger):
-            self._ready.labels(pool.pool).set(pool.ready)
-            self._running.labels(pool.pool).set(pool.running)
-            self._oldest.labels(pool.pool).set(pool.oldest_age_seconds)
-        self._parked.clear()
-        for name, runs in (await figures.parked(self._ledger)).items():
-            self._parked.labels(name).set(runs)
+        self._metrics.ledger.show(
+            database_oldest_xmin_age_transactions={(): await figures.oldest_xmin_age(self._ledger)},
+            database_dead_rows={(): await maintenance.dead_rows(self._ledger)},
+            **await figures.pools(self._ledger),
+            **await figures.tasks(self._ledger),
+            **await figures.lanes(self._ledger),
+        )
 
-    def _reset_figures(self) -> None:
-        """Only the leader measures: the figures of two stewards would be added up."""
-        self._oldest_xmin.set(0)
-        for gauge in (self._ready, self._running, self._oldest, self._parked):
-            gauge.clear()
+    async def _measure_database(self) -> None:
+        self._metrics.ledger.show(**await figures.database(self._ledger))

@@ -9,6 +9,7 @@ from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
 from backcast.process import background
 from backcast.process.logs import configure_logging
+from backcast.process.metrics import StewardMetrics
 from backcast.process.probes import probes
 from backcast.process.stop import Stop
 from backcast.settings import Settings
@@ -19,16 +20,17 @@ from backcast.store import open_store
 async def _serve(settings: Settings) -> None:
     stop = Stop()
     ledger = Ledger.of(settings.database, name="backcast-steward", pool=5)  # the leader's duties run side by side
-    store = open_store(settings.store)
-    sink = Sink(settings.prefect)
-    steward = Steward(settings, ledger, store, sink)
-    sink.measure(steward.registry)
+    metrics = StewardMetrics()
+    store = open_store(settings.store, metrics.stored)
+    sink = Sink(settings.prefect, metrics.history_dropped)
+    metrics.show_history(lambda: [sink.figures])
+    steward = Steward(settings, ledger, store, sink, metrics)
     async with probes(
         settings.steward.host,
         settings.steward.port,
         setting="BACKCAST_STEWARD__PORT",
         ready=steward.check,
-        registry=steward.registry,
+        registry=metrics.registry,
     ):
         identify = partial(cursors.identity, ledger)
         running, publishing = (

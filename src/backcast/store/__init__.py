@@ -5,7 +5,8 @@ Decides whether an object is missing or the store is away, and never confuses th
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Iterable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -22,18 +23,25 @@ T = TypeVar("T")
 
 _CLOCK = "ledger/clock"
 """An object that is put to learn the store's time."""
+Measured = Callable[[str, float, bool], object]
+"""Called after each call to a store: with its kind, the seconds that it took, and whether the store was away."""
 _BATCH = 16
 """Objects deleted at the same time."""
 
 
-def open_store(settings: settings.Store) -> "Store":
-    """The store that the settings name; nothing is opened before the first use."""
+def _ignored(_kind: str, _seconds: float, _is_away: bool) -> None:
+    pass
+
+
+def open_store(settings: settings.Store, measured: Measured = _ignored) -> "Store":
+    """The store that the settings name; nothing is opened before the first use. Calls to the fallback are not
+    measured."""
     older = settings.fallback
     if older.url is None:
-        return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds())
+        return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds(), measured=measured)
     there = settings.model_copy(update={"public_endpoint": None, **older.model_dump(exclude={"create"})})
     fallback = Store(_place(there, "BACKCAST_STORE__FALLBACK__URL"), settings.timeout.total_seconds())
-    return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds(), fallback)
+    return Store(_place(settings, "BACKCAST_STORE__URL"), settings.timeout.total_seconds(), fallback, measured)
 
 
 def _place(settings: settings.Store, variable: str) -> Folder | Bucket:
@@ -52,20 +60,27 @@ class Store:
     What a `fallback` holds can be read too; all else concerns the store itself.
     """
 
-    def __init__(self, place: Folder | Bucket, timeout: float, fallback: "Store | None" = None) -> None:
+    def __init__(
+        self,
+        place: Folder | Bucket,
+        timeout: float,
+        fallback: "Store | None" = None,
+        measured: Measured = _ignored,
+    ) -> None:
         self._place = place
         self._timeout = timeout
         self.fallback = fallback
+        self._measured = measured
 
     async def put(self, key: str, body: bytes, *, is_copied: bool = False) -> None:
         """Store an object, or replace it; when this returns, it can be read. `is_copied`: the ledger will hold a
         durable copy, so a folder need not wait for its disk, which takes longer than all the rest of a short run."""
-        await self._within(self._place.write(_checked(key), body, is_copied))
+        await self._within("write", self._place.write(_checked(key), body, is_copied))
 
     async def create(self, key: str, body: bytes) -> bool:
         """Store an object unless there is one already: of any number of callers at once, one does. Whether it was this
         one."""
-        return await self._within(self._place.create(_checked(key), body))
+        return await self._within("write", self._place.create(_checked(key), body))
 
     async def get(self, key: str) -> bytes:
         """The whole object. Raises `Missing`."""
@@ -75,7 +90,7 @@ class Store:
         """The object from this byte on, in chunks, the first of which is read before this returns. There is none if the
         object has no such byte. Raises `Missing`."""
         try:
-            first, size = await self._within(self._place.read(_checked(key), start))
+            first, size = await self._within("read", self._place.read(_checked(key), start))
         except Missing:
             if self.fallback is None:
                 raise
@@ -88,7 +103,7 @@ class Store:
                 at += len(chunk)
                 if at >= size:
                     return
-                chunk, _ = await self._within(self._place.read(key, at))
+                chunk, _ = await self._within("read", self._place.read(key, at))
             if at < size:
                 raise self._unavailable(f"no longer has all of {key}")
 
@@ -98,7 +113,7 @@ class Store:
         """A URL that lets its bearer read the object for five minutes, where callers can reach the store themselves;
         None where they can't, and where the fallback may have it. Raises `Missing`."""
         try:
-            return await self._within(self._place.link(_checked(key)))
+            return await self._within("link", self._place.link(_checked(key)))
         except Missing:
             if self.fallback is None:
                 raise
@@ -108,12 +123,12 @@ class Store:
         """Remove objects; those that are not there are no error."""
         left = [_checked(key) for key in keys]
         for at in range(0, len(left), _BATCH):
-            await self._within(self._place.remove(left[at : at + _BATCH]))
+            await self._within("remove", self._place.remove(left[at : at + _BATCH]))
 
     async def pages(self, kind: str) -> AsyncIterator[list[Object]]:
         """The objects whose keys begin with `<kind>/`. Objects that come or go meanwhile may be among them or not."""
         async with contextlib.aclosing(self._place.pages(_checked(kind))) as pages:
-            while (page := await self._within(anext(pages, None))) is not None:
+            while (page := await self._within("list", anext(pages, None))) is not None:
                 yield page
 
     async def now(self) -> datetime:
@@ -128,25 +143,33 @@ class Store:
 
     async def check(self) -> None:
         """Readiness: the folder or bucket is there and lets us in."""
-        await self._within(self._place.check())
+        await self._within("check", self._place.check())
 
     async def ensure(self) -> None:
         """Create the folder or bucket if it is not there. No other method does: it might replace an unmounted one."""
-        await self._within(self._place.ensure())
+        await self._within("check", self._place.ensure())
 
     async def aclose(self) -> None:
         await self._place.aclose()
         if self.fallback is not None:
             await self.fallback.aclose()
 
-    async def _within(self, work: Awaitable[T]) -> T:
+    async def _within(self, kind: str, work: Awaitable[T]) -> T:
+        began, is_away = time.monotonic(), False
         try:
             async with asyncio.timeout(self._timeout):
                 return await work
+        except StoreUnavailable:
+            is_away = True
+            raise
         except TimeoutError:
+            is_away = True
             raise self._unavailable(f"did not answer within {self._timeout:g} s") from None
         except self._place.failures as error:  # not chained: the causes may contain keys
+            is_away = True
             raise self._unavailable(self._place.explain(error)) from None
+        finally:
+            self._measured(kind, time.monotonic() - began, is_away)
 
     def _unavailable(self, why: str) -> StoreUnavailable:
         return StoreUnavailable(f"{self._place} {why}.", reason=self._place.address)

@@ -14,8 +14,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 from uuid import UUID
 
 from backcast import protocol
@@ -37,6 +38,8 @@ DUMP_WITHIN = 3.0
 """Seconds that a process has to write its dump, and to end by itself, after the signal for that."""
 STOP_WITHIN = 3.0
 """Seconds that the code of a run has to end after it was asked to; then it no longer matters to the run."""
+_CAUSES: Mapping[str, Literal["stall", "memory"]] = {"blocked_worker": "stall", "out_of_memory": "memory"}
+"""Of the end of an executor, by the code that its runs get."""
 _SECRETS = re.compile(r"BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)")
 
 
@@ -109,6 +112,8 @@ class Child:
         """It gets no more runs."""
         self.runs = 0
         """How many it was given."""
+        self.cause: Literal["stall", "memory", "died"] | None = None
+        """Why it has ended, if nobody has asked it to."""
         self.ended = asyncio.Event()
         self.pid: int | None = None
 
@@ -183,6 +188,7 @@ class Child:
         )
         faults = blame.faults({*self._jobs, *self._left, *self._keys}, evidence)
         if self.served is not None and (self.taken or not self.is_retiring):
+            self.cause = _CAUSES.get(problem.code, "died")
             log.error(
                 "executor %s ended %s, with %d runs; at fault: %s",
                 *(self.pid, _how(code), self.taken),

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-
-from backcast import protocol
 from backcast.errors import ConfigurationError, Unavailable
 from backcast.models import Problem, TaskType
 from backcast.process import background, orphans
+from backcast.process.metrics import WorkerMetrics
 from backcast.process.outages import backoff
 from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.settings import Settings
@@ -45,7 +43,7 @@ TOO_LARGE = Problem(
 
 
 class Executors:
-    def __init__(self, settings: Settings, store: Store, registry: CollectorRegistry, worker_id: UUID) -> None:
+    def __init__(self, settings: Settings, store: Store, metrics: WorkerMetrics, worker_id: UUID) -> None:
         self._settings, self._store, self._worker = settings, store, worker_id
         worker = settings.worker
         count = min(worker.processes, worker.slots)
@@ -71,17 +69,9 @@ class Executors:
         again."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Has the `ConfigurationError` with which the first executor could not start."""
-        self._metrics(registry)
-
-    def _metrics(self, registry: CollectorRegistry) -> None:
-        for name, text in protocol.HISTORY.items():
-            gauge = Gauge(f"backcast_history_{name}", text, registry=registry)
-            gauge.set_function(lambda name=name: sum(child.figures.get(name, 0.0) for child in self._all))
-        self._dropped = Counter("backcast_history_dropped", protocol.DROPPED, ["why"], registry=registry)
-        Gauge(
-            "backcast_worker_slots_lost", "Slots that code of runs takes which are over", registry=registry
-        ).set_function(lambda: self.left)
-        self._ended = Counter("backcast_worker_executors_ended", "Executors that have ended unasked", registry=registry)
+        self._metrics = metrics
+        metrics.show_history(lambda: [child.figures for child in self._all])
+        metrics.slots_lost.set_function(lambda: self.left)
 
     # -- what the worker sees -----------------------------------------------------------------------------------------
 
@@ -189,7 +179,6 @@ class Executors:
                 await child.ended.wait()
             if self._is_closing:
                 return
-            self._ended.inc()
             if child.served is None or time.monotonic() - began < 1.0:
                 await asyncio.sleep(next(delays))
             else:
@@ -214,7 +203,7 @@ class Executors:
             stall=settings.worker.stall.total_seconds(),
             identity=lambda: self.identity,
             changed=self._has_changed,
-            dropped=lambda why, count: self._dropped.labels(why).inc(count),
+            dropped=self._metrics.history_dropped,
             reported=lambda run, given: self.reported and self.reported(run, given),
         )
         self._all.add(child)
@@ -239,6 +228,8 @@ class Executors:
             log.error("an executor can't be started: %s", error)
         finally:
             self._all.discard(child)
+            if child.cause is not None:
+                self._metrics.executors_ended.labels(child.cause).inc()
             child.ended.set()
             self._has_changed()
 
@@ -270,6 +261,7 @@ class Executors:
                     fresh = await self._started(self._spawn(child.capacity))
                     self._seats[seat] = fresh
                     self._retire(child)
+                    self._metrics.executors_ended.labels("replaced").inc()
 
     def _end_orphans(self) -> None:
         """What runs have left behind ends with their executor, in whatever session it is."""

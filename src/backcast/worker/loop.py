@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from uuid import UUID
 
-from prometheus_client import CollectorRegistry, Gauge
-
 from backcast.errors import FatalError, LedgerFault, LedgerUnavailable, Unavailable
 from backcast.ledger import claims, dispatch, fleet, routing, unusable
 from backcast.ledger.claims import Claim
@@ -25,6 +23,7 @@ from backcast.ledger.settlement import Settlement
 from backcast.models import Failed, Problem, Reason
 from backcast.process import background
 from backcast.process.logs import RUN
+from backcast.process.metrics import WorkerMetrics
 from backcast.process.outages import Outage
 from backcast.process.stop import Stop
 from backcast.protocol import Attempt, Reports
@@ -91,7 +90,7 @@ class Worker:
         ledger: Ledger,
         store: Store,
         executors: Executors,
-        registry: CollectorRegistry,
+        metrics: WorkerMetrics,
         worker_id: UUID,
     ) -> None:
         """The executors have been started: it is known which tasks they serve."""
@@ -120,20 +119,15 @@ class Worker:
         self._drain_asked = asyncio.Event()
         self._fault: Exception | None = None
         self._claims, self._claiming = 0, False
-        self._reports = Recorder(ledger, self._lease.id, registry)
+        self._reports = Recorder(ledger, self._lease.id, metrics)
         self._logs = Logs(store)
         executors.reported = self._reported
-        self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, registry=registry)
-        self._metrics(registry)
-
-    def _metrics(self, registry: CollectorRegistry) -> None:
-        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
-            Gauge(f"backcast_worker_{name}", text, registry=registry).set_function(value)
-
-        gauge("slots", "Runs that may execute at the same time", lambda: self._settings.worker.slots)
-        gauge("busy", "Runs that execute now", lambda: self._busy)
-        gauge("unsettled", "Runs claimed and not yet settled", lambda: len(self._held))
-        gauge("heartbeat_age_seconds", "Since the last heartbeat", lambda: self._lease.age)
+        self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, metrics=metrics)
+        self._metrics = metrics
+        metrics.slots.set(settings.worker.slots)
+        metrics.busy.set_function(lambda: self._busy)
+        metrics.unsettled.set_function(lambda: len(self._held))
+        metrics.heartbeat_age.set_function(lambda: self._lease.age)
 
     # -- lease ------------------------------------------------------------------------------------------------------
 
@@ -243,7 +237,7 @@ class Worker:
             taken: list[Claim] = []
             has_claimed = False
             if free > 0 or prefetch > 0:
-                self._claiming = True
+                self._claiming, began = True, time.monotonic()
                 try:
                     taken = await claims.claim(
                         self._ledger,
@@ -256,6 +250,7 @@ class Worker:
                         route=self._turns.next,
                         routed=self._due.set,
                     )
+                    self._metrics.claim_seconds.observe(time.monotonic() - began)
                     has_claimed = True
                     self._turns.claimed(is_empty=len(taken) < free + prefetch)
                     outage.ended()
@@ -267,7 +262,11 @@ class Worker:
                     self._fault = error
                     self._turns.failed()
                     await unusable.set_aside(self._ledger, error)
+            if taken:
+                self._metrics.claimed.inc(len(taken))
             for claim in taken:
+                if claim.fence == 1:
+                    self._metrics.waited(claim.task, claim.waited)
                 held = self._held[claim.id] = _Claimed(claim)
                 if claim.is_quarantined:
                     self._quarantine.append(held)
@@ -299,7 +298,7 @@ class Worker:
         while True:
             steps: list[Callable[[], Awaitable[None]]] = [self._route]
             if self._dispatches:
-                steps.append(partial(dispatch.dispatch_due, self._ledger))
+                steps.append(partial(dispatch.dispatch_due, self._ledger, self._metrics.expired.inc))
             for step in steps:
                 try:
                     await step()
@@ -336,6 +335,7 @@ class Worker:
     async def _work(self, held: _Claimed) -> None:
         claim = held.claim
         RUN.set((claim.id, claim.task))
+        began = time.monotonic()
         attempt = Attempt(None, claim.retries_used)
         try:
             attempt = await self._execution.attempt(claim)
@@ -349,7 +349,8 @@ class Worker:
             held.is_executing = False
             self._busy -= 1
             self._alone = self._alone and not claim.is_quarantined
-            self._ends.append(time.monotonic())
+            self._ends.append(now := time.monotonic())
+            self._metrics.executed(claim.task, now - began)
             self._fill()
             self._wake.set()
         await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
@@ -360,6 +361,8 @@ class Worker:
         if settlement is None:
             self._drop(claim.id, claim.fence)
         else:
+            if attempt.usage:
+                self._metrics.answered(attempt.usage, attempt.answers)
             if attempt.usage or attempt.tried:
                 settlement = replace(settlement, usage=attempt.usage, earlier=attempt.tried)
             self._settler.put(settlement)

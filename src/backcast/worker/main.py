@@ -6,7 +6,6 @@ import gc
 from importlib.util import find_spec
 
 import uvloop
-from prometheus_client import CollectorRegistry
 
 from backcast.errors import Unavailable
 from backcast.ledger import cursors
@@ -14,6 +13,7 @@ from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
 from backcast.process import background, orphans, privacy
 from backcast.process.logs import configure_logging
+from backcast.process.metrics import WorkerMetrics
 from backcast.process.probes import probes
 from backcast.process.stop import Stop
 from backcast.settings import Settings
@@ -24,13 +24,13 @@ from backcast.worker.loop import Worker
 
 async def _serve(settings: Settings) -> None:
     stop = Stop()
-    registry = CollectorRegistry()
-    store = open_store(settings.store)
+    metrics = WorkerMetrics()
+    store = open_store(settings.store, metrics.stored)
     # One for claims and one for settlements; with those for heartbeats and for notifications, four.
     ledger = Ledger.of(settings.database, name="backcast-worker", pool=2)
     worker_id = uuid7()
     configure_logging(settings.log_level, settings.log_format, worker=worker_id)
-    executors = Executors(settings, store, registry, worker_id)
+    executors = Executors(settings, store, metrics, worker_id)
     worker: Worker | None = None
 
     async def ready() -> None:
@@ -47,10 +47,10 @@ async def _serve(settings: Settings) -> None:
     ]
     try:
         host, port = settings.worker.host, settings.worker.port
-        async with probes(host, port, setting="BACKCAST_WORKER__PORT", ready=ready, registry=registry):
+        async with probes(host, port, setting="BACKCAST_WORKER__PORT", ready=ready, registry=metrics.registry):
             if await _started(executors, stop):
                 gc.freeze()  # what has been imported is never garbage, and no collection needs to walk it
-                worker = Worker(settings, ledger, store, executors, registry, worker_id)
+                worker = Worker(settings, ledger, store, executors, metrics, worker_id)
                 await worker.run(stop)
     finally:
         for task in others:

@@ -9,14 +9,13 @@ from datetime import UTC, datetime
 from functools import partial
 from uuid import UUID
 
-from prometheus_client import CollectorRegistry, Counter
-
 from backcast.errors import LedgerFault, LedgerUnavailable
 from backcast.ledger import events
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.events import Event, Report
 from backcast.models import Progress
+from backcast.process.metrics import WorkerMetrics
 from backcast.process.outages import Outage, backoff
 from backcast.protocol import Reports
 
@@ -29,14 +28,14 @@ MOST_WAITING = 2000
 
 
 class Recorder:
-    def __init__(self, ledger: Ledger, worker_id: UUID, registry: CollectorRegistry) -> None:
+    def __init__(self, ledger: Ledger, worker_id: UUID, metrics: WorkerMetrics) -> None:
         self._ledger, self._worker_id = ledger, worker_id
         self._waiting = dict[UUID, Report]()
         self._sending = dict[UUID, Report]()
         self._seqs = dict[tuple[UUID, int], int]()
         """The number of the last report of each attempt that has reported."""
         self._asked, self._hurried, self._sent = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._dropped = Counter("backcast_worker_events_dropped", "Events of runs that were dropped", registry=registry)
+        self._dropped = metrics.events_dropped
 
     def put(self, claim: Claim, given: Reports) -> None:
         """Take what an attempt of this claim has reported."""

@@ -3,18 +3,19 @@
 import asyncio
 import contextlib
 import logging
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from functools import partial
 from uuid import UUID
-
-from prometheus_client import CollectorRegistry, Counter
 
 from backcast.errors import LedgerFault, LedgerUnavailable, StoreUnavailable
 from backcast.ledger import settlement, unusable
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Problem
+from backcast.process.metrics import WorkerMetrics
 from backcast.process.outages import Outage, backoff
 from backcast.store import Store
 
@@ -35,18 +36,13 @@ class Settler:
         worker_id: UUID,
         *,
         settled: Callable[[Collection[Settlement]], Awaitable[None]],
-        registry: CollectorRegistry,
+        metrics: WorkerMetrics,
     ) -> None:
         self._ledger, self._store, self._worker_id, self._settled = ledger, store, worker_id, settled
         self._waiting: asyncio.Queue[Settlement] = asyncio.Queue()
         self.count = 0
         """Runs that have ended here."""
-        self._ended = Counter(
-            "backcast_worker_attempts",
-            "Attempts that ended, by the state they left their run in",
-            ["state"],
-            registry=registry,
-        )
+        self._metrics = metrics
 
     def put(self, settlement: Settlement) -> None:
         self._waiting.put_nowait(settlement)
@@ -71,8 +67,10 @@ class Settler:
         outage = Outage(partial(log.warning, "can't settle %d runs, trying again: %s", len(batch)))
         faults = Outage(partial(log.error, "can't settle %d runs, trying again: %s", len(batch), exc_info=True))
         while settled is None:
+            began = time.monotonic()
             try:
                 settled = await settlement.settle(self._ledger, self._worker_id, batch)
+                self._metrics.settle_seconds.observe(time.monotonic() - began)
             except LedgerFault as error:
                 faults.failed(error)
                 await asyncio.sleep(next(delays))
@@ -95,10 +93,16 @@ class Settler:
                 batch = [replace(batch[0], state="failed", result=None, result_key=None, error=refused)]
         self.count += sum((e.id, e.fence) in settled.accepted and e.state in ("completed", "failed") for e in batch)
         await self._settled(batch)
+        attempts, retries = Counter[tuple[str, str]](), Counter[str]()
         for one in batch:
             attempt = one.id, one.fence
             recorded = attempt in settled.accepted and attempt not in settled.cancelled
-            self._ended.labels(one.state if recorded else "dropped").inc()
+            outcome = one.outcome if recorded else "cancelled" if attempt in settled.cancelled else "lost"
+            if outcome is not None:
+                attempts[one.task, outcome] += 1
+            if recorded:
+                retries.update(one.retries())
             if one.result_key is not None and not recorded:
                 with contextlib.suppress(StoreUnavailable):
                     await self._store.delete([one.result_key])
+        self._metrics.settled(attempts, retries)

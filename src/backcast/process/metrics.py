@@ -129,6 +129,7 @@ class ApiMetrics(Metrics):
             "Time from a request to the end of its answer; it includes the wait that `Prefer: wait` asks for",
             *("method", "route"),
         )
+        self._answers = dict[tuple[str, str, int], tuple[Counter, Histogram]]()
         self._submit_seconds = self._seconds(
             "submit_seconds", "Time of a statement that records single submissions, up to 500 at once, and its commit"
         )
@@ -151,8 +152,11 @@ class ApiMetrics(Metrics):
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request; status 0: its caller went away first."""
         method = method if method in _METHODS else OTHER
-        self._requests.labels(method, route, status).inc()
-        self._request_seconds.labels(method, route).observe(seconds)
+        if (known := self._answers.get((method, route, status))) is None:  # to find them costs more than to count
+            known = self._requests.labels(method, route, status), self._request_seconds.labels(method, route)
+            self._answers[method, route, status] = known
+        known[0].inc()
+        known[1].observe(seconds)
 
 
 class _WithHistory(Metrics):

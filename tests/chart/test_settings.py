@@ -121,6 +121,23 @@ def test_a_pool_has_settings_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert (settings.tasks, settings.builtin_tasks) == (["a.b", "c"], False)
 
 
+@pytest.mark.parametrize(
+    ("values", "has_key"),
+    [
+        ({}, False),
+        ({"workers": {"pools": {"default": {"submits": True}}}}, True),
+        ({"auth": {"enabled": False}}, False),
+    ],
+)
+def test_tasks_find_the_api_and_get_its_key_if_they_may_submit(values: dict[str, Any], has_key: bool) -> None:
+    release = render(values)
+    made = environment(release, release.pod("worker").main)
+    assert made["BACKCAST_URL"] == "http://demo-backcast-api:8000"
+    assert ("BACKCAST_API_KEY" in made) is has_key
+    if has_key:
+        assert made["BACKCAST_API_KEY"] == environment(release, release.pod("api").main)["BACKCAST_API__KEYS"]
+
+
 def test_config_wins_over_what_the_chart_derives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         "store": {"path_style": False, "timeout": 3},

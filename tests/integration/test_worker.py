@@ -61,9 +61,11 @@ async def test_tasks_run_and_return(product: Stack) -> None:
 
 async def test_a_task_makes_runs_of_other_tasks(database: str, tmp_path: Path) -> None:
     async with stack(database, tmp_path) as product:
-        await product.up("api")
-        worker = product.start("worker", BACKCAST_URL=str(product.http.base_url))
-        await worker.ready()
+        keys = "a-key-of-the-api, another-key-of-the-api"
+        await product.up("api", BACKCAST_API__KEYS=keys)
+        product.http.headers["Authorization"] = "Bearer another-key-of-the-api"
+        given = {"BACKCAST_URL": str(product.http.base_url), "BACKCAST_API_KEY": keys}
+        await product.start("worker", **given).ready()
         assert await product.result(await product.submit("delegate", value={"a": 1})) == {"a": 1}
 
 

@@ -248,11 +248,15 @@ store may become those of a bucket elsewhere. */}}
 
 {{/* For the command line, as a caller from outside uses it. */}}
 {{- define "backcast.env.client" -}}
-- name: BACKCAST_URL
-  value: http://{{ include "backcast.name.api" .root }}:8000
+{{ include "backcast.env.url" . }}
 {{- with .root.Values.auth }}
 {{- if .enabled }}
 {{ include "backcast.env.from" (list $.root "BACKCAST_API_KEY" "api-key" .existingSecret) }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- define "backcast.env.url" -}}
+- name: BACKCAST_URL
+  value: http://{{ include "backcast.name.api" .root }}:8000
 {{- end }}

@@ -246,5 +246,5 @@ class AsyncClient(_Methods, Awaiting):
 
 
 def authorization(key: str | None) -> dict[str, str]:
-    """The `headers` that show this key to the service; none without a key."""
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    """The `headers` that show this key to the service, the first one of several with commas; none without a key."""
+    return {"Authorization": f"Bearer {key.split(',')[0].strip()}"} if key else {}

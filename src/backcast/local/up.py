@@ -345,7 +345,8 @@ class _Up:
         return {f"BACKCAST_{name.upper()}__PORT": str(port) for name, port in ours.items()} | {
             "BACKCAST_DATABASE__URL": self._database("backcast"),
             "BACKCAST_MODEL__BACKEND": self._backend,
-            "BACKCAST_URL": self._url("api"),  # for tasks that submit runs
+            **({KEY_VARIABLE: self._key} if self._key is not None else {}),  # for tasks that submit runs
+            URL_VARIABLE: self._url("api"),
             "BACKCAST_PREFECT__API_URL": prefect,
             "BACKCAST_WORKER__GRACE": f"PT{GRACE}S",
             "PREFECT_HOME": str(self._data / "prefect"),

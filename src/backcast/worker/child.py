@@ -26,7 +26,7 @@ from backcast.process import marks
 from backcast.process.channel import Channel, Message
 from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.store import Missing, Store
-from backcast.variables import URL_VARIABLE
+from backcast.variables import KEY_VARIABLE, URL_VARIABLE
 from backcast.worker import blame
 from backcast.worker.blame import Evidence, Fault
 
@@ -126,8 +126,8 @@ class Child:
         ours, theirs = socket.socketpair()
         files = (theirs.fileno(), self._marks.fileno(), self._dump.fileno())
         environment = {name: value for name, value in os.environ.items() if not _SECRETS.match(name)}
-        if URL_VARIABLE in os.environ:
-            environment[URL_VARIABLE] = os.environ[URL_VARIABLE]
+        # For `backcast.delay` in tasks. The worker has no use for a key of the API: one that it is given is for them.
+        environment |= {name: os.environ[name] for name in (URL_VARIABLE, KEY_VARIABLE) if name in os.environ}
         with theirs, contextlib.ExitStack() as unless_started:
             unless_started.callback(ours.close)
             process = await asyncio.create_subprocess_exec(

@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import pytest
 from typer.testing import CliRunner, Result
 
+from backcast.cli.arguments import FILTERS
 from backcast.cli.main import app
 from tests.support.waiting import PATIENCE
 from tests.unit.test_client import Service
@@ -235,10 +236,97 @@ def test_retry_attempts_and_watch(cli: Cli, service: Service) -> None:
         "progress\t40% page 12",
         "ended\tfailed task_failed: no",
     ]
+    again = (
+        "--metadata",
+        "team=a",
+        "--lane",
+        "gpu",
+        "--run-at",
+        "2030-01-31T08:00Z",
+        "--deadline",
+        "2030-02-01T08:00Z",
+    )
+    cli("retry", run_id, *again)
+    assert service.seen[-1].body == {
+        "lane": "gpu",
+        "metadata": {"team": "a"},
+        "run_at": "2030-01-31T08:00:00Z",
+        "deadline": "2030-02-01T08:00:00Z",
+    }
     assert json.loads(cli("watch", run_id, "--json").stdout.splitlines()[0]) == {
         "event": "started",
         "data": {"attempt": 2},
     }
+
+
+def _events(batch: dict[str, Any]) -> str:
+    """Those of a batch."""
+    half = {**batch, "states": {"completed": 1, "running": 1}}
+    ended = {**batch, "states": {"completed": 1, "failed": 1}}
+    runs = {"items": [{"id": str(UUID(int=7)), "state": "failed"}]}
+    events = [("states", half), ("runs", runs), ("ended", ended)]
+    return "".join(f"id: 1\nevent: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+
+
+def test_a_batch_can_be_watched(cli: Cli, service: Service, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    batch = cli("batch", "submit", str(tmp_path / "rows.jsonl"), "--task", "add").stdout.strip()
+    service.streams += [_events(service.batches[batch])] * 2
+    assert cli("watch", batch).stdout.splitlines() == [
+        "states\t1 completed, 1 running",
+        f"runs\t{UUID(int=7)} failed",
+        "ended\t1 completed, 1 failed",
+    ]
+    assert json.loads(cli("watch", batch, "--json").stdout.splitlines()[1])["event"] == "runs"
+
+
+def test_labels_and_filters(cli: Cli, service: Service) -> None:
+    cli("submit", "add", "a=1", "--metadata", "team=a", "--metadata", "note=x=y")
+    assert service.seen[-1].body["metadata"] == {"team": "a", "note": "x=y"}
+    given = {name: "failed" if name == "state" else str(UUID(int=1)) for name in FILTERS}
+    given |= {name: "2030-01-31T08:00:00Z" for name in FILTERS if name.endswith(("_after", "_before"))}
+    given["metadata.team"] = "a"
+    where = [each for name, value in given.items() for each in ("--where", f"{name}={value}")]
+    assert cli("list", *where).exit_code == 0
+    assert service.seen[-1].query == {**given, "limit": "20"}
+    fails(cli("list", "--where", "onwer=ana"), 2, "'onwer' is no filter. Did you mean owner?")
+    fails(cli("list", "--where", "state=late"), 2, "state: ")
+    fails(cli("submit", "add", "--metadata", "team"), 2, "'team' is not NAME=VALUE.")
+
+
+def test_many_runs_are_cancelled_or_repeated(cli: Cli, service: Service) -> None:
+    where = ("--where", "task=add", "--where", "metadata.team=a")
+    for command in ("cancel", "retry"):
+        assert cli(command, *where, "--dry-run").stdout == "5 runs match.\n"
+        fails(cli(command, *where), 2, f"5 runs match: add --yes to {command} them.")
+        assert service.seen[-1].body["dry_run"]
+        assert cli(command, *where, "--yes").stdout.startswith("1 runs ")
+        sent = [seen for seen in service.seen if seen.path == f"/v1/runs/{command}"][-1].body
+        assert sent == {"task": "add", "metadata": {"team": "a"}}
+        assert json.loads(cli(command, *where, "--yes", "--json").stdout)["state"] == "completed"
+        fails(cli(command), 2, "give the id of one run, or --where")
+        fails(cli(command, str(uuid4()), *where), 2, "give the id of one run, or --where")
+    fails(cli("retry", *where, "--lane", "gpu"), 2, "changes and --wait are for one run")
+    fails(cli("cancel", "--where", "ended_after=2030-01-31T08:00Z", "--yes"), 2, "ended_after")
+
+
+def _completed(service: Service, *words: str) -> list[str]:
+    """What a shell is given to complete the last word."""
+    asked = {"_BACKCAST_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    found = CliRunner().invoke(app, env=asked, prog_name="backcast")
+    assert (found.exit_code, found.stderr) == (0, "")
+    return found.stdout.split()
+
+
+def test_names_are_completed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.lanes["gpu"] = {"name": "gpu", "running": 0, "queued": 0, "held": 0}
+    assert _completed(service, "backcast", "submit", "a") == ["add"]
+    assert _completed(service, "backcast", "tasks", "x") == []
+    assert _completed(service, "backcast", "submit", "add", "--lane", "g") == ["gpu"]
+    assert _completed(service, "backcast", "lane", "g") == ["gpu"]
+    assert _completed(service, "backcast", "list", "--state", "ca") == ["cancelled"]
+    monkeypatch.setenv("BACKCAST_URL", "http://127.0.0.1:1")
+    assert _completed(service, "backcast", "submit", "a") == []
 
 
 def test_why_and_logs(cli: Cli, service: Service) -> None:
@@ -359,6 +447,9 @@ class Terminal:
             self.screen += chunk.decode(errors="replace")
         return self.screen
 
+    def types(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
     def ended(self) -> int:
         os.close(self._ours)
         return self.process.wait(PATIENCE)
@@ -383,6 +474,46 @@ def test_people_see_a_run_move_and_may_leave(service: Service) -> None:
     terminal.process.send_signal(signal.SIGINT)
     assert "The run goes on: backcast wait" in terminal.read()
     assert terminal.ended() == 130
+
+
+def test_people_see_tables_move(service: Service) -> None:
+    service.states = ("queued",)
+    run_id = service.add_run()
+    emitted = [("started", {"attempt": 2, "at": None}), ("progress", {"fraction": 0.4, "message": "page 12"})]
+    emitted += [("output", {"kind": "json", "data": "\x1b[2Jhalf"})]
+    ended = {"run": {**service.runs[run_id], "state": "failed", "error": {"code": "c", "title": "t", "detail": "no"}}}
+    service.streams.append("".join(f"id: 1\nevent: {n}\ndata: {json.dumps(d)}\n\n" for n, d in emitted))
+    service.streams.append(f"id: 2\nevent: ended\ndata: {json.dumps(ended)}\n\n")
+    terminal = Terminal("watch", run_id)
+    screen = terminal.read()
+    assert terminal.ended() == 0
+    for seen in ("running", "attempt 2", "40%", "page 12", "half", "failed", "c: no"):
+        assert seen in screen
+    assert "\x1b[2J" not in screen
+
+    batch: dict[str, Any] = {
+        "id": str(UUID(int=8)),
+        "owner": "default",
+        "size": 2,
+        "created_at": "2030-01-31T08:00:00Z",
+    }
+    service.batches[batch["id"]] = {**batch, "states": {"queued": 2}}
+    service.streams.append(_events(batch))
+    service.runs[run_id] |= ended["run"]
+    terminal = Terminal("watch", batch["id"])
+    screen = terminal.read()
+    assert terminal.ended() == 0
+    for seen in ("STATE", "running", "1 of 2", "2 of 2", "Latest errors", run_id, "c: no"):
+        assert seen in screen
+
+
+def test_people_are_asked_before_many_runs_are_changed(service: Service) -> None:
+    for answer, code in (("n\n", 1), ("y\n", 0)):
+        terminal = Terminal("cancel", "--where", "task=add")
+        terminal.read("Cancel 5 runs?")
+        terminal.types(answer)
+        screen = terminal.read()
+        assert (terminal.ended(), "1 runs cancelled" in screen) == (code, code == 0)
 
 
 def test_a_result_can_not_steer_the_terminal(service: Service) -> None:

@@ -136,12 +136,12 @@ class Service:
             case "POST", ["batches", batch_id, "retry"]:
                 return 202, _operation("retry", {"batch": batch_id})
             case _, ["operations", _, *_]:
-                return 200, _operation("retry", {"task": "add"})
+                return 200, _operation("retry", {"task": "add"}) | {"state": "completed"}
             case "GET", ["batches", _, "errors"]:
                 return 200, b'{"line": 3, "code": "invalid_input"}\n'
             case "POST", ["runs", run_id, "retry"] if run_id in self.runs:
                 return 202, self.runs[self.add_run(retry_of=run_id, **seen.body)]
-            case "GET", ["runs", run_id, "events"] if run_id in self.runs:
+            case "GET", ["runs" | "batches", noun_id, "events"] if noun_id in self.runs | self.batches:
                 return 200, (self.streams.pop(0) if self.streams else "").encode()
             case "GET", ["batches", batch_id, "results"]:
                 ids = [str(uuid7()) for _ in range(self.batches[batch_id]["size"])]

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from backcast.models import JSON
+from backcast.errors import did_you_mean
+from backcast.models import JSON, CancelMany, Selection
 
 
 def stdin() -> str:
@@ -57,22 +58,35 @@ def moment(given: str) -> datetime:
         raise typer.BadParameter("a time is wanted, such as 2030-01-31T08:00 or 2030-01-31T08:00Z.") from None
 
 
-def filters(pairs: Iterable[str]) -> Any:
-    """Filters of a list of runs, by name."""
+def filters(pairs: Iterable[str], among: Sequence[str]) -> Any:
+    """Filters of runs, by name; their values are checked by the client."""
     found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or (name not in _FILTERS and not name.startswith("metadata.")):
-            raise typer.BadParameter(f"{pair!r} is no filter: write NAME=VALUE, with one of {', '.join(_FILTERS)}.")
-        if name.startswith("metadata."):
-            found.setdefault("metadata", {})[name.removeprefix("metadata.")] = text
-        else:
+    for name, text in _split(pairs):
+        if name.startswith(_LABEL):
+            found.setdefault("metadata", {})[name.removeprefix(_LABEL)] = text
+        elif name in among:
             found[name] = moment(text) if name.endswith(("_after", "_before")) else text
+        else:
+            hint = did_you_mean(name, among)
+            raise typer.BadParameter(f"{name!r} is no filter.{hint} There are {', '.join(among)}, {_LABEL}NAME.")
     return found
 
 
-_TIMES = ("created_after", "created_before", "ended_after", "ended_before")
-_FILTERS = ("lane", "worker", "batch", "error", "text", *_TIMES, "metadata.NAME")
+_LABEL = "metadata."
+FILTERS = tuple(sorted(name for name in Selection.model_fields if name != "metadata"))
+FILTERS_OF_LIVE_RUNS = tuple(name for name in FILTERS if name in CancelMany.model_fields)
+
+
+def labels(pairs: Iterable[str]) -> dict[str, str]:
+    return dict(_split(pairs))
+
+
+def _split(pairs: Iterable[str], word: str = "NAME") -> Iterator[tuple[str, str]]:
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{pair!r} is not {word}=VALUE.")
+        yield name, text
 
 
 def wrong_option(error: ValidationError) -> typer.BadParameter:
@@ -82,10 +96,7 @@ def wrong_option(error: ValidationError) -> typer.BadParameter:
 
 def parameters(pairs: Iterable[str]) -> dict[str, JSON]:
     parameters: dict[str, JSON] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE.")
+    for name, text in _split(pairs, "KEY"):
         try:
             parameters[name] = _loads(text)
         except ValueError:

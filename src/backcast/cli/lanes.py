@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from backcast.cli import arguments, output
 from backcast.cli.app import use
-from backcast.cli.service import AsJson, Url, connect
+from backcast.cli.service import AsJson, Url, connect, names
 from backcast.models import Lane, Limits
 
 
@@ -21,7 +21,7 @@ def lanes(url: Url = None, as_json: AsJson = False) -> None:
 
 @use()
 def lane(
-    name: Annotated[str, typer.Argument(metavar="LANE", help="The lane's name.")],
+    name: Annotated[str, typer.Argument(metavar="LANE", help="The lane's name.", autocompletion=names("lanes"))],
     max_running: Annotated[
         int | None,
         typer.Option(help="Runs that may run at the same time; 0 holds them all.", min=0, show_default=False),

@@ -52,10 +52,10 @@ def watching(run_id: UUID) -> Iterator[Callable[[Run], object] | None]:
 
 
 def complain(sentence: str) -> None:
-    err.print(Text(_printable(sentence), style="red"), soft_wrap=True)
+    err.print(Text(printable(sentence), style="red"), soft_wrap=True)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Replace control characters: text of others must not control the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
@@ -68,7 +68,7 @@ def print_value(value: JSON, as_json: bool) -> None:
     if as_json:
         print_document(value)
     elif isinstance(value, str):
-        typer.echo(_printable(value) if out.is_terminal else value)
+        typer.echo(printable(value) if out.is_terminal else value)
     else:
         out.print_json(json.dumps(value))
 
@@ -124,7 +124,7 @@ def _print_facts(facts: Mapping[str, str]) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         if value and out.is_terminal:
-            grid.add_row(Text(_printable(name), style="dim"), _styled(value))
+            grid.add_row(Text(printable(name), style="dim"), coloured(value))
         elif value:
             typer.echo(f"{name}\t{value}")
     if out.is_terminal:
@@ -141,12 +141,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for column in columns:
         table.add_column(column, no_wrap=column not in _WORDS, overflow="ellipsis")
     for row in rows:
-        table.add_row(*map(_styled, row))
+        table.add_row(*map(coloured, row))
     out.print(table)
 
 
-def _styled(value: str) -> Text:
-    return Text(_printable(value), style=_COLOURS[value] if isinstance(value, State) else "")
+def coloured(value: str) -> Text:
+    """Text in one line; a state has its colour."""
+    return Text(printable(value), style=_COLOURS[value] if isinstance(value, State) else "")
 
 
 def _local(moment: datetime | None) -> str:
@@ -161,35 +162,10 @@ def print_line(value: JSON) -> None:
 def print_log(line: "LogLine") -> None:
     """A line for people; what was printed has no level."""
     if line.logger in ("stdout", "stderr"):
-        out.print(Text(_printable(line.message)), soft_wrap=True)
+        out.print(Text(printable(line.message)), soft_wrap=True)
         return
     text = Text(f"{line.at.astimezone():%H:%M:%S} {line.level:7} ", style="dim")
-    out.print(text.append(_printable(line.message), style=""), soft_wrap=True)
-
-
-def print_event(name: str, data: JSON) -> None:
-    """A line for people: what happened, and what of it is worth a glance."""
-    given: dict[str, JSON] = data if isinstance(data, dict) else {}
-    match name:
-        case "progress":
-            fraction = given.get("fraction")
-            words = [f"{fraction:.0%}" if isinstance(fraction, int | float) else "", str(given.get("message") or "")]
-        case "output":
-            words = [str(given.get("kind") or ""), json.dumps(given.get("data"), ensure_ascii=False)]
-        case "log":
-            words = [str(given.get("message") or "")]
-        case "ended":
-            run = given.get("run") or {}
-            error = run.get("error")
-            words = [str(run.get("state", "")), f"{error['code']}: {error['detail']}" if error else ""]
-        case _:
-            words = [f"attempt {given['attempt']}" if "attempt" in given else ""]
-    rest = _printable(" ".join(word for word in words if word))
-    if not out.is_terminal:
-        typer.echo(f"{name}\t{rest}")
-        return
-    text = Text(f"{datetime.now().astimezone():%H:%M:%S}  ", style="dim")
-    out.print(text.append(f"{name:9} ", style="bold").append(rest), soft_wrap=True)
+    out.print(text.append(printable(line.message), style=""), soft_wrap=True)
 
 
 def took(run: Run) -> str:

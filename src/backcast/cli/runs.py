@@ -1,4 +1,4 @@
-"""The commands about runs: from cast and submit to retry and cancel."""
+"""The commands that submit, read, list, cancel and retry runs."""
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,9 +7,9 @@ from uuid import UUID
 import typer
 from pydantic import ValidationError
 
-from backcast.cli import arguments, output
+from backcast.cli import arguments, many, output
 from backcast.cli.app import INTERRUPTED, use
-from backcast.cli.service import AsJson, RunId, Timeout, Url, connect
+from backcast.cli.service import AsJson, Labels, RunId, Timeout, Url, Where, connect, names
 from backcast.models import CAST, Run, State, Submission
 
 if TYPE_CHECKING:
@@ -25,6 +25,19 @@ Input = Annotated[
         show_default=False,
     ),
 ]
+RunAt = Annotated[
+    Any,
+    typer.Option(parser=arguments.moment, metavar="TIME", help="Start no earlier than this.", show_default=False),
+]
+Deadline = Annotated[
+    Any,
+    typer.Option(
+        parser=arguments.moment, metavar="TIME", help="Expire if not started by this time.", show_default=False
+    ),
+]
+MaybeRun = Annotated[UUID | None, typer.Argument(metavar="ID", help="The run's id.", show_default=False)]
+Yes = Annotated[bool, typer.Option("--yes", help="With --where: do not ask before.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="With --where: only count the runs.")]
 
 
 @use()
@@ -57,7 +70,10 @@ def cast(
 
 @use()
 def submit(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name; see `backcast tasks`.")],
+    task: Annotated[
+        str,
+        typer.Argument(metavar="TASK", help="The task's name; see `backcast tasks`.", autocompletion=names("tasks")),
+    ],
     pairs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -67,17 +83,13 @@ def submit(
     given: Input = None,
     owner: Annotated[str, typer.Option(help="Owner of the run; owners get equal shares of the queue.")] = "default",
     priority: Annotated[int, typer.Option(help="Among the owner's runs, higher ones start first.")] = 0,
-    run_at: Annotated[
-        Any,
-        typer.Option(parser=arguments.moment, metavar="TIME", help="Start no earlier than this.", show_default=False),
+    run_at: RunAt = None,
+    deadline: Deadline = None,
+    lane: Annotated[
+        str | None,
+        typer.Option(help="Lane of the run; see `backcast lanes`.", autocompletion=names("lanes"), show_default=False),
     ] = None,
-    deadline: Annotated[
-        Any,
-        typer.Option(
-            parser=arguments.moment, metavar="TIME", help="Expire if not started by this time.", show_default=False
-        ),
-    ] = None,
-    lane: Annotated[str | None, typer.Option(help="Lane of the run; see `backcast lanes`.", show_default=False)] = None,
+    metadata: Labels = None,
     key: Annotated[
         str | None, typer.Option(help="Idempotency-Key: the same key gives the same run.", show_default=False)
     ] = None,
@@ -90,7 +102,13 @@ def submit(
     parameters = (given or {}) | arguments.parameters(pairs or ())
     try:
         submission = Submission(
-            input=parameters, owner=owner, priority=priority, run_at=run_at, deadline=deadline, lane=lane
+            input=parameters,
+            owner=owner,
+            priority=priority,
+            run_at=run_at,
+            deadline=deadline,
+            lane=lane,
+            metadata=arguments.labels(metadata or ()),
         )
     except ValidationError as error:
         raise arguments.wrong_option(error) from None
@@ -111,8 +129,9 @@ def get(
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a run, or print its result. A run that failed is shown like any other, with exit code 0; `wait` and
-    `--result` end with 1 for it.
+    """Show a run, or print its result.
+
+    A run that failed is shown like any other, with exit code 0; `wait` and `--result` end with 1 for it.
     """
     with connect(url) as service:
         if result:
@@ -135,24 +154,22 @@ def wait(run_id: RunId, timeout: Timeout = None, url: Url = None, as_json: AsJso
 @use("list")
 def list_(
     state: Annotated[State | None, typer.Option(help="Only runs in this state.", show_default=False)] = None,
-    task: Annotated[str | None, typer.Option(help="Only runs of this task.", show_default=False)] = None,
-    owner: Annotated[str | None, typer.Option(help="Only runs of this owner.", show_default=False)] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Another filter, several times: lane, worker, batch, error (its code), text (of the error),"
-            " created_after, created_before, ended_after, ended_before (times), metadata.NAME.",
-            show_default=False,
-        ),
+    task: Annotated[
+        str | None, typer.Option(help="Only runs of this task.", autocompletion=names("tasks"), show_default=False)
     ] = None,
+    owner: Annotated[str | None, typer.Option(help="Only runs of this owner.", show_default=False)] = None,
+    where: Where = None,
     limit: Annotated[int, typer.Option(help="Runs to show at most.", min=1)] = 20,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """List runs, the newest first."""
+    named = {"state": state, "task": task, "owner": owner}
+    chosen = arguments.filters(where or (), arguments.FILTERS) | {
+        name: value for name, value in named.items() if value is not None
+    }
     with connect(url) as service:
-        runs = list(service.list(limit=limit, state=state, task=task, owner=owner, **arguments.filters(where or ())))
+        runs = list(service.list(limit=limit, **chosen))
     if as_json:
         output.print_document([run.model_dump(mode="json") for run in runs])
         return
@@ -175,10 +192,24 @@ def list_(
 
 
 @use()
-def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
-    """Cancel a run: a queued one never starts, a running one is asked to stop."""
+def cancel(
+    run_id: MaybeRun = None,
+    where: Where = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel a run, or with --where all that match.
+
+    A queued run never starts, a running one is asked to stop.
+    """
+    one = _one(run_id, where)
     with connect(url) as service:
-        run = service.cancel(run_id)
+        if one is None:
+            many.carry_out(service, "cancel", where or [], yes=yes, dry_run=dry_run, as_json=as_json)
+            return
+        run = service.cancel(one)
     if as_json:
         output.print_document(run.model_dump(mode="json"))
     elif run.state.is_final:
@@ -189,21 +220,43 @@ def cancel(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
 
 @use()
 def retry(
-    run_id: RunId,
+    run_id: MaybeRun = None,
+    where: Where = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
     given: Input = None,
-    task: Annotated[str | None, typer.Option(help="Another task.", show_default=False)] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Another task.", autocompletion=names("tasks"), show_default=False)
+    ] = None,
     priority: Annotated[int | None, typer.Option(help="Another priority.", show_default=False)] = None,
-    lane: Annotated[str | None, typer.Option(help="Another lane.", show_default=False)] = None,
+    run_at: RunAt = None,
+    deadline: Deadline = None,
+    lane: Annotated[
+        str | None, typer.Option(help="Another lane.", autocompletion=names("lanes"), show_default=False)
+    ] = None,
+    metadata: Labels = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the result and print it instead of the id.")] = False,
     timeout: Timeout = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Repeat a run that has ended as a new one, with its input or another one, and print the new id."""
-    changes = {"input": given, "task": task, "priority": priority, "lane": lane}
+    """Repeat a run that has ended as a new one, and print the new id; or with --where all that match.
+
+    The new run has the input of the old one, unless another is given. --where repeats the failed and expired runs,
+    unless it names a state.
+    """
+    one = _one(run_id, where)
+    labels = arguments.labels(metadata) if metadata else None
+    changes = {"input": given, "task": task, "priority": priority, "lane": lane, "metadata": labels}
+    changes |= {"run_at": run_at, "deadline": deadline}
     stated: Any = {name: value for name, value in changes.items() if value is not None}
+    if one is None and (wait or stated):
+        raise typer.BadParameter("--where repeats runs as they were: changes and --wait are for one run.")
     with connect(url) as service:
-        run = service.retry(run_id, **stated)
+        if one is None:
+            many.carry_out(service, "retry", where or [], yes=yes, dry_run=dry_run, as_json=as_json)
+            return
+        run = service.retry(one, **stated)
         if wait:
             _finish(service, run, timeout, as_json)
         elif as_json:
@@ -212,66 +265,10 @@ def retry(
             typer.echo(run.id)
 
 
-@use()
-def attempts(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
-    """Show the attempts of a run: how each ended, on which worker, and its traceback."""
-    with connect(url) as service:
-        found = service.attempts(run_id)
-    if as_json:
-        output.print_document(found.model_dump(mode="json"))
-        return
-    rows = [(str(one.number), one.outcome, one.host or "", output.lasted(one), one.error.code if one.error else "")
-            for one in found.items]  # fmt: skip
-    output.print_table(("ATTEMPT", "OUTCOME", "HOST", "TOOK", "ERROR"), rows)
-    for one in found.items:
-        if one.traceback:
-            typer.echo(f"\nAttempt {one.number}:\n{one.traceback.rstrip()}")
-
-
-@use()
-def watch(
-    run_id: RunId,
-    with_logs: Annotated[bool, typer.Option("--logs", help="Also the lines of its log.")] = False,
-    url: Url = None,
-    as_json: AsJson = False,
-) -> None:
-    """Follow a run until it has ended: its states, its progress, and what its task emits, a line each."""
-    with connect(url) as service:
-        try:
-            for event in service.stream(run_id, logs=with_logs):
-                if as_json:
-                    output.print_line({"event": event.name, "data": event.data})
-                else:
-                    output.print_event(event.name, event.data)
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-
-
-@use()
-def why(run_id: RunId, url: Url = None, as_json: AsJson = False) -> None:
-    """Explain where a run is, and what it waits for."""
-    with connect(url) as service:
-        found = service.why(run_id)
-    if as_json:
-        output.print_document(found.model_dump(mode="json", exclude_none=True))
-    else:
-        typer.echo(found.sentence)
-
-
-@use()
-def logs(
-    run_id: RunId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
-    url: Url = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print what the code of a run has logged and printed."""
-    with connect(url) as service:
-        try:
-            for line in service.follow_logs(run_id) if follow else service.logs(run_id):
-                output.print_line(line.model_dump(mode="json")) if as_json else output.print_log(line)
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
+def _one(run_id: UUID | None, where: list[str] | None) -> UUID | None:
+    if (run_id is None) == (not where):
+        raise typer.BadParameter("give the id of one run, or --where for all that match.")
+    return run_id
 
 
 def _finish(service: "Client", run: Run, timeout: float | None, as_json: bool) -> None:

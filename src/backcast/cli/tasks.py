@@ -6,12 +6,14 @@ import typer
 
 from backcast.cli import output
 from backcast.cli.app import use
-from backcast.cli.service import AsJson, Url, connect
+from backcast.cli.service import AsJson, Url, connect, names
 
 
 @use()
 def tasks(
-    name: Annotated[str | None, typer.Argument(help="Show this task.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this task.", autocompletion=names("tasks"), show_default=False)
+    ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:

@@ -102,9 +102,9 @@ def check(block: Block, printed: str) -> None:
     assert re.fullmatch(pattern, printed.rstrip(), re.DOTALL), f"{block.place}: the block before it prints\n{printed}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
 async def test_the_blocks_of_a_page_do_what_it_shows(page: str, database: str, tmp_path: Path) -> None:
-    blocks = list(read(ROOT / "docs" / f"{page}.md"))
+    blocks = list(read(ROOT / page))
     for block in blocks:
         if block.kind == "file":
             (tmp_path / str(block.given["name"])).write_text(block.text)

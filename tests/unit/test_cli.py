@@ -297,10 +297,10 @@ def test_labels_and_filters(cli: Cli, service: Service) -> None:
 def test_many_runs_are_cancelled_or_repeated(cli: Cli, service: Service) -> None:
     where = ("--where", "task=add", "--where", "metadata.team=a")
     for command in ("cancel", "retry"):
-        assert cli(command, *where, "--dry-run").stdout == "5 runs match.\n"
-        fails(cli(command, *where), 2, f"5 runs match: add --yes to {command} them.")
+        assert cli(command, *where, "--dry-run").stdout == "5 runs\n"
+        fails(cli(command, *where), 2, f"5 runs: add --yes to {command} them.")
         assert service.seen[-1].body["dry_run"]
-        assert cli(command, *where, "--yes").stdout.startswith("1 runs ")
+        assert cli(command, *where, "--yes").stdout.startswith("1 ")
         sent = [seen for seen in service.seen if seen.path == f"/v1/runs/{command}"][-1].body
         assert sent == {"task": "add", "metadata": {"team": "a"}}
         assert json.loads(cli(command, *where, "--yes", "--json").stdout)["state"] == "completed"
@@ -513,7 +513,7 @@ def test_people_are_asked_before_many_runs_are_changed(service: Service) -> None
         terminal.read("Cancel 5 runs?")
         terminal.types(answer)
         screen = terminal.read()
-        assert (terminal.ended(), "1 runs cancelled" in screen) == (code, code == 0)
+        assert (terminal.ended(), "1 cancelled" in screen) == (code, code == 0)
 
 
 def test_a_result_can_not_steer_the_terminal(service: Service) -> None:

@@ -39,7 +39,7 @@ def submit(
         return
     typer.echo(made.id)
     if made.skipped:
-        output.complain(f"{made.skipped} lines were skipped: backcast batch errors {made.id}")
+        output.complain(f"Lines that were skipped: {made.skipped}. See: backcast batch errors {made.id}")
 
 
 @batch.command()

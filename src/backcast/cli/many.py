@@ -24,11 +24,11 @@ def carry_out(
     chosen = arguments.filters(where, among)
     matched = None if yes and not dry_run else _count(service, kind, chosen)
     if dry_run and matched is not None:
-        output.print_document(matched.model_dump()) if as_json else typer.echo(f"{_runs(matched)} match.")
+        output.print_document(matched.model_dump()) if as_json else typer.echo(_runs(matched))
         return
     if matched is not None:
         if not output.err.is_terminal or as_json:
-            raise typer.BadParameter(f"{_runs(matched)} match: add --yes to {kind} them.")
+            raise typer.BadParameter(f"{_runs(matched)}: add --yes to {kind} them.")
         typer.confirm(f"{kind.capitalize()} {_runs(matched)}?", abort=True, err=True)
     operation = service.retry_many(**chosen) if kind == "retry" else service.cancel_many(**chosen)
     try:
@@ -41,7 +41,7 @@ def carry_out(
         return
     left = [f"{count} {how}" for how, count in (("skipped", operation.skipped), ("failed", operation.failed)) if count]
     done = "repeated" if kind == "retry" else "cancelled, or asked to stop"
-    typer.echo(", ".join([f"{operation.done} runs {done}", *left]) + ".")
+    typer.echo(", ".join([f"{operation.done} {done}", *left]) + ".")
 
 
 def _count(service: "Client", kind: str, chosen: Any) -> Matched:
@@ -49,7 +49,7 @@ def _count(service: "Client", kind: str, chosen: Any) -> Matched:
 
 
 def _runs(matched: Matched) -> str:
-    return f"{'More than ' if matched.more else ''}{matched.runs} runs"
+    return f"{'more than ' if matched.more else ''}{matched.runs} {'run' if matched.runs == 1 else 'runs'}"
 
 
 def _ended(service: "Client", operation: Operation, total: int | None) -> Operation:

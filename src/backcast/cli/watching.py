@@ -139,7 +139,7 @@ def words(event: "Event") -> str:
         case "states":
             words = [_counted(given)]
         case "runs":
-            words = [f"{each['id']} {each['state']}" for each in given.get("items", ())]
+            words = [", ".join(f"{each['id']} {each['state']}" for each in given.get("items", ()))]
         case "ended" if "run" in given:
             words = [str(given["run"].get("state", "")), _problem(given["run"])]
         case "ended":

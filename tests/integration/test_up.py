@@ -133,6 +133,10 @@ async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: di
     async with up(tmp_path, **model) as it:
         text = await it.prints("chairs in the hall” → int → ")
         assert re.search(r"We put (\d+) chairs in the hall” → int → \1 ", text)
+        assert f"Console  {it.url}/console" in text
+        shown = await it.http.get("/", headers={"Accept": "text/html"}, follow_redirects=True)
+        assert (shown.url.path, "chairs in the hall</textarea>" in shown.text) == ("/console/try", True)
+        assert "completed" in shown.text
         assert f"API      {it.url}/docs" in text
         assert (await it.http.get("/docs")).status_code == 200
         assert (it.data / "url").read_text() == f"{it.url}\n"

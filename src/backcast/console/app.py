@@ -129,5 +129,5 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, _: Exception) -> Response:
-    detail = "Please report this; the log of the API has the details."
-    return render(request, "error.html", 500, title="Something went wrong on our side", detail=detail, code="internal")
+    title, detail = BackcastError.title, "Please report this; the log of the API has the details."
+    return render(request, "error.html", 500, title=title, detail=detail, code=BackcastError.code)

@@ -315,6 +315,7 @@ class _Up:
             model = "none: casts fail at once; BACKCAST_MODEL__API_KEY uses a provider's"
         table = Table.grid(padding=(0, 2))
         self._private.discard("api")
+        table.add_row("Console", f"{self._url('api')}/console")
         table.add_row("API", f"{self._url('api')}/docs")
         table.add_row("Prefect", f"{self._url('prefect')} (starting)")
         table.add_row("Model", model)

@@ -25,6 +25,8 @@ up: .venv/.synced ## the whole product on this machine: no key, no Docker (UP="-
 # Three files at a time: most tests wait, and the tests of a file share servers.
 test: .venv/.synced ## unit, chart and integration tests, on real servers (TEST="-k name" passes options)
 	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST)
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || printf '\n%s\n' \
+	  '*** NOT RUN, for want of Chromium: the console in a browser (tests/browser). `apt-get install chromium` ***' >&2
 	@docker info >/dev/null 2>&1 || printf '\n%s\n' \
 	  '*** NOT RUN, for want of Docker: the end-to-end tier (tests/e2e, `make e2e`) on a real cluster. ***' >&2
 

@@ -1,7 +1,7 @@
-"""The ledger as a state machine: submits, claims, stalls, settlements, cancels and limits in any order, several at the
-same time, against the real PostgreSQL. A trigger records every version of every run; each step checks the history. It
-takes a few seconds; `MACHINE_EXAMPLES=1000 pytest tests/integration/test_ledger_machine.py` (with
-`--hypothesis-seed=N` to choose) tries other schedules for as long as they take.
+"""The ledger as a state machine: submits, claims, stalls, settlements, cancels, retries, operations and limits in any
+order, several at the same time, against the real PostgreSQL. A trigger records every version of every run; each step
+checks the history. It takes a few seconds; `MACHINE_EXAMPLES=1000 pytest tests/integration/test_ledger_machine.py`
+(with `--hypothesis-seed=N` to choose) tries other schedules for as long as they take.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -27,6 +28,7 @@ from backcast.ledger import (
     fleet,
     limits,
     maintenance,
+    operations,
     pauses,
     recovery,
     routing,
@@ -36,8 +38,9 @@ from backcast.ledger import (
 )
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
+from backcast.ledger.selection import Kind, Page
 from backcast.ledger.settlement import Settlement
-from backcast.models import Limits, PauseKind, PauseRequest, Problem, Submission, TaskType, uuid7
+from backcast.models import Limits, PauseKind, PauseRequest, Problem, Selection, State, Submission, TaskType, uuid7
 from tests.support.runs import FINAL
 
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "0"))
@@ -73,7 +76,9 @@ end $$;
 create trigger see after insert or update on ended for each row execute function see_end();
 create trigger see after insert or update on ended_late for each row execute function see_end();
 """
-FRESH = "truncate runs, ended, ended_late, idempotency_keys, workers, lanes, flights, pauses, seen"
+FRESH = """
+truncate runs, ended, ended_late, retries, batches, operations, idempotency_keys, workers, lanes, flights, pauses,
+         seen"""
 
 # One statement, so one snapshot: it holds also while others are at work.
 COUNTED = """
@@ -120,6 +125,21 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "settle_stale": {"worker": INDEX, "ends": ENDS},
     "settle_twice": {"worker": INDEX, "ends": ENDS},
     "cancel": {"which": INDEX, "running": st.booleans()},
+    "retry": {"which": INDEX},
+    "operate": {
+        "kind": st.sampled_from(["retry", "retry", "cancel"]),
+        "chosen": st.sampled_from(
+            [
+                Selection(task="noop"),
+                Selection(task="noop"),
+                Selection(owner="a"),
+                Selection(lane="narrow", state=State.CANCELLED),
+                Selection(task="other", state=State.QUEUED),
+            ]
+        ),
+    },
+    "page": {"most": st.integers(1, 3), "twice": st.booleans()},
+    "stop": {"which": INDEX},
     "beat": {"worker": INDEX},
     "stall": {"worker": INDEX, "seen": st.booleans()},
     "requeue": {},
@@ -140,6 +160,7 @@ OFTEN = {
     "settle_twice": 2,
     "stall": 2,
     "cancel": 2,
+    "page": 3,
     "beat": 2,
     "dispatch_due": 2,
     "route": 2,
@@ -148,6 +169,16 @@ OPS = st.sampled_from([name for name in FIELDS for _ in range(OFTEN.get(name, 1)
     lambda name: st.tuples(st.just(name), st.fixed_dictionaries(FIELDS[name]))
 )
 SUBMIT = st.tuples(st.just("submit"), st.fixed_dictionaries(FIELDS["submit"]))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An operation, and the runs that matched before it was recorded."""
+
+    kind: Kind
+    chosen: Selection
+    batch_id: UUID | None
+    matched: set[UUID]
 
 
 class Machine(RuleBasedStateMachine):
@@ -173,6 +204,7 @@ class Machine(RuleBasedStateMachine):
         """The most that a lane may count: its limit, or its count when the limit was lowered."""
         self.paused: dict[tuple[str, str], object] = {}
         """Pauses that have been committed, and no resume of which has begun."""
+        self.operations: dict[UUID, Asked] = {}
         self.last = 0
         self.healthy = UUID(int=0)
         self.is_broken = False
@@ -364,6 +396,44 @@ class Machine(RuleBasedStateMachine):
         if of:
             await runs.cancel(self.ledger, of[which % len(of)])
 
+    async def _retry(self, *, which: int) -> None:
+        sql = "select id, task, owner, lane from all_runs where finished_at is not null order by id"
+        if over := await self.ledger.fetch(sql):
+            row = over[which % len(over)]
+            again = Submission(owner=row["owner"], lane=row["lane"])
+            how: dict[str, Any] = {"input_text": "{}", "input_hash": b"", "retry_of": row["id"]}
+            made = await submissions.submit(self.ledger, NOOP if row["task"] == "noop" else OTHER, again, **how)
+            self.accepted.add(made.run.id)
+
+    async def _operate(self, *, kind: Kind, chosen: Selection) -> None:
+        if chosen.state is (State.CANCELLED if kind == "cancel" else State.QUEUED):
+            return
+        rows = await self.ledger.fetch("select * from all_runs")
+        matched = {row["id"] for row in rows if _matches(row, kind, chosen)}
+        batch_id = uuid7() if kind == "retry" else None
+        recorded = await operations.record(self.ledger, kind, chosen, owner="a", key=None, batch_id=batch_id)
+        self.operations[recorded.operation.id] = Asked(kind, chosen, batch_id, matched)
+
+    async def _page(self, *, most: int, twice: bool) -> None:
+        """A page of each operation, which two stewards make at the same time if both believe that they lead."""
+        for work in await operations.running(self.ledger):
+            page = await operations.find(self.ledger, work, work.cursor)
+            if len(page.runs) > most:
+                some = list(page.runs)[:most]
+                page = Page(dict.fromkeys(some), some[-1], is_last=False)
+            await asyncio.gather(*[self._make(work, page) for _ in range(1 + twice)])
+
+    async def _make(self, work: operations.Work, page: Page) -> None:
+        if work.kind == "cancel":
+            await operations.cancel(self.ledger, work, page)
+        else:
+            retries = [operations.Retry(run, uuid7(), None) for run in page.runs]
+            await operations.retry(self.ledger, work, page, retries, failed=0, stored_until=None)
+
+    async def _stop(self, *, which: int) -> None:
+        if self.operations:
+            await operations.stop(self.ledger, sorted(self.operations)[which % len(self.operations)])
+
     async def _register(self, worker_id: UUID) -> None:
         if worker_id not in self.workers:
             self.workers.append(worker_id)
@@ -481,6 +551,7 @@ class Machine(RuleBasedStateMachine):
         for lost in losses.values():
             self._counting(lost)
         rows = {row["id"]: row for row in await self.ledger.fetch("select * from all_runs")}
+        await self._check_operations(rows)
         assert set(rows) == self.accepted, "a run is lost, or was never accepted"
         for run_id, row in rows.items():
             self._check_run(run_id, row)
@@ -510,6 +581,7 @@ class Machine(RuleBasedStateMachine):
             assert (now["fence"], now["promoted"], now["worker_id"]) == (0, False, None)
             return
         changed = {name for name in now if now[name] != was.get(name)}
+        assert was["state"] not in FINAL, "an outcome changed"
         if state == was["state"]:
             assert (
                 changed <= {"run_at", "deadline", "parked_at"}
@@ -524,7 +596,6 @@ class Machine(RuleBasedStateMachine):
             ), changed
             return
         event(f"{was['state']} → {state}")
-        assert was["state"] not in FINAL, "an outcome changed"
         assert state in NEXT[was["state"]]
         assert was["cancel_requested_at"] is None or state == "cancelled", "a cancel was lost"
         assert now["fence"] == was["fence"] + (state == "running"), "only a claim raises the fence, by one"
@@ -570,6 +641,30 @@ class Machine(RuleBasedStateMachine):
                 assert w == row["worker_id"]
         assert row["state"] != "running" or row["worker_id"] is not None
 
+    async def _check_operations(self, rows: dict[UUID, asyncpg.Record]) -> None:
+        """Each has repeated a run once, and none that it was not asked for; one that is completed has left none out."""
+        linked = [(row["run_id"], row["retry_id"]) for row in await self.ledger.fetch("select * from retries")]
+        assert sorted(linked) == sorted((row["retry_of"], i) for i, row in rows.items() if row["retry_of"] is not None)
+        assert all(rows[old]["finished_at"] is not None for old, _ in linked), "a run was repeated before its end"
+        made = {i: row for i, row in rows.items() if row["batch_id"] is not None}
+        self.accepted |= made.keys()
+        for operation, asked in self.operations.items():
+            found = await operations.get(self.ledger, operation)
+            if asked.kind == "cancel":
+                left = [rows[i] for i in asked.matched if rows[i]["finished_at"] is None]
+                if found.state == "completed" and asked.chosen.state is None:
+                    assert all(row["cancel_requested_at"] is not None for row in left), "it has left some out"
+                continue
+            [size] = await self.ledger.fetch("select size from batches where id = $1", asked.batch_id)
+            repeated = [row["retry_of"] for row in made.values() if row["batch_id"] == asked.batch_id]
+            assert len(repeated) == len(set(repeated)), "a run was repeated twice"
+            assert found.done == size["size"] == len(repeated)
+            assert (found.skipped, found.failed) == (0, 0)
+            assert all(_matches(rows[i], "retry", asked.chosen) for i in repeated)
+            assert all(rows[i]["finished_at"] <= found.created_at for i in repeated), "it had not ended"
+            if found.state == "completed":
+                assert asked.matched <= {*repeated}, "it has left some out"
+
     def _keys(self) -> None:
         """One key has one run, that of the first request."""
         for owner in {owner for owner, *_ in self.requests}:
@@ -600,6 +695,7 @@ class Machine(RuleBasedStateMachine):
                     await self._lift(lane=lane)
             left: list[asyncpg.Record] = []
             for _ in range(10 + 2 * len(self.accepted)):
+                await self._page(most=50, twice=False)
                 await self._shift(4000)
                 await self._requeue()
                 await self._dispatch_due()
@@ -611,14 +707,26 @@ class Machine(RuleBasedStateMachine):
                     self._took(healthy, taken)
                 await self._settle(worker=len(self.workers) - 1, ends=["completed"] * 150, lost=False)
                 left = await self.ledger.fetch(
-                    """select r.id, r.state, r.lane, r.worker_id from all_runs r left join lanes l on l.name = r.lane
+                    """select r.id, r.state, r.lane, r.worker_id, r.run_at, r.error, r.retry_of, l.max_running
+                         from all_runs r left join lanes l on l.name = r.lane
                         where r.state = any($1) and not (r.state = 'held' and l.max_running = 0)""",
                     list({*NEXT} - {None}),
                 )
-                if not left:
+                if not left and not await operations.running(self.ledger):
                     break
             await self._check()
             assert not left, f"never ended: {left}"
+        assert not await operations.running(self.ledger)
+
+
+def _matches(row: asyncpg.Record, kind: Kind, chosen: Selection) -> bool:
+    """Whether an operation is for this run, but for the time."""
+    if any(getattr(chosen, name) not in (None, row[name]) for name in ("task", "owner", "lane")):
+        return False
+    if kind == "retry":
+        return row["state"] in (["failed", "expired"] if chosen.state is None else [chosen.state.value])
+    waits = row["state"] in NEXT[None]
+    return waits or (chosen.state is None and row["state"] == "running")
 
 
 @pytest.mark.timeout(600 + 10 * EXAMPLES)  # a failure is shrunk, which takes minutes
@@ -692,3 +800,20 @@ async def test_a_run_that_failed_with_its_worker_ignores_the_workers_late_settle
     assert await recovery.requeue(ledger, LEASE) == {held.id: "failed"}
     late = Settlement(id=held.id, fence=held.fence, state="failed", error=Problem(code="mine", title="t", detail="d"))
     assert (await settlement.settle(ledger, worker, [late])).accepted == set()
+
+
+async def test_a_worker_that_comes_during_a_pause_gets_the_input_that_others_refused(ledger: Ledger) -> None:
+    first, second = uuid7(), uuid7()
+    await _one(ledger, first)
+    [held] = await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=first, lease=LEASE)
+    refused = Settlement(
+        id=held.id, fence=held.fence, state="scheduled", counts=0, route="noop@refused", error=routing.UNFIT_INPUT
+    )
+    await settlement.settle(ledger, first, [refused])
+    await pauses.pause(ledger, PauseKind.TASK, "noop", PauseRequest())
+    newer = NOOP.model_copy(update={"input_schema": {"type": "object", "title": "newer"}})
+    await fleet.register(ledger, second, pool="default", host="h", version="2", slots=1, tasks=[newer])
+    await pauses.resume(ledger, PauseKind.TASK, "noop")
+    await routing.apply(ledger)
+    [again] = await claims.claim(ledger, pool="default", cursor=0, limit=1, worker_id=second, lease=LEASE)
+    assert again.id == held.id

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import asyncpg
 
-from backcast.ledger import lanes, reading, waiting
+from backcast.ledger import lanes, reading, routing, waiting
 from backcast.ledger.connection import Ledger
 from backcast.models import Pause, PauseKind, PauseRequest, Release
 
@@ -126,12 +126,16 @@ few as materialized (
      order by priority desc, run_at, id limit {AT_ONCE} / cardinality($3::bigint[]) + 1) r
    where {waiting.paused("r")})"""  # noqa: S608  # constants
 )
+# A route that leads nowhere is left: a worker that can do the run may have come while it was paused, and only parked
+# runs are given to it, see `routing.reconsider`. The row's lock is held, and a worker that goes meanwhile parks it again.
+_LEFT = f"""case when r.route <> '' and not exists (
+      select from workers w where r.route = any(w.routes) and {routing.LIVE}) then '' else r.route end"""
 _RELEASE = f"""
 with {_WALKED.format(which=f"not {waiting.paused('w')}", **_BOUNDS)},
 free as materialized (
   select id from runs where id = any(array(select id from few)) and state = 'paused' for update skip locked),
 back as (
-  update runs r set state = {waiting.ready("r")} where id = any(array(select id from free))
+  update runs r set state = {waiting.ready("r")}, route = {_LEFT} where id = any(array(select id from free))
   returning pool, route, state, lane)
 select (select count(*) from back) as moved, array(select distinct lane from back where state = 'held') as lanes,
        array(select distinct array[pool, route] from back where state = 'queued') as ready,

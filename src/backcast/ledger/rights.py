@@ -42,7 +42,7 @@ RIGHTS: Mapping[str, Mapping[str, str]] = {
         "operations": "select, insert, update (idem_key, state, finished_at)",
         "pauses": "select, insert, update (reason, by, since, until, release, complete), delete",
         "retries": "select, insert",
-        "runs": "select, insert, delete, update (state, promoted, parked_at, cancel_requested_at)",
+        "runs": "select, insert, delete, update (state, route, promoted, parked_at, cancel_requested_at)",
         "task_types": "select",
         "workers": "select, update (drain_asked_at)",
     },

@@ -13,27 +13,35 @@ from typing import Any
 from tests.chaos import checks
 from tests.chaos.faults import Storm
 from tests.chaos.load import Load
+from tests.chaos.readers import Readers
+from tests.chaos.waves import Waves
 from tests.chaos.world import World, world
 
 
 async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: float) -> dict[str, Any]:
     """The report; its `violations` are empty when everything holds."""
-    load = Load(it, seed, rate)
+    readers = Readers(it)
+    load = Load(it, seed, rate, readers)
+    waves = Waves(load, readers)
     storm = Storm(it, seed, seconds, calm=1.0 if seconds < 300 else 4.0)
     watching = [asyncio.create_task(watch) for watch in (it.watch(), load.watch())]
     over = asyncio.Event()
-    flowing = asyncio.create_task(load.flow(over))
+    flowing = asyncio.gather(load.flow(over), waves.flow(over))
     await storm.rage()
     over.set()
     _log(f"{len(storm.log)} faults in {it.now:.0f} s, {len(load.cases)} runs asked for; all is healed now")
     await it.up()
     await flowing
-    wrong = {"everything comes to an end": await checks.settled(it, timeout=settle)}
+    wrong = {
+        "everything comes to an end": await checks.settled(it, timeout=settle),
+        "streams come to an end": await readers.ended(timeout=settle),
+    }
     for watch in watching:
         watch.cancel()
     await asyncio.gather(*watching, return_exceptions=True)
     _log(f"settled after {it.now:.0f} s; checking")
     ledger, bucket = await checks.rows(it), checks.Bucket(it)
+    load.cases += waves.cases(ledger)
     wrong |= {
         "accepted runs are in the ledger": checks.accepted(load, ledger),
         "outcomes are right": checks.outcomes(load.cases, ledger),
@@ -42,6 +50,8 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
         "slots are a bound": checks.slots(it),
         "limits of lanes hold": await checks.lanes(it),
         "nothing that is paused begins": await checks.paused(it),
+        "retries and cancels of many lose and repeat nothing": waves.wrong(ledger),
+        "streams show each state once and in order": readers.saw(ledger),
         "values are right": await checks.values(it, load.cases, ledger),
         "objects are right": await checks.stored(bucket, load.cases, ledger),
         "no object without a run": await checks.swept(bucket, ledger, timeout=settle),
@@ -57,6 +67,15 @@ async def chaos(it: World, *, seconds: float, seed: int, rate: float, settle: fl
         "runs by outcome": dict(Counter(row["state"] for row in ledger.values())),
         "executions": checks.executions(it, load.cases, ledger),
         "requests repeated": load.repeated,
+        "retries": {
+            "by themselves": sum(case.retry_of is not None for case in load.cases),
+            "many": sum(wave.operation.get("done", 0) for wave in waves.all if wave.kind != "cancel"),
+        },
+        "streams": {
+            "readers": len(readers.all),
+            "connections": sum(reader.connections for reader in readers.all),
+            "events": sum(len(reader.seen) for reader in readers.all),
+        },
         "longest gap without progress, seconds": round(load.longest_gap, 1),
         "checks": {name: len(found) for name, found in wrong.items()},
         "violations": {name: lines for name, lines in reports.items() if name not in checks.KNOWN_MISSING},

@@ -30,7 +30,9 @@ Row = dict[str, Any]
 _ROWS = """
 select id::text, task, k.key, state, fence, attempts_used, retries_used, max_attempts, worker_id::text,
        error->>'code' as code, error->>'detail' as detail, cancel_requested_at, run_at, started_at, finished_at,
-       result_key, input_key from backcast.all_runs r left join backcast.idempotency_keys k on k.run_id = r.id"""
+       result_key, input_key, batch_id::text, retry_of::text, metadata->>'wave' as wave,
+       case when metadata->>'wave' is not null then input end as input
+  from backcast.all_runs r left join backcast.idempotency_keys k on k.run_id = r.id"""
 
 # A change after a final state, a second final state, a fence that fell or a claim that did not raise it by one, and
 # an attempt with two workers. A run's rows are in the order in which its row lock was taken.
@@ -84,7 +86,11 @@ def accepted(load: Load, ledger: dict[str, Row]) -> list[str]:
     }
     unknown = ledger.keys() - ids.keys() - late
     wrong += [f"{run_id}: in the ledger, but its client got another id" for run_id in unknown]
-    wrong += [f"{i}: its key is {row['key']}" for i, row in ledger.items() if i in ids and ids[i].key != row["key"]]
+    for i, row in ledger.items():
+        if i in ids and ids[i].key != (row["key"] or ""):
+            wrong.append(f"{i}: its key is {row['key']}")
+        if i in ids and row["wave"] is None and ids[i].retry_of != row["retry_of"]:
+            wrong.append(f"{i}: repeats {row['retry_of']}, not {ids[i].retry_of}")
     return wrong
 
 
@@ -96,7 +102,9 @@ def outcomes(cases: list[Case], ledger: dict[str, Row]) -> list[str]:
             continue
         # An answered cancellation counts: a run that had ended stays as it was, any other ends as cancelled.
         ended_before = case.cancelled in ("completed", "failed", "cancelled", "expired")
-        ends = "expired" if case.may_expire and row["state"] == "expired" else case.ends
+        ends = case.ends
+        if (case.may_expire and row["state"] == "expired") or (case.may_cancel and row["state"] == "cancelled"):
+            ends = row["state"]
         must = ends if case.cancelled is None else case.cancelled if ended_before else "cancelled"
         if (row["state"], row["code"] if must == "failed" else None) != (must, case.code if must == "failed" else None):
             cancellation = f", its cancellation was answered with {case.cancelled}" if case.cancelled else ""
@@ -108,7 +116,7 @@ def outcomes(cases: list[Case], ledger: dict[str, Row]) -> list[str]:
 
 def bounded(ledger: dict[str, Row]) -> list[str]:
     """No run is lost or retried more often than its task allows."""
-    retries = {"stumble": 5, "refuse": 2}
+    retries = {"stumble": 5, "refuse": 2, "chant": 3}
     return [
         f"{run_id}: too many attempts"
         for run_id, row in ledger.items()
@@ -291,7 +299,7 @@ async def explained(world: World, ledger: dict[str, Row], wrong: list[str], *, m
 def executions(world: World, cases: list[Case], ledger: dict[str, Row]) -> dict[str, Any]:
     """How much work was repeated: attempts by fence, calls of the user's code by file."""
     calls = {path.name: path.stat().st_size for path in (world.folder / "calls").iterdir()}
-    steady = [case for case in cases if case.task not in ("stumble", "refuse", "square")]
+    steady = [case for case in cases if case.task not in ("stumble", "refuse", "square", "chant")]
     return {
         "attempts": dict(sorted(Counter(row["fence"] for row in ledger.values()).items())),
         "calls of tasks that do not retry": dict(sorted(Counter(calls.get(case.key, 0) for case in steady).items())),

@@ -14,11 +14,12 @@ from typing import Any
 
 import httpx
 
+from tests.chaos.readers import WORDS, Readers
 from tests.chaos.world import GONE, NARROW, World
 
 UNFINISHED = 400
 """Runs that wait or run at once, at most: the load limits itself."""
-_ASK_FOR = 4.0
+ASK_FOR = 4.0
 """Seconds that the client waits for an answer before it asks again, perhaps another API."""
 
 
@@ -35,6 +36,11 @@ class Case:
     """The code of its error, when it fails."""
     options: dict[str, Any] = field(default_factory=dict)
     may_expire: bool = False
+    may_cancel: bool = False
+    """It was cancelled, together with others."""
+    again_after: float | None = None
+    """It is repeated so many seconds after its end."""
+    retry_of: str | None = None
     cancel_after: float | None = None
     key: str = ""
     id: str = ""
@@ -90,6 +96,10 @@ def _enlarge(dice: random.Random, key: str) -> Case:
     return Case("enlarge", {"key": key, "word": word, "times": times}, [key, word * times])
 
 
+def _chant(dice: random.Random, key: str) -> Case:
+    return Case("chant", {"key": key, "fails": dice.choice([0, 0, 1, 2]), "words": WORDS}, [key, WORDS])
+
+
 def _dawdle(_: random.Random, key: str) -> Case:
     return Case("dawdle", {"key": key}, ends="failed", code="timeout")
 
@@ -127,6 +137,7 @@ MIX: list[tuple[int, Callable[[random.Random, str], Case]]] = [
     (10, _square),
     (3, _measure),
     (3, _enlarge),
+    (6, _chant),
     (3, _dawdle),
     (1, _offend),
     (5, _later),
@@ -141,6 +152,8 @@ def _case(dice: random.Random, number: int) -> Case:
     key = f"{make.__name__.strip('_')}-{number}"
     case = make(dice, key)
     case.key = key
+    if dice.random() < 0.08:
+        case.again_after = dice.uniform(0, 2)
     case.options |= {"owner": f"owner-{dice.randrange(5)}", "priority": dice.choice([0, 0, 0, 5, -5])}
     return case
 
@@ -151,6 +164,7 @@ class Load:
     seed: int
     rate: float
     """Runs per second, at most."""
+    readers: Readers
     cases: list[Case] = field(default_factory=list)
     finished: int = 0
     longest_gap: float = 0.0
@@ -167,7 +181,7 @@ class Load:
     async def flow(self, over: asyncio.Event) -> None:
         """Submit (and cancel) until it is over; returns when every request has had its answer."""
         dice, numbers = random.Random(self.seed), itertools.count()
-        async with httpx.AsyncClient(timeout=_ASK_FOR, trust_env=False) as client, asyncio.TaskGroup() as requests:
+        async with httpx.AsyncClient(timeout=ASK_FOR, trust_env=False) as client, asyncio.TaskGroup() as requests:
             while not over.is_set():
                 if self._unfinished + self._unanswered < UNFINISHED:
                     case = _case(dice, next(numbers))  # a case may be removed, and its key must not come again
@@ -178,24 +192,51 @@ class Load:
 
     async def _see_through(self, client: httpx.AsyncClient, case: Case, dice: random.Random) -> None:
         body = {"input": case.input, **case.options}
-        answer = await self._ask(client, dice, f"/v1/tasks/{case.task}/runs", {"Idempotency-Key": case.key}, body)
+        path = f"/v1/tasks/{case.task}/runs"
+        answer = await self.ask(client, dice, path, {"Idempotency-Key": case.key}, json=body)
         case.id = answer.get("id", "refused")
         self._unanswered -= 1
         if answer.get("status") == 422:  # its deadline passed before any request for it was accepted
             self.cases.remove(case)
             self.late.add(case.key)
             return
-        if case.cancel_after is not None and case.id != "refused":
+        if case.id == "refused":
+            return
+        if dice.random() < (0.5 if case.task == "chant" else 0.05):
+            self.readers.follow(case.id, dice)
+        if case.cancel_after is not None:
             await asyncio.sleep(case.cancel_after)
-            case.cancelled = (await self._ask(client, dice, f"/v1/runs/{case.id}/cancel", {}, None)).get("state")
+            case.cancelled = (await self.ask(client, dice, f"/v1/runs/{case.id}/cancel", {})).get("state")
+        if case.again_after is not None:
+            await self._again(client, case, dice)
 
-    async def _ask(
-        self, client: httpx.AsyncClient, dice: random.Random, path: str, headers: dict[str, str], body: Any
+    async def _again(self, client: httpx.AsyncClient, case: Case, dice: random.Random) -> None:
+        """Repeat it once it has ended."""
+        while True:
+            run = await self.ask(client, dice, f"/v1/runs/{case.id}", {}, method="GET")
+            if run["finished_at"] is not None:
+                break
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(case.again_after or 0)
+        again = Case(case.task, case.input, case.value, case.ends, case.code, key=f"{case.key}-again", retry_of=case.id)
+        path = f"/v1/runs/{case.id}/retry"
+        again.id = (await self.ask(client, dice, path, {"Idempotency-Key": again.key})).get("id", "refused")
+        self.cases.append(again)
+
+    async def ask(
+        self,
+        client: httpx.AsyncClient,
+        dice: random.Random,
+        path: str,
+        headers: dict[str, str],
+        *,
+        method: str = "POST",
+        **body: Any,
     ) -> dict[str, Any]:
         """The answer, however often the request must be repeated."""
         while True:
             with contextlib.suppress(httpx.TransportError):
-                answer = await client.post(dice.choice(self.world.apis) + path, json=body, headers=headers)
+                answer = await client.request(method, dice.choice(self.world.apis) + path, headers=headers, **body)
                 if answer.is_success:
                     return dict(answer.json())
                 if answer.status_code == 422 and "the deadline has passed" in answer.text:

@@ -17,6 +17,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import INPUTS, TASK_SOURCE
 
+import backcast
 from backcast.errors import FatalError, TransientError, UsageError
 
 CALLS = Path("calls")
@@ -116,6 +117,19 @@ async def offend(key: str, kind: str) -> Any:
                 case _:
                     os._exit(1)
         return [key, kind]
+
+
+@task(retries=3, retry_delay_seconds=0.2)
+async def chant(key: str, fails: int, words: int) -> Any:
+    """Emits numbers; some of its calls fail half-way."""
+    with call(key) as calls:
+        for word in range(words):
+            backcast.emit(word)
+            backcast.progress(word / words)
+            await asyncio.sleep(0.1)
+            if calls <= fails and word >= words // 2:
+                raise TransientError(f"call {calls} of {key}")
+        return [key, words]
 
 
 @task(timeout_seconds=0.5)

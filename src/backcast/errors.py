@@ -25,6 +25,7 @@
     │   ├── LedgerUnavailable
     │   │   └── LedgerFull
     │   ├── StoreUnavailable
+    │   ├── NoSpace
     │   ├── NoWorkerYet
     │   └── TooManyStreams
     ├── LedgerFault             500     the database refuses a statement of ours: no wait will help
@@ -321,6 +322,14 @@ class LedgerFault(BackcastError):
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
     title = "The result store can't be reached"
+
+
+class NoSpace(Unavailable):
+    """The API's disk for temporary files is full: the lines of a large batch are kept there until all have come. Send
+    smaller batches, or give the API more room in its temporary folder."""
+
+    code = "no_space"
+    title = "The API's disk for temporary files is full"
 
 
 class NoWorkerYet(Unavailable):

@@ -130,7 +130,7 @@ async def _batch(ledger: Ledger) -> UUID:
     batch = uuid7()
     submitted = [Submission(input={}, lane="narrow" if n % 2 else None, owner=f"o{n % 7}") for n in range(120)]
     rows = [submissions.new(NOOP, each, input_text="{}", input_hash=b"", batch_id=batch) for each in submitted]
-    await batches.submit(ledger, batch, "me", rows, key=None, request_hash=b"")
+    await batches.submit(ledger, batch, "me", [rows], size=len(rows), key=None, request_hash=b"")
     return batch
 
 

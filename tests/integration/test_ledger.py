@@ -94,7 +94,7 @@ async def test_a_run_whose_stored_input_may_have_been_swept_is_not_recorded(ledg
     assert isinstance(answers[1], StoreUnavailable)
     assert "send the request again" in answers[1].detail
     with pytest.raises(StoreUnavailable):
-        await batches.submit(ledger, uuid7(), "me", [row(None, None), late], key=None, request_hash=b"")
+        await batches.submit(ledger, uuid7(), "me", [[row(None, None), late]], size=2, key=None, request_hash=b"")
     assert {row["id"] for row in await ledger.fetch("select id from all_runs")} == {
         answer.run.id for answer in answers if isinstance(answer, submissions.SubmittedRun)
     }

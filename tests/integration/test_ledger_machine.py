@@ -729,7 +729,7 @@ def _matches(row: asyncpg.Record, kind: Kind, chosen: Selection) -> bool:
     return waits or (chosen.state is None and row["state"] == "running")
 
 
-@pytest.mark.timeout(600 + 10 * EXAMPLES)  # a failure is shrunk, which takes minutes
+@pytest.mark.timeout(1800 + 30 * EXAMPLES)  # on a busy machine; and a failure is shrunk, which takes minutes
 def test_every_schedule_keeps_the_ledgers_promises(database: str) -> None:
     loop = asyncio.new_event_loop()
     ledger = Ledger(database, pool=12)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -450,6 +451,24 @@ async def test_a_batch_is_accepted_whole_or_not_at_all(api: httpx.AsyncClient, l
 
     many = await api.post("/v1/batches", content="{\n" * 1000, headers=JSONL)
     assert len(problem(many, 422, "invalid_input")["errors"]) == 20  # type: ignore[arg-type]
+
+
+async def test_a_batch_that_does_not_fit_into_memory(
+    api: httpx.AsyncClient, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [f"{number} " + "x" * 2000 for number in range(1200)]
+    body = lines(*[{"task": "echo", "input": {"value": value}} for value in values])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    large = lines({"task": "echo", "input": {"value": "x" * (submissions.INLINE_INPUT + 1)}})
+    problem(await api.post("/v1/batches", content=large + body, headers=JSONL), 503, "no_space")
+    assert await count(ledger) == 0
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+    assert (await api.post("/v1/batches", content=large, headers=JSONL)).status_code == 202
+    monkeypatch.undo()
+    answer = await api.post("/v1/batches", content=body, headers=JSONL)
+    assert (answer.status_code, answer.json()["size"]) == (202, 1200)
+    rows = await ledger.fetch("select input from runs where batch_id = $1 order by id", UUID(answer.json()["id"]))
+    assert [json.loads(row["input"])["value"] for row in rows] == values
 
 
 async def test_a_batch_may_name_task_and_owner_once(api: httpx.AsyncClient, ledger: Ledger) -> None:

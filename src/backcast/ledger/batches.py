@@ -1,7 +1,7 @@
 """Batches: runs that are recorded in one transaction, all or none, and are counted, read and cancelled as one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -17,6 +17,8 @@ from backcast.process.outages import backoff
 
 SLICE = 500
 """Runs per statement: between two statements the process does other work."""
+_IN_TIME = 10_000
+"""Runs that one time-out is long enough for."""
 PAGE = 100
 """Results read at a time; each may bring 32 KiB."""
 AT_ONCE = 1000
@@ -42,15 +44,16 @@ async def submit(
     ledger: Ledger,
     batch_id: UUID,
     owner: str,
-    rows: Sequence[New],
+    pieces: Iterable[Sequence[New]],
     *,
+    size: int,
     key: str | None,
     request_hash: bytes,
     skipped: int = 0,
     errors: str | None = None,
 ) -> SubmittedBatch:
-    """Record a batch and its runs; when this returns they are durable. `errors` are JSON Lines about the lines that
-    were skipped.
+    """Record a batch and its runs, a piece at a time; when this returns they are durable. `errors` are JSON Lines about
+    the lines that were skipped.
 
     Raises:
         IdempotencyConflict: the key belongs to another batch of this owner.
@@ -58,11 +61,11 @@ async def submit(
     """
     ready, held = set[str](), set[str]()
     try:
-        async with ledger.transaction() as connection:
-            row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, len(rows), skipped, errors)
+        async with ledger.transaction(times=1 + size // _IN_TIME) as connection:
+            row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, size, skipped, errors)
             assert row is not None
-            for start in range(0, len(rows) if row["fresh"] else 0, SLICE):
-                recorded = await connection.fetch(INSERT, *columns(rows[start : start + SLICE]))
+            for piece in pieces if row["fresh"] else ():
+                recorded = await connection.fetch(INSERT, *columns(piece))
                 if not recorded:
                     raise too_late()
                 for run in recorded:
@@ -82,7 +85,7 @@ async def submit(
     for pool in ready:
         ledger.wake(pool)
     await lanes.try_promote(ledger, held)
-    return SubmittedBatch(_batch(row, {State.QUEUED: len(rows)}), fresh=True)
+    return SubmittedBatch(_batch(row, {State.QUEUED: size}), fresh=True)
 
 
 async def has_key(ledger: Ledger, owner: str, key: str) -> bool:

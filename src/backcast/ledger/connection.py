@@ -107,7 +107,8 @@ class _Stateless(asyncpg.Connection):
 class Ledger:
     """A process's connection pool. It connects lazily, reconnects by itself and raises `LedgerUnavailable`.
 
-    No call takes longer than `timeout`, even when the database refuses, hangs, or has no connection left.
+    No call takes longer than `timeout`, or the time that a transaction asks for, even when the database refuses, hangs,
+    or has no connection left.
     """
 
     def __init__(
@@ -189,10 +190,12 @@ class Ledger:
             return True
 
     @contextlib.asynccontextmanager
-    async def _connection(self, sql: str = "") -> AsyncIterator[Any]:
-        """A pooled connection, for `timeout` in all: the wait for it counts, and so does a look at the schema."""
+    async def _connection(self, sql: str = "", *, times: int = 1) -> AsyncIterator[Any]:
+        """A pooled connection, for so many times `timeout` in all: the wait for it counts, and so does a look at the
+        schema."""
+        timeout = times * self.timeout
         try:
-            async with asyncio.timeout(self.timeout), self._reached(sql):
+            async with asyncio.timeout(timeout), self._reached(sql):
                 pool = await self._connections()
                 connection = await pool.acquire()
                 try:
@@ -205,7 +208,7 @@ class Ledger:
                 finally:
                     await pool.release(connection)
         except TimeoutError:
-            raise LedgerUnavailable(f"The database did not answer within {self.timeout:g} s.") from None
+            raise LedgerUnavailable(f"The database did not answer within {timeout:g} s.") from None
 
     async def fetch(self, sql: str, *values: Any) -> list[asyncpg.Record]:
         async with self._connection(sql) as connection:
@@ -220,9 +223,9 @@ class Ledger:
             return await connection.execute(sql, *values)
 
     @contextlib.asynccontextmanager
-    async def transaction(self) -> AsyncIterator[asyncpg.Connection]:
-        """A connection with an open transaction, committed at the end; `timeout` holds for all of it."""
-        async with self._connection() as connection:
+    async def transaction(self, *, times: int = 1) -> AsyncIterator[asyncpg.Connection]:
+        """A connection with an open transaction, committed at the end; so many times `timeout` holds for all of it."""
+        async with self._connection(times=times) as connection:
             try:
                 await connection.execute("begin")
                 yield connection

@@ -127,7 +127,7 @@ few as materialized (
    where {waiting.paused("r")})"""  # noqa: S608  # constants
 )
 # A route that leads nowhere is left: a worker that can do the run may have come while it was paused, and only parked
-# runs are given to it, see `routing.reconsider`. The row's lock is held, and a worker that goes meanwhile parks it again.
+# runs are given to it, see `routing.reconsider`. If a worker goes at this moment, the run is parked again.
 _LEFT = f"""case when r.route <> '' and not exists (
       select from workers w where r.route = any(w.routes) and {routing.LIVE}) then '' else r.route end"""
 _RELEASE = f"""

@@ -17,6 +17,7 @@ from uuid import UUID
 import httpx
 import pytest
 
+from backcast.client import AsyncClient
 from backcast.ledger import events, recovery, runs, settlement
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
@@ -102,6 +103,16 @@ async def test_a_run_that_reports_nothing_writes_nothing(product: Stack, ledger:
     assert await product.result(run_id) == 1
     assert (await kept(ledger), (await product.run(run_id))["progress"]) == (0, None)
     assert names(await all_of(product.http, of_run(run_id))) == ["queued", "started", "ended"]
+
+
+async def test_text_with_any_separator_is_one_line(product: Stack) -> None:
+    value = "a\x85b\u2028c\u2029d\x0be\x0cf\x1cg\r\nh"
+    run_id = await product.submit("echo", value=value)
+    assert await product.result(run_id) == value
+    assert (await all_of(product.http, of_run(run_id)))[-1].data["result"] == value
+    async with AsyncClient(str(product.http.base_url)) as client:
+        [*_, end] = [event async for event in client.stream(run_id)]
+    assert (end.name, end.data["result"]) == ("ended", value)
 
 
 async def test_what_an_attempt_emits_is_bounded_and_the_rest_is_counted(product: Stack, ledger: Ledger) -> None:

@@ -331,9 +331,13 @@ async def _none() -> AsyncIterator[bytes]:
     yield b""
 
 
+# Outside of strings JSON may have line breaks, which would end the field. In strings it may have characters at which
+# the readers of some languages end a line, Python's among them.
+_ON_ONE_LINE = str.maketrans({"\n": " ", "\r": " ", "\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
 def _event(name_of_place: str, name: str, data: str) -> bytes:
-    # Outside of strings JSON may have line breaks, which would end the field.
-    return f"id: {name_of_place}\nevent: {name}\ndata: {data.replace(chr(10), ' ').replace(chr(13), ' ')}\n\n".encode()
+    return f"id: {name_of_place}\nevent: {name}\ndata: {data.translate(_ON_ONE_LINE)}\n\n".encode()
 
 
 def _text(happening: Happening, log: RunLog | None) -> bytes:

@@ -12,9 +12,7 @@ import httpx
 from tests.chaos.load import ASK_FOR, Case, Load
 from tests.chaos.readers import Readers
 
-SIZE = 30
-_PAUSE = 6.0
-"""Seconds between two waves, at most."""
+SIZE = 12
 _FINAL = ("completed", "failed", "cancelled", "expired")
 
 
@@ -45,7 +43,7 @@ class Waves:
                 kind = dice.choice(["retry batch", "retry", "cancel"])
                 self.all.append(wave := Wave(f"wave-{len(self.all)}", kind))
                 waves.create_task(self._see_through(client, wave, random.Random(dice.random())))
-                await asyncio.sleep(dice.uniform(0.5, _PAUSE))
+                await asyncio.sleep(dice.uniform(1, 4 * SIZE / self.load.rate))
 
     async def _see_through(self, client: httpx.AsyncClient, wave: Wave, dice: random.Random) -> None:
         lines = "".join(json.dumps(_line(wave, number, dice)) + "\n" for number in range(SIZE))

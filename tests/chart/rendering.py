@@ -22,7 +22,7 @@ SCENARIOS: dict[str, Values] = {"defaults": {}} | {
 }
 COMPONENT, POOL = "app.kubernetes.io/component", "backcast/pool"
 RELEASE, NAMESPACE = "demo", "team"
-KEDA = "keda.sh/v1alpha1"
+KEDA, MONITORING = "keda.sh/v1alpha1", "monitoring.coreos.com/v1"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 
 

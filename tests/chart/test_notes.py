@@ -98,3 +98,12 @@ def test_the_pages_of_prefect() -> None:
     assert "port-forward service/demo-backcast-prefect 4200" in scenario("defaults").notes
     assert "https://prefect.example.org" in scenario("everything").notes
     assert "Prefect" not in render({"prefectServer": {"mode": "off"}}).notes
+
+
+def test_monitors_need_a_way_in() -> None:
+    sentence = "name its namespace in networkPolicy.monitoringNamespace"
+    monitored = {"monitoring": {"monitors": "on"}}
+    assert sentence in render(monitored).notes
+    assert sentence not in render({}).notes
+    for policy in ({"enabled": False}, {"monitoringNamespace": "monitoring"}):
+        assert sentence not in render({**monitored, "networkPolicy": policy}).notes

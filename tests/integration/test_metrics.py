@@ -4,6 +4,7 @@ numbers that are true; no port, process or label shows more than it should.
 
 import asyncio
 import itertools
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +21,10 @@ from backcast.ledger.migration import migrate
 from backcast.local.postgres import Postgres
 from backcast.process.metrics import LEDGER, OTHER, PROCESSES, ApiMetrics, Names
 from backcast.testing import ScriptedModel
+from tests.chart.test_alerts import ALERTS
 from tests.integration.test_steward import add
 from tests.support import generate
+from tests.support.dashboards import DASHBOARDS, VARIABLES
 from tests.support.roles import give_roles
 from tests.support.stack import Part, Stack, stack
 from tests.support.waiting import PATIENCE, until
@@ -190,6 +193,64 @@ def assert_true(served: Served) -> None:
 
 def test_the_numbers_are_true(served: Served) -> None:
     assert_true(served)
+
+
+# Who reads them
+
+QUERIES = [
+    *(
+        (f"{name}: {panel.title}", query)
+        for name, (_, panels, _) in DASHBOARDS.items()
+        for panel in panels
+        for query in panel.queries.values()
+    ),
+    *(("variable", query) for query in VARIABLES.values()),
+    *((name, rule["expr"]) for name, rule in ALERTS.items()),
+]
+OF_TARGETS = {"namespace", "pod", "le"}
+"""Labels that Prometheus adds, and that of buckets."""
+
+
+def used(query: str) -> dict[str, set[str]]:
+    """The metrics of a query, with the labels that it selects by."""
+    found = dict[str, set[str]]()
+    for name, selector in re.findall(r"(backcast_\w+)(\{[^}]*\})?", query):
+        found.setdefault(name, set()).update(re.findall(r"(\w+)=", selector))
+    return found
+
+
+@pytest.mark.parametrize(("reader", "query"), QUERIES)
+def test_every_query_finds_what_it_asks_for(reader: str, query: str, served: Served) -> None:
+    there = dict[str, set[str]]()
+    for sample in itertools.chain(*served.values()):
+        there.setdefault(sample.name, set()).update(sample.labels)
+    for process, unseen in UNSEEN:
+        [definition] = [each for each in DEFINITIONS[process] if each.name == unseen]
+        there.setdefault(unseen, set()).update(definition.labels)
+    for name, labels in used(query).items():
+        assert name in there, f"{reader} reads {name}, which no process serves"
+        assert labels <= there[name] | OF_TARGETS, f"{reader} selects by labels that {name} lacks"
+    groups = {label for labels in re.findall(r"(?:by|on) \(([^)]*)\)", query) for label in labels.split(", ")}
+    assert groups <= set().union(OF_TARGETS, *(there[name] for name in used(query))), reader
+
+
+def test_some_dashboard_or_alert_reads_every_metric() -> None:
+    read = {name for _, query in QUERIES for name in used(query)}
+    for each in itertools.chain(*DEFINITIONS.values()):
+        assert {each.name + suffix for suffix in SUFFIXES[each.kind]} & read or each.name in UNREAD, each.name
+
+
+UNREAD = {
+    "backcast_history_spooled_bytes",  # a part of what waits
+    "backcast_history_waiting_bytes",
+    "backcast_backlog_running",  # the same as busy slots, and what is prefetched
+    "backcast_runs_parked",  # by task: backcast_task_runs
+    "backcast_lane_max_running",
+    "backcast_worker_busy",  # by pool: backcast_pool_busy
+    "backcast_worker_slots",
+    "backcast_worker_slots_lost",
+    "backcast_events_dropped_total",
+}
 
 
 def test_the_page_about_them_is_current() -> None:

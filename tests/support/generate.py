@@ -1,5 +1,5 @@
 """Writes the generated files, or with --check lists those that are not current: docs/openapi.json, docs/settings.md,
-docs/metrics.md, and the chart's schema and README.
+docs/metrics.md, and the chart's schema, README and dashboards.
 """
 
 import json
@@ -16,7 +16,7 @@ from backcast.process.metrics import PROCESSES, Definition
 from backcast.settings import PREFIX, Api, Settings
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
-from tests.support import chart
+from tests.support import chart, dashboards
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -93,6 +93,7 @@ def main(check: bool) -> int:
         DOCS / "settings.md": settings(),
         DOCS / "metrics.md": metrics(),
         **chart.files(),
+        **dashboards.files(),
     }
     for path, text in texts.items():
         if check and (not path.exists() or path.read_text() != text):

@@ -49,6 +49,11 @@
 {{- with .Values.rbac }}{{ if and .create .admissionPolicy }}true{{ end }}{{ end }}
 {{- end }}
 
+{{/* Whether a kind of object is used that not every cluster has: (dict "root" . "api" "group/version/Kind" "mode" MODE). */}}
+{{- define "backcast.uses.api" -}}
+{{- if or (eq .mode "on") (and (eq .mode "auto") (.root.Capabilities.APIVersions.Has .api)) }}true{{ end }}
+{{- end }}
+
 {{/* The port of a bundled server, by its kind. */}}
 {{- define "backcast.store.port" -}}{{ eq . "minio" | ternary 9000 8333 }}{{- end }}
 
@@ -131,7 +136,7 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{- $prefect = dict "api_url" $values.prefectServer.external.apiUrl }}
 {{- end }}
 {{- $derived := dict
-  "api" (dict "host" "0.0.0.0" "prefix" (and .Values.ingress.enabled .Values.ingress.path | default "" | trimSuffix "/") "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray))
+  "api" (dict "host" "0.0.0.0" "metrics_host" "0.0.0.0" "prefix" (and .Values.ingress.enabled .Values.ingress.path | default "" | trimSuffix "/") "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray))
   "worker" (dict "host" "0.0.0.0")
   "steward" $steward
   "store" $store

@@ -22,6 +22,8 @@ cut ends in a hash of the whole name, so that two long releases stay apart.
 {{- end }}
 
 {{- define "backcast.name.api" -}}{{ include "backcast.fullname" . }}-api{{- end }}
+{{- define "backcast.name.metrics" -}}{{ include "backcast.name.api" . }}-metrics{{- end }}
+{{- define "backcast.name.dashboard" -}}{{ include "backcast.fullname" .root }}-dashboard-{{ .dashboard }}{{- end }}
 {{- define "backcast.name.worker" -}}{{ include "backcast.fullname" .root }}-worker-{{ .pool }}{{- end }}
 {{- define "backcast.name.workers" -}}{{ include "backcast.fullname" . }}-worker{{- end }}
 {{- define "backcast.name.setups" -}}{{ include "backcast.fullname" . }}-setup{{- end }}

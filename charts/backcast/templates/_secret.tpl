@@ -133,6 +133,8 @@ store.secret_key: store.external.existingSecret
 {{ $part }}.host: leave it out
 {{ $part }}.port: leave it out; the port for callers is that of a Service or an Ingress
 {{- end }}
+api.metrics_host: leave it out
+api.metrics_port: leave it out; networkPolicy.monitoringNamespace decides who reaches it
 builtin_tasks: use workers.pools.<name>.builtinTasks
 tasks: use workers.pools.<name>.tasks
 steward.deletion_cost: use rbac.create

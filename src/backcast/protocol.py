@@ -11,11 +11,12 @@ from pydantic import BaseModel, SecretStr, TypeAdapter
 
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, TaskType, Tried
 from backcast.process.channel import Message
-from backcast.settings import Model, Prefect
+from backcast.settings import Model, Prefect, Tracing
 
 # From the supervisor.
-ASSIGN, EXECUTE, KEY, STOP, PING, TAG, ANSWER, CLOSE = range(8)
-"""`ASSIGN` is the first message. `EXECUTE` and `KEY` name the task in `meta` and have the input as their body."""
+ASSIGN, EXECUTE, KEY, STOP, PING, TAG, ANSWER, CLOSE, TRACE = range(9)
+"""`ASSIGN` is the first message. `EXECUTE` and `KEY` name the task in `meta` and have the input as their body. A
+`TRACE`, with the `traceparent` in `meta`, comes before the `EXECUTE` of a traced run."""
 # From the executor.
 READY, REFUSED, RESULT, FREE, PONG, GET, PUT, REPORTS = range(16, 24)
 """`FREE`: the code of an attempt that is over has ended at last. `GET` and `PUT` ask for objects of the store; an
@@ -43,6 +44,7 @@ class Assignment(BaseModel):
     """The id of the worker, for log lines."""
     prefect: Prefect
     model: Model
+    tracing: Tracing
 
     def message(self) -> Message:
         return Message(ASSIGN, body=json.dumps(self.model_dump(), default=_revealed).encode())

@@ -320,6 +320,15 @@ class Model(_Section):
         return self.base_url or f"http://127.0.0.1:{self.port}/v1"
 
 
+class Tracing(_Section):
+    endpoint: str | None = None
+    """URL of an OpenTelemetry collector that takes OTLP over HTTP, such as http://collector:4318; none sends no traces.
+    Headers are in `OTEL_EXPORTER_OTLP_HEADERS`, as OpenTelemetry has it."""
+    sample: float = Field(default=0.1, ge=0, le=1)
+    """Share of the requests that begin a trace. A request with a `traceparent` goes on with its caller's, or has none,
+    as that says."""
+
+
 class Setup(_Section):
     """Read by `backcast setup` only: the roles and databases that it makes beside the schema and the bucket."""
 
@@ -368,6 +377,7 @@ class Settings(BaseSettings):
     steward: Steward = Steward()
     prefect: Prefect = Prefect()
     model: Model = Model()
+    tracing: Tracing = Tracing()
     setup: Setup = Setup()
     tasks: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
     """Python modules whose Prefect tasks the worker serves, beside the built-in ones; comma-separated in a variable."""

@@ -1,5 +1,5 @@
-"""Observes each request: what was asked, how it was answered, how long that took. Metrics count it, and the log
-has one line about it, but for health checks.
+"""Observes each request: what was asked, how it was answered, how long that took. Metrics count it; the log has
+one line about it, and traces have a span, but for health checks.
 """
 
 import logging
@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from backcast.process import tracing
 
 log = logging.getLogger("backcast.access")
 
@@ -25,6 +28,7 @@ class Seen:
     run: str | None = None
     key: str | None = None
     """The first digits of the key's digest."""
+    trace: str | None = None
 
 
 class Observe:
@@ -57,4 +61,32 @@ class Observe:
             if route not in _QUIET and log.isEnabledFor(logging.INFO):
                 ms = round(seconds * 1000, 1)
                 fields = {"method": method, "route": route, "status": status, "ms": ms, "key": seen.key}
-                log.info("%s %s %d", method, route, status, extra={"fields": {**fields, "run": seen.run}})
+                more = {"run": seen.run, "trace": seen.trace}
+                log.info("%s %s %d", method, route, status, extra={"fields": fields | more})
+
+
+class TraceRequests:
+    """Middleware, inside of `Observe`: makes a request a span, in its caller's trace if there is one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].endswith(tuple(_QUIET)):
+            await self._app(scope, receive, send)
+            return
+        seen = scope.setdefault(SEEN, Seen())
+        with tracing.request(Headers(scope=scope)) as span:
+            seen.trace = tracing.trace_id()
+
+            async def watched(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                await send(message)
+
+            await self._app(scope, receive, watched)
+            span.update_name(f"{scope['method']} {seen.route or '(no route)'}")
+            span.set_attribute("http.request.method", scope["method"])
+            for name, value in (("http.route", seen.route), ("backcast.run", seen.run)):
+                if value is not None:
+                    span.set_attribute(name, value)

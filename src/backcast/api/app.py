@@ -37,6 +37,7 @@ from backcast.api.body import LimitBody
 from backcast.api.deps import Backend
 from backcast.api.prefix import Prefix, of_links
 from backcast.ledger.connection import Ledger
+from backcast.process import tracing
 from backcast.process.metrics import ApiMetrics
 from backcast.settings import Api
 from backcast.store import Store
@@ -62,6 +63,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api, metrics: ApiMetrics | 
         reporting.cancel()
         await ledger.aclose()
         await store.aclose()
+        await asyncio.to_thread(tracing.flush)
 
     app = FastAPI(
         title="backcast",
@@ -70,6 +72,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api, metrics: ApiMetrics | 
         lifespan=lifespan,
         redirect_slashes=False,
         openapi_url=None,  # by docs.py
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # its spans have the path and the query
     )
     app.state.backend = Backend(ledger, store, limits, metrics)
     app.add_middleware(routing.EncodedPath)
@@ -85,6 +88,8 @@ def create_app(ledger: Ledger, store: Store, limits: Api, metrics: ApiMetrics | 
         app.add_middleware(origins.CrossOrigin, origins=limits.cors_origins)
     if limits.prefix:
         app.add_middleware(Prefix, prefix=limits.prefix)
+    if tracing.is_on():
+        app.add_middleware(access.TraceRequests)
     app.add_middleware(access.Observe, answered=metrics.answered)
     openapi.describe(app)
     problems.install(app)

@@ -12,6 +12,7 @@ from backcast.api import health, server
 from backcast.api.app import create_app
 from backcast.errors import LedgerUnavailable
 from backcast.ledger.connection import Ledger
+from backcast.process import tracing
 from backcast.process.logs import configure_logging
 from backcast.process.metrics import ApiMetrics
 from backcast.process.probes import probes
@@ -25,6 +26,7 @@ VERIFY = 3.0
 def main(settings: Settings) -> None:
     """Serve the API until SIGTERM or SIGINT; requests that are being answered are finished first."""
     configure_logging(settings.log_level, settings.log_format)
+    tracing.start(settings.tracing, "api")
     ledger = Ledger.of(settings.database, name="backcast-api")
     with contextlib.suppress(LedgerUnavailable, TimeoutError):  # a database that is away may come later
         asyncio.run(asyncio.wait_for(ledger.verify(), VERIFY))

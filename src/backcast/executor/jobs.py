@@ -21,7 +21,7 @@ from backcast.executor.logs import logging_to
 from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, Tried
-from backcast.process import logs
+from backcast.process import logs, tracing
 from backcast.process.channel import Channel, Message
 from backcast.process.marks import Marks
 from backcast.protocol import Attempt
@@ -42,6 +42,7 @@ class Jobs:
         self._retries = dict[bytes, int]()
         self._tried = dict[bytes, deque[Tried]]()
         self._asked = set[bytes]()
+        self._traces = dict[bytes, str]()
         self._restore = _habits()
 
     def execute(self, message: Message) -> None:
@@ -59,6 +60,10 @@ class Jobs:
         if (task := self._tasks.get(message.id)) is not None:
             self._asked.add(message.id)
             task.cancel(message.meta.decode())
+
+    def trace(self, message: Message) -> None:
+        """The run that comes next is part of this trace."""
+        self._traces[message.id] = message.meta.decode()
 
     def key(self, message: Message) -> None:
         """Answer with the cache key of a run."""
@@ -81,7 +86,8 @@ class Jobs:
         run = UUID(bytes=message.id)
         logs.RUN.set((run, message.meta.decode()))
         reports = RunReports(message.id, self._channel, lambda: self._retries.get(message.id, 0))
-        with llm.metered() as used, reporting_to(reports), logging_to(reports.log, reports.write):
+        traced = tracing.within(self._traces.pop(message.id, None))
+        with traced, llm.metered() as used, reporting_to(reports), logging_to(reports.log, reports.write):
             result = await self._result(message, run, reports)
         reports.close()  # before the result: it is recorded in this order
         self._restore()

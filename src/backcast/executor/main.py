@@ -24,7 +24,7 @@ from pydantic import SecretStr
 
 from backcast import protocol
 from backcast.errors import ConfigurationError
-from backcast.process import orphans
+from backcast.process import orphans, tracing
 from backcast.process.channel import Channel, Message, packed, receive
 from backcast.process.logs import configure_logging
 from backcast.process.marks import Marks
@@ -73,6 +73,10 @@ class _Process:
             if isinstance(value, SecretStr)
         )
         logs.install()
+        if given.tracing.endpoint is not None:
+            from backcast.executor.spans import Redacting
+
+            tracing.start(given.tracing, "executor", through=Redacting)
         llm.connect(given.model)
         self._objects = objects = RemoteObjects(channel)
         tasks = registry.discover(given.tasks)
@@ -108,6 +112,7 @@ class _Process:
                 for task in own:
                     task.cancel()
                 await asyncio.gather(*own, return_exceptions=True)
+        await asyncio.to_thread(tracing.flush)
         await llm.aclose()
         await sink.aclose(timeout=2)
 
@@ -121,6 +126,8 @@ class _Process:
                 self._channel.send(Message(protocol.PONG, number=message.number, body=json.dumps(figures).encode()))
             case protocol.EXECUTE if self._jobs is not None:
                 self._jobs.execute(message)
+            case protocol.TRACE if self._jobs is not None:
+                self._jobs.trace(message)
             case protocol.STOP if self._jobs is not None:
                 self._jobs.stop(message)
             case protocol.KEY if self._jobs is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from opentelemetry import trace
 from prefect.client.schemas.objects import State
 from prefect.concurrency.context import ConcurrencyContext
 from prefect.context import TaskRunContext
@@ -30,6 +31,7 @@ from backcast.executor.plain import Job
 from backcast.executor.threads import Overdue, Threads
 from backcast.history.events import Change
 from backcast.models import AttemptResult, Retry, Succeeded
+from backcast.process import tracing
 from backcast.texts import storable
 
 Publish = Callable[[Change], None]
@@ -74,10 +76,25 @@ class _Ours:
         """The contexts in which a task, and the tasks that it calls, find their run."""
         engine = self._engine
         assert engine.task_run is not None
-        with plain.context(self.job, engine.task_run), ConcurrencyContext():
+        with plain.context(self.job, engine.task_run), ConcurrencyContext(), self._span():
             if self.job.task.task_run_name:
                 self.use_run_logger()
                 engine._set_custom_task_run_name()  # pyright: ignore[reportPrivateUsage]
+            yield
+
+    @contextlib.contextmanager
+    def _span(self) -> Iterator[None]:
+        """Prefect's own span of a traced run, as its `start` would begin it."""
+        engine = self._engine
+        telemetry = engine._telemetry  # pyright: ignore[reportPrivateUsage]
+        if telemetry is _TELEMETRY:
+            yield
+            return
+        assert engine.task_run is not None
+        if telemetry.span is None:
+            telemetry.start_span(engine.task_run, typing.cast("Any", None), engine.parameters)
+        assert telemetry.span is not None
+        with trace.use_span(telemetry.span, record_exception=False, set_status_on_exception=False):
             yield
 
     def enter(self, state: "State[Any]") -> "State[Any]":
@@ -109,6 +126,11 @@ class _Ours:
             run.start_time = at
         run.end_time = at if state.is_final() else None
         run.state, run.state_id, run.state_type, run.state_name = state, state.id, state.type, state.name
+        telemetry = self._engine._telemetry  # pyright: ignore[reportPrivateUsage]
+        if telemetry.span is not None:
+            telemetry.update_state(state)
+            if state.is_completed():
+                telemetry.end_span_on_success()
         if self.publish is not None:
             self.publish(self._change(state))
 
@@ -340,20 +362,32 @@ def _last_state(stop: BaseException) -> "tuple[State[Any] | None, bool]":
 
 async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publish | None) -> AttemptResult:
     """Make the attempt, then each retry that is due at once."""
+    telemetry = _TELEMETRY if tracing.parent() is None else RunTelemetry(_enabled=True)
+    try:
+        return await _call(job, threads, asked, publish, _telemetry=telemetry)
+    finally:
+        if telemetry.span is not None:  # stopped, or to be retried later
+            telemetry.span.end()
+
+
+async def _call(
+    job: Job, threads: Threads, asked: threading.Event, publish: Publish | None, **more: Any
+) -> AttemptResult:
     if job.task.isasync:
-        engine = _AsyncEngine(**_parts(job, publish))
+        engine = _AsyncEngine(**_parts(job, publish, **more))
         while True:
             await engine.drive()
             if engine.is_done:
                 return engine.attempt_result()
             engine.retry()
-    engine = _SyncEngine(**_parts(job, publish))
+    engine = _SyncEngine(**_parts(job, publish, **more))
     while True:
         try:
             await threads.run(engine.drive, asked=asked, within=job.within)
         except Overdue:
             engine.silence(None)
-            engine = _SyncEngine(**_parts(job, publish, task_run=engine.task_run, retries=engine.retries))
+            late = {"task_run": engine.task_run, "retries": engine.retries}
+            engine = _SyncEngine(**_parts(job, publish, **late, **more))
             await asyncio.to_thread(engine.overrun)
         except asyncio.CancelledError as stop:
             engine.silence(_last_state(stop)[0])

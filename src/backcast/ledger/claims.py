@@ -33,6 +33,8 @@ class Claim:
     """Of the version of the task that accepted the input."""
     waited: float = 0.0
     """Seconds since the run could have started, by the database's clock."""
+    trace: str | None = None
+    """The `traceparent` of the request that made it, if that was traced."""
 
     @property
     def losses(self) -> int:
@@ -92,7 +94,7 @@ claimed as (
           or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1)))
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
             r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature,
-            {reading.age("greatest(r.run_at, r.created_at)")} as waited)
+            r.trace, {reading.age("greatest(r.run_at, r.created_at)")} as waited)
 select claimed.*, n.* from (
     select array_agg(distinct owner_key) filter (where not paused) as lacking,
            array_agg(distinct owner_key) filter (where paused) as paused from pick where not can) n

@@ -26,6 +26,7 @@ from backcast.ledger import lanes, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.runs import COLUMNS, LIVE_COLUMNS, shown
 from backcast.models import Run, Submission, TaskType, uuid7
+from backcast.process import tracing
 from backcast.process.background import OnDemand
 
 INLINE_INPUT = 64 * 1024
@@ -56,6 +57,8 @@ class New(NamedTuple):
     batch_id: UUID | None
     signature: str
     retry_of: UUID | None = None
+    trace: str | None = None
+    """The `traceparent` of its request, if that is traced."""
     stored_until: datetime | None = None
     """Of a run with a stored input: see `stored_until`."""
 
@@ -71,16 +74,16 @@ class SubmittedRun:
 # racing statements insert a key. The others wait for its commit and then *update* its row, so that RETURNING shows it
 # ("do nothing" returns no row to the losers). `xmax = 0` is true only for a row that this statement inserted. A key may
 # be in the arrays once, and keys come in one order, so that two statements with the same keys do not deadlock.
-# $18: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
+# $19: after this time the orphan sweep may remove stored inputs of these rows, so none of them is recorded.
 # A row of `retries` has the id of its new run, which nobody else knows yet: its insert waits for nothing.
 INSERT = f"""
 with given as materialized (
   select * from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::smallint[], $6::timestamptz[],
               $7::integer[], $8::text[], $9::bytea[], $10::text[], $11::text[], $12::json[], $13::text[],
-              $14::timestamptz[], $15::uuid[], $16::text[], $17::uuid[])
+              $14::timestamptz[], $15::uuid[], $16::text[], $17::uuid[], $18::text[])
       as g(id, task, pool, owner, priority, run_at, max_attempts, idem_key, request_hash, input, input_key, metadata,
-           lane, deadline, batch_id, signature, retry_of)
-   where $18::timestamptz is null or now() < $18),
+           lane, deadline, batch_id, signature, retry_of, trace)
+   where $19::timestamptz is null or now() < $19),
 keyed as (
   insert into idempotency_keys as k (owner, key, run_id, request_hash)
   select owner, idem_key, id, request_hash from given where idem_key is not null
@@ -88,11 +91,11 @@ keyed as (
   returning owner, key, run_id, request_hash, xmax = 0 as fresh),
 made as (
   insert into runs (id, task, pool, owner, priority, state, run_at, max_attempts, input, input_key, metadata, lane,
-                    deadline, batch_id, signature, retry_of)
+                    deadline, batch_id, signature, retry_of, trace)
   select id, task, pool, owner, priority,
          case when run_at > now() then 'scheduled' else {waiting.ready("g")} end,
          coalesce(run_at, now()), max_attempts, input, input_key, metadata, lane, deadline, batch_id, signature,
-         retry_of
+         retry_of, trace
     from given g where idem_key is null or exists (select from keyed k where k.run_id = g.id and k.fresh)
   returning {LIVE_COLUMNS}, pool),
 linked as (insert into retries (run_id, retry_id) select retry_of, id from made where retry_of is not null)
@@ -162,6 +165,7 @@ def new(
         batch_id=batch_id,
         signature=task.signature,
         retry_of=retry_of,
+        trace=tracing.parent(),
         stored_until=stored_until,
     )
 

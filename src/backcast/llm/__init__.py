@@ -13,6 +13,7 @@ from typing import Any
 
 from backcast.errors import FatalError, UsageError
 from backcast.models import JSON
+from backcast.process import tracing
 from backcast.settings import Model
 from backcast.targets import Target
 
@@ -107,6 +108,8 @@ async def cast(data: JSON, target: Target, instructions: str | None = None) -> J
 def _import_casting() -> Any:
     from backcast.llm import casting
 
+    if tracing.is_on():
+        casting.trace()
     return casting
 
 

@@ -15,7 +15,9 @@ from weakref import WeakKeyDictionary
 import marvin
 import openai
 from pydantic import AfterValidator, WithJsonSchema
+from pydantic_ai import Agent
 from pydantic_ai.messages import ModelResponse
+from pydantic_ai.models.instrumented import InstrumentationSettings
 from pydantic_ai.profiles.openai import openai_model_profile
 from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.settings import ModelSettings
@@ -33,6 +35,11 @@ from backcast.targets import Misfit, Target
 
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Model, openai.AsyncOpenAI]] = WeakKeyDictionary()
 """By event loop, as connections die with the loop that made them."""
+
+
+def trace() -> None:
+    """Let each request to the model be a span, which has its tokens and neither the question nor the answer."""
+    Agent.instrument_all(InstrumentationSettings(include_content=False))
 
 
 async def aclose() -> None:

@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal
 
+from backcast.process import tracing
+
 RUN: ContextVar[tuple[object, str] | None] = ContextVar("run", default=None)
 """The run (id and task) that the code of this context works on."""
 Format = Literal["text", "json"]
@@ -31,6 +33,8 @@ class _Lines(logging.Formatter):
         if (named := getattr(record, "task_run_id", None)) is not None:
             run = named, str(getattr(record, "task_name", None))
         about: dict[str, object] = {} if run is None else {"run": str(run[0]), "task": run[1]}
+        if (trace := tracing.trace_id()) is not None:
+            about["trace"] = trace
         return about | self._fields | getattr(record, "fields", {})
 
     def _traceback(self, record: logging.LogRecord) -> str | None:

@@ -22,7 +22,7 @@ from uuid import UUID
 from backcast import protocol
 from backcast.errors import ConfigurationError, StoreUnavailable
 from backcast.models import Problem, Retry
-from backcast.process import marks
+from backcast.process import marks, tracing
 from backcast.process.channel import Channel, Message
 from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.store import Missing, Store
@@ -296,6 +296,8 @@ class Child:
             return Attempt(Retry(_STILL_HERE, delay=STOP_WITHIN, retries=retries), retries)
         job = self._jobs[run] = _Job(asyncio.get_running_loop().create_future(), retries, may_block)
         self.runs += 1
+        if (traceparent := tracing.parent()) is not None:
+            self._channel.send(Message(protocol.TRACE, run.bytes, meta=traceparent.encode()))
         self._channel.send(Message(protocol.EXECUTE, run.bytes, retries, name.encode(), given))
         try:
             return await asyncio.shield(job.ended)

@@ -198,6 +198,7 @@ class Executors:
                 worker=str(self._worker),
                 prefect=settings.prefect,
                 model=settings.model,
+                tracing=settings.tracing,
             ),
             self._store,
             stall=settings.worker.stall.total_seconds(),

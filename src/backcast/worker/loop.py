@@ -21,7 +21,7 @@ from backcast.ledger.claims import Claim
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Failed, Problem, Reason
-from backcast.process import background
+from backcast.process import background, tracing
 from backcast.process.logs import RUN
 from backcast.process.metrics import WorkerMetrics
 from backcast.process.outages import Outage
@@ -71,6 +71,7 @@ class _Claimed:
     is_executing: bool = True
     reason: Reason | None = None
     """Why the execution was stopped, if it was."""
+    spans: tracing.Attempt | None = None
 
     def stop(self, reason: Reason) -> None:
         if self.work is not None and self.is_executing and self.reason is None:
@@ -336,6 +337,14 @@ class Worker:
         claim = held.claim
         RUN.set((claim.id, claim.task))
         began = time.monotonic()
+        held.spans = tracing.attempt(
+            claim.trace,
+            waited=claim.waited if claim.fence == 1 else None,  # later ones are after others
+            run=claim.id,
+            task=claim.task,
+            number=claim.fence,
+            worker=self._lease.id,
+        )
         attempt = Attempt(None, claim.retries_used)
         try:
             attempt = await self._execution.attempt(claim)
@@ -359,10 +368,12 @@ class Worker:
         if isinstance(attempt.result, Failed):  # its detail may quote the caller's data
             log.info("the run has failed: %s", attempt.result.problem.code)
         if settlement is None:
-            self._drop(claim.id, claim.fence)
+            self._drop(claim.id, claim.fence, "lost")
         else:
             if attempt.usage:
                 self._metrics.answered(attempt.usage, attempt.answers)
+            if held.spans is not None:
+                held.spans.settle()
             if attempt.usage or attempt.tried:
                 settlement = replace(settlement, usage=attempt.usage, earlier=attempt.tried)
             self._settler.put(settlement)
@@ -378,7 +389,7 @@ class Worker:
     async def _recorded(self, batch: Collection[Settlement]) -> None:
         await self._execution.settled([settlement.id for settlement in batch])
         for settlement in batch:
-            self._drop(settlement.id, settlement.fence)
+            self._drop(settlement.id, settlement.fence, settlement.state)
             if settlement.route:
                 self._due.set()
         self._wake.set()
@@ -391,11 +402,13 @@ class Worker:
         if given.lines:
             self._logs.put(held.claim, given.lines)
 
-    def _drop(self, run_id: UUID, fence: int) -> None:
+    def _drop(self, run_id: UUID, fence: int, state: str) -> None:
         """Drop the claim of this attempt; the run may be here again under a higher fence."""
         held = self._held.get(run_id)
         if held is not None and held.claim.fence == fence:
             del self._held[run_id]
+            if held.spans is not None:
+                held.spans.end(state)
 
     def _release_waiting(self) -> None:
         for held in [*self._prefetched, *self._quarantine]:

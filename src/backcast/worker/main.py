@@ -11,7 +11,7 @@ from backcast.errors import Unavailable
 from backcast.ledger import cursors
 from backcast.ledger.connection import Ledger
 from backcast.models import uuid7
-from backcast.process import background, orphans, privacy
+from backcast.process import background, orphans, privacy, tracing
 from backcast.process.logs import configure_logging
 from backcast.process.metrics import WorkerMetrics
 from backcast.process.probes import probes
@@ -30,6 +30,7 @@ async def _serve(settings: Settings) -> None:
     ledger = Ledger.of(settings.database, name="backcast-worker", pool=2)
     worker_id = uuid7()
     configure_logging(settings.log_level, settings.log_format, worker=worker_id)
+    tracing.start(settings.tracing, "worker")
     executors = Executors(settings, store, metrics, worker_id)
     worker: Worker | None = None
 
@@ -59,6 +60,7 @@ async def _serve(settings: Settings) -> None:
         await executors.aclose()
         await ledger.aclose()
         await store.aclose()
+        await asyncio.to_thread(tracing.flush)
 
 
 async def _started(executors: Executors, stop: Stop) -> bool:

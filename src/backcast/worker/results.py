@@ -15,6 +15,7 @@ from backcast.ledger.claims import Claim
 from backcast.ledger.fleet import Held
 from backcast.ledger.settlement import INLINE_RESULT, Settlement
 from backcast.models import Failed, Problem, Reason, Retry, Succeeded
+from backcast.process import tracing
 from backcast.process.outages import Outage, backoff
 from backcast.protocol import Attempt
 from backcast.settings import Settings
@@ -111,7 +112,8 @@ class Results:
         give_up, delays = time.monotonic() + self._patience, backoff(0.5, 10.0)
         while True:
             try:
-                await self._store.put(key, body, is_copied=len(body) <= INLINE_RESULT)
+                with tracing.span("store", size=len(body)):
+                    await self._store.put(key, body, is_copied=len(body) <= INLINE_RESULT)
             except StoreUnavailable as error:
                 self._outage.failed(error)
                 if time.monotonic() > give_up or self.is_hurried:

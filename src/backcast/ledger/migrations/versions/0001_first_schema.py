@@ -57,6 +57,7 @@ def upgrade() -> None:
         flight        text,                            -- the flight it waits for, while scheduled
         route         text not null default '',        -- '' for any worker of the pool, or what its worker must have
         parked_at     timestamptz,                     -- since when its route leads nowhere
+        trace         text,                            -- the traceparent of the request that made it
         constraint runs_are_not_over check (state in ('paused', 'held', 'scheduled', 'queued', 'running')),
         constraint running_has_a_worker check (state <> 'running' or worker_id is not null)
     -- The steward vacuums it when 5000 rows are dead. While no steward leads, autovacuum does: by a count, not a share

@@ -139,6 +139,12 @@ def test_wrong_usage_and_refusals_are_2(cli: Cli, arguments: tuple[str, ...], se
     fails(cli(*arguments), 2, sentence)
 
 
+def test_a_missing_key_is_asked_for_by_its_variable(cli: Cli, service: Service) -> None:
+    document = {"title": "A key is needed", "code": "unauthorized", "detail": "Send a key of this service."}
+    service.troubles.append((401, "application/problem+json", document))
+    fails(cli("tasks"), 2, "The service asks for a key: set BACKCAST_API_KEY to one of its keys.")
+
+
 def test_a_failed_run_is_1(cli: Cli, service: Service) -> None:
     service.states = ("queued", "failed")
     service.error = {"code": "unusable_input", "title": "No", "detail": "there is no number"}
@@ -481,13 +487,15 @@ def test_people_see_tables_move(service: Service) -> None:
     run_id = service.add_run()
     emitted = [("started", {"attempt": 2, "at": None}), ("progress", {"fraction": 0.4, "message": "page 12"})]
     emitted += [("output", {"kind": "json", "data": "\x1b[2Jhalf"})]
+    emitted += [("retrying", {"attempt": 1, "error": {"code": "c", "title": "t", "detail": "late"}})]
+    emitted = [*emitted[-1:], *emitted[:-1]]
     ended = {"run": {**service.runs[run_id], "state": "failed", "error": {"code": "c", "title": "t", "detail": "no"}}}
     service.streams.append("".join(f"id: 1\nevent: {n}\ndata: {json.dumps(d)}\n\n" for n, d in emitted))
     service.streams.append(f"id: 2\nevent: ended\ndata: {json.dumps(ended)}\n\n")
     terminal = Terminal("watch", run_id)
     screen = terminal.read()
     assert terminal.ended() == 0
-    for seen in ("running", "attempt 2", "40%", "page 12", "half", "failed", "c: no"):
+    for seen in ("running", "attempt 2", "40%", "page 12", "half", "attempt 1 failed c: late", "failed", "c: no"):
         assert seen in screen
     assert "\x1b[2J" not in screen
 

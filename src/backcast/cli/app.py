@@ -9,7 +9,8 @@ from typer.core import TyperGroup
 
 from backcast import __version__
 from backcast.cli import output
-from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unavailable, WaitTimeout
+from backcast.errors import BackcastError, ClientError, NoResult, RunError, Unauthorized, Unavailable, WaitTimeout
+from backcast.variables import KEY_VARIABLE
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -28,6 +29,9 @@ class _Readable(TyperGroup):
         try:
             return super().invoke(ctx)
         except BackcastError as error:
+            if isinstance(error, Unauthorized):
+                output.complain(f"The service asks for a key: set {KEY_VARIABLE} to one of its keys.")
+                raise typer.Exit(REFUSED) from None
             output.complain(str(error))  # with the reason, which callers of the API do not see
             for field in error.errors if isinstance(error, ClientError) else ():
                 if field.detail not in error.detail:

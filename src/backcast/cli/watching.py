@@ -70,7 +70,7 @@ class RunView:
                 self._state, self._attempt, self._since = State.RUNNING, given["attempt"], _moment(given.get("at"))
             case "retrying":
                 self._state = State.QUEUED
-                self._lines.append(words(event))
+                self._lines.append(f"attempt {given['attempt']} failed {_problem(given)}")
             case "progress":
                 self._progress = given.get("fraction"), str(given.get("message") or "")
             case "ended":
@@ -133,7 +133,8 @@ def words(event: "Event") -> str:
             fraction = given.get("fraction")
             words = [f"{fraction:.0%}" if isinstance(fraction, int | float) else "", str(given.get("message") or "")]
         case "output":
-            words = [str(given.get("kind") or ""), json.dumps(given.get("data"), ensure_ascii=False)]
+            kind = given.get("kind")
+            words = ["" if kind in (None, "output") else str(kind), json.dumps(given.get("data"), ensure_ascii=False)]
         case "log":
             words = [str(given.get("message") or "")]
         case "states":

@@ -515,6 +515,15 @@ def test_people_see_tables_move(service: Service) -> None:
         assert seen in screen
 
 
+def test_people_may_leave_what_they_watch(service: Service) -> None:
+    run_id = service.add_run()
+    terminal = Terminal("watch", run_id)
+    terminal.read("queued")
+    terminal.process.send_signal(signal.SIGINT)
+    assert f"It goes on: backcast watch {run_id}" in terminal.read()
+    assert terminal.ended() == 130
+
+
 def test_people_are_asked_before_many_runs_are_changed(service: Service) -> None:
     for answer, code in (("n\n", 1), ("y\n", 0)):
         terminal = Terminal("cancel", "--where", "task=add")

@@ -1,6 +1,7 @@
 """The client against a small stand-in for the API over real HTTP; both of its forms keep every promise."""
 
 import asyncio
+import inspect
 import json
 import math
 import threading
@@ -389,6 +390,17 @@ def test_an_unknown_option_of_a_client_is_refused(form: type[Client] | type[Asyn
         form(pateince=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"'api_key'\. It takes headers, patience"):
         form(api_key="k")  # type: ignore[arg-type]
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(form: type) -> dict[str, list[str]]:
+        public = [name for name in dir(form) if not name.startswith("_") and name not in ("close", "aclose")]
+        return {name: list(inspect.signature(getattr(form, name)).parameters) for name in public}
+
+    assert methods(Client) == methods(AsyncClient)
+    assert methods(Client)["retry"] == ["self", "run_id", "key", "changes"]
+    assert inspect.signature(Client.retry).return_annotation is Run
+    assert all(getattr(Client, name).__doc__ for name in methods(Client))
 
 
 def test_many_are_one_request(call: Call, service: Service) -> None:

@@ -51,6 +51,7 @@ def watch(
             else:
                 watching.show(service.stream(which, logs=with_logs), RunView(run), as_json)
         except KeyboardInterrupt:
+            output.err.print(f"It goes on: backcast watch {which}", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
 
 

@@ -107,6 +107,7 @@ def submitted(submission: Submission | Mapping[str, JSON], given: SubmitOptions)
 
 
 def get(run_id: UUID | str) -> Flow[Run]:
+    """A run as it is now."""
     return read(Run, (yield from wire.get(path("runs", run_id))))
 
 

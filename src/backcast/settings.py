@@ -183,6 +183,8 @@ class Api(_Section):
     cors_origins: Annotated[list[Origin], NoDecode, BeforeValidator(_split)] = []
     """Web pages that may use the API from a browser, comma-separated, as `https://app.example.org`, or `*` for all
     (with keys only). Without keys, requests from all other pages are refused."""
+    prefect_ui: str | None = Field(default=None, pattern=r"^https?://[^\s/]\S*$")
+    """Address at which browsers reach Prefect's pages: the console links each run there. None: it has no such link."""
 
     @field_validator("keys")
     @classmethod

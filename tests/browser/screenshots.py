@@ -2,17 +2,24 @@
 every page goes there, as a phone shows it too. Look at them before you commit them."""
 
 import asyncio
+import json
+import math
+import random
 import sys
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from playwright.async_api import async_playwright
 
 from backcast.ledger import provisioning
+from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
+from backcast.models import uuid7
 from tests.browser.browser import CHROMIUM
 from tests.browser.world import World, world
+from tests.support import ended
 from tests.support.roles import give_roles
 from tests.support.stack import ROOT
 
@@ -61,6 +68,41 @@ async def shoot(made: World, folder: Path | None) -> None:
         await browser.close()
 
 
+async def remember(database: str) -> None:
+    """An hour that lies back: some thousand runs, some of which failed."""
+    chance = random.Random(1)
+    ledger = Ledger(database)
+    error = json.dumps({"code": "model_refused", "title": "The model refused", "detail": "It is no invoice."})
+    for minute in range(2, 60):
+        for _ in range(int(12 + 9 * math.sin(minute / 7) + chance.random() * 8)):
+            ago = minute * 60 + chance.random() * 50
+            state = "failed" if chance.random() < (0.3 if 20 < minute < 27 else 0.03) else "completed"
+            at = datetime.now(UTC) - timedelta(seconds=ago)
+            await ended.add(
+                ledger,
+                uuid7(ago=ago),
+                since=ago - 2,
+                task="extract_invoice",
+                pool="default",
+                owner="billing",
+                lane="openai",
+                priority=0,
+                state=state,
+                run_at=at,
+                fence=1,
+                attempts_used=1,
+                retries_used=0,
+                max_attempts=3,
+                signature="",
+                input="{}",
+                metadata="{}",
+                created_at=at,
+                started_at=at,
+                **({"error": error} if state == "failed" else {"result": "1", "result_key": "k"}),
+            )
+    await ledger.aclose()
+
+
 async def main() -> None:
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     with tempfile.TemporaryDirectory() as text, postgres.running(Path(text) / "data") as server:
@@ -68,6 +110,7 @@ async def main() -> None:
         provisioning.create_database(server.url(), "console")
         migrate(database)
         give_roles(database)
+        await remember(database)
         async with world(database, Path(text)) as made:
             await shoot(made, given)
 

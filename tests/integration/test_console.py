@@ -238,7 +238,7 @@ async def test_people_are_led_to_the_console_and_programs_are_not(web: httpx.Asy
 
 async def test_behind_a_prefix_every_link_has_it(ledger: Ledger, store: Store) -> None:
     await register(ledger, "plain")
-    async with over(ledger, store, prefix="/jobs", keys=[SecretStr(KEY)]) as web:
+    async with over(ledger, store, prefix="/jobs", keys=[SecretStr(KEY)], prefect_ui="https://prefect.example/") as web:
         entered = await web.post("/jobs/console/login", data={"key": KEY})
         assert entered.headers["location"] == "/jobs/console/"
         assert "Path=/jobs/console" in entered.headers["set-cookie"]
@@ -247,6 +247,12 @@ async def test_behind_a_prefix_every_link_has_it(ledger: Ledger, store: Store) -
             places = re.findall(r'(?:href|src|action|hx-get|sse-connect)="(?!#)([^"]*)"', text)
             assert len(places) > 5
             assert all(place.startswith("/jobs/console") for place in places), places
+        made = await web.post(
+            "/v1/tasks/plain/runs", json={"input": {"words": "a"}}, headers={"Authorization": f"Bearer {KEY}"}
+        )
+        run_id = made.json()["id"]
+        shown = (await web.get(f"/jobs/console/runs/{run_id}")).text
+        assert f'href="https://prefect.example/runs/task-run/{run_id}"' in shown
 
 
 # What the pages do

@@ -38,7 +38,7 @@ def routes(api: ASGIApp, limits: Api, prefix: Prefixed, guard: Callable[[ASGIApp
         ],
         exception_handlers={BackcastError: _refused, HTTPException: _http, Exception: _failed},
     )
-    pages.state.sessions = sessions
+    pages.state.sessions, pages.state.prefect_ui = sessions, limits.prefect_ui
     console = guard(_Headers(_Door(pages, api, sessions, prefix)))
 
     async def home(request: Request) -> Response:

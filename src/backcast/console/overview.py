@@ -16,6 +16,10 @@ _SILENT = 30.0
 """Seconds without a heartbeat after which a worker is worth a look."""
 
 
+_STUCK = 60.0
+"""Seconds for which a lane may hold all of its runs: at the least rate that people use, one starts in this time."""
+
+
 class Sign(NamedTuple):
     """Something that needs a look, and the page where it is mended."""
 
@@ -45,8 +49,8 @@ def signs(
     for lane in lanes:
         if lane.problem:
             found.append(Sign(f"Lane {lane.name}: {lane.problem}", "/lanes", "Limits"))
-        elif lane.held and not lane.running and lane.paused is None:
-            sentence = f"Lane {lane.name} holds {number(lane.held)} runs and none of it runs."
+        elif lane.held and not (lane.running or lane.queued or lane.paused) and (lane.oldest_age_seconds or 0) > _STUCK:
+            sentence = f"Lane {lane.name} holds {number(lane.held)} runs, and none of it runs."
             found.append(Sign(sentence, "/lanes", "Limits"))
     for worker in workers:
         if worker.heartbeat_age_seconds > _SILENT and not worker.draining:

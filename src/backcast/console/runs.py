@@ -129,6 +129,7 @@ async def _one(request: Request, status: int = 200, problem: str | None = None, 
         result=result,
         problem=problem,
         text=text,
+        prefect_ui=request.app.state.prefect_ui,
     )
 
 
@@ -157,10 +158,10 @@ def parsed(text: str) -> JSON:
         raise InvalidInput(f"This is not JSON: {error}.") from None
 
 
-def _part(name: str) -> Route:
+def _part(name: str, query: str = "") -> Route:
     async def answer(request: Request) -> Response:
         run_id: UUID = request.path_params["run_id"]
-        return service(request).answer(f"/v1/runs/{run_id}/{name}")
+        return service(request).answer(f"/v1/runs/{run_id}/{name}", query)
 
     return Route(f"/runs/{{run_id:uuid}}/{name}", answer)
 
@@ -170,5 +171,6 @@ routes = [
     Route("/runs/{run_id:uuid}", _one),
     Route("/runs/{run_id:uuid}/cancel", _cancel, methods=["POST"]),
     Route("/runs/{run_id:uuid}/retry", _retry, methods=["POST"]),
-    *map(_part, ("events", "input", "logs", "result")),
+    _part("events", "logs=true"),  # so that its lines come while it runs
+    *map(_part, ("input", "logs", "result")),
 ]

@@ -30,19 +30,20 @@ class Service:
             transport=httpx.ASGITransport(api, raise_app_exceptions=False),
         )
 
-    def answer(self, path: str) -> Response:
+    def answer(self, path: str, query: str = "") -> Response:
         """The API's own answer to GET `path`, streams included, for the browser."""
-        return _Passed(self._api, path, self._headers)
+        return _Passed(self._api, path, query, self._headers)
 
 
 class _Passed(Response):
-    def __init__(self, api: ASGIApp, path: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, api: ASGIApp, path: str, query: str, headers: Mapping[str, str]) -> None:
         super().__init__()
-        self._api, self._path, self._given = api, path, headers
+        self._api, self._path, self._query, self._given = api, path, query, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"host", _HOST.encode()), *(each for each in scope["headers"] if each[0] in _PASSED)]
         headers += [(name.lower().encode(), value.encode()) for name, value in self._given.items()]
         asked = {part: scope[part] for part in _KEPT if part in scope}
-        where = {"path": self._path, "raw_path": self._path.encode(), "root_path": "", "query_string": b""}
+        where = {"path": self._path, "raw_path": self._path.encode(), "root_path": ""}
+        where["query_string"] = self._query.encode()
         await self._api({**asked, **where, "headers": headers}, receive, send)

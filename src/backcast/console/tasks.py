@@ -15,10 +15,10 @@ from starlette.routing import Route
 from backcast.console.pages import render, service
 from backcast.console.runs import parsed
 from backcast.errors import BackcastError, InvalidInput
-from backcast.models import JSON, Run, State, TaskType
+from backcast.models import JSON, Counts, Run, State, TaskType, Within
 
-_SAMPLE = 200
-"""The latest runs of a task of which its page gives rates and durations."""
+_SAMPLE = 100
+"""The latest runs of a task of which its page gives durations."""
 
 
 _KINDS = {"string": "text", "integer": "int", "number": "number", "boolean": "bool"}
@@ -36,11 +36,11 @@ class Field(NamedTuple):
 
 
 class Record(NamedTuple):
-    """How the latest runs of a task went; durations in seconds."""
+    """How a task went lately; durations in seconds, of the latest runs that have completed."""
 
-    runs: int
     ended: int
     failed: int
+    """Or expired, of those that ended in the last day."""
     median: float | None
     slow: float | None
     """Nine of ten were faster."""
@@ -81,16 +81,17 @@ def filled(form: FormData, wanted: Sequence[Field]) -> dict[str, JSON]:
     return given
 
 
-def record(runs: Sequence[Run]) -> Record:
-    ended = [run for run in runs if run.state.is_final]
+def record(counts: Counts, name: str, completed: Sequence[Run]) -> Record:
+    states = next((each.states for each in counts.tasks if each.task == name), {})
+    failed = states.get(State.FAILED, 0) + states.get(State.EXPIRED, 0)
     took = sorted(
         (run.finished_at - run.started_at).total_seconds()
-        for run in ended
+        for run in completed
         if run.finished_at is not None and run.started_at is not None
     )
-    bad = sum(run.state in (State.FAILED, State.EXPIRED) for run in ended)
     slow = took[int(len(took) * 0.9)] if took else None
-    return Record(len(runs), len(ended), bad, median(took) if took else None, slow)
+    ended = sum(runs for state, runs in states.items() if state.is_final)
+    return Record(ended, failed, median(took) if took else None, slow)
 
 
 async def _list(request: Request) -> Response:
@@ -104,9 +105,14 @@ async def _one(
     request: Request, status: int = 200, problem: str | None = None, given: FormData | None = None
 ) -> Response:
     client, name = service(request).client, unquote(request.path_params["name"])
-    task, page = await asyncio.gather(client.task(name), client.page(limit=_SAMPLE, task=name))
+    task, latest, completed, counts = await asyncio.gather(
+        client.task(name),
+        client.page(limit=10, task=name),
+        client.page(limit=_SAMPLE, task=name, state=State.COMPLETED),
+        client.counts(Within.DAY),
+    )
     form = [_again(field, given) for field in fields(task.input_schema)]
-    shown = {"task": task, "form": form, "runs": page.items[:10], "record": record(page.items)}
+    shown = {"task": task, "form": form, "runs": latest.items, "record": record(counts, name, completed.items)}
     return render(request, "task.html", status, problem=problem, **shown)
 
 

@@ -348,6 +348,7 @@ class _Up:
             "BACKCAST_MODEL__BACKEND": self._backend,
             **({KEY_VARIABLE: self._key} if self._key is not None else {}),  # for tasks that submit runs
             URL_VARIABLE: self._url("api"),
+            "BACKCAST_API__PREFECT_UI": self._url("prefect"),
             "BACKCAST_PREFECT__API_URL": prefect,
             "BACKCAST_WORKER__GRACE": f"PT{GRACE}S",
             "PREFECT_HOME": str(self._data / "prefect"),

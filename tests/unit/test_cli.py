@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import pytest
 from typer.testing import CliRunner, Result
 
+from backcast.cli import service as service_of_the_command_line
 from backcast.cli.arguments import FILTERS
 from backcast.cli.main import app
 from tests.support.waiting import PATIENCE
@@ -325,6 +326,7 @@ def _completed(service: Service, *words: str) -> list[str]:
 
 
 def test_names_are_completed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_of_the_command_line, "QUICK", PATIENCE)  # it answers on a slow machine too
     service.lanes["gpu"] = {"name": "gpu", "running": 0, "queued": 0, "held": 0}
     assert _completed(service, "backcast", "submit", "a") == ["add"]
     assert _completed(service, "backcast", "tasks", "x") == []

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _URL_FILE = Path(".backcast/url")  # written by `up`
 _PATIENCE = 3.0  # seconds: a person watches the screen
-_QUICK = 1.0  # seconds: a person waits for the completion of a word
+QUICK = 1.0
+"""Seconds: a person waits for the completion of a word."""
 
 Url = Annotated[
     str | None,
@@ -75,7 +76,7 @@ def names(noun: str) -> Callable[[typer.Context, str], list[str]]:
             from backcast.client.wire import connection
 
             address, headers = _address(ctx.params.get("url"))
-            with httpx.Client(**connection(address, headers), timeout=_QUICK) as service:
+            with httpx.Client(**connection(address, headers), timeout=QUICK) as service:
                 found = [item["name"] for item in service.get(f"/v1/{noun}").raise_for_status().json()["items"]]
         except Exception:  # noqa: BLE001  # a shell that waits for names has no use for errors
             return []

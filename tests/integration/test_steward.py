@@ -311,8 +311,8 @@ async def test_when_the_leader_is_killed_the_other_leads(database: str, tmp_path
         product.release("lost")
         assert await product.result(lost) == "lost"
         recovered = 'backcast_runs_recovered_total{state="queued"}'
-        await until(lambda: metric(other, recovered), lambda value: value == 1)
-        assert await metric(other, "backcast_workers_lost_total") == 1
+        await until(lambda: metric(other, recovered), lambda value: value is not None and value >= 1)
+        assert (await metric(other, "backcast_workers_lost_total") or 0) >= 1
 
 
 async def test_a_leader_that_is_stopped_loses_its_lead(database: str, tmp_path: Path, ledger: Ledger) -> None:
@@ -330,6 +330,7 @@ async def test_a_leader_that_is_stopped_loses_its_lead(database: str, tmp_path: 
         await until(lambda: ledger.fetchrow(lease, stopped["at"]))
         leader.signal(signal.SIGCONT)
         await until(lambda: metric(leader, "backcast_steward_leading"), lambda value: value == 0)
+        await until(lambda: metric(leader, "backcast_backlog_ready"), lambda value: value is None)
         product.release("running")
         assert await product.result(running) == "running"
         rows = await ledger.fetch("select fence, attempts_used from all_runs")

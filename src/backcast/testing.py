@@ -23,6 +23,9 @@ from typing import Any, Self
 
 JSON = Any
 
+PIECE = 8
+"""Characters of an answer that are streamed at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -51,6 +54,11 @@ class Reply:
     """Sent in place of a completion: a text as HTML, anything else as JSON."""
     envelope: JSON = None
     """Changes to the completion around the answer, as an object."""
+    before_piece: Callable[[str], object] | None = None
+    """Called before each piece of an answer that is streamed, with what was sent before it; it may wait, or raise
+    `OSError` to break off."""
+    streams: bool = True
+    """Whether it can be streamed; else a request for that is answered in one piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +203,8 @@ class _Exchange(BaseHTTPRequestHandler):
             self._send(reply.status, error, after)
         elif reply.page is not None:
             self._send(200, reply.page)
-        elif body.get("stream"):
-            self._stream(_completion(request, reply))
+        elif body.get("stream") and reply.streams:
+            self._stream(_completion(request, reply), reply)
         else:
             self._send(200, _completion(request, reply) | (reply.envelope or {}))
 
@@ -211,24 +219,42 @@ class _Exchange(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload)
 
-    def _stream(self, completion: dict[str, Any]) -> None:
+    def _stream(self, completion: dict[str, Any], reply: Reply) -> None:
         choice, usage = completion["choices"][0], completion.pop("usage")
         message, finish = choice["message"], choice["finish_reason"]
-        for index, call in enumerate(message.get("tool_calls") or []):
-            call["index"] = index
         head = completion | {"object": "chat.completion.chunk"}
         self.close_connection = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        for choices, extra in (
-            ([{"index": 0, "delta": message, "finish_reason": None}], {}),
-            ([{"index": 0, "delta": {}, "finish_reason": finish}], {}),
-            ([], {"usage": usage}),
-        ):
+
+        def send(choices: list[dict[str, Any]], **extra: JSON) -> None:
             self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | extra)}\n\n".encode())
+
+        for sent, delta in _pieces(message):
+            if reply.before_piece is not None:
+                reply.before_piece(sent)
+            send([{"index": 0, "delta": delta, "finish_reason": None}])
+        send([{"index": 0, "delta": {}, "finish_reason": finish}])
+        send([], usage=usage)
         self.wfile.write(b"data: [DONE]\n\n")
+
+
+def _pieces(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The answer in pieces of `PIECE` characters, each with what comes before it."""
+    calls = message.get("tool_calls")
+    text = calls[0]["function"]["arguments"] if calls else message["content"] or ""
+    for at in range(0, max(len(text), 1), PIECE):
+        piece, first = text[at : at + PIECE], message if at == 0 else {}
+        if calls:
+            function = {**(calls[0]["function"] if at == 0 else {}), "arguments": piece}
+            yield (
+                text[:at],
+                {**first, "tool_calls": [{**(calls[0] if at == 0 else {}), "index": 0, "function": function}]},
+            )
+        else:
+            yield text[:at], {**first, "content": piece}
 
 
 def _completion(request: Request, reply: Reply) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The main job through the whole product, with a scripted model: messy data and a shape in, the typed value out."""
 
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 
 from backcast.testing import Reply, ScriptedModel
 from tests.support.stack import Stack, free_port, stack
-from tests.support.waiting import until
+from tests.support.streams import Sent, all_of, events
+from tests.support.waiting import PATIENCE, until
 
 KEY = "sk-very-secret-key"
 CHAIRS = {"payload": "We put 31 chairs in the hall", "instructions": "how many chairs", "target_type": "int"}
@@ -41,6 +43,46 @@ async def test_the_example(product: Stack) -> None:
     run = await product.run(str(status["task_run_id"]))
     assert run["usage"]["model"] == "scripted"
     assert run["usage"]["output_tokens"] > 0
+
+
+async def test_the_answer_is_shown_as_it_grows_to_those_who_ask(database: str, tmp_path: Path) -> None:
+    text, go = "one two three " * 20, threading.Event()
+
+    def break_off(sent: str) -> None:
+        if len(sent) > 100:
+            raise OSError
+
+    def hold(sent: str) -> None:
+        assert len(sent) < 100 or go.wait(PATIENCE)
+
+    replies = [Reply(text, before_piece=break_off), Reply(text, before_piece=hold)]
+    with ScriptedModel(replies) as model:
+        env = {"BACKCAST_MODEL__BASE_URL": model.url, "BACKCAST_MODEL__API_KEY": KEY}
+        async with stack(database, tmp_path, **env) as product:
+            await product.up("api", "worker")
+            asked = {"payload": text, "instructions": "repeat it", "target_type": "str"}
+            made = await product.http.post("/tasks", data=asked | {"stream": "true"})
+            run_id = made.json()["task_run_id"]
+            sent = list[Sent]()
+            async for each in events(product.http, f"/v1/runs/{run_id}/events"):
+                assert isinstance(each, Sent)
+                sent.append(each)
+                if each.name == "output" and each.data["attempt"] == 2:
+                    assert (await product.run(run_id))["state"] == "running"
+                    go.set()
+            parts = [
+                (each.data["attempt"], each.data["kind"], each.data["data"]) for each in sent if each.name == "output"
+            ]
+            quiet = await cast(product, **asked | {"payload": f"another {text}"})
+            quiet_sent = await all_of(product.http, f"/v1/runs/{quiet['task_run_id']}/events")
+            runs = [await product.run(one) for one in (run_id, str(quiet["task_run_id"]))]
+    assert {attempt for attempt, _, _ in parts} == {1, 2}
+    assert {kind for _, kind, _ in parts} == {"partial"}
+    assert all(part and text.startswith(part) for _, _, part in parts)
+    assert (sent[-1].name, sent[-1].data["result"]) == ("ended", text)
+    assert [each.name for each in quiet_sent] == ["queued", "started", "ended"]
+    assert [request.body["stream"] for request in model.requests] == [True, True, False]
+    assert runs[0]["usage"]["output_tokens"] == runs[1]["usage"]["output_tokens"]
 
 
 async def test_the_tokens_of_failed_attempts_are_counted_and_the_log_names_the_run(

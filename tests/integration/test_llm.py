@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -18,7 +20,7 @@ from backcast import llm, targets
 from backcast.errors import FatalError, RunError, TransientError, UsageError
 from backcast.settings import Model
 from backcast.testing import Reply, ScriptedModel
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 KEY = "sk-secret-0123456789"
 BACKENDS = ["openai", "embedded"]
@@ -32,20 +34,29 @@ LAMPS = {"name": "lamps", "quantity": 7}
 Connect = Callable[..., None]
 
 
-@pytest.fixture(params=BACKENDS)
+shown: list[Any] | None = None
+"""What was shown of the answers of this test's casts; None: they are not streamed."""
+
+
+@pytest.fixture(params=[(backend, way) for backend in BACKENDS for way in ("whole", "streamed")], ids="-".join)
 async def connect(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
     """Chooses a scripted server as the process's model."""
+    global shown
+    backend, way = request.param
+    shown = [] if way == "streamed" else None
 
     def use(model: ScriptedModel | str, **settings: Any) -> None:
         url = model if isinstance(model, str) else model.url
-        llm.connect(Model(**{"backend": request.param, "base_url": url, "api_key": KEY, "name": "m"} | settings))
+        llm.connect(Model(**{"backend": backend, "base_url": url, "api_key": KEY, "name": "m"} | settings))
 
     yield use
+    shown = None
     await llm.aclose()
 
 
 async def cast(data: Any, target: Any, instructions: str | None = None) -> Any:
-    return await llm.cast(data, targets.parse(target), instructions)
+    show = None if shown is None else shown.append
+    return await llm.cast(data, targets.parse(target), instructions, show)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,7 @@ async def test_a_cast_gives_a_value_of_the_target(
     with ScriptedModel() as model:
         connect(model)
         assert await cast(data, target, instructions) == expected
+        assert [request.body.get("stream") for request in model.requests] == [shown is not None]
 
 
 async def test_a_provider_sees_the_key_the_model_and_the_limits() -> None:
@@ -170,6 +182,91 @@ async def test_usage_is_counted_also_for_a_cast_that_fails(connect: Connect) -> 
         with pytest.raises(UsageError):
             await cast("x", "int")
     assert len(used) == 2
+
+
+class _Steps:
+    """Lets a streamed answer go on once its test has seen what is there of it."""
+
+    def __init__(self) -> None:
+        self.sent = list[str]()
+        self._go = threading.Semaphore(0)
+
+    def __call__(self, sent: str) -> None:
+        self.sent.append(sent)
+        assert self._go.acquire(timeout=PATIENCE)
+
+    def go(self, pieces: int) -> None:
+        self._go.release(pieces)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_an_answer_that_is_streamed_is_shown_as_it_grows(backend: str) -> None:
+    steps, seen = _Steps(), list[Any]()
+    answer: dict[str, Any] = {"name": "lamps of brass " * 60, "quantity": 70, "parts": ["foot", "shade"]}
+    shape = {"type": "object", "properties": {name: {} for name in answer}, "additionalProperties": False}
+    with ScriptedModel([Reply(answer, before_piece=steps)]) as model, llm.metered() as used:
+        llm.connect(Model(backend=backend, base_url=model.url, api_key=KEY, name="m"))  # type: ignore[arg-type]
+        casting = asyncio.create_task(llm.cast("7 lamps", targets.parse(shape), None, seen.append))
+        text = json.dumps({"result": answer})
+
+        async def name() -> str:
+            steps.go(1)
+            return seen[-1].get("name", "") if seen else ""
+
+        part = await until(name)
+        assert answer["name"].startswith(part)
+        assert part != answer["name"]
+        assert not casting.done()
+        steps.go(len(text))
+        assert await asyncio.wait_for(casting, PATIENCE) == answer
+        await llm.aclose()
+    assert all(set(value) <= set(answer) and value.get("quantity", 70) == 70 for value in seen)
+    assert [one.output_tokens for one in used] == [len(text) // 4 + 1], "as in one piece"
+    assert steps.sent[:2] == ["", text[:8]]
+
+
+async def test_a_model_that_is_asked_again_shows_its_answer_from_the_start() -> None:
+    seen = list[Any]()
+    with ScriptedModel([Reply("x" * 100), Reply("y" * 20)]) as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY, name="m"))  # type: ignore[arg-type]
+        short = targets.parse({"type": "string", "maxLength": 20})
+        assert await llm.cast("text", short, "repeat", seen.append) == "y" * 20
+        await llm.aclose()
+    assert {value[:1] for value in seen if value} <= {"x", "y"}
+
+
+@pytest.mark.parametrize("reply", [Reply(31, streams=False), Reply(status=400), Reply(status=422)])
+async def test_a_provider_that_does_not_stream_is_asked_in_one_piece(reply: Reply) -> None:
+    with ScriptedModel([reply, Reply(31)]) as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY, name="m"))  # type: ignore[arg-type]
+        assert await llm.cast("31 chairs", targets.parse("int"), None, print) == 31
+        await llm.aclose()
+    asked = [request.body.get("stream") for request in model.requests]
+    assert asked == ([True] if reply.status == 200 else [True, False])
+
+
+def _break_off(sent: str) -> None:
+    if len(sent) > 16:
+        raise OSError
+
+
+def _linger(sent: str) -> None:
+    if len(sent) > 16:
+        time.sleep(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("before_piece", "code", "timeout"), [(_break_off, "model_unavailable", PATIENCE), (_linger, "model_timeout", 0.5)]
+)
+async def test_a_stream_that_breaks_off_or_takes_too_long(before_piece: Any, code: str, timeout: float) -> None:
+    with ScriptedModel([Reply("word " * 20, before_piece=before_piece)]) as model:
+        limit = timedelta(seconds=timeout)
+        llm.connect(Model(base_url=model.url, api_key=KEY, name="m", timeout=limit))  # type: ignore[arg-type]
+        with pytest.raises(TransientError) as caught:
+            await llm.cast("words", targets.parse("str"), "repeat", print)
+        await llm.aclose()
+    assert caught.value.code == code
+    assert len(model.requests) == 1
 
 
 async def test_concurrent_casts_do_not_mix(connect: Connect) -> None:

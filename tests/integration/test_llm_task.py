@@ -42,6 +42,7 @@ async def test_the_task_casts_and_remembers() -> None:
         connect(model)
         assert await now("31 chairs", "int") == 31
         assert await now("31 chairs", "int") == 31
+        assert await now("31 chairs", "int", stream=True) == 31, "the same value"
         assert len(model.requests) == 1
         connect(model, "another")
         await now("31 chairs", "int")
@@ -84,7 +85,7 @@ async def test_a_target_that_is_none(target: Any) -> None:
 
 def test_the_task_explains_itself() -> None:
     schema = parameter_schema(create_structured_output.fn).model_dump()
-    assert set(schema["properties"]) == {"data", "target", "instructions"}
+    assert set(schema["properties"]) == {"data", "target", "instructions", "stream"}
     assert all(field.get("description") for field in schema["properties"].values())
     assert schema["required"] == ["data", "target"]
     assert create_structured_output.description.startswith("Cast messy data")  # type: ignore[union-attr]

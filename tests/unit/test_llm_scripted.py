@@ -56,8 +56,8 @@ def test_tool_calls_and_formats_whole_and_streamed() -> None:
         calls = [
             c.function.arguments for chunk in chunks for choice in chunk.choices for c in choice.delta.tool_calls or []
         ]
-        assert calls == ['{"result": 31}']
-        assert [choice.finish_reason for chunk in chunks for choice in chunk.choices] == [None, "tool_calls"]
+        assert calls == ['{"result', '": 31}']
+        assert [choice.finish_reason for chunk in chunks for choice in chunk.choices] == [None, None, "tool_calls"]
         assert chunks[-1].usage.total_tokens > 0
         schema = {"type": "object", "properties": {"result": {"enum": ["boats", "chairs"]}}}
         formatted = {"type": "json_schema", "json_schema": {"name": "r", "schema": schema}}

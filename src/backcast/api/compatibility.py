@@ -38,6 +38,8 @@ class CastRequest(BaseModel):
     """The wanted shape: a name such as `int` or `list[str]`, or a JSON Schema."""
     instructions: str | None = None
     """The thing to look for, in words."""
+    stream: bool = False
+    """Whether the run's stream of events shows the answer as it grows."""
 
 
 _FORM = {
@@ -46,6 +48,7 @@ _FORM = {
         "payload": {"type": "string", "description": "Text; text that parses as JSON is JSON."},
         "target_type": {"type": "string", "description": "A name such as `int`, or a JSON Schema."},
         "instructions": {"type": "string", "description": "The thing to look for, in words."},
+        "stream": {"enum": ["true", "false"], "description": "Whether the run's events show the answer as it grows."},
     },
     "required": ["payload", "target_type"],
     "additionalProperties": False,
@@ -95,7 +98,8 @@ async def _form_or_json(request: Request) -> dict[str, Any]:
 )
 async def create_task(request: Request) -> Response:
     cast = validate(CastRequest, await _form_or_json(request))
-    submission = Submission(input={"data": cast.payload, "target": cast.target_type, "instructions": cast.instructions})
+    given = {"data": cast.payload, "target": cast.target_type, "instructions": cast.instructions}
+    submission = Submission(input=given | ({"stream": True} if cast.stream else {}))
     deps = backend(request)
     submitted = await submit(deps, CAST, submission, key=idempotency_key(request), places=_PLACES)
     run, headers = await deps.waits.until_ended(request, submitted.run)

@@ -4,7 +4,7 @@ knows Marvin.
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -79,8 +79,11 @@ def metered() -> Iterator[list[Usage]]:
         _meter.reset(token)
 
 
-async def cast(data: JSON, target: Target, instructions: str | None = None) -> JSON:
-    """`data` as a JSON value of the target's shape.
+async def cast(
+    data: JSON, target: Target, instructions: str | None = None, show: Callable[[JSON], object] | None = None
+) -> JSON:
+    """`data` as a JSON value of the target's shape. `show` is called, a few times a second, with what is there of an
+    answer while the provider streams it: it is not checked, and another answer may take its place.
 
     Raises:
         RunError: always a subclass, which decides whether a retry can help, with a precise code.
@@ -102,7 +105,7 @@ async def cast(data: JSON, target: Target, instructions: str | None = None) -> J
         raise FatalError(
             f"Marvin can't be imported ({error}): install the versions that backcast pins.", code="model_unusable"
         ) from None
-    return await casting.cast(_model, data, target, instructions, _record)
+    return await casting.cast(_model, data, target, instructions, _record, show)
 
 
 def _import_casting() -> Any:

@@ -29,6 +29,7 @@ from backcast.llm.completions import Completions
 from backcast.llm.failures import explain
 from backcast.llm.grounding import grounded
 from backcast.llm.memory import MemoryThread
+from backcast.llm.streaming import Partial
 from backcast.models import JSON
 from backcast.settings import Model
 from backcast.targets import Misfit, Target
@@ -49,7 +50,12 @@ async def aclose() -> None:
 
 
 async def cast(
-    model: Model, data: JSON, target: Target, instructions: str | None, record: Callable[[Usage], None]
+    model: Model,
+    data: JSON,
+    target: Target,
+    instructions: str | None,
+    record: Callable[[Usage], None],
+    show: Callable[[JSON], object] | None,
 ) -> JSON:
     """See `llm.cast`; `record` is called with the usage of every answer."""
 
@@ -61,7 +67,7 @@ async def cast(
     whole: Whole | None = None
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
     try:
-        provided = _provided(model)
+        provided = _provided(model, show and Partial(show))
         whole = (
             Grammar(
                 provided,
@@ -80,7 +86,7 @@ async def cast(
     raise failure  # not inside `except`: the chain would hold the provider's message, which may repeat the key
 
 
-def _provided(model: Model) -> Completions:
+def _provided(model: Model, partial: Partial | None) -> Completions:
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
     if model not in clients:
         clients[model] = openai.AsyncOpenAI(
@@ -91,7 +97,8 @@ def _provided(model: Model) -> Completions:
         )
     name = "embedded" if model.embedded else model.name
     profile = replace(openai_model_profile(name), json_schema_transformer=None)  # schemas are ours: see `llm.schemas`
-    return Completions(name, provider=OpenAIProvider(openai_client=clients[model]), profile=profile)
+    provider = OpenAIProvider(openai_client=clients[model])
+    return Completions(name, partial=partial, provider=provider, profile=profile)
 
 
 def _key(model: Model) -> str:

@@ -2,15 +2,20 @@
 and each word for the end of an answer is one of OpenAI's, or the answer has failed.
 """
 
+import asyncio
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import openai
 from openai.types import chat
-from pydantic_ai.exceptions import ModelHTTPError
+from pydantic_ai.exceptions import ModelAPIError, ModelHTTPError
 from pydantic_ai.messages import ModelResponse
 from pydantic_ai.models.openai import OpenAIChatModel
+
+from backcast.llm.streaming import gathered
 
 _ENDS = {
     "content_filter": r"filter|safety|refus|recitation|block|prohibit|spii|sensitive|moderat|guardrail|toxic",
@@ -25,8 +30,38 @@ class NotCompletions(Exception):
     """The server answered with something that is no chat completion, such as a web page."""
 
 
+class TooSlow(Exception):
+    """A streamed answer was not complete in time."""
+
+
 class Completions(OpenAIChatModel):
-    """Any provider's chat completions."""
+    """Any provider's chat completions. With `partial`, which is called with the text of the answer so far, they are
+    streamed where the provider does that; the answer is the same."""
+
+    def __init__(self, model_name: str, *, partial: Callable[[str], object] | None = None, **more: Any) -> None:
+        super().__init__(model_name, **more)
+        self._partial = partial
+
+    async def _completions_create(self, *asked: Any, **more: Any) -> Any:
+        """`asked`: messages, whether to stream, settings, the rest."""
+        if self._partial is None:
+            return await super()._completions_create(*asked, **more)
+        messages, _, settings, parameters = asked
+        try:
+            async with asyncio.timeout(settings.get("timeout")):  # of the whole answer, as without a stream
+                try:
+                    chunks: Any = await super()._completions_create(messages, True, settings, parameters)
+                except ModelHTTPError as error:
+                    if error.status_code not in (400, 422):
+                        raise
+                    return await super()._completions_create(*asked)  # it may not know how to stream
+                return await gathered(chunks, self._partial) if isinstance(chunks, openai.AsyncStream) else chunks
+        except TimeoutError:
+            raise TooSlow from None
+        except openai.APIConnectionError as error:
+            raise ModelAPIError(self.model_name, error.message) from error
+        except openai.APIError as error:  # among the chunks
+            raise self._failed(error.body) from error
 
     def _process_response(self, response: Any) -> ModelResponse:
         if not isinstance(response, chat.ChatCompletion):

@@ -16,7 +16,7 @@ from pydantic_ai.exceptions import ContentFilterError, ModelAPIError, ModelHTTPE
 
 from backcast.errors import FatalError, RunError, TransientError, UsageError
 from backcast.llm import NO_MODEL
-from backcast.llm.completions import NotCompletions
+from backcast.llm.completions import NotCompletions, TooSlow
 from backcast.settings import Model
 from backcast.targets import Misfit
 
@@ -40,6 +40,8 @@ def explain(error: Exception, model: Model, answer: str, misfit: Misfit | None) 
             return _refusal(error, model)
         case ModelAPIError() | UnicodeEncodeError(encoding="ascii"):
             return _unreachable(error, model)
+        case TooSlow():
+            return _late(model)
         case ContentFilterError():
             return _filtered()
         case Unfinished(args=("content_filter",)):
@@ -102,10 +104,14 @@ def _redacted(text: str, model: Model) -> str:
     return text
 
 
+def _late(model: Model) -> RunError:
+    return TransientError(f"The model did not answer within {model.timeout}.", code="model_timeout")
+
+
 def _unreachable(error: Exception, model: Model) -> RunError:
     causes = list(_chain(error))
     if any(isinstance(cause, openai.APITimeoutError) for cause in causes):
-        return TransientError(f"The model did not answer within {model.timeout}.", code="model_timeout")
+        return _late(model)
     reason = next((reason for cause in causes if (reason := _for_good(cause, model))), None)
     if reason is not None:
         return FatalError(f"The model can't be reached: {reason}.", code="model_unreachable")

@@ -327,8 +327,8 @@ class Tracing(_Section):
     """URL of an OpenTelemetry collector that takes OTLP over HTTP, such as http://collector:4318; none sends no traces.
     Headers are in `OTEL_EXPORTER_OTLP_HEADERS`, as OpenTelemetry has it."""
     sample: float = Field(default=0.1, ge=0, le=1)
-    """Share of the requests that begin a trace. A request with a `traceparent` goes on with its caller's, or has none,
-    as that says."""
+    """Share of the requests that begin a trace. A request with a `traceparent` goes on with its caller's trace, or
+    has none, as that decides."""
 
 
 class Setup(_Section):

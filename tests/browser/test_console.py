@@ -63,7 +63,7 @@ async def test_a_hostile_text_stays_text(page: Page, office: World) -> None:
 async def test_a_cast_is_written_watched_and_found_again(page: Page) -> None:
     await page.goto("try")
     await page.get_by_label("Text").fill("We put 31 chairs in the hall")
-    await page.get_by_label("Shape").fill("count: int")
+    await page.get_by_label("Shape").fill("count: int, words")
     await page.get_by_text("What is sent as the shape").click()
     await expect(page.locator("#shape")).to_contain_text('"count"')
     await page.get_by_role("button", name="Cast").click()
@@ -76,6 +76,7 @@ async def test_a_cast_is_written_watched_and_found_again(page: Page) -> None:
     await page.get_by_role("button", name="Filter").click()
     await page.locator("tbody a").first.click()
     await expect(page.locator("#result")).to_contain_text('"count": 31')
+    await expect(page.locator("[data-events]")).to_contain_text("partial")
 
 
 async def test_a_run_is_watched_to_its_end_without_reloading(page: Page, office: World) -> None:

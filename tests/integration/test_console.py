@@ -401,6 +401,7 @@ async def test_a_cast_is_tried(web: httpx.AsyncClient, ledger: Ledger) -> None:
     sent = (await web.get(f"/v1/runs/{run_id[1]}/input")).json()
     assert sent["data"] == "Anna, 34"
     assert (list(sent["target"]["properties"]), "instructions" in sent) == (["name", "age"], False)
+    assert sent["stream"] is True
     had = await claim(ledger, worker, run_id[1])
     assert f'sse-connect="/console/runs/{run_id[1]}/events"' in await page(web, place.removeprefix("/console"))
     done = Settlement(id=had.id, fence=had.fence, state="completed", result='{"name": "Anna"}', result_key="k")

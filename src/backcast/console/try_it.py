@@ -93,7 +93,7 @@ async def _submit(request: Request) -> Response:
     given = await request.form()
     form = {name: str(given.get(name, "")) for name in _EXAMPLE}
     try:
-        wanted: dict[str, Any] = {"data": form["data"], "target": target(form["shape"])}
+        wanted: dict[str, Any] = {"data": form["data"], "target": target(form["shape"]), "stream": True}
         if form["instructions"].strip():
             wanted["instructions"] = form["instructions"].strip()
         run = await service(request).client.submit(CAST, wanted)

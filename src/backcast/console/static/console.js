@@ -59,14 +59,22 @@
     return data.at || "";
   }
 
-  function partial(event) { // of a cast that streams: shown until the run has ended
-    const place = document.querySelector("[data-partial]");
-    if (!place) return;
+  let answer = null; // of a cast, as far as it has come: shown until the run has ended
+
+  function partial(event) {
     try {
       const data = JSON.parse(event.data).data;
-      place.textContent = typeof data === "string" ? data : JSON.stringify(data, null, 2);
+      answer = typeof data === "string" ? data : JSON.stringify(data, null, 2);
     } catch (_) { /* the next one comes soon */ }
+    showPartial();
   }
+
+  function showPartial() {
+    const place = document.querySelector("[data-partial]");
+    if (place && answer !== null) place.textContent = answer;
+  }
+
+  document.addEventListener("htmx:afterSwap", showPartial);
 
   document.addEventListener("htmx:sseOpen", function (event) {
     const source = event.detail.source, list = document.querySelector("[data-events]");

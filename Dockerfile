@@ -3,7 +3,7 @@
 #
 # Each environment is a layer below the source, so a change of the source rebuilds in seconds. worker and llm have the
 # layer of api below theirs, so a node keeps it once. MB over the base:
-#   api 79   worker 176   prefect-server 143   llm 597, of which the model is 491
+#   api 84   worker 180   prefect-server 143   llm 603, of which the model is 491
 #
 # It works with any BuildKit, that of Docker 20.10 too: no `syntax` line (it names an image that must be pulled), no
 # `COPY --link`, no here-documents.
@@ -24,11 +24,12 @@ WORKDIR /build
 COPY pyproject.toml uv.lock ./
 
 # The steps below remove debugging symbols of wheels (`strip`, 35 to 60 MB), botocore's descriptions of services other
-# than S3 and the ones that give an identity (26 MB), and pages that a worker never serves (16 MB).
+# than S3 and the ones that give an identity (26 MB), and pages that nothing serves (1 and 16 MB).
 FROM uv AS api-env
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv sync --frozen --no-install-project --extra api \
  && find /app/.venv -name '*.so*' -type f -exec strip --strip-unneeded {} + \
+ && rm /app/.venv/lib/python3*/site-packages/fastapi_offline/static/redoc* \
  && cd /app/.venv/lib/python3*/site-packages/botocore/data \
  && find . -mindepth 1 -maxdepth 1 -type d ! -name s3 ! -name sts ! -name 'sso*' ! -name signin -exec rm -r {} +
 

@@ -18,7 +18,7 @@ MODULES = {
     "prefect-server": "prefect.server",
     "llm": "backcast.local.model_server",
 }
-LARGEST = {"api": 82, "worker": 180, "prefect-server": 147, "llm": 600}
+LARGEST = {"api": 87, "worker": 184, "prefect-server": 147, "llm": 606}
 """Megabytes over the base image: what the Dockerfile states, and a little."""
 TOOLS = ("cc", "gcc", "make", "uv", "git")
 PYTHON = ("--entrypoint", "python")

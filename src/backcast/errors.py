@@ -5,8 +5,9 @@
     │   ├── MalformedRequest    400     ├── BodyTooLarge        413
     │   ├── MalformedBody       400     ├── UnsupportedBody     415
     │   ├── Unauthorized        401     ├── InvalidInput        422
-    │   ├── ForeignHost         403     │   └── InvalidTarget   422
-    │   ├── ForeignOrigin       403     ├── IdempotencyConflict 422
+    │   ├── ReadOnlyKey         403     │   └── InvalidTarget   422
+    │   ├── ForeignHost         403     ├── IdempotencyConflict 422
+    │   ├── ForeignOrigin       403     │
     │   ├── NotFound            404     ├── TooManyWaiting      429
     │   │   ├── UnknownTask             └── HeadTooLarge        431
     │   │   ├── UnknownRun
@@ -111,6 +112,12 @@ class Unauthorized(ClientError):
     code = "unauthorized"
     title = "A key is needed"
     status = 401
+
+
+class ReadOnlyKey(ClientError):
+    code = "read_only_key"
+    title = "The key lets nothing be changed"
+    status = 403
 
 
 class ForeignHost(ClientError):

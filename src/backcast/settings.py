@@ -176,6 +176,8 @@ class Api(_Section):
     nothing."""
     keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
     """Keys that open the API, comma-separated: a request sends one as `Authorization: Bearer KEY`. None: it is open."""
+    read_keys: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split)] = []
+    """Further keys, with which a request can look at everything and change nothing."""
     allowed_hosts: Annotated[list[Host], NoDecode, BeforeValidator(_split)] = []
     """Names by which the API is reached beside `localhost` and `host`, comma-separated: `jobs.example.org`,
     `*.example.org`, or `*` for any. Requests for other names are refused. None: with keys any; without keys, if `host`
@@ -186,12 +188,20 @@ class Api(_Section):
     prefect_ui: str | None = Field(default=None, pattern=r"^https?://[^\s/]\S*$")
     """Address at which browsers reach Prefect's pages: the console links each run there. None: it has no such link."""
 
-    @field_validator("keys")
+    @field_validator("keys", "read_keys")
     @classmethod
     def _are_hard_to_guess(cls, keys: list[SecretStr]) -> list[SecretStr]:
         if any(len(key.get_secret_value()) < 16 for key in keys):
             raise ValueError("a key must have 16 characters or more")
         return keys
+
+    @model_validator(mode="after")
+    def _lets_somebody_change_things(self) -> Self:
+        if self.read_keys and not self.keys:
+            raise ValueError("read_keys need keys beside them: without keys the API is open to all")
+        if set(self.read_keys) & set(self.keys):
+            raise ValueError("a key is among keys or among read_keys, not in both")
+        return self
 
     @model_validator(mode="after")
     def _is_not_open_to_every_page(self) -> Self:

@@ -85,6 +85,38 @@ async def claim(ledger: Ledger, worker: UUID, run_id: str) -> claims.Claim:
     return found[0]
 
 
+async def test_a_read_key_sees_every_page_and_no_buttons(ledger: Ledger, store: Store) -> None:
+    keys = {"keys": [SecretStr(KEY)], "read_keys": [SecretStr("a-key-that-only-looks")]}
+    async with over(ledger, store, **keys) as web:
+        await register(ledger, CAST, "echo")
+        api = {"Authorization": f"Bearer {KEY}"}
+        ended, open_run = [
+            (await web.post("/v1/tasks/echo/runs", json={"input": {"words": "a"}}, headers=api)).json()["id"]
+            for _ in range(2)
+        ]
+        assert (await web.post(f"/v1/runs/{ended}/cancel", headers=api)).status_code == 200
+        assert (await web.put("/v1/lanes/slow", json={"max_running": 1}, headers=api)).status_code == 200
+        assert (await web.post("/v1/tasks/echo/pause", json={}, headers=api)).status_code == 200
+        lines = json.dumps({"task": "echo", "input": {"words": "a"}})
+        batch = (await web.post("/v1/batches", content=lines, headers=api | LINES)).json()["id"]
+        places = (f"/runs/{ended}", f"/runs/{open_run}", "/tasks/echo", f"/tasks/{CAST}", f"/batches/{batch}")
+        shown = ("/", "/runs", "/try", "/tasks", "/lanes", "/pools", "/batches", *places)
+
+        async def forms() -> list[str]:
+            found = [await page(web, path) for path in shown]
+            return [form for text in found for form in re.findall(r'method="post" action="/console/([^"]+)"', text)]
+
+        await post(web, "/login", key=KEY)
+        assert {form.split("/")[0] for form in await forms()} >= {"runs", "lanes", "pause", "resume", "tasks", "try"}
+        await post(web, "/login", key="a-key-that-only-looks")
+        assert set(await forms()) == {"logout"}
+        for text in [await page(web, path) for path in shown]:
+            assert "/many/" not in text
+        refused = await web.post("/console/pause", data={"kind": "pool", "name": "default"})
+        assert refused.status_code == 403
+        assert "nothing be changed" in refused.text
+
+
 @pytest.mark.parametrize("path", PAGES)
 async def test_a_page_is_complete_before_anything_has_happened(web: httpx.AsyncClient, path: str) -> None:
     text = await page(web, path)

@@ -75,3 +75,31 @@ def test_a_key_that_can_be_guessed_is_refused_without_being_shown(monkeypatch: p
 def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKCAST_API__KEYS", f" {OLD} ,{NEW},")
     assert [key.get_secret_value() for key in load().api.keys] == [OLD, NEW]
+
+
+LOOKING = "a-key-that-only-looks"
+
+
+async def test_a_read_key_looks_and_changes_nothing() -> None:
+    limits = Api(keys=OLD, read_keys=LOOKING)  # type: ignore[arg-type]
+    app = create_app(Ledger("postgresql://127.0.0.1:1/none"), open_store(StoreSettings()), limits)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as client:
+        paths: dict[str, dict[str, object]] = (await client.get("/openapi.json")).json()["paths"]
+        changes = [(method.upper(), path) for path, methods in paths.items() for method in methods if method != "get"]
+        assert len(changes) > 15
+        headers = {"Authorization": f"Bearer {LOOKING}"}
+        for method, path in changes:
+            answer = await client.request(method, path.replace("{", "").replace("}", ""), headers=headers, json={})
+            assert (answer.status_code, answer.json()["code"]) == (403, "read_only_key"), path
+        assert (await client.get("/v1/tasks", headers=headers)).status_code == 503
+        answer = await client.post("/v1/pools/x/pause", headers={"Authorization": f"Bearer {OLD}"}, json={})
+        assert answer.status_code != 403
+
+
+@pytest.mark.parametrize(("keys", "why"), [("", "need keys"), (LOOKING, "not in both")])
+def test_read_keys_are_keys_of_their_own(monkeypatch: pytest.MonkeyPatch, keys: str, why: str) -> None:
+    monkeypatch.setenv("BACKCAST_API__KEYS", keys)
+    monkeypatch.setenv("BACKCAST_API__READ_KEYS", LOOKING)
+    with pytest.raises(ConfigurationError, match=why) as refused:
+        load()
+    assert LOOKING not in str(refused.value)

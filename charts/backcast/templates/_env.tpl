@@ -122,6 +122,7 @@ store may become those of a bucket elsewhere. */}}
 {{- with .root.Values.auth }}
 {{- if .enabled }}
 {{- include "backcast.env.from" (list $.root "BACKCAST_API__KEYS" "api-key" .existingSecret) }}
+{{ include "backcast.env.from" (list $.root "BACKCAST_API__READ_KEYS" "api-read-key" .existingSecret "optional") }}
 {{- end }}
 {{- end }}
 {{- end }}

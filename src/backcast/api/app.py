@@ -78,7 +78,7 @@ def create_app(ledger: Ledger, store: Store, limits: Api, metrics: ApiMetrics | 
     app.add_middleware(routing.EncodedPath)
     app.add_middleware(LimitBody, limit=limits.max_body, longer={batches.PATH: limits.max_batch_body})
     if limits.keys:
-        app.add_middleware(auth.RequireKey, keys=limits.keys)  # outside of the limit: without a key no body is read
+        app.add_middleware(auth.RequireKey, keys=limits.keys, read_keys=limits.read_keys)  # outside: no body is read
     else:
         app.add_middleware(origins.OwnPages, origins=limits.cors_origins)
     if "*" not in limits.allowed_hosts and (limits.allowed_hosts or not limits.keys):

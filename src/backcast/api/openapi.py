@@ -13,6 +13,7 @@ from backcast.errors import (
     InvalidInput,
     MalformedBody,
     MethodNotAllowed,
+    ReadOnlyKey,
     RequestTooSlow,
     Unauthorized,
     UnsupportedBody,
@@ -75,8 +76,9 @@ def _complete(document: Document) -> Document:
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{}, {"key": []}]
     for path, operations in document["paths"].items():
-        for operation in operations.values():
+        for method, operation in operations.items():
             kinds = _ALWAYS if auth.is_open(path) else (*_ALWAYS, Unauthorized)
+            kinds += () if auth.is_open(path) or method.upper() in auth.READING else (ReadOnlyKey,)
             kinds += _OF_A_BODY if "requestBody" in operation else ()
             stated: Document = operation["responses"]
             if "HTTPValidationError" in str(stated.get("422")):  # FastAPI's own

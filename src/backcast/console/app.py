@@ -29,7 +29,7 @@ _OPEN = ("/login", f"/{STATIC}/")
 
 def routes(api: ASGIApp, limits: Api, prefix: Prefixed, guard: Callable[[ASGIApp], ASGIApp]) -> list[BaseRoute]:
     """The routes to add to `api`, which the console calls in its turn. `guard` keeps foreign pages out."""
-    sessions = Sessions(limits.keys)
+    sessions = Sessions(limits.keys, limits.read_keys)
     modules = (overview, try_it, runs, many, tasks, fleet, batches, sign_in)
     pages = Starlette(
         routes=[
@@ -70,6 +70,7 @@ class _Door:
             self._services[key] = Service(self._api, key)
         state = request.state
         state.service = self._services[key] if may_enter else None
+        state.may_change = self._sessions.may_change(key)  # the API decides: this hides what it would refuse
         state.has_keys = self._sessions.are_needed
         state.prefix = self._prefix()  # now: a call of the API in between has a prefix of its own
         path = scope["path"].removeprefix(scope.get("root_path", ""))

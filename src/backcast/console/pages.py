@@ -119,6 +119,7 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
         "prefix": state.prefix,
         "path": request.url.path,
         "has_keys": state.has_keys,
+        "may_change": state.may_change,
         "signed_in": state.service is not None,
         "query": query,
         "asset": asset,

@@ -19,16 +19,20 @@ _SIGNED = "signed-in"
 
 
 class Sessions:
-    """The sessions that these keys can open."""
+    """The sessions that these keys can open; with those of `read_keys` nothing can be changed."""
 
-    def __init__(self, keys: Iterable[SecretStr]) -> None:
-        texts = [key.get_secret_value() for key in keys]
+    def __init__(self, keys: Iterable[SecretStr], read_keys: Iterable[SecretStr]) -> None:
+        self._reading = {key.get_secret_value() for key in read_keys}
+        texts = [*(key.get_secret_value() for key in keys), *self._reading]
         self._signers = {key: TimestampSigner(key, "backcast.console", digest_method=hashlib.sha256) for key in texts}
 
     @property
     def are_needed(self) -> bool:
         """Whether the API asks for keys at all."""
         return bool(self._signers)
+
+    def may_change(self, key: str | None) -> bool:
+        return key not in self._reading
 
     def open(self, given: str) -> str | None:
         """The value of the cookie for whoever has this key; None if it is not a key of ours."""

@@ -499,7 +499,8 @@ async def test_lists_are_filtered_by_everything_that_a_run_shows(
     assert await found(f"ended_after={at}") == []
     assert failed in await found(f"worker={worker}")
     for wrong in (
-        "metadata=1", "metadat.a=1", "created_after=5", "text=", "worker=me", "metadata.a%00=1",
+        "metadata=1", "metadat.a=1", "created_after=5", "text=", "text=%00", "error=", "error=a%00", "worker=me",
+        "metadata.a%00=1",
         "&".join(f"metadata.{n}=1" for n in range(6)), "metadata.a=1&metadata.a=2",
     ):  # fmt: skip
         problem(await api.get(f"/v1/runs?{wrong}"), 422, "invalid_input")

@@ -35,7 +35,7 @@ from backcast.ledger import listing, runs
 from backcast.ledger.listing import Filters
 from backcast.ledger.runs import Value
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import LABELS, Moment, Name, Run, State, Submission
+from backcast.models import LABELS, Moment, Name, Run, State, Submission, Words
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
@@ -115,8 +115,8 @@ async def list_runs(
     batch: UUID | None = None,
     lane: Name | None = None,
     worker: UUID | None = None,
-    error: Annotated[str | None, Query(max_length=100)] = None,
-    text: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    error: Words | None = None,
+    text: Words | None = None,
     created_after: Moment | None = None,
     created_before: Moment | None = None,
     ended_after: Moment | None = None,

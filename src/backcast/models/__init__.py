@@ -4,7 +4,7 @@ from backcast.models.attempts import AttemptResult, Failed, Reason, Retry, Succe
 from backcast.models.counts import Counts, ErrorCount, Flow, TaskCounts, Within
 from backcast.models.fleet import CAST, WARNINGS, Load, Pool, TaskType, Worker
 from backcast.models.lanes import MOST, SLOWEST, Lane, Limits, Pause, PauseKind, PauseRequest, Release
-from backcast.models.many import LABELS, Batch, CancelMany, Matched, Operation, RetryMany, Selection
+from backcast.models.many import LABELS, Batch, CancelMany, Matched, Operation, RetryMany, Selection, Words
 from backcast.models.runs import LOGS_KEPT, Attempt, Attempts, Changes, Progress, Run, State, Submission, Why, log_key
 from backcast.models.values import (
     IDEMPOTENCY_KEY,
@@ -73,6 +73,7 @@ __all__ = [
     "Tried",
     "Why",
     "Within",
+    "Words",
     "Worker",
     "log_key",
     "uuid7",

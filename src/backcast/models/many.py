@@ -29,7 +29,8 @@ LABELS = 5
 """Labels by which runs can be filtered at once."""
 
 
-_Words = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
+Words = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
+"""What a filter looks for in a text."""
 
 
 class _Filters(Noun):
@@ -38,13 +39,13 @@ class _Filters(Noun):
     batch: UUID | None = None
     lane: Name | None = None
     worker: UUID | None = None
-    error: _Words | None = None
+    error: Words | None = None
     """The code of the run's error."""
-    text: _Words | None = None
+    text: Words | None = None
     """A part of the detail of its error, in upper or lower case."""
     created_after: Moment | None = None
     created_before: Moment | None = None
-    metadata: dict[_Words, Annotated[str, Field(max_length=METADATA, pattern=r"^[^\x00]*$")]] = Field(
+    metadata: dict[Words, Annotated[str, Field(max_length=METADATA, pattern=r"^[^\x00]*$")]] = Field(
         default={}, max_length=LABELS
     )
     """Labels that the run has."""

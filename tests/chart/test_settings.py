@@ -19,6 +19,7 @@ from backcast.variables import CONFIG_VARIABLE
 from tests.chart.rendering import SCENARIOS, Object, Pod, Release, Values, render, scenario
 
 SECRETS = {
+    "api-read-key": "a-key-that-only-looks",
     "api-key": "an-api-key-of-some-length, another-api-key-of-ours",
     "database-url": "postgresql://backcast:p@db.example.org:6432/backcast",
     "prefect-database-url": "postgresql+asyncpg://prefect:p@db.example.org:6432/prefect",
@@ -303,7 +304,7 @@ def test_each_process_gets_no_more_secrets_than_it_needs() -> None:
     store = {"s3-access-key", "s3-secret-key"}
     roles = {f"{part}-password" for part in PROCESSES}
     assert secrets == {
-        "api": store | {"api-key", "api-password"},
+        "api": store | {"api-key", "api-read-key", "api-password"},  # the second one is optional
         "worker": store | {"prefect-auth-string", "model-api-key", "worker-password"},
         "steward": store | {"prefect-auth-string", "steward-password"},
         "prefect-server": {"prefect-password", "prefect-auth-string"},

@@ -111,6 +111,7 @@ bundled-s3-secret-key: store.bundled.existingSecret
 {{/* Settings that are secrets, and the values that replace them. */}}
 {{- define "backcast.config.secrets" -}}
 api.keys: auth.existingSecret
+api.read_keys: auth.existingSecret
 database.url: postgres.external.existingSecret
 model.api_key: model.existingSecret
 prefect.api_key: prefectServer.external.existingSecret

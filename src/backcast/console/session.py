@@ -21,7 +21,7 @@ _SIGNED = "signed-in"
 class Sessions:
     """The sessions that these keys can open; with those of `read_keys` nothing can be changed."""
 
-    def __init__(self, keys: Iterable[SecretStr], read_keys: Iterable[SecretStr]) -> None:
+    def __init__(self, keys: Iterable[SecretStr], read_keys: Iterable[SecretStr] = ()) -> None:
         self._reading = {key.get_secret_value() for key in read_keys}
         texts = [*(key.get_secret_value() for key in keys), *self._reading]
         self._signers = {key: TimestampSigner(key, "backcast.console", digest_method=hashlib.sha256) for key in texts}

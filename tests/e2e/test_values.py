@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from tests.e2e.cluster import Cluster
 from tests.e2e.images import CHART
 from tests.e2e.programs import run
+from tests.support.waiting import until
 
 NAMESPACE = "backcast-e2e-values"
 SCENARIOS = sorted((CHART / "ci").glob("*.yaml"))
@@ -68,6 +70,49 @@ async def accepted(cluster: Cluster, found: list[dict[str, Any]]) -> None:
     assert "nrecognized" not in done.err, done.err
 
 
+MONITORS = {"servicemonitors": "ServiceMonitor", "podmonitors": "PodMonitor", "prometheusrules": "PrometheusRule"}
+
+
+@pytest.fixture
+async def operator(bare: Cluster) -> AsyncIterator[None]:
+    """The kinds of Prometheus's operator, with any content: tests/chart looks at that."""
+    names = [f"{plural}.monitoring.coreos.com" for plural in MONITORS]
+    for name, (plural, kind) in zip(names, MONITORS.items(), strict=True):
+        any_content = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+        spec = {
+            "group": "monitoring.coreos.com",
+            "scope": "Namespaced",
+            "names": {"plural": plural, "kind": kind},
+            "versions": [{"name": "v1", "served": True, "storage": True, "schema": any_content}],
+        }
+        metadata, version = {"name": name}, "apiextensions.k8s.io/v1"
+        body = {"apiVersion": version, "kind": "CustomResourceDefinition", "metadata": metadata, "spec": spec}
+        await run("kubectl", "apply", "-f", "-", stdin=json.dumps(body))
+    await run("kubectl", "wait", "--for=condition=Established", *(f"crd/{name}" for name in names), "--timeout=60s")
+    yield
+    await run("kubectl", "delete", "crd", *names)
+
+
+async def kinds() -> set[str]:
+    """Those that the default values install."""
+    return {each["kind"] for each in objects(json.loads((await render({})).out))}
+
+
+async def test_without_prometheus_operator_there_are_no_monitors(bare: Cluster) -> None:
+    await bare.make_namespace(NAMESPACE)
+    assert not await kinds() & set(MONITORS.values())
+
+
+@pytest.mark.usefixtures("operator")
+async def test_prometheus_operator_gets_monitors_and_rules(bare: Cluster) -> None:
+    await bare.make_namespace(NAMESPACE)
+
+    async def look() -> bool:  # helm's discovery may be a moment old
+        return await kinds() >= set(MONITORS.values())
+
+    await until(look)
+
+
 @pytest.mark.parametrize("case", BAD)
 async def test_bad_values_get_one_sentence(bare: Cluster, case: str) -> None:
     values, words = BAD[case]
@@ -94,6 +139,7 @@ async def test_what_is_global_is_the_parents(bare: Cluster) -> None:
     await render({"global": {"someone": {"elses": "key"}}})
 
 
+@pytest.mark.usefixtures("operator")
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.stem)
 async def test_every_scenario_is_accepted_by_the_cluster(bare: Cluster, scenario: Path) -> None:
     await bare.make_namespace(NAMESPACE)
@@ -103,6 +149,7 @@ async def test_every_scenario_is_accepted_by_the_cluster(bare: Cluster, scenario
     await accepted(bare, objects(json.loads(done.out)))
 
 
+@pytest.mark.usefixtures("operator")
 @pytest.mark.parametrize("name", [LONGEST, "backcast-" + "x" * 44])
 async def test_the_longest_release_names(bare: Cluster, name: str) -> None:
     everything = CHART / "ci" / "everything.yaml"

@@ -35,7 +35,7 @@ so few probes: after 17 posts of each, if all probes were taken."""
 MISSES = 3
 """Probes refused one after another, before the server is away."""
 POSTS = 200
-"""Posts after which a suspect is left for later."""
+"""Posts after which an item that may be the refused one is left for later."""
 
 Refused = tuple[bytes, str]
 """An item, and the server's words."""

@@ -3,9 +3,8 @@
 Knows nothing of Prefect and needs no worker: a task that uses it runs anywhere.
 """
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Never, TypeVar, get_args
@@ -98,11 +97,7 @@ def cancel_requested() -> bool:
     return requested is not None and requested.is_set()
 
 
-@contextlib.contextmanager
-def stoppable() -> Iterator[threading.Event]:
-    """Entered around a run, in its context: once the event is set, `cancel_requested` is true there."""
-    token = _requested.set(requested := threading.Event())
-    try:
-        yield requested
-    finally:
-        _requested.reset(token)
+def stoppable() -> threading.Event:
+    """Called in the context of a run: once the event is set, `cancel_requested` is true there."""
+    _requested.set(requested := threading.Event())
+    return requested

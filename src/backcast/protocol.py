@@ -1,7 +1,6 @@
 """What a supervisor and its executors send each other, as messages of `process.channel`. Values only."""
 
 import json
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -85,8 +84,7 @@ def served(message: Message) -> list[Served]:
     return _SERVED.validate_json(message.body)
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """The end of an attempt, as its executor reports it."""
 
     result: AttemptResult | None
@@ -129,6 +127,8 @@ def result(run: UUID, attempt: Attempt) -> Message:
 
 
 def attempt(message: Message) -> Attempt:
+    if message.number == _SUCCEEDED and not message.meta:  # as nearly all of them
+        return Attempt(Succeeded(message.body))
     meta = json.loads(message.meta) if message.meta else {}
     retries = meta.get("retries", 0)
     ended: AttemptResult | None = None

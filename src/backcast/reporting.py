@@ -3,9 +3,7 @@
 Knows nothing of Prefect and needs no worker: a task that uses them runs anywhere.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -23,8 +21,17 @@ class Reporter(Protocol):
 
     def emit(self, kind: str, data: Any) -> None: ...
 
+    def log(self, level: str, logger: str, text: str) -> None:
+        """Take a line of the run's log; it may have line breaks."""
+        ...
 
-_reporter: ContextVar[Reporter | None] = ContextVar("backcast_reporter", default=None)
+    def write(self, stream: str, text: str) -> None:
+        """Take what is written to a stream: each line of it is one of the run's log."""
+        ...
+
+
+REPORTER: ContextVar[Reporter | None] = ContextVar("backcast_reporter", default=None)
+"""Of the run whose code belongs to this context."""
 
 
 def progress(fraction: float | None = None, message: str = "") -> None:
@@ -43,7 +50,7 @@ def progress(fraction: float | None = None, message: str = "") -> None:
     """
     if fraction is not None and not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ValueError(f"fraction is {fraction!r}: write a number from 0 to 1.")
-    if (reporter := _reporter.get()) is not None:
+    if (reporter := REPORTER.get()) is not None:
         reporter.progress(None if fraction is None else float(fraction), str(message)[:MESSAGE])
 
 
@@ -64,15 +71,5 @@ def emit(data: Any, *, kind: str = "output") -> None:
     """
     if not 0 < len(kind) <= KIND:
         raise ValueError(f"kind is {kind!r}: write a name of 1 to {KIND} characters.")
-    if (reporter := _reporter.get()) is not None:
+    if (reporter := REPORTER.get()) is not None:
         reporter.emit(kind, data)
-
-
-@contextlib.contextmanager
-def reporting_to(reporter: Reporter) -> Iterator[None]:
-    """Entered around a run, in its context."""
-    token = _reporter.set(reporter)
-    try:
-        yield
-    finally:
-        _reporter.reset(token)

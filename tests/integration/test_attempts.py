@@ -3,7 +3,6 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -178,7 +177,7 @@ async def test_the_newest_ten_are_kept_and_the_others_counted(ledger: Ledger) ->
     assert [each.usage and each.usage["input_tokens"] for each in found.items] == list(range(4, 14))
     [taken] = await claim(ledger, worker)
     tried = Tried(FAILED, "", 0.0, 1.0)
-    done = replace(completed(taken), counts=40, retries_used=52, earlier=[tried] * 10)
+    done = completed(taken)._replace(counts=40, retries_used=52, earlier=[tried] * 10)
     assert (await settlement.settle(ledger, worker, [done])).accepted
     found = await shown(ledger, run)
     assert (found.left_out, [each.number for each in found.items]) == (42, list(range(43, 54)))
@@ -189,7 +188,7 @@ async def test_the_tokens_of_the_last_attempt_are_those_of_no_other(ledger: Ledg
     worker, run = await register(ledger), (await submit(ledger)).run.id
     await again(ledger, worker, retries_used=1, usage={"model": "m", "input_tokens": 3, "output_tokens": 1})
     [taken] = await claim(ledger, worker)
-    done = replace(completed(taken), usage={"model": "m", "input_tokens": 5, "output_tokens": 2}, retries_used=1)
+    done = completed(taken)._replace(usage={"model": "m", "input_tokens": 5, "output_tokens": 2}, retries_used=1)
     await settlement.settle(ledger, worker, [done])
     assert [each.usage for each in (await shown(ledger, run)).items] == [
         {"model": "m", "input_tokens": 3, "output_tokens": 1},

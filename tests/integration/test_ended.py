@@ -4,7 +4,6 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Iterable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any
 from uuid import UUID
@@ -135,8 +134,8 @@ async def _batch(ledger: Ledger) -> UUID:
 
 
 def _settled(taken: Claim, *, failed: bool) -> Settlement:
-    done = replace(completed(taken), lane=taken.lane)
-    return replace(done, state="failed", result=None, result_key=None, error=dispatch.EXPIRED) if failed else done
+    done = completed(taken)._replace(lane=taken.lane)
+    return done._replace(state="failed", result=None, result_key=None, error=dispatch.EXPIRED) if failed else done
 
 
 async def _watch(ledger: Ledger, ids: list[UUID]) -> None:

@@ -165,7 +165,7 @@ async def test_a_worker_that_has_lost_a_run_reports_nothing_of_it(ledger: Ledger
     await events.record(ledger, lost, [report(before, 2)])
     [after] = await claim(ledger, worker)
     await events.record(ledger, lost, [report(before, 2)])
-    await events.record(ledger, lost, [report(replace(before, fence=after.fence), 2)])
+    await events.record(ledger, lost, [report(before._replace(fence=after.fence), 2)])
     await events.record(ledger, worker, [report(before, 2)])
     assert await kept(ledger) == 1
     progress = (await runs.get(ledger, run.id)).progress

@@ -13,6 +13,7 @@ from uuid import UUID
 import httpx
 import pytest
 
+from backcast.history import reconciliation
 from backcast.history.delivery import Delivery, Undelivered
 from backcast.history.sink import Sink
 from backcast.ledger import provisioning
@@ -21,6 +22,7 @@ from backcast.ledger.history import Entry
 from backcast.local import postgres
 from backcast.models import uuid7
 from backcast.settings import Prefect
+from tests.support import ended
 from tests.support.stack import Stack, free_port, prefect_server, stack
 from tests.support.waiting import until
 
@@ -122,6 +124,53 @@ async def test_prefect_also_shows_runs_that_no_worker_has_published(
             assert completed["id"] == done
             failed = await seen(server.url, gone, "FAILED")
             assert "deploy one whose BACKCAST_TASKS names" in failed["state"]["message"]
+
+
+class _Behind:
+    """A sink whose server shows one more end at each look, once it was asked; what it gets first may be lost."""
+
+    def __init__(self, *, loses_first: int = 0) -> None:
+        self.loses, self.got, self.shown = loses_first, list[UUID](), set[UUID]()
+        self._waiting = list[UUID]()
+        self.server = self
+
+    def record(self, entry: Entry) -> None:
+        self.got.append(entry.id)
+        if self.loses:
+            self.loses -= 1
+        else:
+            self._waiting.append(entry.id)
+
+    async def count(self, runs: list[UUID], _kind: str) -> int:
+        if self._waiting:
+            self.shown.add(self._waiting.pop(0))
+        return len(self.shown.intersection(runs))
+
+    async def states(self, runs: list[UUID]) -> dict[UUID, str | None]:
+        return {run: "COMPLETED" if run in self.shown else None for run in runs}
+
+
+async def test_a_server_that_is_behind_gets_no_end_again_and_one_that_lost_some_does(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciliation, "PATIENCE", (0.5,) * 3)
+    monkeypatch.setattr(reconciliation, "LOOK_EVERY", 0.05)
+    runs = [uuid7(50.0) for _ in range(20)]  # at the first of the ages, and at no other
+    await ledger.execute(
+        """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
+           select unnest($1::uuid[]), 't', 'default', 'o', 'queued', 1, '{}', '{}'""",
+        runs,
+    )
+    await ended.end(ledger, "completed")
+    behind = _Behind()
+    await reconciliation.Reconciliation(ledger, behind, None).reconcile()  # type: ignore[arg-type]
+    assert behind.shown == set(runs)
+    assert len(behind.got) == len(runs), "although it took longer than the patience for all of them"
+    await ledger.execute("delete from cursors")
+    losing = _Behind(loses_first=5)
+    await reconciliation.Reconciliation(ledger, losing, None).reconcile()  # type: ignore[arg-type]
+    assert losing.shown == set(runs)
+    assert len(losing.got) == len(runs) + 5, "only those that it has lost"
 
 
 async def flushed(sink: Sink) -> bool:  # Prefect may refuse any write with 503; the sink keeps it and sends it again

@@ -168,8 +168,8 @@ async def test_an_answer_that_does_not_fit_is_asked_for_once_more(connect: Conne
         [Reply({"name": "lamps", "quantity": "seven"}), Reply({"name": "lamps", "quantity": 7})]
     ) as model:
         connect(model)
-        with llm.metered() as used:
-            assert await cast("seven lamps", ITEM) == {"name": "lamps", "quantity": 7}
+        used = llm.metered()
+        assert await cast("seven lamps", ITEM) == {"name": "lamps", "quantity": 7}
     assert len(model.requests) == 2
     assert "seven" in str(model.requests[1].body["messages"][-1])
     assert len(used) == 2
@@ -177,7 +177,8 @@ async def test_an_answer_that_does_not_fit_is_asked_for_once_more(connect: Conne
 
 
 async def test_usage_is_counted_also_for_a_cast_that_fails(connect: Connect) -> None:
-    with ScriptedModel([Reply("no number")]) as model, llm.metered() as used:
+    used = llm.metered()
+    with ScriptedModel([Reply("no number")]) as model:
         connect(model)
         with pytest.raises(UsageError):
             await cast("x", "int")
@@ -204,7 +205,8 @@ async def test_an_answer_that_is_streamed_is_shown_as_it_grows(backend: str) -> 
     steps, seen = _Steps(), list[Any]()
     answer: dict[str, Any] = {"name": "lamps of brass " * 60, "quantity": 70, "parts": ["foot", "shade"]}
     shape = {"type": "object", "properties": {name: {} for name in answer}, "additionalProperties": False}
-    with ScriptedModel([Reply(answer, before_piece=steps)]) as model, llm.metered() as used:
+    used = llm.metered()
+    with ScriptedModel([Reply(answer, before_piece=steps)]) as model:
         llm.connect(Model(backend=backend, base_url=model.url, api_key=KEY, name="m"))  # type: ignore[arg-type]
         casting = asyncio.create_task(llm.cast("7 lamps", targets.parse(shape), None, seen.append))
         text = json.dumps({"result": answer})
@@ -326,7 +328,8 @@ async def test_an_answer_that_was_cut_or_filtered_is_asked_for_once_more_with_mo
     connect: Connect, finish: str
 ) -> None:
     """Although its JSON can be read: 12 of 123."""
-    with ScriptedModel([Reply(raw='{"result": 12}', finish=finish), Reply(123)]) as model, llm.metered() as used:
+    used = llm.metered()
+    with ScriptedModel([Reply(raw='{"result": 12}', finish=finish), Reply(123)]) as model:
         connect(model, max_tokens=50)
         assert await cast("123 chairs", "int") == 123
     assert [request.body["max_completion_tokens"] for request in model.requests] == [50, 200]

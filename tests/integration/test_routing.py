@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -277,7 +276,7 @@ async def test_a_run_that_waits_for_a_worker_holds_no_place_in_its_lane(ledger: 
     has_x = await registered(ledger, x)
     await routing.apply(ledger)
     assert await claim(ledger, has_x, "x") == [], "the lane is full"
-    await settlement.settle(ledger, has_y, [replace(completed(got), lane=got.lane)])
+    await settlement.settle(ledger, has_y, [completed(got)._replace(lane=got.lane)])
     [got] = await claim(ledger, has_x, "x")
     assert (got.id, got.lane) == (first.id, "narrow")
 

@@ -57,24 +57,22 @@ def test_outside_of_a_run_no_cancel_is_requested() -> None:
 
 
 def test_the_question_belongs_to_the_run_and_its_threads() -> None:
-    with stoppable() as first:
-        context = contextvars.copy_context()
-        with stoppable():
-            first.set()
-            assert not cancel_requested(), "another run"
-        assert cancel_requested()
+    first, second = contextvars.copy_context(), contextvars.copy_context()
+    first.run(stoppable).set()
+    second.run(stoppable)
+    assert first.run(cancel_requested)
+    assert not second.run(cancel_requested), "another run"
     assert not cancel_requested()
     seen: list[bool] = []
-    thread = threading.Thread(target=lambda: seen.append(context.run(cancel_requested)))
+    thread = threading.Thread(target=lambda: seen.append(first.run(cancel_requested)))
     thread.start()
     thread.join()
     assert seen == [True]
 
 
 async def test_threads_of_an_async_task_may_ask() -> None:
-    with stoppable() as asked:
-        asked.set()
-        assert await asyncio.to_thread(cancel_requested)
+    stoppable().set()
+    assert await asyncio.to_thread(cancel_requested)
 
 
 def test_the_authors_import_brings_no_prefect() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import backcast
-from backcast.reporting import reporting_to
+from backcast.reporting import REPORTER
 
 
 class Kept:
@@ -41,9 +41,9 @@ async def test_the_context_decides_whose_report_it_is() -> None:
     first, second = Kept(), Kept()
 
     async def run(kept: Kept, n: int) -> None:
-        with reporting_to(kept):
-            await asyncio.to_thread(backcast.progress, n / 2, "x" * 600)
-            backcast.emit(n)
+        REPORTER.set(kept)
+        await asyncio.to_thread(backcast.progress, n / 2, "x" * 600)
+        backcast.emit(n)
 
     await asyncio.gather(run(first, 1), run(second, 2))
     assert first.reports == [(0.5, "x" * 500), ("output", 1)]

@@ -116,17 +116,14 @@ class Executor:
             CancelledError: the attempt was stopped, for the `models.Reason` in it; at once, even if a thread goes on.
             Unavailable: the store of cached values is away.
         """
+        asked = stoppable()
         try:
-            with stoppable() as asked:
-                try:
-                    job = self._job(name, run_id, given, retries)
-                    job.retried = retried
-                    publish = self._publish if job.template.registered.options.history == "full" else None
-                    if publish is None and not job.template.registered.needs_engine:
-                        return await plain.call(job, self._threads, asked)
-                    return await prefect_engine.call(job, self._threads, asked, publish)
-                finally:
-                    asked.set()  # code that the task has left running belongs to a run that is over
+            job = self._job(name, run_id, given, retries)
+            job.retried = retried
+            publish = self._publish if job.template.registered.options.history == "full" else None
+            if publish is None and not job.template.registered.needs_engine:
+                return await plain.call(job, self._threads, asked)
+            return await prefect_engine.call(job, self._threads, asked, publish)
         except asyncio.CancelledError as stop:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -136,6 +133,8 @@ class Executor:
             raise
         except BaseException as error:  # noqa: BLE001  # sys.exit() in a task must not end the worker
             return failed(readable(error))
+        finally:
+            asked.set()  # code that the task has left running belongs to a run that is over
 
     def cache_key(self, name: str, run_id: UUID, given: dict[str, JSON]) -> str | None:
         """The cache key of this run, as Prefect's engine computes it. None: the task is not cached, it refreshes its

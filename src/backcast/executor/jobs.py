@@ -10,14 +10,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from backcast import llm, protocol
 from backcast.errors import FatalError, Unavailable, UsageError
 from backcast.executor.executor import Executor
-from backcast.executor.logs import logging_to
 from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, Tried
@@ -25,7 +23,7 @@ from backcast.process import logs, tracing
 from backcast.process.channel import Channel, Message
 from backcast.process.marks import Marks
 from backcast.protocol import Attempt
-from backcast.reporting import reporting_to
+from backcast.reporting import REPORTER
 
 log = logging.getLogger("backcast.executor")
 
@@ -86,9 +84,11 @@ class Jobs:
         run = UUID(bytes=message.id)
         logs.RUN.set((run, message.meta.decode()))
         reports = RunReports(message.id, self._channel, lambda: self._retries.get(message.id, 0))
-        traced = tracing.within(self._traces.pop(message.id, None))
-        with traced, llm.metered() as used, reporting_to(reports), logging_to(reports.log, reports.write):
-            result = await self._result(message, run, reports)
+        REPORTER.set(reports)
+        used = llm.metered()
+        if self._traces and (traceparent := self._traces.pop(message.id, None)) is not None:
+            tracing.go_on(traceparent)
+        result = await self._result(message, run, reports)
         reports.close()  # before the result: it is recorded in this order
         self._restore()
         if result is None and message.id not in self._asked:
@@ -97,7 +97,7 @@ class Jobs:
         left = self._executor.has_left(message.id)
         retries = result.retries if isinstance(result, Retry) else self._retries[message.id]
         tried = tuple(self._tried.get(message.id, ()))
-        answers = tuple(round(one.seconds, 4) for one in used[-ANSWERS:])
+        answers = tuple([round(one.seconds, 4) for one in used[-ANSWERS:]])
         self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left, tried, answers)))
 
     async def _result(self, message: Message, run: UUID, reports: RunReports) -> AttemptResult | None:
@@ -114,7 +114,7 @@ class Jobs:
             tried.append(Tried(why.problem, why.traceback, since, until))
 
         try:
-            given: dict[str, JSON] = json.loads(message.body)
+            given: dict[str, JSON] = json.loads(message.body.decode())
         except (ValueError, RecursionError) as error:
             return _failed(UsageError(f"The stored input can't be read: {error}", code="unreadable_input"))
         try:
@@ -150,7 +150,7 @@ def _usage(used: Sequence[llm.Usage]) -> dict[str, JSON] | None:
 
 def _habits() -> Callable[[], None]:
     """Remember what of the process every run relies on; the result puts it back after a run that has changed it."""
-    depth, folder = sys.getrecursionlimit(), Path.cwd()
+    depth, folder = sys.getrecursionlimit(), os.getcwd()  # noqa: PTH109  # a path would be rendered for every run
 
     def restore() -> None:
         if sys.getrecursionlimit() != depth:

@@ -2,32 +2,15 @@
 those of any logger, from level INFO on, and what is written to stdout and stderr, in the context of the run.
 """
 
-import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any, TextIO
+
+from backcast.reporting import REPORTER
 
 _CHATTY = ("httpx", "httpcore")
 """Loggers that write a line for every request that the libraries of a task make."""
 _FORMATTER = logging.Formatter()
-
-Take = Callable[[str, str, str], object]
-"""Called with the level, the name of the logger or stream, and the text of a line."""
-_take: ContextVar[Take | None] = ContextVar("backcast_log", default=None)
-_write: ContextVar[Callable[[str, str], object] | None] = ContextVar("backcast_prints", default=None)
-
-
-@contextlib.contextmanager
-def logging_to(take: Take, write: Callable[[str, str], object]) -> Iterator[None]:
-    """Entered around a run, in its context. `write` is called with the name of a stream and a text of any length."""
-    tokens = _take.set(take), _write.set(write)
-    try:
-        yield
-    finally:
-        _take.reset(tokens[0])
-        _write.reset(tokens[1])
 
 
 def install() -> None:
@@ -57,7 +40,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        if (take := _take.get()) is None:
+        if (reporter := REPORTER.get()) is None:
             return
         try:
             text = record.getMessage()
@@ -65,7 +48,7 @@ class _Handler(logging.Handler):
                 text += "\n" + _FORMATTER.formatException(record.exc_info)
         except Exception:  # noqa: BLE001  # arguments that do not fit the message; logging itself shows such an error
             text = str(record.msg)
-        take(record.levelname, record.name, text)
+        reporter.log(record.levelname, record.name, text)
 
 
 class _Stream:
@@ -75,8 +58,8 @@ class _Stream:
         self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
-        if (write := _write.get()) is not None:
-            write(self._name, text)
+        if (reporter := REPORTER.get()) is not None:
+            reporter.write(self._name, text)
         return self._stream.write(text)
 
     def writelines(self, lines: Any) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Self, cast
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from prefect.context import TaskRunContext
 from prefect.results import ResultStore  # pyright: ignore[reportPrivateImportUsage]
 from prefect.states import Completed, Running
 from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine, TaskRunTimeoutError
-from prefect.types._datetime import now  # pyright: ignore[reportPrivateUsage]  # tasks may use methods of this DateTime
+from prefect.types._datetime import now  # pyright: ignore[reportPrivateUsage]  # tasks may use methods of its DateTime
 from prefect.utilities.callables import call_with_parameters
 from prefect.utilities.math import clamped_poisson_interval
 from prefect.utilities.timeout import timeout, timeout_async
@@ -116,17 +117,17 @@ class Job:
         return lambda: call_with_parameters(self.task.fn, self.parameters)
 
 
-def fresh(state: "State[Any]") -> "State[Any]":
-    """A copy of this state, entered now."""
-    at = now("UTC")
+def fresh(state: "State[Any]", at: datetime | None = None) -> "State[Any]":
+    """A copy of this state, entered then, or now."""
+    at = at or now("UTC")
     details = BaseModel.model_copy(state.state_details)
     changed = {"id": uuid7(), "timestamp": at, "created": at, "updated": at, "state_details": details}
     return cast("State[Any]", BaseModel.model_copy(state, update=changed))  # Prefect's own copy takes ten times as long
 
 
-def task_run(job: Job) -> TaskRun:
-    """Prefect's record of the run, as its engine would create it."""
-    at = now("UTC")
+def task_run(job: Job, at: datetime | None = None) -> TaskRun:
+    """Prefect's record of the run, as its engine would create it then, or now."""
+    at = at or now("UTC")
     changed = {
         "id": job.run_id,
         "dynamic_key": f"{job.task.task_key}-{job.run_id}",
@@ -143,7 +144,7 @@ def task_run(job: Job) -> TaskRun:
 
 def context(job: Job, run: TaskRun) -> TaskRunContext:
     """The context in which `get_run_logger`, `prefect.runtime` and the tasks that a task calls find their run."""
-    changed = {"task_run": run, "parameters": job.parameters, "start_time": now("UTC")}
+    changed = {"task_run": run, "parameters": job.parameters, "start_time": run.start_time or now("UTC")}
     return job.template.context.model_copy(update=changed)
 
 
@@ -159,9 +160,10 @@ def body(value: Any) -> bytes:
 
 async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptResult:
     """Make the attempt, then each retry that is due at once. Raises no `Exception`, only other `BaseException`s."""
-    task, run = job.task, task_run(job)
+    at: datetime | None = now("UTC")
+    task, run = job.task, task_run(job, at)
     while True:
-        run.state = fresh(RUNNING)
+        run.state, at = fresh(RUNNING, at), None
         run.state_type, run.state_name, run.start_time = (
             run.state.type,
             run.state.name,

@@ -30,19 +30,21 @@ MOST_LINES, MOST_LOGGED, LONGEST = 10_000, 1024 * 1024, 16 * 1024
 class RunReports:
     """The reports of one attempt. Implements `reporting.Reporter`."""
 
+    # Every run makes one of these, and few report: so values that do not change stay in the class.
+    _progress: Progress | None = None
+    _count = _bytes = _dropped = 0
+    _line_count = _logged = _lost = 0
+    _is_due = _is_over = False
+
     def __init__(self, run: bytes, channel: Channel, retries: Callable[[], int]) -> None:
         """`retries` counts those of the run so far."""
         self._run, self._channel, self._retries = run, channel, retries
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self._progress: Progress | None = None
-        self._events = list[Event]()
-        self._count = self._bytes = self._dropped = 0
-        self._lines = list[Line]()
-        self._line_count = self._logged = self._lost = 0
-        self._unfinished = dict[str, str]()
+        self._events: list[Event] = []
+        self._lines: list[Line] = []
+        self._unfinished: dict[str, str] = {}
         """What was written to each stream since its last line break."""
-        self._is_due = self._is_over = False
 
     def progress(self, fraction: float | None, message: str) -> None:
         with self._lock:

@@ -37,8 +37,10 @@ LATE = 30.0
 """Seconds by which each check is late: for slow submissions, for clocks, for events on their way to Prefect."""
 ASKED = 1000
 """Runs in one question: 8 ms of the server's CPU if all is well."""
-PATIENCE = (2.0, 4.0, 8.0, 16.0)
-"""Seconds that a correction has to become visible, before it is published again."""
+PATIENCE = (5.0, 15.0, 45.0)
+"""Seconds without any progress, after which the corrections that Prefect does not show are published again."""
+LOOK_EVERY = 2.0
+"""Seconds between two looks at what Prefect shows."""
 AFTER_ABSENCE = 60.0
 """Seconds that Prefect is left alone after an outage: workers now publish the same changes."""
 
@@ -95,14 +97,27 @@ class Reconciliation:
                 return
 
     async def _correct(self, runs: list[UUID], kind: str) -> None:
-        """Publish these ends, and check that Prefect shows them, a few times: a server may die with the events that it
-        has just received."""
-        for seconds in PATIENCE:
-            if await self.sink.server.count(runs, kind) == len(runs):
-                return
+        """Publish these ends where Prefect does not show them, and again what gets lost: a server may die with the
+        events that it has just received. One that is only behind gets nothing again, which would put it further behind.
+        """
+        if await self.sink.server.count(runs, kind) == len(runs):
+            return
+        for patience in PATIENCE:
             shown = await self.sink.server.states(runs)
             runs = [run for run in runs if shown[run] != kind]
             for run in await history.entries(self.ledger, runs):
                 self.sink.record(run)
-            await asyncio.sleep(seconds)
+            if await self._are_shown(runs, kind, patience):
+                return
         log.warning("Prefect does not show the end of %d runs yet, such as %s", len(runs), runs[0])
+
+    async def _are_shown(self, runs: list[UUID], kind: str, patience: float) -> bool:
+        """Wait until Prefect shows all of these ends, for as long as it shows more and more of them."""
+        most, since = 0, time.monotonic()
+        while (count := await self.sink.server.count(runs, kind)) < len(runs):
+            if count > most:
+                most, since = count, time.monotonic()
+            elif time.monotonic() > since + patience:
+                return False
+            await asyncio.sleep(LOOK_EVERY)
+        return True

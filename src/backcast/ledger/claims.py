@@ -1,8 +1,8 @@
 """Claims runs for workers: fairly by owner, at a cost that depends neither on the backlog nor on history."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from datetime import timedelta
+from typing import NamedTuple
 from uuid import UUID
 
 from backcast.errors import LedgerFault, LedgerUnavailable
@@ -10,8 +10,7 @@ from backcast.ledger import pauses, reading, routing, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A run that this worker holds until its lease ends; `fence` proves it."""
 
     id: UUID
@@ -117,7 +116,7 @@ async def claim(
     owners from the one after `cursor` (an owner key). `routed` is called when this has put runs on routes."""
     while True:
         rows = await ledger.fetch(_CLAIM, pool, cursor, limit + prefetch, worker_id, lease, limit, route)
-        taken = [Claim(**{name: row[name] for name in _FIELDS}) for row in rows if row["id"] is not None]
+        taken = [Claim(*map(row.__getitem__, Claim._fields)) for row in rows if row["id"] is not None]
         lacking, paused = rows[0]["lacking"], rows[0]["paused"]
         if not lacking and not paused:
             return taken
@@ -135,9 +134,6 @@ async def claim(
             raise
         if taken or not is_free:
             return taken
-
-
-_FIELDS = [field.name for field in fields(Claim)]
 
 
 async def begin(ledger: Ledger, worker_id: UUID, claim: Claim) -> None:

@@ -62,9 +62,9 @@ async def tasks(ledger: Ledger) -> Mapping[str, Values]:
     names = Names()
     workers, runs, oldest = Counter[tuple[str, ...]](), Counter[tuple[str, ...]](), dict[tuple[str, ...], float]()
     for row in await ledger.fetch(_SERVED):
-        workers[(names(row["name"]),)] += row["workers"]
+        workers[(names[row["name"]],)] += row["workers"]
     for row in await ledger.fetch(_TASKS):
-        name = names(row["task"])
+        name = names[row["task"]]
         runs[name, row["state"]] += row["runs"]
         if row["state"] in ("ready", "parked"):
             oldest[(name,)] = max(oldest.get((name,), 0.0), row["oldest"] or 0.0)
@@ -87,9 +87,9 @@ async def lanes(ledger: Ledger) -> Mapping[str, Values]:
     """The runs of limited lanes."""
     rows = await ledger.fetch(_LANES)
     names = Names(MOST_LANES)
-    runs = {(names(row["name"]), state): row[state] for row in rows for state in ("promoted", "held")}
-    limits = {(names(row["name"]),): row["max_running"] for row in rows if row["max_running"] is not None}
-    oldest = {(names(row["name"]),): row["oldest"] for row in rows if row["oldest"] is not None}
+    runs = {(names[row["name"]], state): row[state] for row in rows for state in ("promoted", "held")}
+    limits = {(names[row["name"]],): row["max_running"] for row in rows if row["max_running"] is not None}
+    oldest = {(names[row["name"]],): row["oldest"] for row in rows if row["oldest"] is not None}
     return {"lane_runs": runs, "lane_max_running": limits, "lane_oldest_age_seconds": oldest}
 
 

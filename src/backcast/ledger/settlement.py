@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from backcast.ledger import attempts, ended, lanes
@@ -16,8 +16,7 @@ INLINE_RESULT = 32 * 1024
 """Bytes of JSON up to which a result is copied into its row, beside the object in the store."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settlement:
+class Settlement(NamedTuple):
     """The record of an attempt's result. `scheduled` and `queued` mean that the run continues later."""
 
     id: UUID
@@ -61,6 +60,8 @@ class Settlement:
 
     def retries(self) -> dict[str, int]:
         """The further attempts that it stands for, made at once or to be made, by the kinds that metrics name."""
+        if self.state == "completed" and self.counts <= 1:  # as nearly all
+            return {}
         is_released = self.state == "queued" and self.error is None
         made = self.counts if is_released else self.counts - 1
         found = {"at_once": made} if made > 0 else {}

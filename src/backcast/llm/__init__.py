@@ -4,9 +4,8 @@ knows Marvin.
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -68,15 +67,12 @@ async def aclose() -> None:
         await _casting.result().aclose()
 
 
-@contextmanager
-def metered() -> Iterator[list[Usage]]:
-    """Collect the usage of every answer inside, also of failed casts and of tasks that are started there."""
+def metered() -> list[Usage]:
+    """Collect the usage of every answer in this context from here on, also of failed casts and of tasks that are
+    started in it."""
     used: list[Usage] = []
-    token = _meter.set(used)
-    try:
-        yield used
-    finally:
-        _meter.reset(token)
+    _meter.set(used)
+    return used
 
 
 async def cast(

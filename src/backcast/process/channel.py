@@ -33,7 +33,8 @@ def packed(messages: Iterable[Message]) -> bytes:
 
 
 def _unpacked(frame: bytes) -> list[Message]:
-    messages, at = list[Message](), 0
+    messages: list[Message] = []
+    at = 0
     while at < len(frame):
         kind, name, number, meta, body = _HEAD.unpack_from(frame, at)
         at += _HEAD.size

@@ -4,14 +4,18 @@ Labels have few values. Names that callers or tasks choose are bounded by `Names
 error is a label.
 """
 
+import bisect
+import itertools
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from backcast.texts import storable
 
@@ -63,20 +67,48 @@ class Definition(NamedTuple):
     text: str
 
 
-class Names:
-    """Labels for names: the first so many have their own, all further ones share `other`."""
+class Names(dict[str, str]):
+    """Labels by name: the first so many have their own, all further ones share `other`."""
 
     def __init__(self, most: int = NAMES) -> None:
+        super().__init__()
         self._most = most
-        self._known = dict[str, str]()
 
-    def __call__(self, name: str) -> str:
-        known = self._known.get(name)
-        if known is None:
-            if len(self._known) >= self._most:
-                return OTHER
-            known = self._known[name] = storable(name[:_LONGEST])
-        return known
+    def __missing__(self, name: str) -> str:
+        if len(self) >= self._most:
+            return OTHER
+        label = self[name] = storable(name[:_LONGEST])
+        return label
+
+
+class Seconds(Collector):
+    """A histogram of times. Only the thread of the event loop observes: without a lock, and with its buckets added up
+    when they are shown, it takes a tenth of the library's time, which several of them take for every run."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._bounds = (*bounds, math.inf)
+        self._counts = dict[tuple[str, ...], list[int]]()
+        self._sums = dict[tuple[str, ...], float]()
+        if not labels:  # it is shown before the first
+            self._add(())
+
+    def _add(self, of: tuple[str, ...]) -> list[int]:
+        self._counts[of], self._sums[of] = [0] * len(self._bounds), 0.0
+        return self._counts[of]
+
+    def observe(self, seconds: float, *of: str) -> None:
+        """Count one; `of` has the values of its labels."""
+        counts = self._counts.get(of) or self._add(of)
+        counts[bisect.bisect_left(self._bounds, seconds)] += 1
+        self._sums[of] += seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        bounds = [floatToGoString(bound) for bound in self._bounds]
+        for of, counts in list(self._counts.items()):
+            family.add_metric(of, list(zip(bounds, itertools.accumulate(counts), strict=True)), self._sums[of])
+        yield family
 
 
 class Metrics:
@@ -96,7 +128,7 @@ class Metrics:
 
     def stored(self, operation: str, seconds: float, is_away: bool) -> None:
         """Count a call to the store."""
-        self._store_seconds.labels(operation).observe(seconds)
+        self._store_seconds.observe(seconds, operation)
         if is_away:
             self._store_errors.labels(operation).inc()
 
@@ -111,9 +143,10 @@ class Metrics:
         name = self._defined(f"{name}_total", "counter", text, labels)
         return Counter(name, text, labels, registry=self.registry)
 
-    def _seconds(self, name: str, text: str, *labels: str, buckets: Sequence[float] = _STATEMENT) -> Histogram:
-        name = self._defined(name, "histogram", text, labels)
-        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+    def _seconds(self, name: str, text: str, *labels: str, buckets: Sequence[float] = _STATEMENT) -> Seconds:
+        seconds = Seconds(self._defined(name, "histogram", text, labels), text, labels, buckets)
+        self.registry.register(seconds)
+        return seconds
 
 
 class ApiMetrics(Metrics):
@@ -129,7 +162,7 @@ class ApiMetrics(Metrics):
             "Time from a request to the end of its answer; it includes the wait that `Prefer: wait` asks for",
             *("method", "route"),
         )
-        self._answers = dict[tuple[str, str, int], tuple[Counter, Histogram]]()
+        self._answers = dict[tuple[str, str, int], Counter]()
         self._submit_seconds = self._seconds(
             "submit_seconds", "Time of a statement that records single submissions, up to 500 at once, and its commit"
         )
@@ -153,10 +186,9 @@ class ApiMetrics(Metrics):
         """Count a request; status 0: its caller went away first."""
         method = method if method in _METHODS else OTHER
         if (known := self._answers.get((method, route, status))) is None:  # to find them costs more than to count
-            known = self._requests.labels(method, route, status), self._request_seconds.labels(method, route)
-            self._answers[method, route, status] = known
-        known[0].inc()
-        known[1].observe(seconds)
+            known = self._answers[method, route, status] = self._requests.labels(method, route, status)
+        known.inc()
+        self._request_seconds.observe(seconds, method, route)
 
 
 class _WithHistory(Metrics):
@@ -232,23 +264,23 @@ class WorkerMetrics(_WithHistory):
         self.events_dropped = self._counter("events_dropped", "Events of runs that were dropped")
 
     def waited(self, task: str, seconds: float) -> None:
-        self._wait.labels(self._names(task)).observe(seconds)
+        self._wait.observe(seconds, self._names[task])
 
     def executed(self, task: str, seconds: float) -> None:
-        self._run.labels(self._names(task)).observe(seconds)
+        self._run.observe(seconds, self._names[task])
 
     def settled(self, attempts: Mapping[tuple[str, str], int], retries: Mapping[str, int]) -> None:
         """Count settled claims by task and outcome, and retries by kind."""
         for (task, outcome), count in attempts.items():
-            self._attempts.labels(self._names(task), outcome).inc(count)
+            self._attempts.labels(self._names[task], outcome).inc(count)
         for kind, count in retries.items():
             self._retries.labels(kind).inc(count)
 
     def answered(self, usage: Mapping[str, object], seconds: Sequence[float]) -> None:
         """Count the answers of a model to one attempt, and its usage: the name of the model, and tokens."""
-        name = self._models(str(usage.get("model")))
+        name = self._models[str(usage.get("model"))]
         for each in seconds:
-            self._model_seconds.labels(name).observe(each)
+            self._model_seconds.observe(each, name)
         for kind in ("input", "output"):
             if isinstance(count := usage.get(f"{kind}_tokens"), int) and count > 0:
                 self._tokens.labels(name, kind).inc(count)

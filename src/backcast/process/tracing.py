@@ -94,26 +94,22 @@ def request(headers: Mapping[str, str]) -> "Iterator[Span]":
         yield span
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def span(name: str, /, **attributes: Any) -> contextlib.AbstractContextManager[object]:
     """A part of the current span, if that is sent."""
     if _tracer is None or parent() is None:
-        return contextlib.nullcontext()
+        return _NOTHING
     return _tracer.start_as_current_span(name, attributes=_named(attributes), record_exception=False)
 
 
-@contextlib.contextmanager
-def within(traceparent: str | None) -> Iterator[None]:
-    """The spans of this block are parts of that one."""
-    if _tracer is None or traceparent is None:
-        yield
-        return
-    from opentelemetry import context
+def go_on(traceparent: str) -> None:
+    """The spans of this asyncio task, from here on, are parts of that one."""
+    if _tracer is not None:
+        from opentelemetry import context
 
-    token = context.attach(_context(traceparent))
-    try:
-        yield
-    finally:
-        context.detach(token)
+        context.attach(_context(traceparent))
 
 
 class Attempt:
@@ -146,8 +142,8 @@ class Attempt:
         self._span.end()
 
 
-def attempt(traceparent: str | None, **about: Any) -> Attempt | None:
-    return None if _tracer is None or traceparent is None else Attempt(traceparent, **about)
+def attempt(traceparent: str, **about: Any) -> Attempt | None:
+    return None if _tracer is None else Attempt(traceparent, **about)
 
 
 def _context(traceparent: str) -> "Context":

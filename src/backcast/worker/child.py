@@ -310,7 +310,7 @@ class Child:
                 return Attempt(None, self._retries(run, job))
             if isinstance(error := job.ended.exception(), ExecutorEnded):
                 return Attempt(None, error.retries)
-            return replace(job.ended.result(), result=None)
+            return job.ended.result()._replace(result=None)
         finally:
             if self._jobs.pop(run, None) is not None and not (job.ended.done() and _is_gone(job.ended)):
                 self._left[run] = job

@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
@@ -69,6 +69,8 @@ class _Claimed:
     work: "asyncio.Task[None] | None" = None
     """None while it waits for a slot."""
     is_executing: bool = True
+    has_reported: bool = False
+    """Whether its code has reported anything, as few do."""
     reason: Reason | None = None
     """Why the execution was stopped, if it was."""
     spans: tracing.Attempt | None = None
@@ -337,14 +339,15 @@ class Worker:
         claim = held.claim
         RUN.set((claim.id, claim.task))
         began = time.monotonic()
-        held.spans = tracing.attempt(
-            claim.trace,
-            waited=claim.waited if claim.fence == 1 else None,  # later ones are after others
-            run=claim.id,
-            task=claim.task,
-            number=claim.fence,
-            worker=self._lease.id,
-        )
+        if claim.trace is not None:
+            held.spans = tracing.attempt(
+                claim.trace,
+                waited=claim.waited if claim.fence == 1 else None,  # later ones are after others
+                run=claim.id,
+                task=claim.task,
+                number=claim.fence,
+                worker=self._lease.id,
+            )
         attempt = Attempt(None, claim.retries_used)
         try:
             attempt = await self._execution.attempt(claim)
@@ -362,8 +365,9 @@ class Worker:
             self._metrics.executed(claim.task, now - began)
             self._fill()
             self._wake.set()
-        await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
-        await self._logs.stored(claim.id, claim.fence)
+        if held.has_reported:
+            await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
+            await self._logs.stored(claim.id, claim.fence)
         settlement = await self._settlement(held, attempt)
         if isinstance(attempt.result, Failed):  # its detail may quote the caller's data
             log.info("the run has failed: %s", attempt.result.problem.code)
@@ -375,7 +379,7 @@ class Worker:
             if held.spans is not None:
                 held.spans.settle()
             if attempt.usage or attempt.tried:
-                settlement = replace(settlement, usage=attempt.usage, earlier=attempt.tried)
+                settlement = settlement._replace(usage=attempt.usage, earlier=attempt.tried)
             self._settler.put(settlement)
 
     async def _settlement(self, held: _Claimed, attempt: Attempt) -> Settlement | None:
@@ -397,6 +401,7 @@ class Worker:
     def _reported(self, run_id: UUID, given: Reports) -> None:
         if (held := self._held.get(run_id)) is None:
             return
+        held.has_reported = True
         if given.progress is not None or given.events:
             self._reports.put(held.claim, given)
         if given.lines:

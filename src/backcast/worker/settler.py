@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
@@ -85,23 +84,24 @@ class Settler:
                     return
                 await unusable.set_aside(self._ledger, error)
                 if batch[0].usage is not None:  # it is added to the usage before, which may be what was refused
-                    batch = [replace(batch[0], usage=None)]
+                    batch = [batch[0]._replace(usage=None)]
                     continue
                 if batch[0].error is not None and batch[0].error.code == _REFUSED:  # its row is, and not its outcome
                     await asyncio.sleep(next(delays))
                 refused = Problem(code=_REFUSED, title="The outcome can't be recorded", detail=str(error))
-                batch = [replace(batch[0], state="failed", result=None, result_key=None, error=refused)]
+                batch = [batch[0]._replace(state="failed", result=None, result_key=None, error=refused)]
         self.count += sum((e.id, e.fence) in settled.accepted and e.state in ("completed", "failed") for e in batch)
         await self._settled(batch)
-        attempts, retries = Counter[tuple[str, str]](), Counter[str]()
+        attempts: dict[tuple[str, str], int] = {}
+        retries = Counter[str]()
         for one in batch:
             attempt = one.id, one.fence
             recorded = attempt in settled.accepted and attempt not in settled.cancelled
             outcome = one.outcome if recorded else "cancelled" if attempt in settled.cancelled else "lost"
             if outcome is not None:
-                attempts[one.task, outcome] += 1
-            if recorded:
-                retries.update(one.retries())
+                attempts[one.task, outcome] = attempts.get((one.task, outcome), 0) + 1
+            if recorded and (made := one.retries()):
+                retries.update(made)
             if one.result_key is not None and not recorded:
                 with contextlib.suppress(StoreUnavailable):
                     await self._store.delete([one.result_key])

@@ -143,7 +143,10 @@ class BatchList(BaseModel):
 @router.get(
     "",
     summary="List the latest batches",
-    description="The newest first, at most 100, without their `states`: each batch has them.",
+    description=(
+        f"The newest first, at most 100. `states` are counted for the newest {batches.COUNTED:,} runs, and empty for"
+        " older batches: `GET /v1/batches/{batch_id}` has them."
+    ),
     responses=problems.responses(LedgerUnavailable),
 )
 async def list_batches(deps: Deps) -> BatchList:

@@ -64,7 +64,7 @@ class _Batches(BaseModel):
 
 
 def latest() -> Flow[Sequence[Batch]]:
-    """The newest batches, at most 100, without their states."""
+    """The newest batches, at most 100; the older of them may be without their states."""
     return read(_Batches, (yield from wire.get("/v1/batches"))).items
 
 

@@ -1,6 +1,7 @@
 """Batches: runs that are recorded in one transaction, all or none, and are counted, read and cancelled as one."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -23,6 +24,8 @@ PAGE = 100
 """Results read at a time; each may bring 32 KiB."""
 AT_ONCE = 1000
 """Runs cancelled by one statement."""
+COUNTED = 100_000
+"""Runs that a list of batches counts: about 0.1 s of the database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,25 @@ async def get(ledger: Ledger, batch_id: UUID) -> Batch:
     return _batch(row, {State(count["state"]): count["runs"] for count in counts}, row["operation_id"])
 
 
+# Ids are in the order of time: the end of the primary key is read. Runs are counted by runs_in_batch, and no more of
+# them than $2: the sizes of the batches show beforehand how far that goes.
+_LATEST = f"""
+with latest as (
+  select *, sum(size) over (order by id desc) as runs from (
+    select id, owner, size, skipped, {reading.time("created_at")} from batches order by id desc limit $1) b),
+counted as (
+  select batch_id, case when state in {waiting.NOT_READY} then 'queued' else state end as state, count(*) as runs
+    from all_runs where batch_id = any(array(select id from latest where runs <= $2)) group by 1, 2)
+select l.*, (select json_object_agg(c.state, c.runs) from counted c where c.batch_id = l.id) as states
+  from latest l order by id desc"""  # noqa: S608  # constants
+
+
 async def latest(ledger: Ledger, limit: int) -> list[Batch]:
-    """The newest ones, without their states. Ids are in the order of time: the end of the primary key is read."""
-    sql = f"select id, owner, size, skipped, {reading.time('created_at')} from batches order by id desc limit $1"  # noqa: S608
-    return [_batch(row, {}) for row in await ledger.fetch(sql, limit)]
+    """The newest ones. Those have their states that have at most `COUNTED` runs together with all newer ones."""
+    rows = await ledger.fetch(_LATEST, limit, COUNTED)
+    return [
+        _batch(row, {State(state): runs for state, runs in json.loads(row["states"] or "{}").items()}) for row in rows
+    ]
 
 
 @dataclass(frozen=True, slots=True)

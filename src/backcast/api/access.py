@@ -1,10 +1,12 @@
 """Observes each request: what was asked, how it was answered, how long that took. Metrics count it; the log has
-one line about it, and traces have a span, but for health checks.
+one line about it, and traces have a span, but for health checks. A request that another one makes in the process, as
+a page of the console does, has no line of its own.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -31,6 +33,10 @@ class Seen:
     trace: str | None = None
 
 
+_outer: ContextVar[Seen | None] = ContextVar("backcast_outer_request", default=None)
+"""What is known of the request whose answer is being made."""
+
+
 class Observe:
     """Middleware, outside of all others. `answered` is called with method, route, status and seconds; a caller who has
     gone away gets the status 0."""
@@ -41,7 +47,9 @@ class Observe:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        seen = scope[SEEN] = Seen()
+        outer, seen = _outer.get(), Seen()
+        scope[SEEN] = seen
+        token = _outer.set(seen)
         status, began = 0, time.perf_counter()
 
         async def watched(message: Message) -> None:
@@ -58,11 +66,24 @@ class Observe:
         finally:
             seconds, method, route = time.perf_counter() - began, scope["method"], seen.route or "(no route)"
             self._answered(method, route, status, seconds)
-            if route not in _QUIET and log.isEnabledFor(logging.INFO):
+            _outer.reset(token)
+            if outer is not None:
+                outer.key = outer.key or seen.key
+                if method not in ("GET", "HEAD"):
+                    outer.run = outer.run or seen.run
+            elif route not in _QUIET and log.isEnabledFor(logging.INFO):
                 ms = round(seconds * 1000, 1)
                 fields = {"method": method, "route": route, "status": status, "ms": ms, "key": seen.key}
                 more = {"run": seen.run, "trace": seen.trace}
                 log.info("%s %s %d", method, route, status, extra={"fields": fields | more})
+
+
+def name(scope: Scope, route: str) -> None:
+    """Give the request of `scope` the name that metrics, log and trace have for it."""
+    if (seen := scope.get(SEEN)) is not None:
+        seen.route = route
+        if (run := scope.get("path_params", {}).get("run_id")) is not None:
+            seen.run = str(run)
 
 
 class TraceRequests:

@@ -116,5 +116,5 @@ def create_app(ledger: Ledger, store: Store, limits: Api, metrics: ApiMetrics | 
         app.router.routes.extend(router.routes)  # `include_router` would match every request twice
     app.router.routes.append(docs.assets)
     # With keys too: its sessions are cookies, which a browser sends for every page.
-    app.router.routes.extend(console.routes(app, limits, of_links.get, _own_pages))
+    app.router.routes.extend(console.routes(app, limits, of_links.get, _own_pages, access.name))
     return app

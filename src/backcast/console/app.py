@@ -1,6 +1,6 @@
 """Composes the console: its routes, the door that only people with a key pass, and what holds for every answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.cookies import SimpleCookie
 
 from starlette.applications import Starlette
@@ -27,19 +27,28 @@ _POLICY = (
 _OPEN = ("/login", f"/{STATIC}/")
 
 
-def routes(api: ASGIApp, limits: Api, prefix: Prefixed, guard: Callable[[ASGIApp], ASGIApp]) -> list[BaseRoute]:
-    """The routes to add to `api`, which the console calls in its turn. `guard` keeps foreign pages out."""
+def routes(
+    api: ASGIApp,
+    limits: Api,
+    prefix: Prefixed,
+    guard: Callable[[ASGIApp], ASGIApp],
+    name: Callable[[Scope, str], None],
+) -> list[BaseRoute]:
+    """The routes to add to `api`, which the console calls in its turn. `guard` keeps foreign pages out; `name` is given
+    the route of each request, which is in the log."""
     sessions = Sessions(limits.keys, limits.read_keys)
     modules = (overview, try_it, runs, many, tasks, fleet, batches, sign_in)
+    found = [route for module in modules for route in module.routes]
+    names = {route.endpoint: route.path for route in found}
     pages = Starlette(
         routes=[
-            *(route for module in modules for route in module.routes),
+            *found,
             Mount(f"/{STATIC}", StaticFiles(packages=[("backcast.console", STATIC)])),
         ],
         exception_handlers={BackcastError: _refused, HTTPException: _http, Exception: _failed},
     )
     pages.state.sessions, pages.state.prefect_ui = sessions, limits.prefect_ui
-    console = guard(_Headers(_Door(pages, api, sessions, prefix)))
+    console = guard(_Named(_Headers(_Door(pages, api, sessions, prefix)), names, name))
 
     async def home(request: Request) -> Response:
         """A person is led to the page where something can be tried; a program gets the 404 that it ever got."""
@@ -51,6 +60,19 @@ def routes(api: ASGIApp, limits: Api, prefix: Prefixed, guard: Callable[[ASGIApp
         return RedirectResponse(f"{PATH}/", 303)
 
     return [Route("/", home), Route(PATH, enter), Mount(PATH, console)]
+
+
+class _Named:
+    """Middleware that gives each request the name of its route, never its path."""
+
+    def __init__(self, app: ASGIApp, names: Mapping[object, str], name: Callable[[Scope, str], None]) -> None:
+        self._app, self._names, self._name = app, names, name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._name(scope, PATH + self._names.get(scope.get("endpoint"), ""))
 
 
 class _Door:

@@ -460,6 +460,7 @@ async def test_a_batch_is_found_cancelled_and_repeated(web: httpx.AsyncClient, l
     assert [each["id"] for each in (await web.get("/v1/batches")).json()["items"]] == [second, first]
     text = await page(web, "/batches")
     assert text.index(second) < text.index(first)
+    assert [each["states"] for each in (await web.get("/v1/batches")).json()["items"]] == [{"queued": 2}, {"queued": 2}]
     assert (await web.get(f"/console/batches?id={first}")).headers["location"] == f"/console/batches/{first}"
     await page(web, "/batches?id=nonsense", 422)
     assert "Cancel 2" in await page(web, f"/batches/{first}")
@@ -489,7 +490,73 @@ async def test_the_overview_names_what_needs_a_look(web: httpx.AsyncClient, ledg
     await submit(web, "plain")
     await ledger.execute("update workers set heartbeat_at = now() - interval '1 hour' where id = $1", worker)
     text = await page(web, "/")
-    assert "is silent for 1 h" in text
+    assert "Pool default has no live worker: 1 run waits for one." in text
+    assert "is silent" not in text  # the pool's warning is enough
+    await register(ledger, "other")
+    assert "is silent for 1 h" in await page(web, "/")
+
+
+async def test_a_lane_that_lets_nothing_start_is_named_with_its_limit(web: httpx.AsyncClient, ledger: Ledger) -> None:
+    await register(ledger, "plain")
+    for name, limits in (
+        ("shut", {"max_running": 0}),
+        ("slow", {"max_per_minute": 0.01}),
+        ("fine", {"max_running": 1}),
+    ):
+        (await web.put(f"/v1/lanes/{name}", json=limits)).raise_for_status()
+        for _ in range(2):
+            await submit(web, "plain", lane=name)
+    await ledger.execute("update runs set state = 'held', run_at = now() - interval '2 minutes' where lane = 'slow'")
+    text = await page(web, "/")
+    assert "Lane shut runs nothing, and 2 runs wait: its limit is 0 at once." in text
+    assert "Lane slow runs nothing, and 2 runs wait: its limit is 0.01 per minute." in text
+    assert "Lane fine" not in text
+
+
+async def test_a_task_that_fails_mostly_is_named_until_it_is_paused(web: httpx.AsyncClient, ledger: Ledger) -> None:
+    worker = await register(ledger, "poison", "sound")
+    problem = Problem(code="wrong", title="Wrong", detail="It is wrong.")
+    for _ in range(3):
+        had = await claim(ledger, worker, await submit(web, "poison"))
+        await settlement.settle(ledger, worker, [Settlement(id=had.id, fence=had.fence, state="failed", error=problem)])
+
+    async def overview() -> str:
+        return await page(web, "/")
+
+    await until(overview, lambda text: "All 3 runs of the task poison that ended lately have failed." in text)
+    await post(web, "/pause", kind="task", name="poison")
+    text = await page(web, "/")
+    assert "have failed" not in text
+    assert "The task poison is paused" in text
+
+
+async def test_each_request_of_a_browser_is_one_line_of_the_log(
+    ledger: Ledger, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "backcast.access")
+    await register(ledger, "plain")
+    async with over(ledger, store, keys=[SecretStr(KEY)]) as web:
+        await web.post("/console/login", data={"key": KEY})
+        api = {"Authorization": f"Bearer {KEY}"}
+        made = await web.post("/v1/tasks/plain/runs", json={"input": {"words": "a"}}, headers=api)
+        run = made.json()["id"]
+        for path in ("/", "/runs", f"/runs/{run}", "/nothing"):
+            await web.get(f"/console{path}")
+        await web.post(f"/console/runs/{run}/cancel")
+        await web.post("/console/pause", data={"kind": "lane", "name": "private"})
+    lines = [record.__dict__["fields"] for record in caplog.records if record.name == "backcast.access"]
+    assert [(line["method"], line["route"], line["status"], line["run"]) for line in lines] == [
+        ("POST", "/console/login", 303, None),
+        ("POST", "/v1/tasks/{name}/runs", 202, run),
+        ("GET", "/console/", 200, None),
+        ("GET", "/console/runs", 200, None),
+        ("GET", "/console/runs/{run_id:uuid}", 200, run),
+        ("GET", "/console", 404, None),
+        ("POST", "/console/runs/{run_id:uuid}/cancel", 303, run),
+        ("POST", "/console/pause", 303, None),
+    ]
+    assert {line["key"] for line in lines[1:] if line["status"] != 404} == {lines[1]["key"]}
+    assert "private" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
-"""The page that tells at a glance whether work flows, what is stuck, and where to mend it."""
+"""The page that shows at a glance whether work flows, what is stuck, and where to mend it."""
 
 import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from backcast.console.pages import ago, number, query, render, service, span
-from backcast.models import Flow, Lane, Pause, Pool, State, Within, Worker
+from backcast.console.pages import ago, limits, number, query, render, service, span
+from backcast.models import Flow, Lane, Pause, PauseKind, Pool, State, TaskCounts, Within, Worker
 
 _SILENT = 30.0
 """Seconds without a heartbeat after which a worker is worth a look."""
@@ -18,6 +19,8 @@ _SILENT = 30.0
 
 _STUCK = 60.0
 """Seconds for which a lane may hold all of its runs: at the least rate that people use, one starts in this time."""
+_FEW = 3
+"""Failed runs of a task of which nothing follows."""
 
 
 class Sign(NamedTuple):
@@ -29,17 +32,32 @@ class Sign(NamedTuple):
 
 
 def signs(
-    pools: Sequence[Pool], lanes: Sequence[Lane], workers: Sequence[Worker], pauses: Sequence[Pause]
+    pools: Sequence[Pool],
+    lanes: Sequence[Lane],
+    workers: Sequence[Worker],
+    pauses: Sequence[Pause],
+    tasks: Sequence[TaskCounts],
 ) -> list[Sign]:
-    found = list[Sign]()
+    found, deserted = list[Sign](), set[str]()
     for pool in pools:
         waiting = pool.ready + pool.parked
         if waiting and not pool.workers:
-            sentence = f"Pool {pool.name} has no live worker, and {number(waiting)} runs wait for one."
-            found.append(Sign(sentence, "/pools", "Pools"))
+            deserted.add(pool.name)
+            sentence = f"Pool {pool.name} has no live worker: {_runs(waiting)} for one."
+            found.append(Sign(sentence, "/pools", "Workers"))
         elif pool.parked:
-            sentence = f"{number(pool.parked)} runs of pool {pool.name} wait for a worker that has their task."
+            sentence = f"No worker of pool {pool.name} has the task, or its version, for which {_runs(pool.parked)}."
             found.append(Sign(sentence, f"/runs{query(state=State.QUEUED)}", "Runs"))
+    paused = {pause.name for pause in pauses if pause.kind is PauseKind.TASK}
+    for each in tasks:
+        failed, ended = (
+            each.states.get(State.FAILED, 0),
+            sum(each.states.get(state, 0) for state in State if state.is_final),
+        )
+        if failed >= _FEW and failed * 2 >= ended and each.task not in paused:
+            share = f"All {number(ended)}" if failed == ended else f"{number(failed)} of {number(ended)}"
+            sentence = f"{share} runs of the task {each.task} that ended lately have failed."
+            found.append(Sign(sentence, f"/tasks/{quote(each.task, safe='')}", "Task"))
     for pause in pauses:
         because = f": {pause.reason}" if pause.reason else ""
         until = f", until {ago(pause.until)}" if pause.until else ""
@@ -49,14 +67,22 @@ def signs(
     for lane in lanes:
         if lane.problem:
             found.append(Sign(f"Lane {lane.name}: {lane.problem}", "/lanes", "Limits"))
-        elif lane.held and not (lane.running or lane.queued or lane.paused) and (lane.oldest_age_seconds or 0) > _STUCK:
-            sentence = f"Lane {lane.name} holds {number(lane.held)} runs, and none of it runs."
+        elif (
+            lane.held
+            and not (lane.running or lane.queued or lane.paused)
+            and (lane.max_running == 0 or (lane.oldest_age_seconds or 0) > _STUCK)
+        ):
+            sentence = f"Lane {lane.name} runs nothing, and {_runs(lane.held)}: its limit is {limits(lane)}."
             found.append(Sign(sentence, "/lanes", "Limits"))
     for worker in workers:
-        if worker.heartbeat_age_seconds > _SILENT and not worker.draining:
-            sentence = f"Worker {worker.host} is silent for {span(worker.heartbeat_age_seconds)}."
+        if worker.heartbeat_age_seconds > _SILENT and not worker.draining and worker.pool not in deserted:
+            sentence = f"Worker {worker.host} of pool {worker.pool} is silent for {span(worker.heartbeat_age_seconds)}."
             found.append(Sign(sentence, "/pools", "Workers"))
     return found
+
+
+def _runs(many: int) -> str:
+    return "1 run waits" if many == 1 else f"{number(many)} runs wait"
 
 
 class Bar(NamedTuple):
@@ -97,7 +123,7 @@ async def _overview(request: Request) -> Response:
         pools=pools,
         lanes=lanes,
         workers=workers,
-        signs=signs(pools, lanes, workers, pauses),
+        signs=signs(pools, lanes, workers, pauses, counts.tasks),
         causes=counts.errors[:8],
     )
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from backcast.console.service import Service
-from backcast.models import JSON
+from backcast.models import JSON, Lane
 
 STATIC = "static"
 LONGEST = 64 * 1024
@@ -63,6 +63,17 @@ def number(value: float | None) -> str:
     return text.replace(",", "\u2009")
 
 
+def pace(value: float | None) -> str:
+    """Runs a minute, which are about right."""
+    return number(value) if value is None else number(round(value, 1) if value < 10 else round(value))
+
+
+def limits(lane: Lane) -> str:
+    """Those of a lane, in words; empty if it has none."""
+    given = ((lane.max_running, "at once"), (lane.max_per_minute, "per minute"))
+    return ", ".join(f"{number(most)} {unit}" for most, unit in given if most is not None)
+
+
 def pretty(value: JSON) -> str:
     """A JSON value as people read it, cut when it is very long."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -94,7 +105,9 @@ def _environment() -> Environment:
         "ago": ago,
         "brief": brief,
         "exact": exact,
+        "limits": limits,
         "number": number,
+        "pace": pace,
         "pretty": pretty,
         "segment": lambda name: quote(str(name), safe=""),
         "span": span,

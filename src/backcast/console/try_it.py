@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from backcast.console.pages import query, render, service
+from backcast.console.pages import brief, query, render, service
 from backcast.console.runs import or_problem
 from backcast.console.shapes import target
 from backcast.errors import BackcastError, InvalidInput
@@ -21,7 +21,7 @@ _EXAMPLE = {
     "shape": "name, age, city, email",
     "instructions": "",
 }
-_LATEST = 8
+_LATEST = 5
 
 
 async def _page(request: Request, status: int = 200, problem: str | None = None, form: JSON = None) -> Response:
@@ -38,6 +38,7 @@ async def _page(request: Request, status: int = 200, problem: str | None = None,
     if run is not None:
         (kept, _), result = await asyncio.gather(or_problem(client.input(run.id)), _result(request, run))
         form = _form(kept, request.query_params.get("shape")) if isinstance(kept, dict) else form
+    texts = await asyncio.gather(*(_text(request, each) for each in latest))
     snippets = _snippets(str(request.base_url).removesuffix("/console/").rstrip("/"), form)
     return render(
         request,
@@ -46,7 +47,7 @@ async def _page(request: Request, status: int = 200, problem: str | None = None,
         form=form,
         run=run,
         result=result,
-        latest=latest,
+        latest=list(zip(latest, texts, strict=True)),
         problem=problem,
         schema=_schema(form["shape"]),
         snippets=snippets,
@@ -65,6 +66,12 @@ async def _result(request: Request, run: Run) -> tuple[JSON, str | None]:
     if run.state is not State.COMPLETED:
         return None, None
     return await or_problem(service(request).client.result(run.id))
+
+
+async def _text(request: Request, run: Run) -> str:
+    """By which people know a cast."""
+    kept, _ = await or_problem(service(request).client.input(run.id))
+    return brief(kept.get("data", "")) if isinstance(kept, dict) else ""
 
 
 def _form(kept: dict[str, JSON], shape: str | None) -> dict[str, str]:

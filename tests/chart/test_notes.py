@@ -97,6 +97,7 @@ def test_production_gets_no_warning() -> None:
 def test_the_pages_of_prefect() -> None:
     assert "port-forward service/demo-backcast-prefect 4200" in scenario("defaults").notes
     assert "https://prefect.example.org" in scenario("everything").notes
+    assert "https://p.example.org" in render({"prefectServer": {"publicUrl": "https://p.example.org"}}).notes
     assert "Prefect" not in render({"prefectServer": {"mode": "off"}}).notes
 
 

@@ -239,6 +239,10 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         {"prefectServer": {"mode": "external"}},
         "prefectServer.mode is external: set prefectServer.external.apiUrl.",
     ),
+    "pages of no server": (
+        {"prefectServer": {"mode": "off", "publicUrl": "https://p.example.org"}},
+        "prefectServer.publicUrl is set, but prefectServer.mode is off, so it would be ignored: remove it, or set",
+    ),
     "pages without a server": (
         {"prefectServer": {"mode": "off", "ingress": {"enabled": True}}},
         "prefectServer.ingress is for the bundled server: turn it off, or set prefectServer.mode to bundled.",

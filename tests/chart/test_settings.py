@@ -214,6 +214,26 @@ def test_no_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.prefect.api_url, settings.prefect.history) == (None, False)
 
 
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ({}, None),
+        ({"ingress": {"enabled": True, "host": "p.example.org"}}, "http://p.example.org"),
+        ({"ingress": {"enabled": True, "host": "p.example.org", "tls": {"enabled": True}}}, "https://p.example.org"),
+        ({"publicUrl": "https://elsewhere.example.org/prefect"}, "https://elsewhere.example.org/prefect"),
+        (
+            {"publicUrl": "https://front.example.org", "ingress": {"enabled": True, "host": "p.example.org"}},
+            "https://front.example.org",
+        ),
+    ],
+)
+def test_the_console_links_runs_to_prefects_pages(
+    given: Values, address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = of("api", {"prefectServer": given}, tmp_path, monkeypatch)
+    assert settings.api.prefect_ui == address
+
+
 def test_given_urls_become_secrets() -> None:
     """The chart changes the scheme to the one that Prefect needs."""
     external = {"url": "postgresql://b:p@h/b", "prefectUrl": "postgresql://p:p@h/p", "adminUrl": "postgresql://a:p@h/a"}

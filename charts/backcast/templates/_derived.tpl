@@ -114,6 +114,15 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{- toJson $hosts }}
 {{- end }}
 
+{{/* Address at which browsers reach Prefect's pages; empty if it is not known. */}}
+{{- define "backcast.prefect.ui" -}}
+{{- with .Values.prefectServer }}
+{{- if .publicUrl }}{{ .publicUrl }}
+{{- else if .ingress.enabled }}{{ .ingress.tls.enabled | ternary "https" "http" }}://{{ .ingress.host }}
+{{- end }}
+{{- end }}
+{{- end }}
+
 {{/* backcast.yaml: the settings that are derived from the values, overridden by the user's `config`. */}}
 {{- define "backcast.config" -}}
 {{- $values := .Values }}
@@ -135,8 +144,10 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{- else if eq $values.prefectServer.mode "external" }}
 {{- $prefect = dict "api_url" $values.prefectServer.external.apiUrl }}
 {{- end }}
+{{- $api := dict "host" "0.0.0.0" "metrics_host" "0.0.0.0" "prefix" (and .Values.ingress.enabled .Values.ingress.path | default "" | trimSuffix "/") "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray) }}
+{{- with include "backcast.prefect.ui" . }}{{ $_ := set $api "prefect_ui" . }}{{ end }}
 {{- $derived := dict
-  "api" (dict "host" "0.0.0.0" "metrics_host" "0.0.0.0" "prefix" (and .Values.ingress.enabled .Values.ingress.path | default "" | trimSuffix "/") "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray))
+  "api" $api
   "worker" (dict "host" "0.0.0.0")
   "steward" $steward
   "store" $store

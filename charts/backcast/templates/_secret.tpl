@@ -136,6 +136,7 @@ store.secret_key: store.external.existingSecret
 {{- end }}
 api.metrics_host: leave it out
 api.metrics_port: leave it out; networkPolicy.monitoringNamespace decides who reaches it
+api.prefect_ui: use prefectServer.publicUrl
 builtin_tasks: use workers.pools.<name>.builtinTasks
 tasks: use workers.pools.<name>.tasks
 steward.deletion_cost: use rbac.create

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, StorageState, async_playwright, expect
 
 from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
@@ -17,6 +17,11 @@ from tests.support.roles import give_roles
 from tests.support.waiting import PATIENCE
 
 __all__ = ["_no_ambient_environment", "server"]
+
+CLICKS = """addEventListener("click", event => {
+  if (event.detail) sessionStorage.clicks = 1 + Number(sessionStorage.clicks);
+}, true)"""
+"""Counts what a mouse clicks in a tab, over all of its pages."""
 
 KEY = "a-key-of-the-office"
 PHONE = {"width": 390, "height": 844}
@@ -47,21 +52,39 @@ async def office(server: postgres.Postgres, tmp_path_factory: pytest.TempPathFac
         yield made
 
 
+def _url(office: World) -> str:
+    return f"{office.url}/console/"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def session(browser: Browser, office: World) -> StorageState:
+    """The cookies of somebody who has signed in."""
+    context = await browser.new_context(base_url=_url(office))
+    shown = await context.new_page()
+    await shown.goto("login")
+    await shown.get_by_label("Key").fill(KEY)
+    await shown.get_by_role("button", name="Sign in").click()
+    await expect(shown.get_by_role("heading", name="Overview")).to_be_visible()
+    state = await context.storage_state()
+    await context.close()
+    return state
+
+
 @pytest_asyncio.fixture(loop_scope="module")
-async def page(browser: Browser, office: World, request: pytest.FixtureRequest) -> AsyncIterator[Page]:
+async def page(browser: Browser, office: World, session: StorageState) -> AsyncIterator[Page]:
     """Signed in. Errors of scripts, refusals by the content policy included, fail the test."""
     context = await browser.new_context(
-        base_url=f"{office.url}/console/", permissions=["clipboard-read", "clipboard-write"], color_scheme="dark"
+        base_url=_url(office),
+        storage_state=session,
+        permissions=["clipboard-read", "clipboard-write"],
+        color_scheme="dark",
     )
+    await context.add_init_script(CLICKS)
     context.set_default_timeout(PATIENCE * 1000)
     shown = await context.new_page()
     faults = list[str]()
     shown.on("pageerror", lambda error: faults.append(str(error)))
     shown.on("console", lambda each: faults.append(each.text) if "Content Security Policy" in each.text else None)
-    await shown.goto("login")
-    await shown.get_by_label("Key").fill(KEY)
-    await shown.get_by_role("button", name="Sign in").click()
-    await expect(shown.get_by_role("heading", name="Overview")).to_be_visible()
     yield shown
     await context.close()
     assert not faults

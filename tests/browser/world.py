@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
+
 from backcast.testing import ScriptedModel
-from tests.support.stack import Stack, stack
+from tests.support.stack import Part, Stack, stack
 from tests.support.waiting import until
 
 HOSTILE = "<script>document.title='taken'</script>"
@@ -27,6 +29,18 @@ class World:
     @property
     def url(self) -> str:
         return str(self.stack.http.base_url).rstrip("/")
+
+    def studio(self, tasks: str) -> Part:
+        """Start a worker of the pool `studio` with the tasks of this module: a run that it loses once has failed."""
+        names = {"BACKCAST_TASKS": tasks, "BACKCAST_BUILTIN_TASKS": "false", "BACKCAST_WORKER__POOL": "studio"}
+        return self.stack.start("worker", **names, BACKCAST_MAX_ATTEMPTS="1")
+
+    async def silence(self, pool: str) -> None:
+        """Let a minute pass since the last heartbeat of the workers of a pool, all of which have been killed."""
+        connection = await asyncpg.connect(self.stack.database)
+        sql = "update backcast.workers set heartbeat_at = heartbeat_at - interval '1 minute' where pool = $1"
+        await connection.execute(sql, pool)
+        await connection.close()
 
     async def submit(self, task: str, given: Any, **options: Any) -> str:
         answer = await self.stack.http.post(f"/v1/tasks/{task}/runs", json={"input": given, **options})

@@ -19,6 +19,8 @@ _SILENT = 30.0
 
 _STUCK = 60.0
 """Seconds for which a lane may hold all of its runs: at the least rate that people use, one starts in this time."""
+_PARKED = "BACKCAST_UNKNOWN_AFTER"
+"""Only the errors of parked runs name this setting."""
 _FEW = 3
 """Failed runs of a task of which nothing follows."""
 
@@ -47,7 +49,7 @@ def signs(
             found.append(Sign(sentence, "/pools", "Workers"))
         elif pool.parked:
             sentence = f"No worker of pool {pool.name} has the task, or its version, for which {_runs(pool.parked)}."
-            found.append(Sign(sentence, f"/runs{query(state=State.QUEUED)}", "Runs"))
+            found.append(Sign(sentence, f"/runs{query(state=State.QUEUED, text=_PARKED)}", "Runs"))
     paused = {pause.name for pause in pauses if pause.kind is PauseKind.TASK}
     for each in tasks:
         failed, ended = (

@@ -27,8 +27,8 @@ test: .venv/.synced ## unit, chart and integration tests, on real servers (TEST=
 	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TEST)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || printf '\n%s\n' \
 	  '*** NOT RUN, for want of Chromium: the console in a browser (tests/browser). `apt-get install chromium` ***' >&2
-	@command -v promtool >/dev/null 2>&1 || printf '\n%s\n' \
-	  "*** NOT RUN, for want of promtool (Debian's package prometheus): the tests that fire and clear each alert. ***" >&2
+	@command -v promtool >/dev/null && command -v prometheus >/dev/null || printf '\n%s\n' \
+	  "*** NOT RUN, for want of promtool and prometheus (Debian's package prometheus): the tests of alerts, and of dashboards on real metrics. ***" >&2
 	@docker info >/dev/null 2>&1 || printf '\n%s\n' \
 	  '*** NOT RUN, for want of Docker: the end-to-end tier (tests/e2e, `make e2e`) on a real cluster. ***' >&2
 

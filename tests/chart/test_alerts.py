@@ -1,7 +1,6 @@
 """The alerts: promtool fires and clears each, each has its page, and the chart installs the same rules."""
 
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +10,12 @@ import pytest
 import yaml
 
 from tests.chart.rendering import MONITORING, Values, render, scenario
-from tests.support.chart import CHART
+from tests.support.prometheus import RULES, needs_prometheus
 
-RULES = CHART / "monitoring" / "rules.yaml"
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
 ALERTS: dict[str, Any] = {
     rule["alert"]: rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
 }
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not there: install Debian's package prometheus"
-)
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-@needs_promtool
+@needs_prometheus
 @pytest.mark.parametrize("name", ALERTS)
 def test_it_fires_and_clears(name: str, tmp_path: Path) -> None:
     for case in CASES[name]:
@@ -199,7 +194,7 @@ def _sample(name: str, labels: dict[str, str]) -> dict[str, Any]:
     return {"labels": f"ALERTS{{{text}}}", "value": 1}
 
 
-@needs_promtool
+@needs_prometheus
 def test_promtool_accepts_the_rules() -> None:
     done = subprocess.run(["promtool", "check", "rules", str(RULES)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

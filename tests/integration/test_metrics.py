@@ -2,16 +2,16 @@
 numbers that are true; no port, process or label shows more than it should.
 """
 
-import asyncio
 import itertools
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import asyncpg
 import httpx
 import pytest
+import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
@@ -25,6 +25,7 @@ from tests.chart.test_alerts import ALERTS
 from tests.integration.test_steward import add
 from tests.support import generate
 from tests.support.dashboards import DASHBOARDS, VARIABLES
+from tests.support.prometheus import Prometheus, needs_prometheus
 from tests.support.roles import give_roles
 from tests.support.stack import Part, Stack, stack
 from tests.support.waiting import PATIENCE, until
@@ -119,23 +120,24 @@ async def _everything(product: Stack) -> Served:
     return await until(look, all_there)
 
 
-@pytest.fixture(scope="module")
-def served(server: Postgres, _template: str, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """The stack is up for as long as it takes to show everything; the tests look at what it has shown."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def product(server: Postgres, _template: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     url = server.url("metrics")
     provisioning.create_database(server.url(), "metrics")
     migrate(url)
     give_roles(url)
+    with ScriptedModel() as model:
+        provider = {"BACKCAST_MODEL__BASE_URL": model.url, "BACKCAST_MODEL__API_KEY": "any"}
+        # No heartbeat and no answer of a slow machine is late.
+        provider |= {"BACKCAST_LEASE": "PT10M", "BACKCAST_WORKER__STALL": "PT10M", "BACKCAST_WORKER__SLOTS": "2"}
+        async with stack(url, tmp_path_factory.mktemp("metrics"), **provider) as running:
+            yield running
 
-    async def run() -> Served:
-        with ScriptedModel() as model:
-            provider = {"BACKCAST_MODEL__BASE_URL": model.url, "BACKCAST_MODEL__API_KEY": "any"}
-            # No heartbeat and no answer of a slow machine is late.
-            provider |= {"BACKCAST_LEASE": "PT10M", "BACKCAST_WORKER__STALL": "PT10M", "BACKCAST_WORKER__SLOTS": "2"}
-            async with stack(url, tmp_path_factory.mktemp("metrics"), **provider) as product:
-                return await _everything(product)
 
-    return asyncio.run(run())
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(product: Stack) -> Served:
+    """The metrics, once they show everything; the tests look at what was shown then."""
+    return await _everything(product)
 
 
 def test_every_metric_is_served_with_its_labels_and_no_other(served: Served) -> None:
@@ -233,6 +235,43 @@ def test_every_query_finds_what_it_asks_for(reader: str, query: str, served: Ser
         assert labels <= there[name] | OF_TARGETS, f"{reader} selects by labels that {name} lacks"
     groups = {label for labels in re.findall(r"(?:by|on) \(([^)]*)\)", query) for label in labels.split(", ")}
     assert groups <= set().union(OF_TARGETS, *(there[name] for name in used(query))), reader
+
+
+NO_DATA = {"Workers lost, runs recovered: runs {{state}}", "History waiting and dropped: dropped {{why}}"}
+"""Queries by a label that has no value in this stack: see UNSEEN."""
+
+
+@needs_prometheus
+@pytest.mark.asyncio(loop_scope="module")
+async def test_prometheus_answers_every_query_with_numbers(product: Stack, served: Served) -> None:
+    """Everything happens again while a real Prometheus looks, as rates are of what it has seen."""
+    chosen = {"namespace": "team", "task": "flaky"}
+    queries = {
+        f"{panel.title}: {legend}": query
+        for _, panels, _ in DASHBOARDS.values()
+        for panel in panels
+        for legend, query in panel.queries.items()
+    }
+    async with await Prometheus.start(product, "team") as prometheus:
+        await product.submit("flaky", name="waits", fails=0)
+        for waiting in ("Oldest held run, by lane: {{lane}}", "Oldest run that waits: age"):
+            await until(lambda query=queries[waiting]: prometheus.numbers(query, **chosen))
+        product.release("slot")  # the lane's run keeps the other slot
+        names = map(str, itertools.count())
+
+        async def without_numbers() -> set[str]:
+            await product.result(await product.submit("flaky", name=next(names), fails=1))
+            await product.ended(await product.submit("flaky", name=next(names), fails=9))
+            await product.result(await product.submit("flaky_at_once", name=next(names), fails=1))
+            data = f"{next(names)} chairs"  # another one each time: casts are cached
+            await product.result(await product.submit("create_structured_output", data=data, target="int"))
+            return {name for name, query in queries.items() if not await prometheus.numbers(query, **chosen)}
+
+        await until(without_numbers, lambda names: names == NO_DATA)
+        for name, query in VARIABLES.items():
+            assert chosen[name] in await prometheus.label_values(query, **chosen)
+        rules = await until(prometheus.rules, lambda rules: all(rule["health"] != "unknown" for rule in rules))
+        assert {rule["name"]: rule["health"] for rule in rules} == dict.fromkeys(ALERTS, "ok"), rules
 
 
 def test_some_dashboard_or_alert_reads_every_metric() -> None:

@@ -1,14 +1,17 @@
 """The HTTP server: uvicorn, with deadlines for the head and the body of a request, so that no client can hold a
-connection by sending slowly, and with a stop that answers the requests that wait for a run.
+connection by sending slowly, with a stop that answers the requests that wait for a run, and with bodies also for the
+clients that offer another protocol.
 """
 
 import asyncio
 import json
 import socket
+import sys
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -72,6 +75,8 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
         _began = 0.0
         _received = 0
         _deadline: asyncio.TimerHandle | None = None
+        _data = b""
+        """What came last."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -85,6 +90,7 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             if self._part is None and self._is_idle():
                 self._begin("head")
+            self._data = data
             super().data_received(data)
             if self._part is None:
                 return
@@ -100,12 +106,32 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
 
         def on_headers_complete(self) -> None:
             self._begin("body")
+            if self._is_offer():
+                return  # `_unsupported_upgrade_warning` comes next
             self.scope["abort"] = self._abort  # pyright: ignore[reportGeneralTypeIssues]  # for endless answers
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
             self._begin(None)
-            super().on_message_complete()
+            if not self._is_offer():
+                super().on_message_complete()
+
+        def _is_offer(self) -> bool:
+            return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Serve a request that offers another protocol in this one, as it allows. Java's client offers HTTP/2 with
+            each request. httptools leaves out the body of such a request, so its head is read again without the offer.
+            """
+            upgrade = sys.exception()
+            assert isinstance(upgrade, httptools.HttpParserUpgrade)
+            version, method = self.parser.get_http_version().encode(), self.parser.get_method()
+            head = [method, b" ", self.url, b" HTTP/", version, b"\r\n"]
+            for name, value in self.headers:
+                head += [name, b": ", value, b"\r\n"] if name != b"upgrade" else []
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            super().data_received(b"".join([*head, b"\r\n", self._data[upgrade.args[0] :]]))
 
         def _abort(self) -> None:
             """Close the connection, whatever of the answer has not been sent."""
@@ -146,7 +172,8 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
             """Answer, unless an answer has begun, and close."""
             part = self._part
             self._begin(None)
-            if self._is_idle() if part == "head" else not self.cycle.response_started:
+            is_first = self.cycle is None  # pyright: ignore[reportUnnecessaryComparison]
+            if is_first or (self._is_idle() if part == "head" else not self.cycle.response_started):
                 self.transport.write(_raw(error))
             if not self._is_idle():
                 self.cycle.disconnected = True

@@ -146,6 +146,30 @@ async def test_a_server_that_takes_nothing_loses_nothing(status: int) -> None:
     assert dropped(sink, "refused") == 0
 
 
+@pytest.mark.parametrize("culprits", [{0}, {57}, {199}, {3, 150}], ids=str)
+async def test_an_item_on_which_the_server_hangs_is_dropped_within_minutes(culprits: set[int]) -> None:
+    """Nobody waits: the time that each post would have taken is added up."""
+    taken, waited = list[str](), 0.0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal waited
+        names = names_in(request.content)
+        if any(f"line {n}" in names for n in culprits):
+            waited += request.extensions["timeout"]["read"]
+            raise httpx.ReadTimeout("", request=request)
+        taken.extend(name for name in names if name != "probe")
+        return httpx.Response(201)
+
+    sink = over(Refusing(500))
+    sink.server._client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://prefect/api")
+    for n in range(200):
+        sink.keep_log(line(f"line {n}"))
+    await flushed(sink)
+    assert sorted(taken) == sorted(f"line {n}" for n in range(200) if n not in culprits)
+    assert dropped(sink, "refused") == len(culprits)
+    assert waited < 240 * len(culprits), "seconds; a server that hangs for everything is known by the probe"
+
+
 class Flapping:
     """A Prefect server on a real port that answers by a schedule: a status, 0 to reset the connection, or -1 to take
     the items and reset it. After the schedule it takes everything except the culprit."""

@@ -5,6 +5,7 @@ about everything, as while the server is away, or comes and goes: it posts a pro
 import asyncio
 import json
 import random
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import comb
@@ -12,7 +13,7 @@ from uuid import uuid4
 
 import httpx
 
-from backcast.history.server import PrefectServer
+from backcast.history.server import TIMEOUT, PrefectServer
 from backcast.models import JSON
 
 _NOW = datetime.now(UTC).isoformat()
@@ -36,6 +37,11 @@ MISSES = 3
 """Probes refused one after another, before the server is away."""
 POSTS = 200
 """Posts after which an item that may be the refused one is left for later."""
+HANGS = 3.0
+"""Seconds within which each post of a batch has to be answered once one was not, although the probe was: an item on
+which the server hangs is dropped after about two minutes."""
+SLOWER = 10
+"""An item may take so many times as long as the probe, whatever `HANGS` is: a slow server is not one that refuses."""
 
 Refused = tuple[bytes, str]
 """An item, and the server's words."""
@@ -61,15 +67,18 @@ class Delivery:
         Raises:
             Undelivered: the server is away; the cause is an `httpx.HTTPError`.
         """
-        parts = [list(batch)] if batch else []
+        parts, within = [list(batch)] if batch else [], TIMEOUT
         suspects, refused = list[bytes](), list[Refused]()
         try:
             while parts:
                 part = parts[-1]
                 try:
-                    await self._post(part)
+                    await self._post(part, within)
                 except httpx.HTTPError as error:
-                    await self._post([self._probe])
+                    began = time.monotonic()
+                    await self._post([self._probe], TIMEOUT)
+                    if isinstance(error, httpx.TimeoutException):
+                        within = min(max(HANGS, SLOWER * (time.monotonic() - began)), TIMEOUT)
                     if len(part) > 1:
                         middle = len(part) // 2
                         parts[-1:] = [part[middle:], part[:middle]]
@@ -80,17 +89,17 @@ class Delivery:
                         suspects += part
                 parts.pop()
             while suspects:
-                if (words := await self._try_alone(suspects[0])) is not None:
+                if (words := await self._try_alone(suspects[0], within)) is not None:
                     refused.append((suspects[0], words))
                 suspects.pop(0)
         except (httpx.HTTPError, asyncio.CancelledError) as error:
             raise Undelivered([item for part in reversed(parts) for item in part] + suspects, refused) from error
         return refused
 
-    async def _post(self, batch: list[bytes]) -> None:
-        await self._server.post(self._path, batch)
+    async def _post(self, batch: list[bytes], within: float) -> None:
+        await self._server.post(self._path, batch, within=within)
 
-    async def _try_alone(self, item: bytes) -> str | None:
+    async def _try_alone(self, item: bytes, within: float) -> str | None:
         """Post the item and the probe in a random order, which no rhythm of the server can follow, until the item was
         taken (None), or is proved to be refused for its own sake (the server's words).
 
@@ -101,7 +110,7 @@ class Delivery:
         for post in range(POSTS):
             is_probe = random.random() < 0.5  # noqa: S311  # no secret
             try:
-                await self._post([self._probe if is_probe else item])
+                await self._post([self._probe if is_probe else item], within)
             except httpx.HTTPError as error:
                 if not is_probe:
                     refusals.append(error)

@@ -12,6 +12,8 @@ from backcast.settings import Prefect
 
 log = logging.getLogger("backcast.history")
 
+TIMEOUT = 30.0
+"""Seconds for an answer."""
 PAGE = 200
 """Runs in one query, which is the server's limit."""
 AT_ONCE = 8
@@ -26,19 +28,19 @@ class PrefectServer:
             auth=(auth[0], auth[2]) if auth else None,
             headers={"content-type": "application/json"}
             | ({"authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}),
-            timeout=30,
+            timeout=TIMEOUT,
         )
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def post(self, path: str, batch: list[bytes]) -> None:
-        """Post a list of JSON texts.
+    async def post(self, path: str, batch: list[bytes], *, within: float) -> None:
+        """Post a list of JSON texts, and wait for the answer for so many seconds.
 
         Raises:
             httpx.HTTPError: the server is away, or refuses it.
         """
-        response = await self._client.post(path, content=b"[" + b",".join(batch) + b"]")
+        response = await self._client.post(path, content=b"[" + b",".join(batch) + b"]", timeout=within)
         response.raise_for_status()
 
     async def count(self, ids: list[UUID], state_type: str) -> int:

@@ -182,8 +182,18 @@ async def test_nothing_is_imported_for_a_target(api: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"nonsense", b'{"input": NaN}', b'{"input": {"value": "\\ud800"}}', b"\xff\xfe", b"[" * 100_000],
-    ids=["empty", "cut", "word", "nan", "lone surrogate", "not utf-8", "nested"],
+    [
+        b"",
+        b"{",
+        b"nonsense",
+        b'{"input": NaN}',
+        b'{"input": {"value": "\\ud800"}}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"input": {"value": 1}, "input": {"value": 2}}',
+        b'{"input": {"value": [{"a": 1, "\\u0061": 2}]}}',
+    ],
+    ids=["empty", "cut", "word", "nan", "lone surrogate", "not utf-8", "nested", "key twice", "key twice inside"],
 )
 async def test_malformed_json(api: httpx.AsyncClient, body: bytes) -> None:
     answer = await api.post("/v1/tasks/echo/runs", content=body, headers={"content-type": "application/json"})

@@ -484,6 +484,8 @@ async def test_batches_that_can_not_be_read(api: httpx.AsyncClient) -> None:
     good = '{"task": "echo", "input": {"value": 1}}\n'
     problem(await api.post("/v1/batches", content=good, headers={"content-type": "text/csv"}), 415, "unsupported_body")
     problem(await api.post("/v1/batches", content=" \n\n", headers=JSONL), 422, "invalid_input")
+    twice = good + '{"task": "echo", "input": {"value": 1, "value": 2}}\n'
+    assert 'duplicate key \\"value\\"' in (await api.post("/v1/batches", content=twice, headers=JSONL)).text
     problem(await api.post("/v1/batches", content=good * 2001, headers=JSONL), 413, "body_too_large")
     long = '{"task": "echo", "input": {"value": "' + "x" * 300_000
     problem(await api.post("/v1/batches", content=long, headers=JSONL), 413, "body_too_large")

@@ -44,7 +44,7 @@ from backcast.store import Store
 
 _ABOUT = """Background tasks you can rely on. Submit a run, get its id at once, fetch the result when it is there.
 Every error is a problem document (RFC 9457) whose `code` is stable and whose `detail` explains what to do.
-Of a key that occurs twice in a JSON object, the last value counts."""
+JSON in which an object has a key twice is refused, as the two could mean different things."""
 
 
 def _own_pages(app: ASGIApp) -> ASGIApp:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
+from jiter import from_json
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backcast.errors import BodyTooLarge, FieldError, InvalidInput, MalformedBody, UnsupportedBody
@@ -67,9 +67,12 @@ def media_type(request: Request) -> str:
 
 
 def parse_json(text: bytes | str) -> JSON:
-    """Strict JSON: no NaN, no lone surrogates, bounded nesting and number length. Raises `MalformedBody`."""
+    """Strict JSON: no NaN, no lone surrogates, no key twice in an object, bounded nesting and number length. Raises
+    `MalformedBody`."""
     try:
-        return from_json(text, allow_inf_nan=False)
+        return from_json(
+            text if isinstance(text, bytes) else text.encode(), allow_inf_nan=False, catch_duplicate_keys=True
+        )
     except ValueError as error:
         raise MalformedBody(f"The body is not JSON that can be used: {error}.") from None
 

@@ -360,12 +360,20 @@ async def test_other_words_for_the_end_of_an_answer_are_understood(connect: Conn
         {"id": None, "created": None, "model": None, "usage": None},
         {"created": 1.5, "usage": {"prompt_tokens": "many", "completion_tokens": 3.0}},
         {"usage": {"prompt_tokens": None}},
+        {"created": 1e300, "usage": {"prompt_tokens": 1e300, "completion_tokens": float("inf")}},
     ],
 )
 async def test_the_rest_of_a_right_answer_may_be_loose(connect: Connect, change: dict[str, Any]) -> None:
     with ScriptedModel([Reply(31, envelope=change)]) as model:
         connect(model)
         assert await cast("31 chairs", "int") == 31
+
+
+async def test_a_right_answer_may_be_text_where_a_call_was_asked_for(connect: Connect) -> None:
+    with ScriptedModel([Reply(31, as_text=True)]) as model:
+        connect(model)
+        assert await cast("31 chairs", "int") == 31
+    assert len(model.requests) == 1
 
 
 async def test_a_misfit_has_its_field_and_an_excerpt_of_the_answer(connect: Connect) -> None:
@@ -381,14 +389,16 @@ async def test_a_misfit_has_its_field_and_an_excerpt_of_the_answer(connect: Conn
             assert len(caught.value.detail) < 800
 
 
-@pytest.mark.parametrize(("raw", "words"), [("seven lamps", "not JSON"), ("", "empty"), ('{"a": 1}', "`result`")])
+@pytest.mark.parametrize(
+    ("raw", "words"), [("seven lamps", "not JSON"), ("", "empty"), ('{"a": 1}', "`result`"), ("[" * 9000, "not JSON")]
+)
 async def test_an_answer_that_can_not_be_read_is_quoted(connect: Connect, raw: str, words: str) -> None:
     with ScriptedModel([Reply(raw=raw)]) as model:
         connect(model)
         with pytest.raises(UsageError) as caught:
             await cast("seven lamps", ITEM)
     assert words in caught.value.detail
-    assert raw in caught.value.detail
+    assert raw[:100] in caught.value.detail
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,11 @@ class Whole(WrapperModel):
         parameters, strict = provided(self._schema)
         tool = replace(tool, parameters_json_schema=parameters, strict=strict)
         asked = replace(model_request_parameters, output_tools=[tool])
-        return await self._whole(messages, model_settings, asked)
+        response = await self._whole(messages, model_settings, asked)
+        is_called = any(isinstance(part, ToolCallPart) for part in response.parts)
+        if not is_called and _is_result(self.answer):  # its server does not know how the model writes a call
+            return replace(response, parts=[ToolCallPart(tool.name, self.answer)])
+        return response
 
     async def _whole(
         self, messages: list[ModelMessage], settings: ModelSettings | None, parameters: ModelRequestParameters
@@ -148,13 +152,21 @@ class Grammar(Whole):
         asked = [*_opening(self._prompt), *map(_without_tools, messages[answered:])]
         response = await self._whole(asked, model_settings, parameters)
         text = "".join(part.content for part in response.parts if isinstance(part, TextPart))
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             match json.loads(text):
                 case {"result": result}:
                     text = json.dumps({"result": self._ground(result)})
                 case _:
                     pass
         return replace(response, parts=[ToolCallPart(tool.name, text)])
+
+
+def _is_result(text: str) -> bool:
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(given, dict) and "result" in given
 
 
 def _opening(prompt: Prompt) -> list[ModelMessage]:

@@ -25,6 +25,9 @@ _ENDS = {
 }
 """OpenAI's words for the end of an answer, by parts of the words that others use; any other word means `stop`."""
 
+_MOST_TOKENS, _LATEST = 1 << 40, 1 << 32
+"""Of an answer, and of its time in seconds since 1970: numbers beyond are nonsense."""
+
 
 class NotCompletions(Exception):
     """The server answered with something that is no chat completion, such as a web page."""
@@ -79,7 +82,7 @@ class Completions(OpenAIChatModel):
         plain = {
             "id": str(given.get("id") or ""),
             "object": "chat.completion",
-            "created": int(created) if isinstance(created, int | float) and created > 0 else 1,
+            "created": int(created) if isinstance(created, int | float) and 0 < created < _LATEST else 1,
             "model": str(given.get("model") or self.model_name),
             "choices": [{"index": 0, "finish_reason": "stop" if is_failed else reason, "message": _message(message)}],
             "usage": _usage(usage) if isinstance(usage, dict) else None,
@@ -123,7 +126,7 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
 def _usage(given: dict[str, Any]) -> dict[str, int]:
     def count(name: str) -> int:
         value = given.get(name)
-        return int(value) if isinstance(value, int | float) and value > 0 else 0
+        return int(value) if isinstance(value, int | float) and 0 < value < _MOST_TOKENS else 0
 
     asked, answered = count("prompt_tokens"), count("completion_tokens")
     return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}

@@ -85,7 +85,7 @@ def _unfit(answer: str, model: Model, misfit: Misfit | None) -> RunError:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

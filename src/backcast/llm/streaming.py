@@ -107,7 +107,7 @@ async def gathered(
         if "event-stream" not in chunks.response.headers.get("content-type", ""):  # the provider does not stream
             try:
                 given = json.loads(await chunks.response.aread())
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
             return chat.ChatCompletion.construct(**given) if isinstance(given, dict) else None
         answer, shown = Answer(), ""
@@ -127,6 +127,6 @@ def _text(given: Any) -> str:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True

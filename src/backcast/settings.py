@@ -7,6 +7,7 @@ where a setting may have none). Secrets belong in the environment.
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,15 @@ PREFIX = "BACKCAST_"
 
 def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _cache_folder() -> Path:
+    """As the XDG Base Directory Specification has it; a user without a home has the folder for temporary files."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return given if given.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
 
 
 def _seconds(value: Any) -> Any:
@@ -305,9 +315,7 @@ class Model(_Section):
     excerpt: int = Field(default=200, ge=0, le=1000)
     """Characters of an unusable answer that the error of its run quotes, never with the key in them; 0 quotes nothing.
     An answer may repeat what was to be cast, and errors are kept in the ledger and shown in Prefect."""
-    cache: Path = Field(
-        default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "backcast"
-    )
+    cache: Path = Field(default_factory=lambda: _cache_folder() / "backcast")
     """Folder where the embedded model's file is kept, shared between projects."""
     weights: Path | None = None
     """The embedded model's file itself, as in an image that has it; then nothing is searched for or downloaded."""

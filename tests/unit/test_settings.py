@@ -1,5 +1,7 @@
 """Wrong settings fail at the start, with a sentence that never holds a value."""
 
+import pwd
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from backcast.errors import ConfigurationError
-from backcast.settings import Settings, load
+from backcast.settings import Model, Settings, load
 
 
 def every_model(model: type[BaseModel] = Settings) -> Iterator[type[BaseModel]]:
@@ -144,3 +146,18 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.model.embedded
     assert (settings.model.api_key, settings.model.base_url, settings.api.keys) == (None, None, [])
     assert settings.lease == timedelta(seconds=15)
+
+
+def test_the_cache_is_in_the_users_folder_if_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Model().cache == tmp_path / "backcast"
+    for unset in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert Model().cache == Path.home() / ".cache/backcast"
+
+    def nobody(_: int) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert Model().cache == Path(tempfile.gettempdir()) / "backcast"

@@ -19,12 +19,12 @@ ASSIGN, EXECUTE, KEY, STOP, PING, TAG, ANSWER, CLOSE, TRACE = range(9)
 # From the executor.
 READY, REFUSED, RESULT, FREE, PONG, GET, PUT, REPORTS = range(16, 24)
 """`FREE`: the code of an attempt that is over has ended at last. `GET` and `PUT` ask for objects of the store; an
-`ANSWER` has the request's id. A `PONG` has the figures of the history sink, and what it has dropped. `REPORTS`: what
-the code of a run reports while it runs."""
+`ANSWER` has the request's id. A `PONG` has the figures of the history sink, what it has dropped, and why the process
+has to be replaced, or "". `REPORTS`: what the code of a run reports while it runs."""
 FOUND, MISSING, UNAVAILABLE = range(3)
 """The number of an `ANSWER`."""
 _SUCCEEDED, _FAILED, _RETRY, _STOPPED, DISTURBED = range(5)
-"""The number of a `RESULT`. `DISTURBED`: it was stopped, but nobody had asked for it."""
+"""The number of a `RESULT`. `DISTURBED`: it has ended before its end, and nobody had asked for it."""
 
 
 class Assignment(BaseModel):

@@ -1,24 +1,29 @@
 """Tasks that misbehave: what users of background tasks have reported, each in a few lines."""
 
+import _thread
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
 from backcast.options import options
+from tests.support.waiting import until
 
 
 @task
@@ -422,3 +427,206 @@ async def block_with_leave(seconds: float) -> str:
 def connect(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@task
+def relies() -> list[str]:
+    """What of its process is not as a run may expect."""
+    print("it prints")
+    logging.getLogger("relies").warning("it logs")
+    wrong = list[str]()
+    with contextlib.suppress(DeprecationWarning):
+        warnings.warn("it warns", DeprecationWarning, stacklevel=1)
+        wrong.append("")
+    wrong = [] if wrong else ["a warning is an error"]
+    thread = threading.Thread(target=time.sleep, args=(0,))
+    thread.start()
+    thread.join()
+    with Path(os.devnull).open("rb"), socket.socket() as own:
+        wrong += ["sockets have a time-out"] if own.gettimeout() is not None else []
+    wrong += ["the folder is gone"] if not Path.cwd().exists() else []
+    wrong += ["no PATH"] if "PATH" not in os.environ else []
+    wrong += ["threads seldom switch"] if sys.getswitchinterval() > 1 else []
+    wrong += ["no garbage is collected"] if not gc.isenabled() else []
+    wrong += ["little recursion"] if sys.getrecursionlimit() < 500 else []
+    wrong += ["no stdout"] if sys.stdout is None or sys.stderr is None else []  # pyright: ignore[reportUnnecessaryComparison]
+    return wrong
+
+
+@task
+def close_streams() -> str:
+    sys.stdout.close()
+    sys.stderr.close()
+    return "rude"
+
+
+@task
+def replace_streams() -> str:
+    sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    return "rude"
+
+
+@task
+def set_time_out() -> str:
+    socket.setdefaulttimeout(0.001)
+    return "rude"
+
+
+@task
+async def needs_a_time_out(folder: str) -> float | None:
+    """Sets it, and looks at it later."""
+    socket.setdefaulttimeout(77)
+    (Path(folder) / "set").touch()
+
+    async def may_look() -> bool:
+        return (Path(folder) / "look").exists()
+
+    await until(may_look)
+    return socket.getdefaulttimeout()
+
+
+@task
+def make_errors_of_warnings() -> str:
+    warnings.simplefilter("error")
+    return "rude"
+
+
+@task
+def switch_seldom() -> str:
+    sys.setswitchinterval(100)
+    gc.disable()
+    return "rude"
+
+
+@task
+def remove_the_hook() -> str:
+    threading.excepthook = sys.excepthook = None  # type: ignore[assignment]
+    return "rude"
+
+
+class Exits(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002
+        sys.exit(3)
+
+
+@task
+def filter_logs() -> str:
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Exits())
+    return "rude"
+
+
+@task
+def remove_the_folder() -> str:
+    folder = Path("gone").resolve()
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+    os.environ.clear()
+    return "rude"
+
+
+@task
+def limit_memory() -> str:
+    resource.setrlimit(resource.RLIMIT_AS, (100_000_000, resource.RLIM_INFINITY))
+    return "rude"
+
+
+@task
+def limit_files() -> str:
+    """For good: what is limited hard can't be raised again."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    return "rude"
+
+
+_kept_open = list[int]()
+
+
+@task
+def keep_files_open() -> str:
+    with contextlib.suppress(OSError):
+        while True:
+            _kept_open.append(os.open(os.devnull, os.O_RDONLY))
+    return "rude"
+
+
+@task
+def interrupt_the_loop() -> str:
+    for _ in range(30):
+        _thread.interrupt_main()
+        time.sleep(0.02)
+    return "interrupted"
+
+
+@task
+async def fork_in_the_loop() -> str:
+    return "child" if os.fork() == 0 else "parent"
+
+
+@task
+async def fork_and_wait_in_the_loop() -> str:
+    pid = os.fork()
+    await asyncio.sleep(0.3)
+    return "child" if pid == 0 else "parent"
+
+
+@task
+def fork_in_a_thread() -> str:
+    return "child" if os.fork() == 0 else "parent"
+
+
+class Unreadable(Exception):
+    """Nothing of it can be read."""
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+    __repr__ = __str__
+
+    @property
+    def __traceback__(self) -> Any:
+        raise SystemExit
+
+    __cause__ = __context__ = __traceback__  # type: ignore[assignment]
+
+
+@task
+async def unreadable() -> None:
+    raise Unreadable
+
+
+def _exiting_key(*_: Any) -> str:
+    sys.exit(3)
+
+
+@task(cache_key_fn=_exiting_key)
+async def exit_in_the_key() -> None:
+    """Not reached."""
+
+
+@task
+def stop_iteration() -> None:
+    raise StopIteration(3)
+
+
+@task
+async def group_of_exits() -> None:
+    raise BaseExceptionGroup("all at once", [KeyboardInterrupt(), SystemExit(3)])
+
+
+@task
+async def nested() -> Any:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
+@task
+async def send_garbage() -> None:
+    """Into whatever socket it finds."""
+    for number in range(3, 64):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):  # noqa: PTH115
+                os.write(number, b"\xff" * 64)
+    await asyncio.sleep(60)

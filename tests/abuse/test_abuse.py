@@ -80,6 +80,11 @@ FAILING = {
     "long_message": "task_failed",
     "unprintable": "task_failed",
     "new_loop": "task_failed",
+    "stop_iteration": "task_failed",
+    "group_of_exits": "task_failed",
+    "exit_in_the_key": "task_failed",
+    "unreadable": "executor_disturbed",
+    "nested": "unserialisable_result",
     "unserialisable": "unserialisable_result",
     "os_exit": "executor_died",
     "os_exit_in_thread": "executor_died",
@@ -93,6 +98,7 @@ FAILING = {
     "close_the_loop": "task_failed",
     "stop_and_close_the_loop": "executor_died",
     "hog": "out_of_memory",
+    "send_garbage": "blocked_worker",
     "sleep_on": "timeout",
     "shell": "timeout",
 }
@@ -103,6 +109,10 @@ COMPLETING: dict[str, Any] = {
     "chatter": "chattered",
     "steal_signals": 1,
     "forks": 100,
+    "fork_in_the_loop": "parent",
+    "fork_and_wait_in_the_loop": "parent",
+    "fork_in_a_thread": "parent",
+    "interrupt_the_loop": "interrupted",
     "wander": "wandered",
     "leave_a_task": "left",
     "threads": "started",
@@ -126,6 +136,61 @@ async def test_what_is_only_rude_completes(product: Stack, task: str) -> None:
     answer = await product.http.get(f"/v1/runs/{run['id']}/result")
     assert answer.json() == COMPLETING[task]
     await still_serves(product)
+
+
+PUT_BACK = [
+    "close_streams",
+    "replace_streams",
+    "set_time_out",
+    "make_errors_of_warnings",
+    "switch_seldom",
+    "remove_the_hook",
+    "filter_logs",
+    "remove_the_folder",
+    "limit_memory",
+    "wander",
+]
+
+
+async def test_what_a_run_changes_for_all_is_put_back_when_it_ends(product: Stack) -> None:
+    pids = executors(product)
+    for task in PUT_BACK:
+        await product.result(await product.submit(task))
+        assert await product.result(await product.submit("relies")) == [], task
+    assert executors(product) == pids, "none of it takes a new process"
+    await still_serves(product)
+
+
+def executors(product: Stack) -> set[str]:
+    worker = product.parts[1].process.pid
+    return set(Path(f"/proc/{worker}/task/{worker}/children").read_text().split())
+
+
+async def test_what_a_run_has_changed_stays_while_it_goes_on(product: Stack, tmp_path: Path) -> None:
+    """Another one ends meanwhile."""
+    run = await product.submit("needs_a_time_out", folder=str(tmp_path))
+    await until(lambda: is_there(tmp_path / "set"))
+    await product.result(await product.submit("nap", seconds=0.05))
+    (tmp_path / "look").touch()
+    assert await product.result(run) == 77
+    assert await product.result(await product.submit("relies")) == []
+
+
+async def is_there(path: Path) -> bool:
+    return path.exists()
+
+
+@pytest.mark.parametrize("task", ["limit_files", "keep_files_open"])
+async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(product: Stack, task: str) -> None:
+    [pid] = executors(product)
+    await product.result(await product.submit(task))
+    await until(lambda: others(product, pid))
+    assert await product.result(await product.submit("relies")) == []
+    await still_serves(product)
+
+
+async def others(product: Stack, pid: str) -> bool:
+    return pid not in executors(product)
 
 
 async def test_the_error_of_a_blocked_run_shows_where(product: Stack) -> None:

@@ -12,7 +12,7 @@ RUN_CODES = {
     ),
     "executor_disturbed": (
         "The run's own asyncio task was cancelled",
-        "Code of the task cancels what it finds on the event loop: let it cancel only what it has started.",
+        "Code of the task cancels what it finds on the event loop, or its exception can't be read. Mend the task.",
     ),
     "expired": (
         "The deadline passed while the run waited",

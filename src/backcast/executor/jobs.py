@@ -5,17 +5,16 @@ import contextlib
 import contextvars
 import json
 import logging
-import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
 from backcast import llm, protocol
 from backcast.errors import FatalError, Unavailable, UsageError
 from backcast.executor.executor import Executor
+from backcast.executor.habits import Habits
 from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, Tried
@@ -41,18 +40,26 @@ class Jobs:
         self._tried = dict[bytes, deque[Tried]]()
         self._asked = set[bytes]()
         self._traces = dict[bytes, str]()
-        self._restore = _habits()
+        self._habits = Habits()
 
     def execute(self, message: Message) -> None:
         self._retries[message.id] = message.number
         self._tasks[message.id] = task = self._start(self._attempt(message), message.id)
-        task.add_done_callback(lambda _: self._ended(message.id))
+        task.add_done_callback(lambda task: self._ended(message.id, task))
 
-    def _ended(self, run: bytes) -> None:
+    @property
+    def worn(self) -> str:
+        """Why this process has to be replaced, or ""."""
+        return self._habits.worn
+
+    def _ended(self, run: bytes, task: "asyncio.Task[None]") -> None:
+        if _is_torn(task):
+            self._channel.send(Message(protocol.RESULT, run, protocol.DISTURBED))
         del self._tasks[run], self._retries[run]
         self._tried.pop(run, None)
         self._asked.discard(run)
         self._marks.ended(run)
+        self._habits.ended(self._tasks.keys())
 
     def stop(self, message: Message) -> None:
         if (task := self._tasks.get(message.id)) is not None:
@@ -65,7 +72,9 @@ class Jobs:
 
     def key(self, message: Message) -> None:
         """Answer with the cache key of a run."""
-        self._start(self._key(message), message.id)
+        missing = Message(protocol.KEY, message.id, protocol.MISSING)
+        task = self._start(self._key(message), message.id)
+        task.add_done_callback(lambda task: _is_torn(task) and self._channel.send(missing))
 
     def _start(self, work: Any, run: bytes) -> "asyncio.Task[None]":
         context = contextvars.copy_context()
@@ -90,7 +99,6 @@ class Jobs:
             tracing.go_on(traceparent)
         result = await self._result(message, run, reports)
         reports.close()  # before the result: it is recorded in this order
-        self._restore()
         if result is None and message.id not in self._asked:
             self._channel.send(Message(protocol.RESULT, message.id, protocol.DISTURBED))
             return
@@ -136,6 +144,12 @@ class Jobs:
         return result
 
 
+def _is_torn(task: "asyncio.Task[None]") -> bool:
+    """Whether it has ended before its end: cancelled, or by an error that the code of a run has raised where it has no
+    business, as in the text of its exception."""
+    return task.cancelled() or task.exception() is not None
+
+
 def _failed(error: UsageError | FatalError) -> Failed:
     return Failed(Problem.from_error(error))
 
@@ -146,18 +160,3 @@ def _usage(used: Sequence[llm.Usage]) -> dict[str, JSON] | None:
         return None
     tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
     return {"model": used[-1].model, **tokens}
-
-
-def _habits() -> Callable[[], None]:
-    """Remember what of the process every run relies on; the result puts it back after a run that has changed it."""
-    depth, folder = sys.getrecursionlimit(), os.getcwd()  # noqa: PTH109  # a path would be rendered for every run
-
-    def restore() -> None:
-        if sys.getrecursionlimit() != depth:
-            sys.setrecursionlimit(depth)
-        if logging.root.manager.disable:
-            logging.disable(logging.NOTSET)
-        with contextlib.suppress(OSError):  # a folder may be gone
-            os.chdir(folder)
-
-    return restore

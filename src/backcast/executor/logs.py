@@ -2,6 +2,8 @@
 those of any logger, from level INFO on, and what is written to stdout and stderr, in the context of the run.
 """
 
+import contextlib
+import io
 import logging
 import sys
 from typing import Any, TextIO
@@ -52,7 +54,7 @@ class _Handler(logging.Handler):
 
 
 class _Stream:
-    """A stream that also gives its run what is written."""
+    """A stream that also gives its run what is written. It belongs to all runs, so that none can close it."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name = stream, name
@@ -60,7 +62,19 @@ class _Stream:
     def write(self, text: str) -> int:
         if (reporter := REPORTER.get()) is not None:
             reporter.write(self._name, text)
-        return self._stream.write(text)
+        with contextlib.suppress(ValueError):  # its buffer is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(ValueError):
+            self._stream.flush()
+
+    def close(self) -> None:
+        self.flush()
+
+    def detach(self) -> Any:
+        raise io.UnsupportedOperation("this stream belongs to all runs of the process")
 
     def writelines(self, lines: Any) -> None:
         for line in lines:

@@ -122,7 +122,8 @@ class _Process:
     def _received(self, message: Message) -> None:
         match message.kind:
             case protocol.PING:
-                figures = [{}, {}] if self._sink is None else [self._sink.figures, self._sink.dropped]
+                worn = self._jobs.worn if self._jobs is not None else ""
+                figures = [{}, {}, worn] if self._sink is None else [self._sink.figures, self._sink.dropped, worn]
                 self._channel.send(Message(protocol.PONG, number=message.number, body=json.dumps(figures).encode()))
             case protocol.EXECUTE if self._jobs is not None:
                 self._jobs.execute(message)
@@ -170,6 +171,10 @@ def _run(end: socket.socket, assignment: Assignment, marks: Marks) -> None:
     serving.result()
 
 
+def _ignore(*_: object) -> None:
+    """A `KeyboardInterrupt` would end whatever the loop does just now. The children of tasks do not inherit this."""
+
+
 def main() -> None:
     """Run an executor; its arguments are its descriptors."""
     channel_fd, marks_fd, dump_fd = map(int, sys.argv[1:4])
@@ -178,6 +183,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     orphans.adopt()  # they go to the supervisor when this ends, which ends them
     faulthandler.enable(file=dump_fd)
+    signal.signal(signal.SIGINT, _ignore)
     end = socket.socket(fileno=channel_fd)
     os.set_inheritable(channel_fd, False)
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from backcast.executor.tracking import RUN
+from backcast.executor.tracking import RUN, end_copy
 from backcast.process.marks import Marks
 
 T = TypeVar("T")
@@ -73,6 +73,7 @@ class Threads:
             except GeneratorExit as error:  # a coroutine that is given it would end without a word
                 raise RuntimeError("The task raised GeneratorExit.") from error
             finally:
+                end_copy()
                 if self._marks is not None:
                     self._marks.out_of_thread()
                 with self._lock:

@@ -4,6 +4,7 @@ Every asyncio task that a run starts is marked with it, step by step; a callback
 """
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, ContextVar
 from typing import Any
@@ -12,6 +13,17 @@ from backcast.process.marks import Marks
 
 RUN: ContextVar[bytes | None] = ContextVar("backcast_run", default=None)
 """The id of the run that this code belongs to."""
+
+
+_copies = list[int]()
+os.register_at_fork(after_in_child=lambda: _copies.append(os.getpid()))
+
+
+def end_copy() -> None:
+    """End this process if it is a fork of the executor: called where the code of a run returns. A copy that went on
+    would execute every run of the executor once more, and report to its supervisor."""
+    if _copies:
+        os._exit(0)
 
 
 class _Marked(Coroutine[Any, Any, Any]):
@@ -27,6 +39,7 @@ class _Marked(Coroutine[Any, Any, Any]):
         try:
             return self._coroutine.send(value)
         finally:
+            end_copy()
             self._end()
 
     def throw(self, *error: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -34,6 +47,7 @@ class _Marked(Coroutine[Any, Any, Any]):
         try:
             return self._coroutine.throw(*error)
         finally:
+            end_copy()
             self._end()
 
     def close(self) -> None:

@@ -108,6 +108,8 @@ class Child:
         self.figures: dict[str, float] = {}
         """Of its history sink."""
         self._counted = dict[str, float]()
+        self.worn = ""
+        """Why it has to be replaced, as it says itself, or ""."""
         self.is_retiring = False
         """It gets no more runs."""
         self.runs = 0
@@ -342,7 +344,7 @@ class Child:
                         self._changed()
             case protocol.PONG:
                 self._watch.answered = message.number
-                self.figures, counted = json.loads(message.body)
+                self.figures, counted, self.worn = json.loads(message.body)
                 for why, count in counted.items():
                     if (more := count - self._counted.get(why, 0.0)) > 0:
                         self._dropped(why, more)
@@ -396,7 +398,8 @@ class Child:
 _DISTURBED = Problem(
     code="executor_disturbed",
     title="The run's own asyncio task was cancelled",
-    detail="Nobody has asked for it: code of a task has cancelled what it found on the event loop.",
+    detail="Nobody has asked for it: code of a task has cancelled what it found on the event loop, or has raised where"
+    " its exception was read.",
 )
 _STILL_HERE = Problem(
     code="still_executing",

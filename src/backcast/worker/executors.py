@@ -5,6 +5,7 @@ code, or have grown.
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,6 +29,8 @@ BUILTIN = "backcast.llm.tasks"
 """The module of the built-in tasks."""
 LOST_SHARE = 4
 """An executor is replaced when one of so many of its slots is lost to code that does not end."""
+WORN_SHARE = 10
+"""An executor is replaced when less than one of so many of its file descriptors is left."""
 SPARES = 2
 """Executors that are kept ready for runs that get one of their own, once such a run has come."""
 QUARANTINES = 4
@@ -278,7 +281,9 @@ class Executors:
             return f"it has made {child.runs} attempts"
         if self._most and (used := _resident(child.pid)) > self._most:
             return f"it has {used >> 20} MiB"
-        return ""
+        if (files := _descriptors(child.pid)) and files[0] * WORN_SHARE > files[1] * (WORN_SHARE - 1):
+            return f"{files[0]} of its {files[1]} file descriptors are open"
+        return child.worn
 
     def _retire(self, child: Child) -> None:
         """It gets no more runs, and ends when those that it has are over."""
@@ -312,6 +317,15 @@ class Executors:
             child.kill()
         await asyncio.wait({*self._lives, asyncio.create_task(asyncio.sleep(0))}, timeout=2)
         self._end_orphans()
+
+
+def _descriptors(pid: int | None) -> tuple[int, int] | None:
+    """How many a process has open, and may have; None where the system does not show it."""
+    try:
+        open_, limits = len(os.listdir(f"/proc/{pid}/fd")), Path(f"/proc/{pid}/limits").read_text()  # noqa: PTH208
+        return open_, int(limits.partition("Max open files")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _resident(pid: int | None) -> int:

@@ -1,0 +1,121 @@
+"""Keeps what every run of this process relies on, and what any of them can change for all: the current folder, the
+streams, limits, time-outs. Decides when a change is put back: once each run that may have made it is over. A process
+in which one can't be put back has to be replaced.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import resource
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+_LIMITS = ("RLIMIT_NOFILE", "RLIMIT_AS")
+
+
+@dataclass(slots=True)
+class _Habit:
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    kept: Any = None
+
+    def is_changed(self) -> bool:
+        try:
+            return bool(self.read() != self.kept)
+        except OSError:  # the folder is gone
+            return True
+
+    def put_back(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.write(self.kept)
+
+
+class Habits:
+    """Belongs to the main thread."""
+
+    def __init__(self) -> None:
+        """What holds now is kept."""
+        self._habits = _habits()
+        for habit in self._habits:
+            habit.kept = habit.read()
+        self._kept = [habit.kept for habit in self._habits]
+        self._changers = dict[str, set[bytes]]()
+        """By the name of a habit that is changed: those that go on of the runs that may have changed it."""
+        self.worn = ""
+        """What can't be put back, or ""."""
+
+    def ended(self, running: Collection[bytes]) -> None:
+        """A run has ended; these go on."""
+        with contextlib.suppress(OSError):
+            if [habit.read() for habit in self._habits] == self._kept:  # nearly always, so that it has to be quick
+                self._changers.clear()
+                return
+        for habit in self._habits:
+            if not habit.is_changed():
+                self._changers.pop(habit.name, None)
+                continue
+            left = self._changers[habit.name] = self._changers.get(habit.name, set(running)) & set(running)
+            if not left:
+                habit.put_back()
+                if habit.is_changed():
+                    self.worn = f"a run has changed {habit.name} for good"
+
+
+def _habits() -> list[_Habit]:
+    variables = dict(os.environ)
+    errors = [each for each in warnings.filters if each[0] == "error"]
+    handlers = list(logging.root.handlers)
+
+    def set_logging(kept: Any) -> None:
+        level, disabled, filters = kept
+        logging.root.setLevel(level)
+        logging.disable(disabled)
+        for handler, own in filters:
+            handler.filters[:] = own
+            if handler not in logging.root.handlers:
+                logging.root.addHandler(handler)
+
+    def read_logging() -> Any:
+        there = [(each, list(each.filters)) for each in handlers if each in logging.root.handlers]
+        return logging.root.level, logging.root.manager.disable, there
+
+    def added_errors() -> list[Any]:
+        return [each for each in warnings.filters if each[0] == "error" and each not in errors]
+
+    def remove_errors(_: Any) -> None:
+        for each in added_errors():
+            warnings.filters.remove(each)  # type: ignore[attr-defined]
+        with warnings.catch_warnings():
+            pass  # its end makes Python look at the filters again
+
+    def add_variables(_: Any) -> None:
+        for name, value in variables.items():
+            os.environ.setdefault(name, value)
+
+    return [
+        _Habit("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+        _Habit("the current folder", os.getcwd, os.chdir),
+        _Habit("logging", read_logging, set_logging),
+        _Habit("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout")),
+        _Habit("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr")),
+        _Habit("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout),
+        _Habit("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
+        _Habit("threading.excepthook", lambda: threading.excepthook, partial(setattr, threading, "excepthook")),
+        _Habit("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook")),
+        _Habit("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable()),
+        _Habit("warnings", added_errors, remove_errors),
+        _Habit("the environment", lambda: len(os.environ) < len(variables), add_variables),
+        *(
+            _Habit(name, partial(resource.getrlimit, number), partial(resource.setrlimit, number))
+            for name in _LIMITS
+            for number in [getattr(resource, name)]
+        ),
+    ]

@@ -43,6 +43,18 @@ DEFAULTS = {
     "synchronous_commit": "off",
     "lc_messages": "'C'",
     "plan_cache_mode": "force_custom_plan",
+    "client_encoding": "'latin1'",
+    "client_min_messages": "error",
+    "row_security": "off",
+    "array_nulls": "off",
+    "quote_all_identifiers": "on",
+    "xmlbinary": "hex",
+    "enable_bitmapscan": "off",
+    "enable_partition_pruning": "off",
+    "debug_parallel_query": "on",
+    "work_mem": "'64kB'",
+    "default_statistics_target": "1",
+    "exit_on_error": "on",
 }
 
 

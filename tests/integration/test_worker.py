@@ -258,6 +258,38 @@ async def test_a_lost_store_delays_results_and_loses_none(product: Stack) -> Non
     assert calls(product, "n") == 20, "nothing was computed twice"
 
 
+async def test_a_result_that_can_not_be_stored_is_computed_a_bounded_number_of_times(
+    database: str, tmp_path: Path
+) -> None:
+    patience = {"BACKCAST_STORE__PATIENCE": "0.1", "BACKCAST_MAX_ATTEMPTS": "2"}
+    async with stack(database, tmp_path, **patience) as product:
+        await product.up("api", "worker")
+        (tmp_path / "store").rename(tmp_path / "gone")
+        run = await product.ended(await product.submit("nap", seconds=0.01, name="n"))
+        assert (run["state"], run["error"]["code"], run["attempts"]) == ("failed", "store_unavailable", 2), run
+        assert calls(product, "n") == 2
+
+
+async def test_executors_share_the_slots_and_are_replaced_after_so_many_runs(database: str, tmp_path: Path) -> None:
+    recycling = {"BACKCAST_WORKER__MAX_RUNS_PER_PROCESS": "6", "BACKCAST_WORKER__PROCESSES": "2"}
+    async with stack(database, tmp_path, **recycling, BACKCAST_WORKER__SLOTS="4") as product:
+        await product.up("api", "worker")
+        lingering = [await product.submit("linger", name="long") for _ in range(2)]
+        for run in lingering:
+            await product.state(run, "running")
+        pids = set[int]()
+
+        async def all_are_replaced() -> bool:
+            pids.add(await product.result(await product.submit("who")))
+            return len(pids) > 4
+
+        await until(all_are_replaced)
+        product.release("long")
+        for run in lingering:
+            await product.result(run)
+            assert (await product.run(run))["attempts"] == 1, "an executor ends when its runs have"
+
+
 async def test_everything_waits_for_the_database(tmp_path: Path) -> None:
     """Started before there is a database, and through a crash of it: no process exits, no run is lost."""
     data = tmp_path / "pg"

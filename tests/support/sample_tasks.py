@@ -42,6 +42,12 @@ async def echo(value: Any) -> Any:
 
 
 @task
+async def who() -> int:
+    """The process that executes it."""
+    return os.getpid()
+
+
+@task
 def delegate(value: Any) -> Any:
     """Makes a run of another task, and waits for it."""
     return delay(echo, value).result(timeout=60)

@@ -304,7 +304,7 @@ async def test_what_is_sent_is_clean(text: str) -> None:
     posted: list[bytes] = []
     sink = over(Refusing(200))
 
-    async def keep(path: str, batch: list[bytes]) -> None:
+    async def keep(path: str, batch: list[bytes], *, within: float) -> None:
         posted.extend(batch)
 
     sink.server.post = keep  # type: ignore[method-assign]

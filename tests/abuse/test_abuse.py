@@ -166,13 +166,12 @@ def executors(product: Stack) -> set[str]:
     return set(Path(f"/proc/{worker}/task/{worker}/children").read_text().split())
 
 
-async def test_what_a_run_has_changed_stays_while_it_goes_on(product: Stack, tmp_path: Path) -> None:
-    """Another one ends meanwhile."""
-    run = await product.submit("needs_a_time_out", folder=str(tmp_path))
-    await until(lambda: is_there(tmp_path / "set"))
+async def test_what_others_can_bear_stays_while_a_run_may_need_it(product: Stack, tmp_path: Path) -> None:
+    run = await product.submit("redirects", folder=str(tmp_path))
+    await until(lambda: is_there(tmp_path / "redirected"))
     await product.result(await product.submit("nap", seconds=0.05))
-    (tmp_path / "look").touch()
-    assert await product.result(run) == 77
+    (tmp_path / "print").touch()
+    assert await product.result(run) == "mine\n"
     assert await product.result(await product.submit("relies")) == []
 
 

@@ -1,6 +1,7 @@
 """Keeps what every run of this process relies on, and what any of them can change for all: the current folder, the
-streams, limits, time-outs. Decides when a change is put back: once each run that may have made it is over. A process
-in which one can't be put back has to be replaced.
+streams, limits, time-outs. Decides when a change is put back: when the next run ends or, if a run may need it and the
+others can bear it, once each run that may have made it is over. A process in which one can't be put back has to be
+replaced.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ class _Habit:
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
+    is_borne: bool = False
+    """Others go on with the change, which a run may need to its end: it is not known which one has made it."""
     kept: Any = None
 
     def is_changed(self) -> bool:
@@ -63,7 +66,7 @@ class Habits:
                 self._changers.pop(habit.name, None)
                 continue
             left = self._changers[habit.name] = self._changers.get(habit.name, set(running)) & set(running)
-            if not left:
+            if not left or not habit.is_borne:
                 habit.put_back()
                 if habit.is_changed():
                     self.worn = f"a run has changed {habit.name} for good"
@@ -101,18 +104,18 @@ def _habits() -> list[_Habit]:
             os.environ.setdefault(name, value)
 
     return [
-        _Habit("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
-        _Habit("the current folder", os.getcwd, os.chdir),
+        _Habit("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit, is_borne=True),
+        _Habit("the current folder", os.getcwd, os.chdir, is_borne=True),
         _Habit("logging", read_logging, set_logging),
-        _Habit("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout")),
-        _Habit("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr")),
+        _Habit("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout"), is_borne=True),
+        _Habit("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr"), is_borne=True),
         _Habit("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout),
         _Habit("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
         _Habit("threading.excepthook", lambda: threading.excepthook, partial(setattr, threading, "excepthook")),
         _Habit("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook")),
-        _Habit("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable()),
+        _Habit("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable(), is_borne=True),
         _Habit("warnings", added_errors, remove_errors),
-        _Habit("the environment", lambda: len(os.environ) < len(variables), add_variables),
+        _Habit("the environment", lambda: len(os.environ) < len(variables), add_variables, is_borne=True),
         *(
             _Habit(name, partial(resource.getrlimit, number), partial(resource.setrlimit, number))
             for name in _LIMITS

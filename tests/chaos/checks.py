@@ -28,7 +28,7 @@ _PAGE = 200
 Row = dict[str, Any]
 
 _ROWS = """
-select id::text, task, k.key, state, fence, attempts_used, retries_used, max_attempts, worker_id::text,
+select id::text, task, k.key, state, fence, attempts_used, retries_used, max_attempts, lost_fence, worker_id::text,
        error->>'code' as code, error->>'detail' as detail, cancel_requested_at, run_at, started_at, finished_at,
        result_key, input_key, batch_id::text, retry_of::text, metadata->>'wave' as wave,
        case when metadata->>'wave' is not null then input end as input

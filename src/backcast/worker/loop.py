@@ -1,4 +1,4 @@
-"""Claims runs into slots, and decides when a run is stopped or released.
+"""Claims runs for its slots, and decides when a run is stopped or released.
 
 Only user code holds a slot. Results are stored and settled after it is free, and the number of finished runs that are
 not settled yet is bounded, so an absent store or database stops the claims, not the worker.
@@ -9,9 +9,7 @@ import contextlib
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
@@ -20,7 +18,7 @@ from backcast.ledger import claims, dispatch, fleet, routing, unusable
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.settlement import Settlement
-from backcast.models import Failed, Problem, Reason
+from backcast.models import Failed, Problem
 from backcast.process import background, tracing
 from backcast.process.logs import RUN
 from backcast.process.metrics import WorkerMetrics
@@ -38,47 +36,19 @@ from backcast.worker.logs import Logs
 from backcast.worker.reports import Recorder
 from backcast.worker.results import Results
 from backcast.worker.settler import Settler
+from backcast.worker.slots import Held, Slots
 from backcast.worker.turns import Turns
 
 log = logging.getLogger("backcast.worker")
 
-UNSETTLED = 200
-"""Finished runs that may wait for the store or the database before the worker stops claiming."""
 _KEY_SPACE, _HALF = 1 << 64, 1 << 63
 
 REROUTE_EVERY = 0.05
 """Seconds at least between two looks at the runs that workers have put on routes."""
-PREFETCH = 0.1
-"""Seconds' worth of runs that are claimed before their slots are free."""
-MOST_PREFETCHED = 50
-LONGEST_PREFETCHED = 1.0
-"""Seconds after which a prefetched run is released, because no slot has become free as expected."""
-
 
 _BUG = Failed(
     Problem.from_error(FatalError("The worker failed on this run; its log has the details.", code="internal_error"))
 )
-
-
-@dataclass(slots=True)
-class _Claimed:
-    """A run that this worker has claimed and not settled yet."""
-
-    claim: Claim
-    since: float = field(default_factory=time.monotonic)
-    work: "asyncio.Task[None] | None" = None
-    """None while it waits for a slot."""
-    is_executing: bool = True
-    has_reported: bool = False
-    """Whether its code has reported anything, as few do."""
-    reason: Reason | None = None
-    """Why the execution was stopped, if it was."""
-    spans: tracing.Attempt | None = None
-
-    def stop(self, reason: Reason) -> None:
-        if self.work is not None and self.is_executing and self.reason is None:
-            self.reason = reason
-            self.work.cancel(reason)
 
 
 def _farthest(cursor: int, owners: list[int]) -> int:
@@ -110,13 +80,7 @@ class Worker:
         self._turns = Turns(routing.routes_to(executors.types))
         self._due = asyncio.Event()
         self._dispatches = True
-        self._held: dict[UUID, _Claimed] = {}
-        self._prefetched: deque[_Claimed] = deque()
-        self._quarantine: deque[_Claimed] = deque()
-        self._alone = False
-        self._busy = 0
-        self._ends: deque[float] = deque()
-        self._works: set[asyncio.Task[None]] = set()
+        self._slots = Slots(settings.worker.slots, lambda: executors.left, self._work)
         self._wake = asyncio.Event()
         self._draining = False
         self._drain_asked = asyncio.Event()
@@ -128,8 +92,8 @@ class Worker:
         self._settler = Settler(ledger, store, self._lease.id, settled=self._recorded, metrics=metrics)
         self._metrics = metrics
         metrics.slots.set(settings.worker.slots)
-        metrics.busy.set_function(lambda: self._busy)
-        metrics.unsettled.set_function(lambda: len(self._held))
+        metrics.busy.set_function(lambda: self._slots.busy)
+        metrics.unsettled.set_function(lambda: len(self._slots.runs))
         metrics.heartbeat_age.set_function(lambda: self._lease.age)
 
     # -- lease ------------------------------------------------------------------------------------------------------
@@ -146,8 +110,8 @@ class Worker:
 
     def _report(self) -> Heartbeat:
         claims = None if self._claiming else self._claims  # first: a claim from here on is one more
-        fences = {run_id: held.claim.fence for run_id, held in list(self._held.items())}
-        return Heartbeat(fences, claims, self._busy, self._draining, self._settler.count)
+        fences = {run_id: held.claim.fence for run_id, held in list(self._slots.runs.items())}
+        return Heartbeat(fences, claims, self._slots.busy, self._draining, self._settler.count)
 
     def _acknowledged(self, sent: Heartbeat, beat: fleet.Beat) -> None:
         """Stop the runs that the ledger has given to others, and release those that this worker does not know of. Look
@@ -161,13 +125,13 @@ class Worker:
         if beat.routed or beat.dispatches:
             self._due.set()
         for run_id, fence in sent.fences.items():
-            ours, theirs = self._held.get(run_id), holds.get(run_id)
+            ours, theirs = self._slots.runs.get(run_id), holds.get(run_id)
             if ours is None or ours.claim.fence != fence:
                 continue  # settled, or claimed anew, since the heartbeat was sent
             if theirs is None or theirs.fence != fence:
                 ours.stop("lost")
-                if self._drop_waiting(ours):
-                    del self._held[run_id]
+                if self._slots.withdraw(ours):
+                    self._slots.drop(run_id, fence)
             elif theirs.cancel:
                 ours.stop("cancelled")
                 self._release(ours)
@@ -178,7 +142,7 @@ class Worker:
         if sent.claims is None or sent.claims != self._claims or self._claiming:
             return  # an unknown run may just have been claimed
         for run_id, theirs in holds.items():
-            if run_id not in sent.fences and run_id not in self._held:
+            if run_id not in sent.fences and run_id not in self._slots.runs:
                 log.warning("releasing %s: the answer to its claim was lost", run_id)
                 self._settler.put(results.released(run_id, theirs))
 
@@ -187,56 +151,33 @@ class Worker:
         while True:
             await self._executors.changed.wait()
             self._executors.changed.clear()
-            self._fill()
+            self._slots.fill()
             self._wake.set()
 
     async def _watch_lease(self) -> None:
         while True:
             await asyncio.sleep(BEAT / 2)
-            for held in [held for held in self._prefetched if held.since < time.monotonic() - LONGEST_PREFETCHED]:
+            for held in self._slots.overdue:
                 self._release(held)
             if not self._lease.is_good:
                 self._release_waiting()
-            if not self._lease.is_good and self._busy:
+            if not self._lease.is_good and self._slots.busy:
                 log.warning(
-                    "no heartbeat for two thirds of the lease: stopping %d runs, other workers may do them", self._busy
+                    "no heartbeat for two thirds of the lease: stopping %d runs, other workers may do them",
+                    self._slots.busy,
                 )
-                for held in self._held.values():
+                for held in self._slots.runs.values():
                     held.stop("released")
 
     # -- claiming ---------------------------------------------------------------------------------------------------
-
-    def _room(self) -> tuple[int, int]:
-        """How many runs to claim for free slots, and how many to prefetch.
-
-        It prefetches as many as will start within `PREFETCH` seconds at the pace of the last second: a slot that gets
-        free does not wait for the database, and no run is kept from an idle worker.
-        """
-        if self._alone or self._quarantine or not self._lease.is_good or not self._executors.is_ready:
-            return 0, 0
-        bound = UNSETTLED + self._settings.worker.slots - len(self._held)
-        free = max(0, min(self._settings.worker.slots - self._taken, bound))
-        prefetch = min(self._pace - len(self._prefetched), bound - free)
-        return free, prefetch if free or prefetch > self._pace // 2 else 0
-
-    @property
-    def _taken(self) -> int:
-        return self._busy + self._executors.left
-
-    @property
-    def _pace(self) -> int:
-        """Runs that end within `PREFETCH` seconds, judging by the last second."""
-        now = time.monotonic()
-        while self._ends and self._ends[0] < now - 1.0:
-            self._ends.popleft()
-        return min(int(len(self._ends) * PREFETCH), MOST_PREFETCHED)
 
     async def _claim(self) -> None:
         cursor = random.randrange(-_HALF, _HALF)  # noqa: S311  # the owner to start after
         outage = Outage(partial(log.warning, "can't claim: %s"))
         while not self._draining:
             self._wake.clear()
-            free, prefetch = self._room()
+            can_claim = self._lease.is_good and self._executors.is_ready
+            free, prefetch = self._slots.room() if can_claim else (0, 0)
             taken: list[Claim] = []
             has_claimed = False
             if free > 0 or prefetch > 0:
@@ -270,12 +211,8 @@ class Worker:
             for claim in taken:
                 if claim.fence == 1:
                     self._metrics.waited(claim.task, claim.waited)
-                held = self._held[claim.id] = _Claimed(claim)
-                if claim.is_quarantined:
-                    self._quarantine.append(held)
-                else:
-                    self._prefetched.append(held)
-            self._fill()
+                self._slots.take(claim)
+            self._slots.fill()
             self._claims, self._claiming = self._claims + 1, False
             if taken:
                 cursor = _farthest(cursor, [claim.owner_key for claim in taken])
@@ -317,25 +254,7 @@ class Worker:
 
     # -- executing --------------------------------------------------------------------------------------------------
 
-    def _fill(self) -> None:
-        """Give free slots to waiting runs. A quarantined run runs alone: after the others, and before any new one."""
-        if self._draining or self._alone:
-            return
-        if self._quarantine:
-            if self._busy == 0:
-                self._alone = True
-                self._start(self._quarantine.popleft())
-            return
-        while self._prefetched and self._taken < self._settings.worker.slots:
-            self._start(self._prefetched.popleft())
-
-    def _start(self, held: _Claimed) -> None:
-        self._busy += 1
-        held.work = asyncio.create_task(self._work(held))
-        self._works.add(held.work)
-        held.work.add_done_callback(self._works.discard)
-
-    async def _work(self, held: _Claimed) -> None:
+    async def _work(self, held: Held) -> None:
         claim = held.claim
         RUN.set((claim.id, claim.task))
         began = time.monotonic()
@@ -358,12 +277,8 @@ class Worker:
             log.exception("the run could not be executed")
             attempt = Attempt(_BUG, claim.retries_used)
         finally:
-            held.is_executing = False
-            self._busy -= 1
-            self._alone = self._alone and not claim.is_quarantined
-            self._ends.append(now := time.monotonic())
-            self._metrics.executed(claim.task, now - began)
-            self._fill()
+            self._metrics.executed(claim.task, time.monotonic() - began)
+            self._slots.freed(held)
             self._wake.set()
         if held.has_reported:
             await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
@@ -382,7 +297,7 @@ class Worker:
                 settlement = settlement._replace(usage=attempt.usage, earlier=attempt.tried)
             self._settler.put(settlement)
 
-    async def _settlement(self, held: _Claimed, attempt: Attempt) -> Settlement | None:
+    async def _settlement(self, held: Held, attempt: Attempt) -> Settlement | None:
         """However storing the value fails, the run is settled: its lease would never end."""
         try:
             return await self._results.settlement(held.claim, attempt, held.reason)
@@ -399,7 +314,7 @@ class Worker:
         self._wake.set()
 
     def _reported(self, run_id: UUID, given: Reports) -> None:
-        if (held := self._held.get(run_id)) is None:
+        if (held := self._slots.runs.get(run_id)) is None:
             return
         held.has_reported = True
         if given.progress is not None or given.events:
@@ -408,27 +323,17 @@ class Worker:
             self._logs.put(held.claim, given.lines)
 
     def _drop(self, run_id: UUID, fence: int, state: str) -> None:
-        """Drop the claim of this attempt; the run may be here again under a higher fence."""
-        held = self._held.get(run_id)
-        if held is not None and held.claim.fence == fence:
-            del self._held[run_id]
-            if held.spans is not None:
-                held.spans.end(state)
+        held = self._slots.drop(run_id, fence)
+        if held is not None and held.spans is not None:
+            held.spans.end(state)
 
     def _release_waiting(self) -> None:
-        for held in [*self._prefetched, *self._quarantine]:
+        for held in self._slots.waiting:
             self._release(held)
 
-    def _release(self, held: _Claimed) -> None:
-        if self._drop_waiting(held):
+    def _release(self, held: Held) -> None:
+        if self._slots.withdraw(held):
             self._settler.put(results.released(held.claim.id, held.claim))
-
-    def _drop_waiting(self, held: _Claimed) -> bool:
-        for waiting in (self._prefetched, self._quarantine):
-            if held in waiting:
-                waiting.remove(held)
-                return True
-        return False
 
     # -- start and drain --------------------------------------------------------------------------------------------
 
@@ -464,13 +369,16 @@ class Worker:
 
     async def _drain(self, stop: Stop, claiming: asyncio.Task[None], settling: asyncio.Task[None]) -> None:
         self._draining = self._results.is_hurried = True
+        self._slots.close()
         self._wake.set()
         await asyncio.wait({claiming}, timeout=5)  # a claim that is under way still brings runs
         self._release_waiting()
-        if self._works:
-            log.info("draining: runs that may finish within %s: %d", self._settings.worker.grace, len(self._works))
+        if self._slots.works:
+            log.info(
+                "draining: runs that may finish within %s: %d", self._settings.worker.grace, len(self._slots.works)
+            )
             now = asyncio.create_task(stop.at_once.wait())
-            finished = asyncio.create_task(asyncio.wait(set(self._works)))
+            finished = asyncio.create_task(asyncio.wait(set(self._slots.works)))
             await asyncio.wait(
                 {now, finished},
                 timeout=self._settings.worker.grace.total_seconds(),
@@ -479,11 +387,11 @@ class Worker:
             for task in (now, finished):
                 task.cancel()
         self._release_waiting()
-        for held in self._held.values():
+        for held in self._slots.runs.values():
             held.stop("released")
-        if self._works:
-            log.info("releasing the runs that are left: %d", len(self._works))
-            await asyncio.wait(set(self._works), timeout=STOP_WITHIN + 0.5)
+        if self._slots.works:
+            log.info("releasing the runs that are left: %d", len(self._slots.works))
+            await asyncio.wait(set(self._slots.works), timeout=STOP_WITHIN + 0.5)
         with contextlib.suppress(TimeoutError, LedgerUnavailable):
             async with asyncio.timeout(5):
                 if not settling.done():

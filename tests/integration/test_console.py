@@ -461,6 +461,10 @@ async def test_a_batch_is_found_cancelled_and_repeated(web: httpx.AsyncClient, l
     text = await page(web, "/batches")
     assert text.index(second) < text.index(first)
     assert [each["states"] for each in (await web.get("/v1/batches")).json()["items"]] == [{"queued": 2}, {"queued": 2}]
+    await ledger.execute("update batches set size = 99999 where id = $1", UUID(first))  # too many to be counted
+    assert [each["states"] for each in (await web.get("/v1/batches")).json()["items"]] == [{"queued": 2}, {}]
+    assert "Open it to count them" in await page(web, "/batches")
+    await ledger.execute("update batches set size = 2 where id = $1", UUID(first))
     assert (await web.get(f"/console/batches?id={first}")).headers["location"] == f"/console/batches/{first}"
     await page(web, "/batches?id=nonsense", 422)
     assert "Cancel 2" in await page(web, f"/batches/{first}")

@@ -39,7 +39,7 @@ def places(office: World) -> dict[str, str]:
 
 
 async def overview(page: Page) -> None:
-    """Where somebody begins who has heard of trouble: their clicks are counted from here."""
+    """The page where the search for a trouble begins: clicks are counted from here."""
     await page.goto(".")
     await page.evaluate("sessionStorage.clicks = 0")
 

@@ -188,6 +188,22 @@ async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(produ
     await still_serves(product)
 
 
+async def test_an_executor_may_end_while_its_successor_starts(product: Stack) -> None:
+    async def is_replaced() -> bool:
+        return "replacing executor" in product.parts[1].text
+
+    await product.result(await product.submit("keep_files_open"))
+    await until(is_replaced)
+    for _ in range(3):
+        assert (await product.ended(await product.submit("kill_itself")))["error"]["code"] == "executor_died"
+        assert await product.result(await product.submit("nap", seconds=0.05)) == 0.05
+    await until(lambda: count(product), lambda executors: executors == 1)
+
+
+async def count(product: Stack) -> int:
+    return len(executors(product))
+
+
 async def others(product: Stack, pid: str) -> bool:
     return pid not in executors(product)
 

@@ -263,6 +263,9 @@ class Executors:
                 if child is not None and child.is_ready and (why := self._is_worn(child)):
                     log.warning("replacing executor %s: %s", child.pid, why)
                     fresh = await self._started(self._spawn(child.capacity))
+                    if self._seats[seat] is not child:  # it has ended meanwhile, and has a successor already
+                        self._retire(fresh)
+                        continue
                     self._seats[seat] = fresh
                     self._retire(child)
                     self._metrics.executors_ended.labels("replaced").inc()

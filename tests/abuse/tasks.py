@@ -449,6 +449,7 @@ def relies() -> list[str]:
     wrong += ["no PATH"] if "PATH" not in os.environ else []
     wrong += ["threads seldom switch"] if sys.getswitchinterval() > 1 else []
     wrong += ["no garbage is collected"] if not gc.isenabled() else []
+    wrong += ["an alarm is set"] if signal.getitimer(signal.ITIMER_REAL)[0] else []
     wrong += ["little recursion"] if sys.getrecursionlimit() < 500 else []
     wrong += ["no stdout"] if sys.stdout is None or sys.stderr is None else []  # pyright: ignore[reportUnnecessaryComparison]
     return wrong
@@ -526,6 +527,14 @@ def remove_the_folder() -> str:
     os.chdir(folder)
     folder.rmdir()
     os.environ.clear()
+    return "rude"
+
+
+@task
+async def set_an_alarm() -> str:
+    """Its handler raises in whatever the loop does then."""
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
     return "rude"
 
 

@@ -147,6 +147,7 @@ PUT_BACK = [
     "remove_the_hook",
     "filter_logs",
     "remove_the_folder",
+    "set_an_alarm",
     "limit_memory",
     "wander",
 ]

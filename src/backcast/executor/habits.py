@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -99,6 +100,13 @@ def _habits() -> list[_Habit]:
         with warnings.catch_warnings():
             pass  # its end makes Python look at the filters again
 
+    def read_alarm() -> Any:
+        return signal.getitimer(signal.ITIMER_REAL)[0] > 0, signal.getsignal(signal.SIGALRM)
+
+    def set_alarm(kept: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # none is set when the process starts
+        signal.signal(signal.SIGALRM, kept[1])
+
     def add_variables(_: Any) -> None:
         for name, value in variables.items():
             os.environ.setdefault(name, value)
@@ -112,6 +120,7 @@ def _habits() -> list[_Habit]:
         _Habit("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout),
         _Habit("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
         _Habit("threading.excepthook", lambda: threading.excepthook, partial(setattr, threading, "excepthook")),
+        _Habit("the alarm clock", read_alarm, set_alarm),
         _Habit("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook")),
         _Habit("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable(), is_borne=True),
         _Habit("warnings", added_errors, remove_errors),

@@ -84,6 +84,17 @@ def served(message: Message) -> list[Served]:
     return _SERVED.validate_json(message.body)
 
 
+class Asked(NamedTuple):
+    """What an attempt asked of models, for metrics."""
+
+    seconds: tuple[float, ...] = ()
+    """The time of each answer: of the latest ones."""
+    dollars: float = 0.0
+    """The price of those answers whose price is known."""
+    failures: tuple[tuple[str, str], ...] = ()
+    """The casts that failed: the name of the model, and the code of the error; the latest ones."""
+
+
 class Attempt(NamedTuple):
     """The end of an attempt, as its executor reports it."""
 
@@ -97,8 +108,7 @@ class Attempt(NamedTuple):
     """Its thread goes on: the slot is not free before a `FREE`."""
     tried: tuple[Tried, ...] = ()
     """The failures that were followed by a retry at once: the latest of them."""
-    answers: tuple[float, ...] = ()
-    """Seconds that each answer of the model took: the latest ones."""
+    asked: Asked | None = None
 
 
 def result(run: UUID, attempt: Attempt) -> Message:
@@ -119,8 +129,8 @@ def result(run: UUID, attempt: Attempt) -> Message:
         meta["usage"] = attempt.usage
     if attempt.is_left:
         meta["left"] = True
-    if attempt.answers:
-        meta["answers"] = attempt.answers
+    if attempt.asked is not None:
+        meta["asked"] = attempt.asked
     if attempt.tried:
         meta["tried"] = [(each.problem.model_dump(), each.traceback, each.since, each.until) for each in attempt.tried]
     return Message(RESULT, run.bytes, kind, json.dumps(meta).encode() if meta else b"", body)
@@ -139,8 +149,8 @@ def attempt(message: Message) -> Attempt:
     elif message.number == _RETRY:
         ended = Retry(Problem(**meta["problem"]), meta["delay"], retries, traceback=meta["traceback"])
     tried = tuple(Tried(Problem(**problem), *rest) for problem, *rest in meta.get("tried", ()))
-    answers = tuple(meta.get("answers", ()))
-    return Attempt(ended, retries, meta.get("usage"), meta.get("left", False), tried, answers)
+    asked = Asked(*meta["asked"]) if "asked" in meta else None
+    return Attempt(ended, retries, meta.get("usage"), meta.get("left", False), tried, asked)
 
 
 class Progress(NamedTuple):

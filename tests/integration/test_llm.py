@@ -173,7 +173,7 @@ async def test_an_answer_that_does_not_fit_is_asked_for_once_more(connect: Conne
     assert len(model.requests) == 2
     assert "seven" in str(model.requests[1].body["messages"][-1])
     assert len(used) == 2
-    assert all(usage.input_tokens > 0 and usage.output_tokens > 0 for usage in used)
+    assert all(isinstance(one, llm.Usage) and one.input_tokens > 0 and one.output_tokens > 0 for one in used)
 
 
 async def test_usage_is_counted_also_for_a_cast_that_fails(connect: Connect) -> None:
@@ -182,7 +182,7 @@ async def test_usage_is_counted_also_for_a_cast_that_fails(connect: Connect) -> 
         connect(model)
         with pytest.raises(UsageError):
             await cast("x", "int")
-    assert len(used) == 2
+    assert [type(one) for one in used] == [llm.Usage, llm.Usage, llm.Failure]
 
 
 class _Steps:
@@ -223,7 +223,7 @@ async def test_an_answer_that_is_streamed_is_shown_as_it_grows(backend: str) -> 
         assert await asyncio.wait_for(casting, PATIENCE) == answer
         await llm.aclose()
     assert all(set(value) <= set(answer) and value.get("quantity", 70) == 70 for value in seen)
-    assert [one.output_tokens for one in used] == [len(text) // 4 + 1], "as in one piece"
+    assert [isinstance(one, llm.Usage) and one.output_tokens for one in used] == [len(text) // 4 + 1], "as in one piece"
     assert steps.sent[:2] == ["", text[:8]]
 
 

@@ -20,7 +20,7 @@ from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local.postgres import Postgres
 from backcast.process.metrics import LEDGER, OTHER, PROCESSES, ApiMetrics, Names
-from backcast.testing import ScriptedModel
+from backcast.testing import Reply, Request, ScriptedModel, extract
 from tests.chart.test_alerts import ALERTS
 from tests.integration.test_steward import add
 from tests.support import generate
@@ -39,6 +39,8 @@ UNSEEN = {
 """Metrics whose labels have no values in this stack: no history is kept, and no worker is lost."""
 DEFINITIONS = {process.process: process().definitions for process in PROCESSES}
 SUFFIXES = {"gauge": [""], "counter": [""], "histogram": ["_bucket", "_count", "_sum"]}
+
+REFUSED = "a text that the model's server refuses"
 
 Served = Mapping[str, Sequence[Sample]]
 """Samples by process."""
@@ -82,6 +84,7 @@ async def _everything(product: Stack) -> Served:
     product.release("x")
     await product.ended(await product.submit("log_and_die", name="x"))
     await product.result(await product.submit("create_structured_output", data="31 chairs", target="int"))
+    await product.ended(await product.submit("create_structured_output", data=REFUSED, target="int"))
     lines = "".join(f'{{"task": "echo", "input": {{"value": {n}}}}}\n' for n in range(3))
     batch = await product.http.post("/v1/batches", content=lines, headers={"Content-Type": "application/jsonl"})
     assert batch.status_code == 202, batch.text
@@ -126,8 +129,14 @@ async def product(server: Postgres, _template: str, tmp_path_factory: pytest.Tem
     provisioning.create_database(server.url(), "metrics")
     migrate(url)
     give_roles(url)
-    with ScriptedModel() as model:
-        provider = {"BACKCAST_MODEL__BASE_URL": model.url, "BACKCAST_MODEL__API_KEY": "any"}
+
+    def script(request: Request) -> Reply:
+        return Reply(status=401) if request.text == REFUSED else extract(request)
+
+    with ScriptedModel(script) as model:
+        # It stands in for a provider whose prices are known by its address.
+        provider = {"BACKCAST_MODEL__BASE_URL": "http://ours.openai.azure.com/v1", "BACKCAST_MODEL__API_KEY": "any"}
+        provider |= {"BACKCAST_MODEL__NAME": "gpt-4o-mini", "HTTP_PROXY": model.url, "NO_PROXY": "127.0.0.1"}
         # No heartbeat and no answer of a slow machine is late.
         provider |= {"BACKCAST_LEASE": "PT10M", "BACKCAST_WORKER__STALL": "PT10M", "BACKCAST_WORKER__SLOTS": "2"}
         async with stack(url, tmp_path_factory.mktemp("metrics"), **provider) as running:
@@ -156,10 +165,10 @@ def assert_true(served: Served) -> None:
     """That the numbers are those of what has happened."""
     api, worker, steward = (served[name] for name in ("api", "worker", "steward"))
     submitted = {"method": "POST", "route": "/v1/tasks/{name}/runs"}
-    assert value(api, "backcast_api_requests_total", **submitted, status="202") == 11
-    assert value(api, "backcast_api_request_seconds_count", **submitted) == 11
-    assert value(api, "backcast_runs_submitted_total") == 11 + 3, "with a batch of three"
-    assert value(api, "backcast_submit_seconds_count") == 11
+    assert value(api, "backcast_api_requests_total", **submitted, status="202") == 12
+    assert value(api, "backcast_api_request_seconds_count", **submitted) == 12
+    assert value(api, "backcast_runs_submitted_total") == 12 + 3, "with a batch of three"
+    assert value(api, "backcast_submit_seconds_count") == 12
     outcomes = {
         ("echo", "succeeded"): 4,
         ("flaky_at_once", "succeeded"): 1,
@@ -167,6 +176,7 @@ def assert_true(served: Served) -> None:
         ("flaky", "succeeded"): 1,
         ("fail", "failed"): 1,
         ("create_structured_output", "succeeded"): 1,
+        ("create_structured_output", "failed"): 1,
     }
     for (task, outcome), count in outcomes.items():
         assert value(worker, "backcast_attempts_total", task=task, outcome=outcome) == count, task
@@ -178,6 +188,9 @@ def assert_true(served: Served) -> None:
     assert (value(worker, "backcast_retries_total", kind="executor") or 0) > 0
     assert value(worker, "backcast_model_seconds_count") == 1
     assert (value(worker, "backcast_model_tokens_total", kind="input") or 0) > 0
+    assert (value(worker, "backcast_model_cost_dollars_total", model="gpt-4o-mini") or 0) > 0
+    refused = {"model": "gpt-4o-mini", "cause": "model_refused_key"}
+    assert value(worker, "backcast_model_failures_total", **refused) == 1
     expired = [value(served[name], "backcast_runs_expired_total") for name in ("worker", "steward")]
     assert sum(count or 0 for count in expired) == 1
     for process in (api, worker):

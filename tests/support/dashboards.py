@@ -120,6 +120,12 @@ _OVERVIEW = [
             "{{model}} {{kind}}": f"sum by (model, kind) (rate(backcast_model_tokens_total{{{NS}}}[$__rate_interval]))",
         },
     ),
+    Panel("Casts that failed, by cause", units.RequestsPerSecond, _rate("backcast_model_failures_total", "cause")),
+    Panel(
+        "Cost of an hour, by list prices",
+        units.Dollars,
+        {"{{model}}": f"3600 * sum by (model) (rate(backcast_model_cost_dollars_total{{{NS}}}[$__rate_interval]))"},
+    ),
     Panel("History behind Prefect", units.Seconds, _by("backcast_history_lag_seconds", "pod", function="max")),
     Panel(
         "History waiting and dropped",

@@ -21,13 +21,13 @@ from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeed
 from backcast.process import logs, tracing
 from backcast.process.channel import Channel, Message
 from backcast.process.marks import Marks
-from backcast.protocol import Attempt
+from backcast.protocol import Asked, Attempt
 from backcast.reporting import REPORTER
 
 log = logging.getLogger("backcast.executor")
 
 ANSWERS = 100
-"""Answers of the model whose time is reported, of one attempt: the latest."""
+"""Answers of the model, and failed casts, that metrics get of one attempt: the latest."""
 TRIED = 10
 """Failures that are reported of those that were followed by a retry at once: the latest."""
 
@@ -105,8 +105,8 @@ class Jobs:
         left = self._executor.has_left(message.id)
         retries = result.retries if isinstance(result, Retry) else self._retries[message.id]
         tried = tuple(self._tried.get(message.id, ()))
-        answers = tuple([round(one.seconds, 4) for one in used[-ANSWERS:]])
-        self._channel.send(protocol.result(run, Attempt(result, retries, _usage(used), left, tried, answers)))
+        usage, asked = _used(used) if used else (None, None)
+        self._channel.send(protocol.result(run, Attempt(result, retries, usage, left, tried, asked)))
 
     async def _result(self, message: Message, run: UUID, reports: RunReports) -> AttemptResult | None:
         """None: it was stopped."""
@@ -154,9 +154,13 @@ def _failed(error: UsageError | FatalError) -> Failed:
     return Failed(Problem.from_error(error))
 
 
-def _usage(used: Sequence[llm.Usage]) -> dict[str, JSON] | None:
-    """The tokens of an attempt, however it ended: they are paid for."""
-    if not used:
-        return None
-    tokens = {kind: sum(getattr(one, kind) for one in used) for kind in ("input_tokens", "output_tokens")}
-    return {"model": used[-1].model, **tokens}
+def _used(used: Sequence[llm.Usage | llm.Failure]) -> tuple[dict[str, JSON] | None, Asked]:
+    """The tokens of an attempt, however it ended, as they are paid for; and what metrics count of it."""
+    answers = [one for one in used if isinstance(one, llm.Usage)]
+    failures = tuple((one.model, one.code) for one in used[-ANSWERS:] if isinstance(one, llm.Failure))
+    seconds = tuple(round(one.seconds, 4) for one in answers[-ANSWERS:])
+    asked = Asked(seconds, sum(one.dollars for one in answers), failures)
+    if not answers:
+        return None, asked
+    tokens = {kind: sum(getattr(one, kind) for one in answers) for kind in ("input_tokens", "output_tokens")}
+    return {"model": answers[-1].model, **tokens}, asked

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from backcast.errors import FatalError, UsageError
+from backcast.errors import FatalError, RunError, UsageError
 from backcast.models import JSON
 from backcast.process import tracing
 from backcast.settings import Model
@@ -41,12 +41,22 @@ class Usage:
     output_tokens: int
     seconds: float = 0.0
     """From the request to the whole answer."""
+    dollars: float = 0.0
+    """By the list of genai-prices; 0 if it does not know the provider's address or the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A cast that failed, after as many answers as there were."""
+
+    model: str
+    code: str
 
 
 _model: Model | None = None
 _casting: Future[Any] | None = None
 """The import of `casting`, once a cast has asked for it."""
-_meter: ContextVar[list[Usage] | None] = ContextVar("backcast_llm_meter", default=None)
+_meter: ContextVar[list[Usage | Failure] | None] = ContextVar("backcast_llm_meter", default=None)
 
 
 def connect(model: Model) -> Model:
@@ -67,10 +77,10 @@ async def aclose() -> None:
         await _casting.result().aclose()
 
 
-def metered() -> list[Usage]:
-    """Collect the usage of every answer in this context from here on, also of failed casts and of tasks that are
-    started in it."""
-    used: list[Usage] = []
+def metered() -> list[Usage | Failure]:
+    """Collect what is used in this context from here on, by tasks that are started in it too: each answer, those of
+    failed casts included, and each failed cast."""
+    used: list[Usage | Failure] = []
     _meter.set(used)
     return used
 
@@ -101,7 +111,11 @@ async def cast(
         raise FatalError(
             f"Marvin can't be imported ({error}): install the versions that backcast pins.", code="model_unusable"
         ) from None
-    return await casting.cast(_model, data, target, instructions, _record, show)
+    try:
+        return await casting.cast(_model, data, target, instructions, _record, show)
+    except RunError as error:
+        _record(Failure("embedded" if _model.embedded else _model.name, error.code))
+        raise
 
 
 def _import_casting() -> Any:
@@ -112,6 +126,6 @@ def _import_casting() -> Any:
     return casting
 
 
-def _record(usage: Usage) -> None:
+def _record(one: Usage | Failure) -> None:
     if (used := _meter.get()) is not None:
-        used.append(usage)
+        used.append(one)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Optional
 from weakref import WeakKeyDictionary
 
+import genai_prices
 import marvin
 import openai
 from pydantic import AfterValidator, WithJsonSchema
@@ -61,7 +62,7 @@ async def cast(
 
     def meter(response: ModelResponse, seconds: float) -> None:
         used = response.usage
-        record(Usage(response.model_name or "", used.input_tokens, used.output_tokens, seconds))
+        record(Usage(response.model_name or "", used.input_tokens, used.output_tokens, seconds, _dollars(response)))
 
     misfits: list[Misfit] = []
     whole: Whole | None = None
@@ -84,6 +85,20 @@ async def cast(
     except Exception as error:  # noqa: BLE001  # after any error the run must learn whether to retry
         failure = explain(error, model, whole.answer if whole else "", misfits[-1] if misfits else None)
     raise failure  # not inside `except`: the chain would hold the provider's message, which may repeat the key
+
+
+def _dollars(response: ModelResponse) -> float:
+    """By the address, never by the name of the model alone: another server may sell a model of that name."""
+    try:
+        price = genai_prices.calc_price(
+            response.usage,
+            response.model_name or "",
+            provider_api_url=response.provider_url or "",
+            genai_request_timestamp=response.timestamp,
+        )
+    except Exception:  # noqa: BLE001  # no cast fails for want of a price
+        return 0.0
+    return float(price.total_price)
 
 
 def _provided(model: Model, partial: Partial | None) -> Completions:

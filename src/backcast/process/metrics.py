@@ -223,7 +223,7 @@ class WorkerMetrics(_WithHistory):
 
     def __init__(self) -> None:
         super().__init__()
-        self._names, self._models = Names(), Names(20)
+        self._names, self._models, self._causes = Names(), Names(20), Names(40)
         self.slots = self._gauge("worker_slots", "Runs that may execute at the same time")
         self.busy = self._gauge("worker_busy", "Runs that execute now")
         self.slots_lost = self._gauge("worker_slots_lost", "Slots that code of runs takes which are over")
@@ -261,6 +261,15 @@ class WorkerMetrics(_WithHistory):
         )
         self._model_seconds = self._seconds("model_seconds", "Time of one answer of the model", "model", buckets=_WORK)
         self._tokens = self._counter("model_tokens", "Tokens paid for, as the provider counts them", "model", "kind")
+        self._cost = self._counter(
+            "model_cost_dollars",
+            "Cost of these tokens in US dollars, by the list prices in genai-prices: nothing for a provider that its"
+            " list does not know by the address, or a model without a price",
+            "model",
+        )
+        self._failures = self._counter(
+            "model_failures", "Casts that failed, by the code of their error", "model", "cause"
+        )
         self.events_dropped = self._counter("events_dropped", "Events of runs that were dropped")
 
     def waited(self, task: str, seconds: float) -> None:
@@ -276,14 +285,27 @@ class WorkerMetrics(_WithHistory):
         for kind, count in retries.items():
             self._retries.labels(kind).inc(count)
 
-    def answered(self, usage: Mapping[str, object], seconds: Sequence[float]) -> None:
-        """Count the answers of a model to one attempt, and its usage: the name of the model, and tokens."""
+    def asked(
+        self,
+        usage: Mapping[str, object],
+        seconds: Sequence[float],
+        dollars: float,
+        failures: Sequence[tuple[str, str]],
+    ) -> None:
+        """Count the answers of a model to one attempt, its usage (the name of the model, and tokens), their cost, and
+        the casts that failed, by model and code. Codes are those of `llm`, and bounded all the same."""
+        for model, code in failures:
+            self._failures.labels(self._models[model], self._causes[code]).inc()
+        if not usage:
+            return
         name = self._models[str(usage.get("model"))]
         for each in seconds:
             self._model_seconds.observe(each, name)
         for kind in ("input", "output"):
             if isinstance(count := usage.get(f"{kind}_tokens"), int) and count > 0:
                 self._tokens.labels(name, kind).inc(count)
+        if dollars:
+            self._cost.labels(name).inc(dollars)
 
 
 class StewardMetrics(_WithHistory):

@@ -289,8 +289,8 @@ class Worker:
         if settlement is None:
             self._drop(claim.id, claim.fence, "lost")
         else:
-            if attempt.usage:
-                self._metrics.answered(attempt.usage, attempt.answers)
+            if attempt.asked is not None:
+                self._metrics.asked(attempt.usage or {}, *attempt.asked)
             if held.spans is not None:
                 held.spans.settle()
             if attempt.usage or attempt.tried:

@@ -13,12 +13,15 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+SLOW_EVERY = 0.05
+"""Seconds between two looks at what is slow to read, while runs go on."""
 _LIMITS = ("RLIMIT_NOFILE", "RLIMIT_AS")
 
 
@@ -27,6 +30,8 @@ class _Habit:
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
+    is_quick: bool = False
+    """It can be read in a tenth of a microsecond: the others cost more than a run does, if there are many."""
     is_borne: bool = False
     """Others go on with the change, which a run may need to its end: it is not known which one has made it."""
     kept: Any = None
@@ -50,19 +55,22 @@ class Habits:
         self._habits = _habits()
         for habit in self._habits:
             habit.kept = habit.read()
-        self._kept = [habit.kept for habit in self._habits]
+        self._quick = [habit for habit in self._habits if habit.is_quick]
+        self._quick_reads, self._quick_kept = [each.read for each in self._quick], [each.kept for each in self._quick]
+        self._due = 0.0
         self._changers = dict[str, set[bytes]]()
         """By the name of a habit that is changed: those that go on of the runs that may have changed it."""
         self.worn = ""
         """What can't be put back, or ""."""
 
     def ended(self, running: Collection[bytes]) -> None:
-        """A run has ended; these go on."""
-        with contextlib.suppress(OSError):
-            if [habit.read() for habit in self._habits] == self._kept:  # nearly always, so that it has to be quick
-                self._changers.clear()
-                return
-        for habit in self._habits:
+        """A run has ended; these go on. What is slow to read is looked at when none does, and now and then."""
+        looked_at, now = self._quick, time.monotonic()
+        if not running or now >= self._due:
+            looked_at, self._due = self._habits, now + SLOW_EVERY
+        elif not self._changers and [read() for read in self._quick_reads] == self._quick_kept:
+            return
+        for habit in looked_at:
             if not habit.is_changed():
                 self._changers.pop(habit.name, None)
                 continue
@@ -112,17 +120,28 @@ def _habits() -> list[_Habit]:
             os.environ.setdefault(name, value)
 
     return [
-        _Habit("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit, is_borne=True),
+        _Habit("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit, is_quick=True, is_borne=True),
         _Habit("the current folder", os.getcwd, os.chdir, is_borne=True),
         _Habit("logging", read_logging, set_logging),
-        _Habit("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout"), is_borne=True),
-        _Habit("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr"), is_borne=True),
-        _Habit("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout),
-        _Habit("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
-        _Habit("threading.excepthook", lambda: threading.excepthook, partial(setattr, threading, "excepthook")),
+        _Habit("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout"), is_quick=True, is_borne=True),
+        _Habit("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr"), is_quick=True, is_borne=True),
+        _Habit("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout, is_quick=True),
+        _Habit("the switch interval", sys.getswitchinterval, sys.setswitchinterval, is_quick=True),
+        _Habit(
+            "threading.excepthook",
+            lambda: threading.excepthook,
+            partial(setattr, threading, "excepthook"),
+            is_quick=True,
+        ),
         _Habit("the alarm clock", read_alarm, set_alarm),
-        _Habit("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook")),
-        _Habit("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable(), is_borne=True),
+        _Habit("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook"), is_quick=True),
+        _Habit(
+            "garbage collection",
+            gc.isenabled,
+            lambda kept: gc.enable() if kept else gc.disable(),
+            is_quick=True,
+            is_borne=True,
+        ),
         _Habit("warnings", added_errors, remove_errors),
         _Habit("the environment", lambda: len(os.environ) < len(variables), add_variables, is_borne=True),
         *(

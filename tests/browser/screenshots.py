@@ -18,7 +18,7 @@ from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.models import uuid7
 from tests.browser.browser import CHROMIUM
-from tests.browser.world import World, world
+from tests.browser.world import HOSTILE, World, world
 from tests.support import ended
 from tests.support.roles import give_roles
 from tests.support.stack import ROOT
@@ -111,7 +111,7 @@ async def main() -> None:
         migrate(database)
         give_roles(database)
         await remember(database)
-        async with world(database, Path(text)) as made:
+        async with world(database, Path(text), odd=HOSTILE if given else "archive") as made:
             await shoot(made, given)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 
-from backcast.testing import ScriptedModel
+from backcast.testing import Reply, Request, ScriptedModel, extract
 from tests.support.stack import Part, Stack, stack
 from tests.support.waiting import until
 
@@ -48,10 +48,17 @@ class World:
         return str(answer.json()["id"])
 
 
+def _read(request: Request) -> Reply:
+    """As a model that can read answers about the office's own text."""
+    return (
+        Reply({"name": "Anna Kowalska", "age": 34}) if "Anna Kowalska (34)" in str(request.body) else extract(request)
+    )
+
+
 @contextlib.asynccontextmanager
-async def world(database: str, folder: Path, key: str = "") -> AsyncIterator[World]:
-    """Every process, and at least one run in each state."""
-    with ScriptedModel() as model:
+async def world(database: str, folder: Path, key: str = "", odd: str = HOSTILE) -> AsyncIterator[World]:
+    """Every process, and at least one run in each state, of which one has odd names."""
+    with ScriptedModel(_read) as model:
         env = {
             "BACKCAST_MODEL__BASE_URL": model.url,
             "BACKCAST_MODEL__API_KEY": "any-key",
@@ -63,10 +70,10 @@ async def world(database: str, folder: Path, key: str = "") -> AsyncIterator[Wor
             if key:
                 running.http.headers["Authorization"] = f"Bearer {key}"
             await running.up("api", "worker", "steward")
-            yield await _fill(World(running, {}, ""))
+            yield await _fill(World(running, {}, ""), odd)
 
 
-async def _fill(made: World) -> World:
+async def _fill(made: World, odd: str) -> World:
     http, runs = made.stack.http, made.runs
 
     async def listed() -> int:
@@ -80,7 +87,7 @@ async def _fill(made: World) -> World:
         runs["completed"] = await made.submit("extract_invoice", {"document": document}, owner="billing")
     runs["failed"] = await made.submit("read_scan", {"pages": 3}, owner="archive", metadata={"customer": "acme"})
     runs["hostile"] = await made.submit(
-        "read_scan", {"pages": 2, "sharp": False}, owner=HOSTILE, lane=HOSTILE, metadata={HOSTILE: HOSTILE}
+        "read_scan", {"pages": 2, "sharp": False}, owner=odd, lane=odd, metadata={odd: odd}
     )
     runs["retrying"] = await made.submit("send_reminder", {"customer": "Acme GmbH & Co. KG"}, owner="billing")
     runs["running"] = await made.submit("transcribe", {"recording": "board-meeting.m4a", "release": "never"})

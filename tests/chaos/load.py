@@ -19,8 +19,9 @@ from tests.chaos.world import GONE, NARROW, World
 
 UNFINISHED = 400
 """Runs that wait or run at once, at most: the load limits itself."""
-ASK_FOR = 4.0
-"""Seconds that the client waits for an answer before it asks again, perhaps another API."""
+PATIENCE = httpx.Timeout(4.0, pool=None)
+"""For how long the client waits for an answer before it asks again, perhaps another API. Its wait for a connection has
+no limit: hundreds of requests that give it up at once, and ask again, keep the pool so busy that none ever gets one."""
 
 
 @dataclass
@@ -181,7 +182,7 @@ class Load:
     async def flow(self, over: asyncio.Event) -> None:
         """Submit (and cancel) until it is over; returns when every request has had its answer."""
         dice, numbers = random.Random(self.seed), itertools.count()
-        async with httpx.AsyncClient(timeout=ASK_FOR, trust_env=False) as client, asyncio.TaskGroup() as requests:
+        async with httpx.AsyncClient(timeout=PATIENCE, trust_env=False) as client, asyncio.TaskGroup() as requests:
             while not over.is_set():
                 if self._unfinished + self._unanswered < UNFINISHED:
                     case = _case(dice, next(numbers))  # a case may be removed, and its key must not come again

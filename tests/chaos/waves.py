@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.load import ASK_FOR, Case, Load
+from tests.chaos.load import PATIENCE, Case, Load
 from tests.chaos.readers import Readers
 
 SIZE = 12
@@ -38,7 +38,7 @@ class Waves:
     async def flow(self, over: asyncio.Event) -> None:
         """Until it is over, and every wave has been dealt with."""
         dice = random.Random(self.load.seed + 1_000_000)
-        async with httpx.AsyncClient(timeout=ASK_FOR, trust_env=False) as client, asyncio.TaskGroup() as waves:
+        async with httpx.AsyncClient(timeout=PATIENCE, trust_env=False) as client, asyncio.TaskGroup() as waves:
             while not over.is_set():
                 kind = dice.choice(["retry batch", "retry", "cancel"])
                 self.all.append(wave := Wave(f"wave-{len(self.all)}", kind))

@@ -15,6 +15,7 @@ from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
+import httpx
 import pytest
 from pydantic import BaseModel
 
@@ -786,3 +787,21 @@ def test_loopback_is_never_reached_through_a_proxy(
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
     assert call("tasks", options={"patience": 0})
+
+
+async def test_a_call_waits_for_a_connection_as_long_as_it_takes() -> None:
+    """With 300 that wait for long runs, the last has its turn after two minutes: the service is not silent."""
+
+    limits = list[float | None]()
+
+    class Answering(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            limits.append(request.extensions["timeout"]["pool"])
+            return httpx.Response(404, json={"code": "unknown_run", "title": "t", "detail": "d"})
+
+    async with AsyncClient("http://backcast.example", transport=Answering()) as client:
+        for call in (client.get(uuid7()), client.wait(uuid7()), client.wait(uuid7(), timeout=5)):
+            with pytest.raises(UnknownRun):
+                await call
+    assert limits[:2] == [None, None]
+    assert limits[2] is not None, "its own time is over first"

@@ -109,7 +109,10 @@ def connection(url: str, headers: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def to_httpx(ask: Ask) -> dict[str, Any]:
-    timeout = httpx.Timeout(ask.timeout, connect=min(5.0, ask.timeout))
+    # Calls beyond the number of connections wait for one as long as it takes: that is no silence of the service, and
+    # hundreds that gave up and came again would keep the pool so busy that none of them got one.
+    pool = None if ask.within == math.inf else ask.timeout
+    timeout = httpx.Timeout(ask.timeout, connect=min(5.0, ask.timeout), pool=pool)
     return {
         "method": ask.method,
         "url": ask.url,

@@ -20,10 +20,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from backcast.ledger import provisioning
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.stack import Stack, prefect_server, stack
 
 CONNECTIONS = 20
@@ -82,11 +80,9 @@ async def product(folder: Path) -> AsyncIterator[tuple[Stack, dict[str, psutil.P
     async with AsyncExitStack() as servers:
         database = servers.enter_context(postgres.running(folder / "postgres"))
         prefect = await servers.enter_async_context(prefect_server(folder))
-        provisioning.create_database(database.url(), "backcast")
-        migrate(database.url("backcast"))
-        give_roles(database.url("backcast"))
+        url = databases.create(database)
         env = {"BACKCAST_PREFECT__HISTORY": "true", "BACKCAST_PREFECT__API_URL": prefect.url, "BACKCAST_LEASE": "PT15S"}
-        async with stack(database.url("backcast"), folder, **env) as running:
+        async with stack(url, folder, **env) as running:
             await running.up("api", "worker", "steward")
             parts = {part.name: psutil.Process(part.process.pid) for part in (*running.parts, prefect)}
             yield running, parts | {"postgres": psutil.Process(database.pid)}

@@ -13,12 +13,11 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from backcast.ledger import fleet, provisioning
+from backcast.ledger import fleet
 from backcast.ledger.connection import Ledger
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.models import TaskType, uuid7
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.stack import Stack, stack
 
 ECHO = TaskType(name="echo", pool="default", input_schema={"type": "object"})
@@ -81,9 +80,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="batches-bench-") as folder,
         postgres.running(Path(folder) / "data", settings={"max_connections": "50"}) as server,
     ):
-        provisioning.create_database(server.url(), "backcast")
-        migrate(server.url("backcast"))
-        give_roles(server.url("backcast"))
+        databases.create(server)
         asyncio.run(serve(server.url("backcast"), Path(folder), given.lines))
 
 

@@ -15,11 +15,9 @@ from pathlib import Path
 import httpx
 import psutil
 
-from backcast.ledger import provisioning
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.bench.__main__ import cpu
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.stack import Stack, stack
 from tests.support.waiting import until
 
@@ -130,9 +128,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="console-bench-") as folder,
         postgres.running(Path(folder) / "data", settings={"max_connections": "100"}) as server,
     ):
-        provisioning.create_database(server.url(), "backcast")
-        migrate(server.url("backcast"))
-        give_roles(server.url("backcast"))
+        databases.create(server)
         asyncio.run(serve(server, Path(folder), given))
 
 

@@ -20,13 +20,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from backcast.ledger import provisioning
 from backcast.ledger.connection import CHANNEL
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.bench.__main__ import Connection, cpu
 from tests.bench.scale import DAYS, FEW, SETTINGS, fill
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.stack import Stack, stack
 
 EVERY = 0.1
@@ -109,9 +107,7 @@ async def measure(rounds: int, runs: int, history: int, data: Path, folder: Path
         places = dict[str, Place]()
         for name, rows in (("none", FEW), ("history", history)):
             if not filled:
-                provisioning.create_database(server.url(), name)
-                migrate(server.url(name))
-                give_roles(server.url(name))
+                databases.create(server, name)
                 began = time.monotonic()
                 await fill(server.url(name), rows, ago=60, ended=True, every=DAYS * 86_400 / max(rows, 1))
                 print(f"{name}: {rows:,} ended runs in {time.monotonic() - began:.0f} s", flush=True)

@@ -17,14 +17,13 @@ from uuid import UUID
 import httpx
 import psutil
 
-from backcast.ledger import claims, events, fleet, provisioning, submissions
+from backcast.ledger import claims, events, fleet, submissions
 from backcast.ledger.connection import Ledger
 from backcast.ledger.events import Event, Report
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.models import Submission, TaskType, uuid7
 from tests.bench.__main__ import cpu
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.stack import Stack, stack
 from tests.support.waiting import until
 
@@ -121,9 +120,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="streams-bench-") as folder,
         postgres.running(Path(folder) / "data", settings={"max_connections": "100"}) as server,
     ):
-        provisioning.create_database(server.url(), "backcast")
-        migrate(server.url("backcast"))
-        give_roles(server.url("backcast"))
+        databases.create(server)
         asyncio.run(serve(server, Path(folder), given))
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from backcast.ledger import provisioning
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
+from tests.bench.worker import of_worker
+from tests.support import databases
 from tests.support.otlp import Collector
-from tests.support.roles import give_roles
 from tests.support.stack import Stack, stack
 from tests.support.waiting import until
 
@@ -29,8 +28,8 @@ WARM = 300
 def spent(product: Stack) -> dict[str, float]:
     """Milliseconds of the user, by process."""
     api, worker = (psutil.Process(part.process.pid) for part in product.parts)
-    executors = sum(child.cpu_times().user for child in worker.children(recursive=True))
-    users = {"api": api.cpu_times().user, "supervisor": worker.cpu_times().user, "executors": executors}
+    (supervisor, _), (executors, _) = of_worker(worker)
+    users = {"api": api.cpu_times().user, "supervisor": supervisor, "executors": executors}
     return {name: 1000 * seconds for name, seconds in users.items()}
 
 
@@ -51,11 +50,9 @@ async def work(product: Stack, runs: int) -> None:
 
 async def measured(runs: int, folder: Path, sample: float) -> dict[str, float]:
     with postgres.running(folder / "postgres") as server, Collector() as collector:
-        provisioning.create_database(server.url(), "backcast")
-        migrate(server.url("backcast"))
-        give_roles(server.url("backcast"))
+        url = databases.create(server)
         env = {"BACKCAST_TRACING__ENDPOINT": collector.url, "BACKCAST_TRACING__SAMPLE": str(sample)} if sample else {}
-        async with stack(server.url("backcast"), folder, BACKCAST_WORKER__SLOTS="10", **env) as product:
+        async with stack(url, folder, BACKCAST_WORKER__SLOTS="10", **env) as product:
             await product.up("api", "worker")
             await work(product, WARM)
             before, spans = spent(product), len(collector.spans)

@@ -17,10 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from backcast.ledger import provisioning
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.stack import stack
 from tests.support.waiting import until
 
@@ -48,7 +46,7 @@ async def accepts_everything() -> AsyncIterator[str]:
         server.close()
 
 
-def spent(process: psutil.Process) -> list[tuple[float, float]]:
+def of_worker(process: psutil.Process) -> list[tuple[float, float]]:
     """Seconds of the user and of the system: of the supervisor, of its executors."""
     executors = [child.cpu_times() for child in process.children(recursive=True)]
     ours = process.cpu_times()
@@ -58,14 +56,12 @@ def spent(process: psutil.Process) -> list[tuple[float, float]]:
 async def measure(runs: int, folder: Path, *, history: bool) -> dict[str, float]:
     async with AsyncExitStack() as servers:
         database = servers.enter_context(postgres.running(folder / "postgres"))
-        provisioning.create_database(database.url(), "backcast")
-        migrate(database.url("backcast"))
-        give_roles(database.url("backcast"))
+        url = databases.create(database)
         env = {"BACKCAST_WORKER__SLOTS": "10"}
         if history:
             env["BACKCAST_PREFECT__HISTORY"] = "true"
             env["BACKCAST_PREFECT__API_URL"] = await servers.enter_async_context(accepts_everything())
-        running = await servers.enter_async_context(stack(database.url("backcast"), folder, **env))
+        running = await servers.enter_async_context(stack(url, folder, **env))
         await running.up("api", "worker")
         worker = psutil.Process(running.parts[1].process.pid)
 
@@ -84,11 +80,11 @@ async def measure(runs: int, folder: Path, *, history: bool) -> dict[str, float]
             return time.perf_counter() - start
 
         await work(WARM)
-        before = spent(worker)
+        before = of_worker(worker)
         took = await work(runs)
         await asyncio.sleep(2)  # for the history
         figures = {"rate": runs / took}
-        for name, old, new in zip(("supervisor", "executor"), before, spent(worker), strict=True):
+        for name, old, new in zip(("supervisor", "executor"), before, of_worker(worker), strict=True):
             figures[f"{name}_user_ms"] = 1000 * (new[0] - old[0]) / runs
             figures[f"{name}_system_ms"] = 1000 * (new[1] - old[1]) / runs
         return figures

@@ -7,13 +7,11 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, StorageState, async_playwright, expect
 
-from backcast.ledger import provisioning
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.browser.browser import CHROMIUM
 from tests.browser.world import World, world
 from tests.integration.conftest import _no_ambient_environment, server
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.waiting import PATIENCE
 
 __all__ = ["_no_ambient_environment", "server"]
@@ -44,10 +42,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def office(server: postgres.Postgres, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    database = server.url("office")
-    provisioning.create_database(server.url(), "office")
-    migrate(database)
-    give_roles(database)
+    database = databases.create(server, "office")
     async with world(database, tmp_path_factory.mktemp("office"), KEY) as made:
         yield made
 

@@ -12,15 +12,12 @@ from pathlib import Path
 
 from playwright.async_api import async_playwright
 
-from backcast.ledger import provisioning
 from backcast.ledger.connection import Ledger
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from backcast.models import uuid7
 from tests.browser.browser import CHROMIUM
 from tests.browser.world import HOSTILE, World, world
-from tests.support import ended
-from tests.support.roles import give_roles
+from tests.support import databases, ended
 from tests.support.stack import ROOT
 
 COMMITTED = ("overview", "runs", "run", "try")
@@ -106,10 +103,7 @@ async def remember(database: str) -> None:
 async def main() -> None:
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     with tempfile.TemporaryDirectory() as text, postgres.running(Path(text) / "data") as server:
-        database = server.url("console")
-        provisioning.create_database(server.url(), "console")
-        migrate(database)
-        give_roles(database)
+        database = databases.create(server)
         await remember(database)
         async with world(database, Path(text), odd=HOSTILE if given else "archive") as made:
             await shoot(made, given)

@@ -14,10 +14,8 @@ from typing import Any
 import asyncpg
 import httpx
 
-from backcast.ledger import provisioning
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.stack import Stack, stack
 
 RECORD = Path(__file__).with_name("answers.txt")
@@ -132,10 +130,7 @@ async def test_the_answers_are_as_recorded(database: str, tmp_path: Path) -> Non
 
 async def _record() -> None:
     with tempfile.TemporaryDirectory() as folder, postgres.running(Path(folder) / "pg") as server:
-        provisioning.create_database(server.url(), "backcast")
-        database = server.url("backcast")
-        migrate(database)
-        give_roles(database)
+        database = databases.create(server)
         async with stack(database, Path(folder), BACKCAST_BUILTIN_TASKS="false") as product:
             RECORD.write_text(await _scenario(product))
 

@@ -16,6 +16,7 @@ from backcast.local import postgres
 from backcast.models import Limits, Submission, TaskType, uuid7
 from tests.chaos.proxy import Link
 from tests.integration.test_steward import add, leads
+from tests.support import databases
 from tests.support.roles import give_roles
 from tests.support.stack import Part, stack
 from tests.support.waiting import until
@@ -73,10 +74,7 @@ async def test_an_api_and_a_steward_say_what_they_wait_for(tmp_path: Path) -> No
 async def test_a_notification_that_failed_is_not_the_last_one(tmp_path: Path) -> None:
     """As when a client that listens sits in a transaction until the server's queue is full."""
     with postgres.running(tmp_path / "data", settings={"max_notify_queue_pages": "64"}) as server:
-        provisioning.create_database(server.url(), "backcast")
-        url = server.url("backcast")
-        migrate(url)
-        give_roles(url)
+        url = databases.create(server)
         sleeper, witness = await asyncpg.connect(url), await asyncpg.connect(url)
         await sleeper.execute("listen other; begin; select 1")
         fill = "do $$ begin for n in 1..1000 loop perform pg_notify('other', n || repeat('x', 7900)); end loop; end $$"

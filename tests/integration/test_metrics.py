@@ -15,18 +15,16 @@ import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from backcast.ledger import figures, provisioning
+from backcast.ledger import figures
 from backcast.ledger.connection import Ledger
-from backcast.ledger.migration import migrate
 from backcast.local.postgres import Postgres
 from backcast.process.metrics import LEDGER, OTHER, PROCESSES, ApiMetrics, Names
 from backcast.testing import Reply, Request, ScriptedModel, extract
 from tests.chart.test_alerts import ALERTS
 from tests.integration.test_steward import add
-from tests.support import generate
+from tests.support import databases, generate
 from tests.support.dashboards import DASHBOARDS, VARIABLES
 from tests.support.prometheus import Prometheus, needs_prometheus
-from tests.support.roles import give_roles
 from tests.support.stack import Part, Stack, stack
 from tests.support.waiting import PATIENCE, until
 
@@ -125,10 +123,7 @@ async def _everything(product: Stack) -> Served:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def product(server: Postgres, _template: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
-    url = server.url("metrics")
-    provisioning.create_database(server.url(), "metrics")
-    migrate(url)
-    give_roles(url)
+    url = databases.create(server, "metrics")
 
     def script(request: Request) -> Reply:
         return Reply(status=401) if request.text == REFUSED else extract(request)

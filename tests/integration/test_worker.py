@@ -15,12 +15,11 @@ import httpx
 import pytest
 
 from backcast.client import AsyncClient
-from backcast.ledger import claims, provisioning
+from backcast.ledger import claims
 from backcast.ledger.connection import Ledger
-from backcast.ledger.migration import migrate
 from backcast.local import postgres
 from tests.integration.test_ledger import LEASE
-from tests.support.roles import give_roles
+from tests.support import databases
 from tests.support.runs import FINAL
 from tests.support.s3 import s3_server
 from tests.support.stack import Stack, stack
@@ -300,9 +299,7 @@ async def test_everything_waits_for_the_database(tmp_path: Path) -> None:
             await part.ready("/livez")
             assert (await product.http.get(f"{part.url}/readyz")).status_code == 503
         with postgres.running(data) as database:
-            provisioning.create_database(database.url(), "backcast")
-            migrate(database.url("backcast"))
-            give_roles(database.url("backcast"))
+            databases.create(database)
             await asyncio.gather(*[part.ready() for part in (api, worker, steward)])
             product.http.base_url = httpx.URL(api.url)
             runs = [await product.submit("linger", name="db") for _ in range(5)]

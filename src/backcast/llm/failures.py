@@ -17,6 +17,7 @@ from pydantic_ai.exceptions import ContentFilterError, ModelAPIError, ModelHTTPE
 from backcast.errors import FatalError, RunError, TransientError, UsageError
 from backcast.llm import NO_MODEL
 from backcast.llm.completions import NotCompletions, TooSlow
+from backcast.llm.streaming import is_json
 from backcast.settings import Model
 from backcast.targets import Misfit
 
@@ -74,20 +75,12 @@ def _unfit(answer: str, model: Model, misfit: Misfit | None) -> RunError:
     elif not answer.strip():
         reason = "it was empty."
     else:
-        reason = "it is JSON without the field `result`." if _is_json(answer) else "it is not JSON."
+        reason = "it is JSON without the field `result`." if is_json(answer) else "it is not JSON."
     return UsageError(
         f"The model's answer does not fit the target, also when asked again: {_redacted(reason, model)}"
         f"{_excerpt('It answered', answer, model)} Make the target or the instructions clearer, or use a larger model.",
         code="model_answer_invalid",
     )
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _excerpt(who: str, text: str, model: Model) -> str:

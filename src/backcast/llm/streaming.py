@@ -94,7 +94,7 @@ class Answer:
             for call in self._calls.values()
         ]
         message = {"role": "assistant", "content": self._content or None, "refusal": self._refusal or None}
-        finish = self._finish or ("stop" if _is_json(self.text) else "error")  # "error": the stream broke off
+        finish = self._finish or ("stop" if is_json(self.text) else "error")  # "error": the stream broke off
         choice = {"index": 0, "finish_reason": finish, "message": message | {"tool_calls": calls or None}}
         return chat.ChatCompletion.construct(**self._given, choices=[choice] if self._has_choice else [])
 
@@ -124,7 +124,8 @@ def _text(given: Any) -> str:
     return given if isinstance(given, str) else ""
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str) -> bool:
+    """Whether it is JSON that can be read, and no cut-off or endlessly nested text."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):

@@ -83,7 +83,7 @@ class Names(dict[str, str]):
 
 class Seconds(Collector):
     """A histogram of times. Only the thread of the event loop observes: without a lock, and with its buckets added up
-    when they are shown, it takes a tenth of the library's time, which several of them take for every run."""
+    when they are shown, it takes a fifth of the library's time, which several of them take for every run."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
         self._name, self._text, self._labels = name, text, labels

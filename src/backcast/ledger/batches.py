@@ -26,6 +26,8 @@ AT_ONCE = 1000
 """Runs cancelled by one statement."""
 COUNTED = 100_000
 """Runs that a list of batches counts: about 0.1 s of the database."""
+_STATE = f"case when state in {waiting.NOT_READY} then 'queued' else state end"
+"""SQL: the state of a run as callers see it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ async def get(ledger: Ledger, batch_id: UUID) -> Batch:
     if row is None:
         raise _unknown(batch_id)
     counts = await ledger.fetch(
-        f"""select case when state in {waiting.NOT_READY} then 'queued' else state end as state, count(*) as runs
+        f"""select {_STATE} as state, count(*) as runs
               from all_runs where batch_id = $1 group by 1 order by 1""",  # noqa: S608  # a constant
         batch_id,
     )
@@ -140,7 +142,7 @@ with latest as (
   select *, sum(size) over (order by id desc) as runs from (
     select id, owner, size, skipped, {reading.time("created_at")} from batches order by id desc limit $1) b),
 counted as (
-  select batch_id, case when state in {waiting.NOT_READY} then 'queued' else state end as state, count(*) as runs
+  select batch_id, {_STATE} as state, count(*) as runs
     from all_runs where batch_id = any(array(select id from latest where runs <= $2)) group by 1, 2)
 select l.*, (select json_object_agg(c.state, c.runs) from counted c where c.batch_id = l.id) as states
   from latest l order by id desc"""  # noqa: S608  # constants

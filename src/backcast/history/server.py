@@ -29,6 +29,7 @@ class PrefectServer:
             headers={"content-type": "application/json"}
             | ({"authorization": f"Bearer {settings.api_key.get_secret_value()}"} if settings.api_key else {}),
             timeout=TIMEOUT,
+            limits=httpx.Limits(max_keepalive_connections=0),  # it closes kept ones after an error of its own, unasked
         )
 
     async def aclose(self) -> None:

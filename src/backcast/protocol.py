@@ -27,6 +27,11 @@ _SUCCEEDED, _FAILED, _RETRY, _STOPPED, DISTURBED = range(5)
 """The number of a `RESULT`. `DISTURBED`: it has ended before its end, and nobody had asked for it."""
 
 
+def largest(max_result: int) -> int:
+    """Bytes of the largest message of an executor: a result or a cached value, and what surrounds it."""
+    return max_result + (32 << 20)
+
+
 class Assignment(BaseModel):
     """What an executor needs to know: neither the database, nor the store, nor the keys of the API."""
 

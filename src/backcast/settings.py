@@ -62,7 +62,7 @@ def _seconds(value: Any) -> Any:
         return value
 
 
-Duration = Annotated[timedelta, BeforeValidator(_seconds)]
+Duration = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(0))]
 """Seconds, or ISO 8601 (`PT15S`)."""
 
 
@@ -101,7 +101,7 @@ class Database(_Section):
     """PostgreSQL 15 to 18, as `postgresql://user:password@host:port/database`."""
     pool: int = Field(default=10, ge=2, le=200)
     """Connections that an API process may hold open, besides one that listens. A worker holds up to 4, a steward 7."""
-    timeout: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
+    timeout: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1), le=timedelta(seconds=30))
     """How long a statement may take, including the wait for a connection, before the database counts as unavailable."""
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import locale
 import logging
 import multiprocessing
 import os
@@ -15,9 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,15 @@ async def nap(seconds: float = 0.5) -> float:
 def sync_nap(seconds: float = 0.5) -> float:
     time.sleep(seconds)
     return seconds
+
+
+@task
+def crunch(seconds: float = 4) -> int:
+    """A neighbour that computes."""
+    until, turns = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        turns += 1
+    return 1
 
 
 @task(timeout_seconds=2)
@@ -62,6 +74,17 @@ async def _spin() -> None:
 @task
 async def sleep_in_the_loop() -> None:
     time.sleep(3600)
+
+
+@task
+async def sleep_in_steps_in_the_loop() -> None:
+    while True:
+        time.sleep(0.005)
+
+
+@task
+def sleep_with_the_gil() -> None:
+    ctypes.PyDLL(None).sleep(3600)
 
 
 @task
@@ -450,8 +473,24 @@ def relies() -> list[str]:
     wrong += ["threads seldom switch"] if sys.getswitchinterval() > 1 else []
     wrong += ["no garbage is collected"] if not gc.isenabled() else []
     wrong += ["an alarm is set"] if signal.getitimer(signal.ITIMER_REAL)[0] else []
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(100_000))
+    wrong += ["nothing can be imported"] if find_spec("wave") is None else []
+    wrong += ["threads are traced"] if threading.gettrace() or threading.getprofile() else []
+    wrong += ["another locale"] if locale.setlocale(locale.LC_NUMERIC) != "C" else []
     wrong += ["little recursion"] if sys.getrecursionlimit() < 500 else []
     wrong += ["no stdout"] if sys.stdout is None or sys.stderr is None else []  # pyright: ignore[reportUnnecessaryComparison]
+    return wrong
+
+
+@task
+async def relies_on_the_loop() -> list[str]:
+    loop, wrong = asyncio.get_running_loop(), list[str]()
+    wrong += ["no task factory"] if loop.get_task_factory() is None else []
+    wrong += ["an exception handler"] if loop.get_exception_handler() is not None else []
+    wrong += ["debug mode"] if loop.get_debug() else []
+    wrong += ["a trace function"] if sys.gettrace() or sys.getprofile() else []
+    wrong += ["signals are blocked"] if signal.pthread_sigmask(signal.SIG_BLOCK, ()) else []
     return wrong
 
 
@@ -535,6 +574,46 @@ async def set_an_alarm() -> str:
     """Its handler raises in whatever the loop does then."""
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))
     signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    return "rude"
+
+
+def _raises(*_: Any) -> None:
+    raise RuntimeError("not here")
+
+
+@task
+async def change_the_loop() -> str:
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(None)
+    loop.set_exception_handler(_raises)
+    loop.set_debug(True)
+    return "rude"
+
+
+@task
+async def trace_all() -> str:
+    threading.settrace(_raises)
+    threading.setprofile(_raises)
+    sys.setprofile(lambda *_: None)
+    return "rude"
+
+
+@task
+async def block_signals() -> str:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    return "rude"
+
+
+@task
+def clear_the_import_path() -> str:
+    sys.path.clear()
+    sys.path_importer_cache.clear()
+    return "rude"
+
+
+@task
+def limit_file_sizes() -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     return "rude"
 
 
@@ -635,10 +714,17 @@ async def nested() -> Any:
 
 
 @task
-async def send_garbage() -> None:
+async def send_garbage(megabytes: int = 0) -> None:
     """Into whatever socket it finds."""
+    sockets = list[int]()
     for number in range(3, 64):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):  # noqa: PTH115
+                sockets.append(number)
                 os.write(number, b"\xff" * 64)
+    for _ in range(16 * megabytes):
+        for number in sockets:
+            with contextlib.suppress(OSError):
+                os.write(number, bytes(1 << 16))
+        await asyncio.sleep(0)
     await asyncio.sleep(60)

@@ -66,7 +66,7 @@ async def serve(url: str, folder: Path, counts: list[int]) -> None:
     ledger = Ledger(url)
     await fleet.register(ledger, uuid7(), pool="default", host="h", version="1", slots=1, tasks=[ECHO])
     async with stack(url, folder) as served:
-        served.env["BACKCAST_DATABASE__TIMEOUT"] = "PT100S"
+        served.env["BACKCAST_DATABASE__TIMEOUT"] = "PT30S"
         await served.up("api")
         await measure(served, counts)
     await ledger.aclose()

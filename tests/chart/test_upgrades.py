@@ -176,10 +176,25 @@ def test_a_store_moves_while_every_pod_can_read_both(live: Cluster, mode: str) -
     assert environment["MINIO_ROOT_USER"]["valueFrom"]["secretKeyRef"]["key"] == "bundled-s3-access-key"
 
 
+def in_secret(live: Cluster, name: str, database: str) -> Values:
+    """Values that name a Secret of the user's, which is there."""
+    url = base64.b64encode(database.encode()).decode()
+    live.add("Secret", name, data=dict.fromkeys(["database-url", "prefect-database-url"], url))
+    return postgres(existingSecret=name)
+
+
 def test_a_secret_may_take_the_place_of_a_url(live: Cluster) -> None:
     installed(live, postgres(**ONE))
-    live.add("Secret", "theirs", data=dict.fromkeys(["database-url", "prefect-database-url"], "eA=="))
-    render(postgres(existingSecret="theirs"), cluster=live, revision=2)
+    render(in_secret(live, "theirs", ONE["url"]), cluster=live, revision=2)
+
+
+@pytest.mark.parametrize("by_secret", [True, False])
+def test_a_secret_for_another_database_is_refused(live: Cluster, by_secret: bool) -> None:
+    installed(live, in_secret(live, "theirs", ONE["url"]) if by_secret else postgres(**ONE))
+    other = in_secret(live, "others", OTHER["url"])
+    assert 'set postgres.movedFrom to "one/b"' in refusal(other, live)
+    other["postgres"]["movedFrom"] = "one/b"
+    render(other, cluster=live, revision=2)
 
 
 # Secrets of others

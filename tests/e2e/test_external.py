@@ -130,8 +130,9 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 async def test_the_setup_names_the_mistake(servers: Cluster, model: str, mistake: str) -> None:
     wrong, words = MISTAKES[mistake]
+    values = {"ingress": {"enabled": False, "host": ""}, "config": {"setup": {"patience": "PT5S"}}}
     release = Release(servers, f"wrong-{mistake}", f"{NAMESPACE}-{mistake}")
-    async with release.installing(merged(_values(model), {"ingress": {"enabled": False, "host": ""}}, wrong)):
+    async with release.installing(merged(_values(model), values, wrong)):
         sentence = await release.setup_fails()
         assert all(word in sentence for word in words), sentence
         assert "Traceback" not in sentence

@@ -15,6 +15,7 @@ from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Attempts, Problem, Tried
+from backcast.worker import results
 from tests.integration.test_ledger import LEASE, claim, completed, register, silence, submit
 from tests.integration.test_worker import calls
 from tests.support.stack import Stack, stack
@@ -143,6 +144,24 @@ async def test_a_release_is_an_attempt_that_does_not_count(product: Stack) -> No
     assert (await product.run(run_id))["attempts"] == 1
 
 
+async def test_a_run_that_is_released_without_end_fails(product: Stack, ledger: Ledger) -> None:
+    product.parts[1].signal(signal.SIGTERM)
+    assert await product.parts[1].ended() == 0
+    runs = [await product.submit("echo", value=n) for n in range(2)]
+    for run, releases in zip(runs, (99, 100), strict=True):
+        await ledger.execute(
+            "update runs set attempts = json_build_object('left_out', $2::int, 'newest', '[]'::json) where id = $1",
+            UUID(run),
+            releases,
+        )
+    await product.start("worker").ready()
+    assert await product.result(runs[0]) == 0
+    failed = await product.ended(runs[1])
+    assert (failed["error"]["code"], failed["attempts"]) == ("released_too_often", 1)
+    page = await product.http.get("/problems/released_too_often")
+    assert page.status_code == 200
+
+
 async def test_unknown_runs_and_those_that_have_not_begun(product: Stack) -> None:
     answer = await product.http.get(f"/v1/runs/{uuid4()}/attempts")
     assert (answer.status_code, answer.json()["code"]) == (404, "unknown_run")
@@ -182,6 +201,20 @@ async def test_the_newest_ten_are_kept_and_the_others_counted(ledger: Ledger) ->
     found = await shown(ledger, run)
     assert (found.left_out, [each.number for each in found.items]) == (42, list(range(43, 54)))
     assert [each.outcome for each in found.items] == ["retrying"] * 10 + ["succeeded"]
+
+
+async def test_releases_are_known_to_the_next_claim(ledger: Ledger) -> None:
+    worker = await register(ledger)
+    await submit(ledger)
+    for n in range(12):
+        [taken] = await claim(ledger, worker)
+        assert taken.releases == n
+        released = results.released(taken.id, taken, has_started=True)
+        assert (await settlement.settle(ledger, worker, [released])).accepted
+    for n in range(1, 3):
+        assert (await again(ledger, worker, retries_used=n)).releases == 12, "what counts is no release"
+    [taken] = await claim(ledger, worker)
+    assert (taken.releases, taken.attempts_used) == (12, 2)
 
 
 async def test_the_tokens_of_the_last_attempt_are_those_of_no_other(ledger: Ledger) -> None:

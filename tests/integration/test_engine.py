@@ -353,7 +353,7 @@ async def on_prefect(way: Way, request: pytest.FixtureRequest) -> Way:
 
 def busy(way: Way) -> Any:
     async def look() -> int:
-        return way.executor.threads_busy
+        return len(way.executor._threads._busy)
 
     return look
 
@@ -476,10 +476,10 @@ async def test_a_thread_that_can_not_be_interrupted_is_left_behind(way: Way) -> 
     first = await way.run("s_stuck", run_id=run_id, name=name)
     assert isinstance(first, Retry), "not at once: its thread still has the slot"
     assert await way.run("s_stuck", first.retries, run_id=run_id, name=name) == Succeeded(b'"call 2"')
-    assert (way.executor.threads_busy, way.executor.threads_abandoned) == (1, 1)
+    assert (len(way.executor._threads._busy), len(way.executor._threads._abandoned)) == (1, 1)
     gates[name].set()
     await until(busy(way), lambda n: n == 0)
-    assert way.executor.threads_abandoned == 0
+    assert len(way.executor._threads._abandoned) == 0
     if way.published:
         assert way.states(run_id) == ["Running", "Retrying", "Running", "Completed"]
 
@@ -505,11 +505,11 @@ async def test_stopping_a_run_does_not_wait_for_it(way: Way, kind: str, reason: 
     with pytest.raises(asyncio.CancelledError):
         await execution
     left = int(kind == "s")
-    assert (way.executor.threads_busy, way.executor.threads_abandoned) == (left, left)
+    assert (len(way.executor._threads._busy), len(way.executor._threads._abandoned)) == (left, left)
     published = way.states(run_id)
     gates[name].set()
     await until(busy(way), lambda n: n == 0)
-    assert way.executor.threads_abandoned == 0
+    assert len(way.executor._threads._abandoned) == 0
     assert way.states(run_id) == published, "the thread's later changes are not published"
     if way.published:
         last = {"cancelled": ["Cancelled"], "released": ["Released"], "lost": []}[reason]
@@ -526,7 +526,7 @@ async def test_a_run_that_is_stopped_before_it_has_a_thread_never_starts(way: Wa
     runs[3].cancel("cancelled")
     with pytest.raises(asyncio.CancelledError):
         await runs[3]
-    assert way.executor.threads_abandoned == 0
+    assert len(way.executor._threads._abandoned) == 0
     for name in names:
         gates[name].set()
     assert await asyncio.gather(*runs[:3]) == [Succeeded(b'"too late"')] * 3

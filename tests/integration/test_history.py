@@ -129,21 +129,27 @@ async def test_prefect_also_shows_runs_that_no_worker_has_published(
 class _Behind:
     """A sink whose server shows one more end at each look, once it was asked; what it gets first may be lost."""
 
-    def __init__(self, *, loses_first: int = 0) -> None:
+    def __init__(self, *, loses_first: int = 0, remembers: int = 0) -> None:
+        """`remembers`: of those that it loses, it comes to show so many, one now and then."""
         self.loses, self.got, self.shown = loses_first, list[UUID](), set[UUID]()
-        self._waiting = list[UUID]()
+        self._waiting, self._later, self._remembers, self._looks = list[UUID](), list[UUID](), remembers, 0
         self.server = self
 
     def record(self, entry: Entry) -> None:
         self.got.append(entry.id)
         if self.loses:
             self.loses -= 1
+            if len(self._later) < self._remembers:
+                self._later.append(entry.id)
         else:
             self._waiting.append(entry.id)
 
     async def count(self, runs: list[UUID], _kind: str) -> int:
+        self._looks += 1
         if self._waiting:
             self.shown.add(self._waiting.pop(0))
+        elif self._later and self._looks % 5 == 0:
+            self.shown.add(self._later.pop(0))
         return len(self.shown.intersection(runs))
 
     async def states(self, runs: list[UUID]) -> dict[UUID, str | None]:
@@ -171,6 +177,12 @@ async def test_a_server_that_is_behind_gets_no_end_again_and_one_that_lost_some_
     await reconciliation.Reconciliation(ledger, losing, None).reconcile()  # type: ignore[arg-type]
     assert losing.shown == set(runs)
     assert len(losing.got) == len(runs) + 5, "only those that it has lost"
+    await ledger.execute("delete from cursors")
+    forgetful = _Behind(loses_first=len(runs), remembers=1000)
+    monkeypatch.setattr(reconciliation, "PACE", 0.3)
+    await reconciliation.Reconciliation(ledger, forgetful, None).reconcile()  # type: ignore[arg-type]
+    assert forgetful.shown == set(runs)
+    assert len(forgetful.got) > len(runs), "it is not waited for as long as it shows one more now and then"
 
 
 async def flushed(sink: Sink) -> bool:  # Prefect may refuse any write with 503; the sink keeps it and sends it again

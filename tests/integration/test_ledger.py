@@ -186,6 +186,18 @@ async def test_a_scheduled_run_waits_for_its_time(ledger: Ledger) -> None:
     assert [c.id for c in await claim(ledger, worker)] == [later.run.id]
 
 
+async def test_all_runs_that_are_due_at_once_are_queued_at_once(ledger: Ledger) -> None:
+    await ledger.execute(
+        """insert into runs (id, task, pool, owner, state, max_attempts, input, metadata)
+           select gen_random_uuid(), 'noop', 'default', 'o', 'scheduled', 1, '{}', '{}' from generate_series(1, $1)""",
+        2 * dispatch.AT_ONCE + 1,
+    )
+    await dispatch.dispatch_due(ledger)
+    row = await ledger.fetchrow("select count(*) as n from runs where state = 'scheduled'")
+    assert row is not None
+    assert row["n"] == 0
+
+
 async def test_a_stale_worker_changes_nothing(ledger: Ledger) -> None:
     first, second = await register(ledger), await register(ledger)
     await submit(ledger)
@@ -445,7 +457,7 @@ async def test_wakes_are_coalesced_and_the_last_one_is_never_dropped(ledger: Led
         """All notifications up to now: a mark that is sent after them arrives after them."""
 
         async def pending() -> int:
-            return sum(notifier.is_busy for notifier in ledger._notifiers.values())
+            return sum(notifier._task is not None for notifier in ledger._notifiers.values())
 
         async def seen() -> list[object]:
             return sent

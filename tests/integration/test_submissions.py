@@ -629,7 +629,7 @@ async def test_wrong_lines_are_skipped_and_have_their_errors(
     problem(await api.post("/v1/batches", content=body, headers=keyed), 422, "invalid_input")
     errors = [json.loads(line) for line in (await api.get(f"/v1/batches/{batch['id']}/errors")).text.splitlines()]
     assert [(error["line"], error["custom_id"]) for error in errors] == [
-        (1, "b"), (2, None), (3, "late"), (4, "a"), (5, "c"), (6, ""), (8, None)
+        (2, "b"), (3, None), (4, "late"), (5, "a"), (6, "c"), (7, ""), (9, None)
     ]  # fmt: skip
     assert errors[0]["errors"] == [{"pointer": "/input", "detail": "'value' is a required property"}]
     assert "line 1 has it already" in errors[3]["detail"]

@@ -20,7 +20,7 @@ from prefect.events.schemas.events import Event
 
 from backcast.history import sink as sink_module
 from backcast.history.events import Change
-from backcast.history.sink import Sink
+from backcast.history.sink import BATCH, Sink
 from backcast.models import uuid7
 from backcast.settings import Prefect
 from tests.support.waiting import PATIENCE
@@ -144,6 +144,26 @@ async def test_a_server_that_takes_nothing_loses_nothing(status: int) -> None:
     await flushed(sink, 2)
     assert sorted(server.taken) == sorted([*names, *[f"line of {name}" for name in names]])
     assert dropped(sink, "refused") == 0
+
+
+async def test_events_without_end_leave_a_turn_to_log_lines_and_come_together() -> None:
+    """Each post takes longer than it is until the next event."""
+    posts = list[tuple[str, int]]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        posts.append((request.url.path, len(names_in(request.content))))
+        sink.publish(change("while it is posted"))
+        return httpx.Response(201)
+
+    sink = over(Refusing(500))
+    sink.server._client = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://prefect/api")
+    for n in range(BATCH + 50):
+        sink.publish(change(f"event {n}"))
+    sink.keep_log(line("hello"))
+    async with asyncio.timeout(PATIENCE):
+        await sink._flush()
+    assert posts == [("/api/events", BATCH), ("/api/logs/", 1), ("/api/events", 52)]
+    assert sink.waiting == 1, "what has come during the last post waits for the next time"
 
 
 class _Closing(BaseHTTPRequestHandler):

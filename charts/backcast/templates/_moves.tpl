@@ -20,11 +20,8 @@ the cluster: the ConfigMap says where the objects are, the StatefulSet and the S
 {{- if and $before (not (or (has (first $after) $before) (has .Values.store.movedFrom $before))) }}
 {{- fail (printf "The pods that run now can't read %q, where the new ones would write: make it store.fallback first, and exchange the two by the next upgrade (docs/operations.md, \"Move the store\")." (first $after)) }}
 {{- end }}
-{{- $rows := include "backcast.moves.database" . | default ($installed | empty | ternary "" "external") }}
-{{- $target := "bundled" }}
-{{- if eq .Values.postgres.mode "external" }}
-{{- $target = include "backcast.moves.url" .Values.postgres.external.url | default "external" }}
-{{- end }}
+{{- $rows := include "backcast.moves.database" . | default $installed.database | default ($installed | empty | ternary "" "external") }}
+{{- $target := include "backcast.moves.target" . | default "external" }}
 {{- $same := or (not $rows) (eq $rows $target) (and (ne $rows "bundled") (ne $target "bundled") (has "external" (list $rows $target))) }}
 {{- if not (or $same (eq $rows .Values.postgres.movedFrom)) }}
 {{- fail (printf "This release keeps its runs in PostgreSQL %q, and these values name %q: the API would know none of the accepted runs. Copy the database (docs/operations.md, \"Move the database\"), then set postgres.movedFrom to %q." $rows $target $rows) }}
@@ -53,6 +50,19 @@ bundled
 {{- else -}}
 {{- $secret := lookup "v1" "Secret" .Release.Namespace (include "backcast.name.secret" .) }}
 {{- include "backcast.moves.url" (get ($secret.data | default dict) "database-url" | b64dec) }}
+{{- end }}
+{{- end }}
+
+{{/* The name of the database of these values, likewise. */}}
+{{- define "backcast.moves.target" -}}
+{{- $external := .Values.postgres.external }}
+{{- if ne .Values.postgres.mode "external" -}}
+bundled
+{{- else if $external.existingSecret -}}
+{{- $secret := lookup "v1" "Secret" .Release.Namespace $external.existingSecret }}
+{{- include "backcast.moves.url" (get ($secret.data | default dict) "database-url" | b64dec) }}
+{{- else -}}
+{{- include "backcast.moves.url" $external.url }}
 {{- end }}
 {{- end }}
 

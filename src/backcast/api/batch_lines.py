@@ -246,7 +246,7 @@ class Reader:
         lines = [
             to_json(
                 {
-                    "line": wrong.number,
+                    "line": wrong.number + 1,
                     "custom_id": wrong.custom_id,
                     "code": wrong.code,
                     "detail": wrong.detail,

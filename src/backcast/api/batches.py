@@ -28,7 +28,7 @@ from backcast.errors import (
 )
 from backcast.ledger import batches
 from backcast.ledger.batches import Item
-from backcast.models import JSON, Batch, Name, uuid7
+from backcast.models import Batch, Name, uuid7
 from backcast.store import Missing
 
 router = APIRouter(prefix="/v1/batches", tags=["batches"], route_class=Route)
@@ -173,24 +173,13 @@ async def cancel_batch(batch_id: UUID, deps: Deps) -> Batch:
     summary="Get the errors of skipped lines",
     description=(
         "One line per wrong line, for the first 1,000:"
-        ' `{"line" (from 0), "custom_id", "code", "detail", "errors": [{"pointer", "detail"}]}`.'
+        ' `{"line" (from 1), "custom_id", "code", "detail", "errors": [{"pointer", "detail"}]}`.'
     ),
     response_model=None,
     responses=LINES | problems.responses(UnknownBatch, LedgerUnavailable),
 )
 async def get_errors(batch_id: UUID, deps: Deps) -> Response:
     return Response(await batches.errors(deps.ledger, batch_id), media_type=JSON_LINES)
-
-
-class BatchResult(BaseModel):
-    """A line of the results: with `result` if the run completed, with `error` if there will be no result."""
-
-    id: UUID
-    state: str
-    custom_id: str | None = None
-    metadata: dict[str, str] = {}
-    result: JSON = None
-    error: dict[str, str] | None = None
 
 
 @router.get(

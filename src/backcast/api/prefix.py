@@ -13,7 +13,7 @@ of_links: ContextVar[str] = ContextVar("backcast_prefix_of_links", default="")
 
 
 class Prefix:
-    """Middleware, the outermost one: all others see paths without the prefix."""
+    """Middleware: all inside of it see paths without the prefix."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app = app

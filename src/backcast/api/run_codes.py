@@ -71,6 +71,10 @@ RUN_CODES = {
         "The process that executed the run took too much memory",
         "Work on less at a time, or raise BACKCAST_WORKER__MAX_MEMORY.",
     ),
+    "released_too_often": (
+        "The run was begun again and again, and never came to its end",
+        "Its workers were stopped a hundred times before it was done: raise BACKCAST_WORKER__GRACE, or cut the task.",
+    ),
     "result_too_large": ("The result is too large", "Return less, store it elsewhere, or raise BACKCAST_MAX_RESULT."),
     "same_value": (
         "Another run computes the same value",

@@ -32,10 +32,9 @@ from backcast.errors import (
     UnsupportedBody,
 )
 from backcast.ledger import listing, runs
-from backcast.ledger.listing import Filters
 from backcast.ledger.runs import Value
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import LABELS, Moment, Name, Run, State, Submission, Words
+from backcast.models import Moment, Name, Run, Selection, State, Submission, Words
 
 router = APIRouter(prefix="/v1", tags=["runs"], route_class=Route)
 hot = APIRouter(prefix="/v1", tags=["runs"], route_class=FastRoute)
@@ -124,21 +123,22 @@ async def list_runs(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: UUID | None = None,
 ) -> RunList:
-    filters = Filters(
-        state=state,
-        task=task,
-        owner=owner,
-        batch=batch,
-        lane=lane,
-        worker=worker,
-        error=error,
-        text=text,
-        created_after=created_after,
-        created_before=created_before,
-        ended_after=ended_after,
-        ended_before=ended_before,
-        metadata=_labels(request),
-    )
+    given: dict[str, Any] = {
+        "state": state,
+        "task": task,
+        "owner": owner,
+        "batch": batch,
+        "lane": lane,
+        "worker": worker,
+        "error": error,
+        "text": text,
+        "created_after": created_after,
+        "created_before": created_before,
+        "ended_after": ended_after,
+        "ended_before": ended_before,
+    }
+    labels = {name[len(LABEL) :]: value for name, value in request.query_params.items() if name.startswith(LABEL)}
+    filters = validate(Selection, {**given, "metadata": labels})
     found, following = await listing.find(deps.ledger, limit=limit, before=cursor, filters=filters)
     return RunList(items=found, next_cursor=following)
 
@@ -157,15 +157,6 @@ router.add_api_route(
     ),
     responses=problems.responses(InvalidInput, LedgerUnavailable),
 )
-
-
-def _labels(request: Request) -> dict[str, str]:
-    given = {name.removeprefix(LABEL): value for name, value in request.query_params.items() if name.startswith(LABEL)}
-    if len(given) > LABELS:
-        raise InvalidInput(f"query: at most {LABELS} labels can be filtered by at once.")
-    if any("\0" in each for item in given.items() for each in item):
-        raise InvalidInput("query: labels have no null character.")
-    return given
 
 
 @hot.get(

@@ -14,7 +14,7 @@ from backcast.models import Lane, Limits
 
 @use()
 def lanes(url: Url = None, as_json: AsJson = False) -> None:
-    """List the lanes that have limits."""
+    """List the lanes that have limits or are paused."""
     with connect(url) as service:
         _print_lanes(service.lanes(), as_json)
 

@@ -69,7 +69,7 @@ def latest() -> Flow[Sequence[Batch]]:
 
 
 def errors(batch_id: UUID | str) -> Flow[list[JSON]]:
-    """The errors of the first 1,000 skipped lines: `line` (from 0), `custom_id`, `code`, `detail`, `errors`."""
+    """The errors of the first 1,000 skipped lines: `line` (from 1), `custom_id`, `code`, `detail`, `errors`."""
     return wire.read_json_lines((yield from wire.get(path("batches", batch_id, "/errors"))))
 
 

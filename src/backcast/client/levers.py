@@ -65,7 +65,7 @@ def tasks() -> Flow[Sequence[TaskType]]:
 
 
 def lanes() -> Flow[Sequence[Lane]]:
-    """The lanes that have limits."""
+    """The lanes that have limits or are paused."""
     return read(_Lanes, (yield from wire.get("/v1/lanes"))).items
 
 

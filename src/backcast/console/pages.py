@@ -144,7 +144,7 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
 def service(request: Request) -> Service:
     """The API for whoever asks; a route that needs no session does not call this."""
     found: Service | None = request.state.service
-    assert found is not None  # `app.Doors` has sent others to the page where they sign in
+    assert found is not None  # `app._Door` has sent others to the page where they sign in
     return found
 
 

@@ -26,7 +26,7 @@ from backcast.executor.plain import Job, Template
 from backcast.executor.prefect_engine import Publish
 from backcast.executor.registry import prepare
 from backcast.executor.threads import Threads
-from backcast.models import JSON, AttemptResult, Failed, TaskType
+from backcast.models import JSON, AttemptResult, Failed
 from backcast.options import stoppable
 from backcast.process.marks import Marks
 
@@ -62,20 +62,6 @@ class Executor:
         self._threads = Threads(threads, marks, freed)
         self._contexts = contextlib.AsyncExitStack()
         self._templates: dict[str, Template] = {}
-
-    @property
-    def types(self) -> list[TaskType]:
-        return [registered.type for registered in self.registered.values()]
-
-    @property
-    def threads_busy(self) -> int:
-        """Threads that run user code, abandoned ones included."""
-        return self._threads.busy
-
-    @property
-    def threads_abandoned(self) -> int:
-        """Threads that still run the code of attempts that are over: cancelled, released, or too slow."""
-        return self._threads.abandoned
 
     async def __aenter__(self) -> Self:
         client = await self._contexts.enter_async_context(AsyncClientContext.get_or_create())

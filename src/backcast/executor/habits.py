@@ -4,8 +4,10 @@ others can bear it, once each run that may have made it is over. A process in wh
 replaced.
 """
 
+import asyncio
 import contextlib
 import gc
+import locale
 import logging
 import os
 import resource
@@ -22,7 +24,7 @@ from typing import Any
 
 SLOW_EVERY = 0.05
 """Seconds between two looks at what is slow to read, while runs go on."""
-_LIMITS = ("RLIMIT_NOFILE", "RLIMIT_AS")
+_LIMITS = ("RLIMIT_NOFILE", "RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_NPROC")
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class _Habit:
 
 
 class Habits:
-    """Belongs to the main thread."""
+    """Belongs to the main thread, and to its loop."""
 
     def __init__(self) -> None:
         """What holds now is kept."""
@@ -115,34 +117,46 @@ def _habits() -> list[_Habit]:
         signal.setitimer(signal.ITIMER_REAL, 0)  # none is set when the process starts
         signal.signal(signal.SIGALRM, kept[1])
 
+    def set_signals(kept: Any) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
     def add_variables(_: Any) -> None:
         for name, value in variables.items():
             os.environ.setdefault(name, value)
 
+    def read_paths() -> list[str]:
+        return [each for each in path if each in (sys.path or ())]
+
+    def add_paths(kept: list[str]) -> None:
+        sys.path = [*kept, *(each for each in sys.path or () if each not in kept)]
+
+    loop, path = asyncio.get_running_loop(), list(sys.path)
+    quick = partial(_Habit, is_quick=True)
+    borne = partial(quick, is_borne=True)
     return [
-        _Habit("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit, is_quick=True, is_borne=True),
-        _Habit("the current folder", os.getcwd, os.chdir, is_borne=True),
+        borne("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+        borne("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout")),
+        borne("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr")),
+        borne("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable()),
+        quick("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout),
+        quick("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
+        quick("threading.excepthook", lambda: threading.excepthook, partial(setattr, threading, "excepthook")),
+        quick("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook")),
+        quick("the task factory", loop.get_task_factory, loop.set_task_factory),
+        quick("the loop's exception handler", loop.get_exception_handler, loop.set_exception_handler),
+        _Habit("the loop's debug mode", loop.get_debug, loop.set_debug, is_borne=True),
+        _Habit("the trace function", sys.gettrace, sys.settrace, is_borne=True),
+        _Habit("the profile function", sys.getprofile, sys.setprofile, is_borne=True),
+        _Habit("the trace function of threads", threading.gettrace, threading.settrace, is_borne=True),
+        _Habit("the profile function of threads", threading.getprofile, threading.setprofile, is_borne=True),
+        _Habit("the stack size of threads", threading.stack_size, threading.stack_size),
+        _Habit("blocked signals", partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), set_signals),
         _Habit("logging", read_logging, set_logging),
-        _Habit("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout"), is_quick=True, is_borne=True),
-        _Habit("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr"), is_quick=True, is_borne=True),
-        _Habit("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout, is_quick=True),
-        _Habit("the switch interval", sys.getswitchinterval, sys.setswitchinterval, is_quick=True),
-        _Habit(
-            "threading.excepthook",
-            lambda: threading.excepthook,
-            partial(setattr, threading, "excepthook"),
-            is_quick=True,
-        ),
         _Habit("the alarm clock", read_alarm, set_alarm),
-        _Habit("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook"), is_quick=True),
-        _Habit(
-            "garbage collection",
-            gc.isenabled,
-            lambda kept: gc.enable() if kept else gc.disable(),
-            is_quick=True,
-            is_borne=True,
-        ),
         _Habit("warnings", added_errors, remove_errors),
+        _Habit("the locale", partial(locale.setlocale, locale.LC_ALL), partial(locale.setlocale, locale.LC_ALL)),
+        _Habit("the current folder", os.getcwd, os.chdir, is_borne=True),
+        _Habit("the import path", read_paths, add_paths, is_borne=True),
         _Habit("the environment", lambda: len(os.environ) < len(variables), add_variables, is_borne=True),
         *(
             _Habit(name, partial(resource.getrlimit, number), partial(resource.setrlimit, number))

@@ -78,7 +78,7 @@ class _Process:
 
             tracing.start(given.tracing, "executor", through=Redacting)
         llm.connect(given.model)
-        self._objects = objects = RemoteObjects(channel)
+        self._objects = objects = RemoteObjects(channel, largest=protocol.largest(given.max_result))
         tasks = registry.discover(given.tasks)
         executor = Executor(
             tasks,

@@ -19,15 +19,17 @@ class Objects(Protocol):
 
 
 class RemoteObjects:
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, *, largest: int) -> None:
+        """A larger object than `largest` bytes is not stored: the result that it would have is refused anyway."""
+        self._channel, self._largest = channel, largest
         self._asked = dict[bytes, asyncio.Future[Message]]()
 
     async def get(self, key: str) -> bytes:
         return (await self._ask(protocol.GET, key, b"")).body
 
     async def put(self, key: str, body: bytes) -> None:
-        await self._ask(protocol.PUT, key, body)
+        if len(body) <= self._largest:
+            await self._ask(protocol.PUT, key, body)
 
     async def _ask(self, kind: int, key: str, body: bytes) -> Message:
         name, answered = uuid4().bytes, asyncio.get_running_loop().create_future()

@@ -29,16 +29,6 @@ class Threads:
         self._busy: set[object] = set()
         self._abandoned = dict[object, bytes | None]()
 
-    @property
-    def busy(self) -> int:
-        """Threads that run a function now, abandoned ones included."""
-        return len(self._busy)
-
-    @property
-    def abandoned(self) -> int:
-        """Threads that still run a function after its caller has stopped waiting."""
-        return len(self._abandoned)
-
     def has_left(self, run: bytes) -> bool:
         """Whether a thread still runs a function of this run after its caller has stopped waiting."""
         with self._lock:

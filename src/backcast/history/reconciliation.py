@@ -38,7 +38,10 @@ LATE = 30.0
 ASKED = 1000
 """Runs in one question: 8 ms of the server's CPU if all is well."""
 PATIENCE = (5.0, 15.0, 45.0)
-"""Seconds without any progress, after which the corrections that Prefect does not show are published again."""
+"""Seconds without progress, after which the corrections that Prefect does not show are published again."""
+PACE = 0.05
+"""Of what is left has to come to be shown within this time. A server that retries a lost event now and then, and has
+forgotten the others, shows one each few seconds: it would be waited for without end."""
 LOOK_EVERY = 2.0
 """Seconds between two looks at what Prefect shows."""
 AFTER_ABSENCE = 60.0
@@ -89,33 +92,37 @@ class Reconciliation:
     async def _check(self, name: str, after: UUID, age: timedelta) -> None:
         until = uuid7(age.total_seconds() + LATE)
         while page := await history.ended(self.ledger, after, until, within=self.keep, limit=ASKED):
-            for kind in sorted({state_type(state) for state in page.ended.values()}):
-                await self._correct([run for run, state in page.ended.items() if state_type(state) == kind], kind)
+            await self._correct({run: state_type(state) for run, state in page.ended.items()})
             after = page.last
             await cursors.move(self.ledger, name, after)
             if not page.is_full:
                 return
 
-    async def _correct(self, runs: list[UUID], kind: str) -> None:
+    async def _correct(self, ends: dict[UUID, str]) -> None:
         """Publish these ends where Prefect does not show them, and again what gets lost: a server may die with the
         events that it has just received. One that is only behind gets nothing again, which would put it further behind.
         """
-        if await self.sink.server.count(runs, kind) == len(runs):
+        if await self._count(ends) == len(ends):
             return
         for patience in PATIENCE:
-            shown = await self.sink.server.states(runs)
-            runs = [run for run in runs if shown[run] != kind]
-            for run in await history.entries(self.ledger, runs):
+            shown = await self.sink.server.states(list(ends))
+            ends = {run: kind for run, kind in ends.items() if shown[run] != kind}
+            for run in await history.entries(self.ledger, list(ends)):
                 self.sink.record(run)
-            if await self._are_shown(runs, kind, patience):
+            if await self._are_shown(ends, patience):
                 return
-        log.warning("Prefect does not show the end of %d runs yet, such as %s", len(runs), runs[0])
+        log.warning("Prefect does not show the end of %d runs yet, such as %s", len(ends), next(iter(ends)))
 
-    async def _are_shown(self, runs: list[UUID], kind: str, patience: float) -> bool:
-        """Wait until Prefect shows all of these ends, for as long as it shows more and more of them."""
+    async def _count(self, ends: dict[UUID, str]) -> int:
+        """How many of these ends Prefect shows."""
+        kinds = sorted(set(ends.values()))
+        return sum([await self.sink.server.count([run for run in ends if ends[run] == kind], kind) for kind in kinds])
+
+    async def _are_shown(self, ends: dict[UUID, str], patience: float) -> bool:
+        """Wait until Prefect shows all of these ends, for as long as it comes on at `PACE`."""
         most, since = 0, time.monotonic()
-        while (count := await self.sink.server.count(runs, kind)) < len(runs):
-            if count > most:
+        while (count := await self._count(ends)) < len(ends):
+            if count > most + PACE * (len(ends) - most):
                 most, since = count, time.monotonic()
             elif time.monotonic() > since + patience:
                 return False

@@ -231,22 +231,24 @@ class Sink:
 
     async def _flush(self) -> None:
         """Post all that waits. Raises `httpx.HTTPError`; a server that takes no events may still take log lines."""
-        failed = None
-        for post in (self._post_events, self._post_logs):
-            try:
-                while await post():
-                    pass
-            except Undelivered as error:
-                if not isinstance(error.__cause__, httpx.HTTPError):  # cancelled
-                    raise asyncio.CancelledError from error
-                failed = failed or error.__cause__
+        failed, posts = None, [self._post_events, self._post_logs]
+        while posts:
+            for post in tuple(posts):
+                try:
+                    is_more = await post()
+                except Undelivered as error:
+                    if not isinstance(error.__cause__, httpx.HTTPError):  # cancelled
+                        raise asyncio.CancelledError from error
+                    failed, is_more = failed or error.__cause__, False
+                if not is_more:
+                    posts.remove(post)
         if failed is not None:
             raise failed
         self._caught_up = time.monotonic()
         self._is_full.ended()
 
     async def _post_events(self) -> bool:
-        """Whether there was anything to post."""
+        """Whether it was all that one post takes: what has come meanwhile waits for the next time, to be merged."""
         self._unspill()
         kept, bodies = dict[bytes, tuple[str, Item, int]](), list[bytes]()
         with self._lock:
@@ -268,7 +270,7 @@ class Sink:
                     if key not in self._waiting:  # otherwise a newer event of the same run has come
                         self._put(key, item, size, first=True)
             raise
-        return True
+        return len(bodies) == BATCH or room <= 0 or self._spool.count > 0
 
     async def _post_logs(self) -> bool:
         lines = list[bytes]()
@@ -289,7 +291,7 @@ class Sink:
                 self._log_bytes += sum(map(len, error.rest))
                 self._shed_logs()
             raise
-        return True
+        return len(lines) == BATCH or room <= 0
 
     def _drop(self, refused: list[Refused]) -> None:
         """Count them; report the first one, and later ones seldom."""

@@ -24,6 +24,16 @@ KEPT = 10
 _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError)
 
 
+_KNOWN = """case when r.attempts::text ~ '\\\\u(0000|[dD][89a-fA-F])' then null
+                        when r.attempts->>'left_out' ~ '^[0-9][0-9]?[0-9]?[0-9]?[0-9]?[0-9]?$'
+                         and json_typeof(r.attempts->'newest') = 'array' then r.attempts end"""
+"""SQL: the kept attempts of the run `r`, if they can be read."""
+UNCOUNTED = f"""case when r.attempts is null then 0 else (
+    select greatest(coalesce((known->>'left_out')::int + json_array_length(known->'newest') - r.attempts_used, 0), 0)
+      from (select {_KNOWN} as known) k) end"""  # noqa: S608  # a constant
+"""SQL: how many attempts of the run `r` did not count against it, although its code was executed."""
+
+
 def extended(reports: str) -> str:
     """SQL: the kept attempts of the run `r` with those of the column `reports`, if it is not null. What is there and
     can't be read, as a person may have written it, is dropped: it must not keep a run from being settled."""
@@ -32,9 +42,7 @@ def extended(reports: str) -> str:
              'left_out', coalesce(({reports}->>'left_out')::int, 0) + coalesce((known->>'left_out')::int, 0)
                          + greatest(total - {KEPT}, 0),
              'newest', coalesce(newest, '[]'))
-      from (select case when r.attempts::text ~ '\\\\u(0000|[dD][89a-fA-F])' then null
-                        when r.attempts->>'left_out' ~ '^[0-9][0-9]?[0-9]?[0-9]?[0-9]?[0-9]?$'
-                         and json_typeof(r.attempts->'newest') = 'array' then r.attempts end as known) k
+      from (select {_KNOWN} as known) k
      cross join lateral (
            select count(*) as total, json_agg(entry order by n) filter (where n <= {KEPT}) as newest from (
              select n, json_build_object(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from backcast.errors import LedgerFault, LedgerUnavailable
-from backcast.ledger import pauses, reading, routing, waiting
+from backcast.ledger import attempts, pauses, reading, routing, waiting
 from backcast.ledger.connection import REFUSED, Ledger
 
 
@@ -32,6 +32,8 @@ class Claim(NamedTuple):
     """Of the version of the task that accepted the input."""
     waited: float = 0.0
     """Seconds since the run could have started, by the database's clock."""
+    releases: int = 0
+    """Attempts that executed its code and did not count: the worker was stopped, or another run ended its process."""
     trace: str | None = None
     """The `traceparent` of the request that made it, if that was traced."""
 
@@ -93,7 +95,7 @@ claimed as (
           or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1)))
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
             r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature,
-            r.trace, {reading.age("greatest(r.run_at, r.created_at)")} as waited)
+            {attempts.UNCOUNTED} as releases, r.trace, {reading.age("greatest(r.run_at, r.created_at)")} as waited)
 select claimed.*, n.* from (
     select array_agg(distinct owner_key) filter (where not paused) as lacking,
            array_agg(distinct owner_key) filter (where paused) as paused from pick where not can) n

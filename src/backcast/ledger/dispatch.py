@@ -8,7 +8,7 @@ from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
 
 AT_ONCE = 1000
-"""Runs expired by one statement."""
+"""Runs queued or expired by one statement."""
 
 # Lanes that may have room for a run that waits; one probe into runs_held each.
 _OPEN = """
@@ -20,7 +20,7 @@ select name from lanes l where (max_running is null or promoted < max_running)
 _DUE = f"""
 with due as materialized (
   select id from runs where state = 'scheduled' and run_at <= now() and route = ''
-   order by run_at limit 1000 for update skip locked)
+   order by run_at limit {AT_ONCE} for update skip locked)
 update runs r set state = {waiting.ready("r")}
  where id = any(array(select id from due)) returning pool, route, state"""  # noqa: S608  # a constant
 
@@ -33,7 +33,7 @@ _MOVED = ended.moved(
 _EXPIRE = f"""
 with due as materialized (
   select id, lane from runs where deadline <= now() and state in {waiting.WAITING}
-   order by deadline limit 1000),
+   order by deadline limit {AT_ONCE}),
 lane as materialized (
   select name from lanes where name = any(array(select lane from due)) order by name for update),
 late as materialized (
@@ -87,7 +87,10 @@ async def _expire(expired: Callable[[int], object], ledger: Ledger) -> None:
 
 
 async def _queue(ledger: Ledger) -> None:
-    ledger.wake_for(await ledger.fetch(_DUE))
+    while rows := await ledger.fetch(_DUE):
+        ledger.wake_for(rows)
+        if len(rows) < AT_ONCE:
+            break
 
 
 async def _promote(ledger: Ledger) -> None:

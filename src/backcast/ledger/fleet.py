@@ -47,7 +47,7 @@ class Held:
     paused: bool
     """It does not begin, if it has not begun."""
     release: bool
-    """Its pause hands back what has begun too."""
+    """Its pause releases what has begun too."""
 
 
 @dataclass(frozen=True, slots=True)

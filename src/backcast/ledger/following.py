@@ -81,7 +81,7 @@ async def read(ledger: Ledger, run_id: UUID, seen: Place) -> News:
         found.append(Happening(place, "progress", run.progress.model_dump(mode="json")))
     is_all = len(emitted) < events.PAGE
     until = max([_present(run), *(each.place for each in found)]) if is_all else found[len(emitted) - 1].place
-    found += _states(run, until)
+    found += _states(run, seen, until)
     news = sorted((each for each in found if seen < each.place <= until), key=lambda each: each.place)
     return News(news, run, row["version"], row["fence"], is_all, row["result"])
 
@@ -92,10 +92,10 @@ def _present(run: Run) -> Place:
     return Place(run.attempts, RETRYING if waits and run.attempts else 0)
 
 
-def _states(run: Run, until: Place) -> list[Happening]:
-    """All states up to this place."""
+def _states(run: Run, seen: Place, until: Place) -> list[Happening]:
+    """The states up to this place, and of earlier attempts than that seen only the first."""
     states = [Happening(Place(0), "queued", {"at": _text(run.created_at), "run_at": _text(run.run_at)})]
-    for attempt in range(1, until.attempt + 1):
+    for attempt in range(max(1, seen.attempt), until.attempt + 1):
         is_latest = attempt == run.attempts
         started_at = _text(run.started_at) if is_latest and run.started_at is not None else None
         states.append(Happening(Place(attempt), "started", {"attempt": attempt, "at": started_at}))

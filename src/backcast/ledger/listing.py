@@ -1,8 +1,6 @@
 """Lists runs, the newest first, by any of their filters: each statement reads a bounded number of rows."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -10,29 +8,7 @@ from uuid import UUID
 from backcast.ledger import waiting
 from backcast.ledger.connection import Ledger
 from backcast.ledger.runs import COLUMNS, shown
-from backcast.models import Run, State
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filters:
-    """A run matches if it matches all of those that are set."""
-
-    batch: UUID | None = None
-    owner: str | None = None
-    state: State | None = None
-    task: str | None = None
-    lane: str | None = None
-    worker: UUID | None = None
-    error: str | None = None
-    """The code of its error."""
-    text: str | None = None
-    """A part of its error's detail, in upper or lower case."""
-    created_after: datetime | None = None
-    created_before: datetime | None = None
-    ended_after: datetime | None = None
-    ended_before: datetime | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-
+from backcast.models import Run, Selection, State
 
 # One index of each table gives the newest rows of a batch, an owner or a state; times of submission are bounds of ids.
 # Further filters apply to the next 10,000 of them, so that a filter which matches next to nothing does not walk through
@@ -73,11 +49,11 @@ CONDITIONS = {
 
 
 async def find(
-    ledger: Ledger, *, limit: int, before: UUID | None = None, filters: Filters | None = None, **given: Any
+    ledger: Ledger, *, limit: int, before: UUID | None = None, filters: Selection | None = None, **given: Any
 ) -> tuple[list[Run], UUID | None]:
     """The newest runs first (ids are time-ordered), and where the next page begins. A page whose filters matched few of
     many runs is short, or empty, and yet not the last one. `given` is short for `filters`."""
-    filters = filters or Filters(**given)
+    filters = filters or Selection(**given)
     states = None if filters.state is None else _STATES.get(filters.state, [filters.state.value])
     values: dict[str, Any] = {name: getattr(filters, name) for name in CONDITIONS} | {"state": states}
     asked = [(name, value) for name, value in values.items() if value is not None]
@@ -106,7 +82,7 @@ async def find(
     return found, None if last is None else last["id"]
 
 
-def _walk(filters: Filters, base: tuple[str, Any] | None, *, most: int) -> tuple[str, list[Any]]:
+def _walk(filters: Selection, base: tuple[str, Any] | None, *, most: int) -> tuple[str, list[Any]]:
     """SQL: the newest rows of the base with ids in [$2, $1), and the values after these two."""
     if base is None:
         return f"select * from all_runs where id < $1 and id >= $2 order by id desc limit {most}", []  # noqa: S608

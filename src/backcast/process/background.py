@@ -81,10 +81,6 @@ class OnDemand:
         self._asked = False
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def is_busy(self) -> bool:
-        return self._task is not None
-
     def ask(self) -> None:
         self._asked = True
         if self._task is None:

@@ -1,6 +1,7 @@
-"""Carries messages between two processes over a socket, in frames: all that is sent in one turn of the loop makes one.
+"""Carries messages between two processes over a socket, in frames: what is sent in one turn of the loop makes one, or
+a few.
 
-Decides the bytes on the wire: no pickle, and nothing of what a message means.
+Decides the bytes on the wire, and how many a peer may make us keep: no pickle, and nothing of what a message means.
 """
 
 import asyncio
@@ -12,6 +13,8 @@ from typing import NamedTuple, cast
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<B16siII")
 _NOBODY = bytes(16)
+_FRAME = 1 << 20
+"""Bytes of body after which the next message begins another frame."""
 
 
 class Message(NamedTuple):
@@ -46,8 +49,9 @@ def _unpacked(frame: bytes) -> list[Message]:
 class Channel(asyncio.Protocol):
     """One end of the socket. `received` is called with each message; `lost` is set when the other end is gone."""
 
-    def __init__(self, received: Callable[[Message], None]) -> None:
-        self._received = received
+    def __init__(self, received: Callable[[Message], None], *, largest: int) -> None:
+        """A longer message than `largest` bytes ends the connection."""
+        self._received, self._longest = received, largest + 2 * _FRAME
         self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._waiting = list[Message]()
@@ -55,9 +59,12 @@ class Channel(asyncio.Protocol):
         self.lost = asyncio.Event()
 
     @classmethod
-    async def over(cls, end: socket.socket, received: Callable[[Message], None]) -> "Channel":
+    async def over(
+        cls, end: socket.socket, received: Callable[[Message], None], *, largest: int = 1 << 32
+    ) -> "Channel":
         end.setblocking(False)
-        _, channel = await asyncio.get_running_loop().create_connection(lambda: cls(received), sock=end)
+        loop = asyncio.get_running_loop()
+        _, channel = await loop.create_connection(lambda: cls(received, largest=largest), sock=end)
         return channel
 
     def send(self, message: Message) -> None:
@@ -73,8 +80,18 @@ class Channel(asyncio.Protocol):
 
     def _flush(self) -> None:
         messages, self._waiting = self._waiting, []
-        if messages and self._transport is not None:
-            self._transport.write(packed(messages))
+        frame, size = list[Message](), 0
+        for message in messages:
+            frame.append(message)
+            size += len(message.body)
+            if size > _FRAME:
+                self._write(frame)
+                frame, size = [], 0
+        self._write(frame)
+
+    def _write(self, frame: list[Message]) -> None:
+        if frame and self._transport is not None:
+            self._transport.write(packed(frame))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop has classes of its own
@@ -83,7 +100,11 @@ class Channel(asyncio.Protocol):
         self._buffer += data
         at = 0
         while len(self._buffer) >= at + 4:
-            end = at + 4 + _LENGTH.unpack_from(self._buffer, at)[0]
+            length = _LENGTH.unpack_from(self._buffer, at)[0]
+            end = at + 4 + length
+            if length > self._longest and self._transport is not None:
+                self._transport.abort()
+                return
             if len(self._buffer) < end:
                 break
             for message in _unpacked(bytes(memoryview(self._buffer)[at + 4 : end])):

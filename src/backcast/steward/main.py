@@ -1,7 +1,6 @@
 """The steward process: builds the steward's collaborators from the settings, and runs it until a signal."""
 
 import asyncio
-import contextlib
 from functools import partial
 
 from backcast.history.sink import Sink
@@ -41,8 +40,9 @@ async def _serve(settings: Settings) -> None:
         await asyncio.wait({running, asked}, return_when=asyncio.FIRST_COMPLETED)
         for task in (asked, publishing, running):
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        await asyncio.gather(asked, publishing, running, return_exceptions=True)  # a post may put back what it has
+        if not running.cancelled():
+            running.result()
     await sink.aclose(timeout=2)
     await ledger.aclose()
     await store.aclose()

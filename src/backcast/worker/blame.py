@@ -1,10 +1,12 @@
 """Decides whose doing the end of an executor was: from the marks that it left, from the dump of its threads, and from
-the time that each of them spent.
+what each of them did while the loop was silent.
 """
 
+import contextlib
 import re
+import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -18,15 +20,34 @@ TRACEBACK = 4000
 _THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-f]+)", re.MULTILINE)
 
 
+_WAKES = 50
+"""A second: Python's threads look for the interpreter's lock 200 times a second while another one keeps it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What the threads of an executor did so far, or in a while. Empty where the system does not show it."""
+
+    at: float = 0.0
+    """Seconds."""
+    spent: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Seconds of CPU by thread, by its number in the kernel."""
+    wakes: int = 0
+    """How often the loop's thread has gone to sleep."""
+
+    def since(self, before: "Activity") -> "Activity":
+        spent = {native: seconds - before.spent.get(native, 0.0) for native, seconds in self.spent.items()}
+        return Activity(self.at - before.at, spent, self.wakes - before.wakes)
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     marks: list[Mark]
     """The loop's own first."""
     dump: str = ""
     """Of faulthandler: the stack of every thread."""
-    spent: Mapping[int, float] | None = None
-    """Seconds of CPU that each thread (by its number in the kernel) spent while the loop did not answer; None when the
-    executor ended by itself."""
+    silence: "Activity | None" = None
+    """What its threads did while the loop did not answer; None when the executor ended by itself."""
     is_exit: bool = False
     """It has ended by a call of `exit`, and by no signal."""
 
@@ -46,32 +67,41 @@ def faults(runs: Collection[UUID], evidence: Evidence) -> dict[UUID, Fault]:
 def _culprits(evidence: Evidence) -> set[UUID]:
     """The runs among which the culprit is; empty when nothing is known."""
     loop, *threads = evidence.marks
-    if evidence.spent is not None:
-        return _of(_blocking(loop, threads, evidence.spent))
+    if evidence.silence is not None:
+        return _of(*_blocking(loop, threads, evidence.silence))
     for found in _THREAD.finditer(evidence.dump):
         if found[1] == "Current thread":
-            return _of(next((mark for mark in evidence.marks if mark.ident == int(found[2], 16)), None))
+            return _of(*(mark for mark in evidence.marks if mark.ident == int(found[2], 16)))
     # The caller of exit is still marked. A thread that sleeps is marked too, so that only the loop's own mark is clear;
     # and a signal, such as the kernel's when memory is short, need not come from the code that was executing.
     is_clear = evidence.is_exit and not any(mark.run for mark in threads)
     return _of(loop) if is_clear else set()
 
 
-def _of(mark: Mark | None) -> set[UUID]:
-    return set() if mark is None or mark.run is None else {mark.run}
+def _of(*marks: Mark) -> set[UUID]:
+    return {mark.run for mark in marks if mark.run is not None}
 
 
-def _blocking(loop: Mark, threads: list[Mark], spent: Mapping[int, float]) -> Mark | None:
-    """The thread that keeps the loop from going on: the one that computes, or else the loop's own, which sleeps."""
-    busiest = max(spent, key=lambda native: spent[native], default=loop.native)
-    if spent.get(busiest, 0.0) < 0.5 * max(sum(spent.values()), 0.01) or spent.get(busiest, 0.0) < 0.2:
-        return loop
-    return next((mark for mark in (loop, *threads) if mark.native == busiest), None)
+def _blocking(loop: Mark, threads: list[Mark], silence: Activity) -> list[Mark]:
+    """Those among which the thread is that keeps the loop from going on.
+
+    It is the loop's own if that computes, or sleeps. If it wakes again and again without computing, it waits for the
+    interpreter's lock, which another thread keeps: one that computes, if there is one. But code that sleeps in small
+    steps looks the same.
+    """
+    busiest = max(silence.spent, key=lambda native: silence.spent[native], default=loop.native)
+    computes = silence.spent.get(loop.native, 0.0) > max(0.05 * silence.at, 0.1)
+    if computes or silence.wakes <= _WAKES * silence.at:
+        return [loop]
+    if silence.spent[busiest] < 0.5 * sum(silence.spent.values()) or silence.spent[busiest] < 0.2:
+        return [loop, *threads]
+    keeping = [mark for mark in threads if mark.native == busiest]
+    return [loop, *keeping] if keeping else []  # a thread that some run has started
 
 
-def stack(dump: str, marks: list[Mark], run: UUID) -> str:
+def stack(dump: str, marks: list[Mark], run: UUID | None) -> str:
     """The part of a dump that shows the thread of this run, or all of it; bounded."""
-    idents = {mark.ident for mark in marks if mark.run == run}
+    idents = {mark.ident for mark in marks if mark.run == run is not None}
     starts = [*_THREAD.finditer(dump)]
     for number, found in enumerate(starts):
         if int(found[2], 16) in idents:
@@ -80,13 +110,13 @@ def stack(dump: str, marks: list[Mark], run: UUID) -> str:
     return dump.strip()[:TRACEBACK]
 
 
-def spent_by(pid: int) -> dict[int, float]:
-    """Seconds of CPU that each thread of a process has spent; empty where the system does not show them."""
-    seconds = dict[int, float]()
+def activity(pid: int) -> Activity:
+    """Of a process until now."""
+    seconds, wakes = dict[int, float](), 0
     for folder in Path(f"/proc/{pid}/task").glob("*"):
-        try:
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has ended
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / 100
-    return seconds
+            seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / 100
+            if int(folder.name) == pid:  # the loop is in the main thread
+                wakes = int((folder / "status").read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    return Activity(time.monotonic(), seconds, wakes)

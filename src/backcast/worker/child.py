@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -26,9 +25,8 @@ from backcast.process import marks, tracing
 from backcast.process.channel import Channel, Message
 from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.store import Missing, Store
-from backcast.variables import KEY_VARIABLE, URL_VARIABLE
 from backcast.worker import blame
-from backcast.worker.blame import Evidence, Fault
+from backcast.worker.blame import Activity, Evidence, Fault
 
 log = logging.getLogger("backcast.worker")
 
@@ -36,11 +34,10 @@ PING = 0.5
 """Seconds between two pings."""
 DUMP_WITHIN = 3.0
 """Seconds that a process has to write its dump, and to end by itself, after the signal for that."""
-STOP_WITHIN = 3.0
+STOP_WITHIN = 2.0
 """Seconds that the code of a run has to end after it was asked to; then it no longer matters to the run."""
 _CAUSES: Mapping[str, Literal["stall", "memory"]] = {"blocked_worker": "stall", "out_of_memory": "memory"}
 """Of the end of an executor, by the code that its runs get."""
-_SECRETS = re.compile(r"BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)")
 
 
 class ExecutorEnded(Exception):
@@ -66,8 +63,8 @@ class _Watch:
     answered: int = 0
     silent: float = 0.0
     """Seconds without an answer. Only time in which we ourselves ran: both may have been stopped together."""
-    before: dict[int, float] = field(default_factory=dict[int, float])
-    """CPU time by thread when the silence began."""
+    before: Activity = field(default_factory=Activity)
+    """When the silence began."""
 
 
 class Child:
@@ -76,6 +73,7 @@ class Child:
     def __init__(
         self,
         assignment: Assignment,
+        environment: Mapping[str, str],
         store: Store,
         *,
         stall: float,
@@ -88,7 +86,7 @@ class Child:
         reason and the number of items that its history sink has dropped; `reported` with what the code of a run
         reports."""
         self.capacity = assignment.slots
-        self._assignment, self._store, self._stall = assignment, store, stall
+        self._assignment, self._environment, self._store, self._stall = assignment, environment, store, stall
         self._identity, self._changed, self._dropped, self._reported = identity, changed, dropped, reported
         self._jobs = dict[UUID, _Job]()
         self._left = dict[UUID, _Job]()
@@ -127,23 +125,21 @@ class Child:
         self._marks.truncate(marks.size(threads))
         ours, theirs = socket.socketpair()
         files = (theirs.fileno(), self._marks.fileno(), self._dump.fileno())
-        environment = {name: value for name, value in os.environ.items() if not _SECRETS.match(name)}
-        # For `backcast.delay` in tasks. The worker has no use for a key of the API: one that it is given is for them.
-        environment |= {name: os.environ[name] for name in (URL_VARIABLE, KEY_VARIABLE) if name in os.environ}
         with theirs, contextlib.ExitStack() as unless_started:
             unless_started.callback(ours.close)
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "backcast.executor.main", *map(str, files)),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=files,
-                env=environment,
+                env=self._environment,
                 start_new_session=True,
             )
             unless_started.pop_all()
         self.pid = process.pid
         watching = None
         try:
-            self._channel = await Channel.over(ours, self._received)
+            most = protocol.largest(self._assignment.max_result)
+            self._channel = await Channel.over(ours, self._received, largest=most)
             self._channel.send(self._assignment.message())
             watching = asyncio.create_task(self._keep_watch())
             gone = asyncio.create_task(self._channel.lost.wait())
@@ -191,10 +187,12 @@ class Child:
         faults = blame.faults({*self._jobs, *self._left, *self._keys}, evidence)
         if self.served is not None and (self.taken or not self.is_retiring):
             self.cause = _CAUSES.get(problem.code, "died")
+            own = [run for run, fault in faults.items() if fault == "own"]
             log.error(
-                "executor %s ended %s, with %d runs; at fault: %s",
+                "executor %s ended %s, with %d runs; at fault: %s\n%s",
                 *(self.pid, _how(code), self.taken),
-                ", ".join(str(run) for run, fault in faults.items() if fault == "own") or "not known",
+                ", ".join(map(str, own)) or "not known",
+                blame.stack(evidence.dump, evidence.marks, own[0] if own else None),
             )
         for run, job in self._jobs.items():
             if not job.ended.done():
@@ -238,7 +236,7 @@ class Child:
                     self._channel.send(Message(protocol.PING, number=watch.sent))
                 else:
                     if watch.silent == 0.0 and self.pid is not None:
-                        watch.before = blame.spent_by(self.pid)
+                        watch.before = blame.activity(self.pid)
                     watch.silent += min(now - before, 2 * PING)
                     limit = max([self._stall, *(job.stall for job in (*self._jobs.values(), *self._left.values()))])
                     if watch.silent >= limit:
@@ -249,8 +247,7 @@ class Child:
         """End a process whose loop does not answer: first by a signal that makes it dump its threads, whatever holds
         the interpreter's lock."""
         assert self.pid is not None
-        after = blame.spent_by(self.pid)
-        spent = {native: seconds - self._watch.before.get(native, 0.0) for native, seconds in after.items()}
+        silence = blame.activity(self.pid).since(self._watch.before)
         seen = marks.read(self._marks.fileno(), self._assignment.slots)
         self._end = Problem(
             code="blocked_worker",
@@ -258,7 +255,7 @@ class Child:
             detail=f"Its event loop did not answer for {limit:g} s, so the process was ended: use `await`, a sync"
             " task, or shorter steps.",
         )
-        self._evidence = Evidence(seen, spent=spent)
+        self._evidence = Evidence(seen, silence=silence)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGABRT)
         await asyncio.sleep(DUMP_WITHIN)  # its end, which comes as soon as it has written the dump, ends this

@@ -26,6 +26,17 @@ log = logging.getLogger("backcast.worker")
 
 FOLLOW = 5.0
 """Seconds after which a run that waits for another one's value tries for itself; usually the flight lands earlier."""
+ALONE_AFTER = 5
+"""Attempts that ended for no doing of the run, after which it is executed with nothing beside it: what others do there
+can't end it any more."""
+ENDLESS = 100
+"""Such attempts after which it fails."""
+RELEASED_TOO_OFTEN = Problem(
+    code="released_too_often",
+    title="The run was begun again and again, and never came to its end",
+    detail=f"{ENDLESS} attempts ended although it did nothing wrong: its workers were stopped before it was done, or"
+    " processes beside it ended. Raise BACKCAST_WORKER__GRACE above what the task takes, or cut it into shorter runs.",
+)
 SAME = Problem(
     code="same_value",
     title="Another run computes the same",
@@ -54,6 +65,8 @@ class Execution:
             return _unstarted(claim, Failed(Problem.from_error(error)))
 
     async def _attempt(self, claim: Claim) -> Attempt:
+        if claim.releases >= ENDLESS:
+            return _unstarted(claim, Failed(RELEASED_TOO_OFTEN))
         if claim.is_quarantined:
             await claims.begin(self._ledger, self._worker_id, claim)
         if claim.lost_fence == claim.fence - 1 and (left := await self._left_behind(claim)) is not None:
@@ -72,7 +85,8 @@ class Execution:
                 self._flights[claim.id] = key, claim.fence
                 if not await flights.take(self._ledger, key, claim):
                     return _unstarted(claim, Retry(SAME, FOLLOW, claim.retries_used, behind=key))
-        return await self._executors.execute(claim.task, claim.id, given, retries=claim.retries_used)
+        is_alone = claim.releases >= ALONE_AFTER
+        return await self._executors.execute(claim.task, claim.id, given, retries=claim.retries_used, is_alone=is_alone)
 
     async def _left_behind(self, claim: Claim) -> AttemptResult | None:
         """The value that the attempt before had stored when its worker was lost. It becomes an object of this attempt:
@@ -94,6 +108,10 @@ class Execution:
             return Draft202012Validator(task.input_schema).is_valid(json.loads(given))
         except (ValueError, RecursionError):
             return True  # the executor reports it
+
+    def forget(self, run: UUID) -> None:
+        """Another worker has it."""
+        self._flights.pop(run, None)
 
     async def settled(self, runs: Collection[UUID]) -> None:
         """End the flights of these runs, whose results are recorded: the runs that wait for them become ready."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from backcast.process.outages import backoff
 from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.settings import Settings
 from backcast.store import Store
+from backcast.variables import KEY_VARIABLE, URL_VARIABLE
 from backcast.worker.child import Child, ExecutorEnded
 
 log = logging.getLogger("backcast.worker")
@@ -35,9 +37,12 @@ SPARES = 2
 """Executors that are kept ready for runs that get one of their own, once such a run has come."""
 QUARANTINES = 4
 """Runs at once that are executed again, each in an executor of its own: any of them may have ended the one before."""
-_PAGE = 4096
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _FAREWELL = 4.0
 """Seconds that an executor has to publish what is left and to end."""
+_SECRETS = "BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)"
+_IDENTITY = "AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|WEB_IDENTITY_|CONTAINER_)"
+"""By which a store is opened that has no key of its own."""
 TOO_LARGE = Problem(
     code="out_of_memory",
     title="The process that executed this run has taken too much memory",
@@ -53,6 +58,7 @@ class Executors:
         self._seats: list[Child | None] = [None] * count
         self._shares = [worker.slots // count + (seat < worker.slots % count) for seat in range(count)]
         self._most = worker.max_memory
+        self._environment = environment(settings)
         self._all = set[Child]()
         """Also retiring ones, replacements on their way, and those apart."""
         self._lives = set[asyncio.Task[None]]()
@@ -94,8 +100,9 @@ class Executors:
     def is_cached(self, task: str) -> bool:
         return self._served[task].is_cached
 
-    async def execute(self, name: str, run: UUID, given: bytes, *, retries: int) -> Attempt:
-        """Make an attempt. A run that may have ended its executor is executed again, with nothing beside it.
+    async def execute(self, name: str, run: UUID, given: bytes, *, retries: int, is_alone: bool = False) -> Attempt:
+        """Make an attempt, `is_alone` with nothing beside it in its executor. A run that may have ended its executor is
+        executed again so.
 
         Raises:
             ExecutorEnded: with its executor; it is known whose doing that was.
@@ -104,6 +111,8 @@ class Executors:
         how = {"may_block": served.may_block or 0.0}
         if served.is_isolated:
             return await self._execute_isolated(name, run, given, retries=retries, **how)
+        if is_alone:
+            return await self._execute_quarantined(name, run, given, retries=retries, **how)
         child = await self._free()
         try:
             return await child.execute(name, run, given, retries=retries, **how)
@@ -133,6 +142,8 @@ class Executors:
             await self.changed.wait()
 
     async def _execute_isolated(self, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
+        while self._spares and self._spares[0].ended.is_set():
+            self._spares.popleft()
         child = self._spares.popleft() if self._spares else self._spawn(1)
         try:
             child = await self._started(child)
@@ -203,6 +214,7 @@ class Executors:
                 model=settings.model,
                 tracing=settings.tracing,
             ),
+            self._environment,
             self._store,
             stall=settings.worker.stall.total_seconds(),
             identity=lambda: self.identity,
@@ -307,19 +319,32 @@ class Executors:
         self._lives.add(task)
         task.add_done_callback(self._lives.discard)
 
-    async def aclose(self) -> None:
-        """End all executors, whatever their code does."""
+    async def aclose(self, *, by: float | None = None) -> None:
+        """End all executors, whatever their code does, by this moment of the monotonic clock."""
         self._is_closing = True
+        within = _FAREWELL if by is None else max(0.0, min(_FAREWELL, by - time.monotonic()))
         children = list(self._all)
         for child in children:
             child.close()
         ended = asyncio.gather(*(child.ended.wait() for child in children))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ended, _FAREWELL)
+            await asyncio.wait_for(ended, within)
         for child in children:
             child.kill()
         await asyncio.wait({*self._lives, asyncio.create_task(asyncio.sleep(0))}, timeout=2)
         self._end_orphans()
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What executors see of our own: no password, and no key but one for `backcast.delay`, for which alone a worker is
+    given a key of the API."""
+    stores = [each for each in (settings.store, settings.store.fallback) if (each.url or "").startswith("s3:")]
+    withheld = re.compile("|".join([_SECRETS, *(_IDENTITY for each in stores if each.access_key is None)]))
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in (URL_VARIABLE, KEY_VARIABLE) or not withheld.match(name)
+    }
 
 
 def _descriptors(pid: int | None) -> tuple[int, int] | None:

@@ -46,6 +46,9 @@ _KEY_SPACE, _HALF = 1 << 64, 1 << 63
 REROUTE_EVERY = 0.05
 """Seconds at least between two looks at the runs that workers have put on routes."""
 
+DRAIN_WITHIN = 4.5
+"""Seconds that a drain may take beyond the grace period, whatever the code of runs, the store or the database do."""
+
 _BUG = Failed(
     Problem.from_error(FatalError("The worker failed on this run; its log has the details.", code="internal_error"))
 )
@@ -84,6 +87,8 @@ class Worker:
         self._wake = asyncio.Event()
         self._draining = False
         self._drain_asked = asyncio.Event()
+        self.ends_at: float | None = None
+        """When the drain that is under way has to be over, by the monotonic clock."""
         self._fault: Exception | None = None
         self._claims, self._claiming = 0, False
         self._reports = Recorder(ledger, self._lease.id, metrics)
@@ -104,6 +109,8 @@ class Worker:
             raise LedgerUnavailable("This worker has no lease: its heartbeats do not reach the database.")
         if not self._executors.is_ready:
             raise Unavailable("This worker has no executor: see its log.")
+        if self._executors.left >= self._settings.worker.slots:
+            raise Unavailable("All slots of this worker are taken by code that does not end.")
         if self._fault is not None:
             raise LedgerUnavailable("This worker can't claim runs: see its log.", reason=str(self._fault))
         await self._store.check()
@@ -269,7 +276,8 @@ class Worker:
             )
         attempt = Attempt(None, claim.retries_used)
         try:
-            attempt = await self._execution.attempt(claim)
+            if held.reason is None:
+                attempt = await self._execution.attempt(claim)
         except asyncio.CancelledError:
             if held.work is not None:
                 held.work.uncancel()
@@ -281,13 +289,13 @@ class Worker:
             self._slots.freed(held)
             self._wake.set()
         if held.has_reported:
-            await self._reports.recorded(claim.id, claim.fence)  # before the end, which refuses later ones
-            await self._logs.stored(claim.id, claim.fence)
+            await self._kept(claim)
         settlement = await self._settlement(held, attempt)
         if isinstance(attempt.result, Failed):  # its detail may quote the caller's data
             log.info("the run has failed: %s", attempt.result.problem.code)
         if settlement is None:
             self._drop(claim.id, claim.fence, "lost")
+            self._execution.forget(claim.id)
         else:
             if attempt.asked is not None:
                 self._metrics.asked(attempt.usage or {}, *attempt.asked)
@@ -296,6 +304,14 @@ class Worker:
             if attempt.usage or attempt.tried:
                 settlement = settlement._replace(usage=attempt.usage, earlier=attempt.tried)
             self._settler.put(settlement)
+
+    async def _kept(self, claim: Claim) -> None:
+        """Record what the run has reported: before its end, which refuses later reports. It is settled all the same."""
+        try:
+            await self._reports.recorded(claim.id, claim.fence)
+            await self._logs.stored(claim.id, claim.fence)
+        except Exception:
+            log.exception("what the run has reported could not be kept")
 
     async def _settlement(self, held: Held, attempt: Attempt) -> Settlement | None:
         """However storing the value fails, the run is settled: its lease would never end."""
@@ -314,7 +330,8 @@ class Worker:
         self._wake.set()
 
     def _reported(self, run_id: UUID, given: Reports) -> None:
-        if (held := self._slots.runs.get(run_id)) is None:
+        held = self._slots.runs.get(run_id)
+        if held is None or not held.is_executing:  # code that goes on although its run was stopped
             return
         held.has_reported = True
         if given.progress is not None or given.events:
@@ -371,7 +388,9 @@ class Worker:
         self._draining = self._results.is_hurried = True
         self._slots.close()
         self._wake.set()
-        await asyncio.wait({claiming}, timeout=5)  # a claim that is under way still brings runs
+        began, grace = time.monotonic(), self._settings.worker.grace.total_seconds()
+        self.ends_at = began + grace + DRAIN_WITHIN
+        await asyncio.wait({claiming}, timeout=min(5.0, grace))  # a claim that is under way still brings runs
         self._release_waiting()
         if self._slots.works:
             log.info(
@@ -381,7 +400,7 @@ class Worker:
             finished = asyncio.create_task(asyncio.wait(set(self._slots.works)))
             await asyncio.wait(
                 {now, finished},
-                timeout=self._settings.worker.grace.total_seconds(),
+                timeout=max(0.0, began + grace - time.monotonic()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             for task in (now, finished):
@@ -393,7 +412,7 @@ class Worker:
             log.info("releasing the runs that are left: %d", len(self._slots.works))
             await asyncio.wait(set(self._slots.works), timeout=STOP_WITHIN + 0.5)
         with contextlib.suppress(TimeoutError, LedgerUnavailable):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(max(1.0, min(5.0, self.ends_at - time.monotonic()))):
                 if not settling.done():
                     await self._settler.join()
                 await self._lease.give_up()

@@ -57,7 +57,7 @@ async def _serve(settings: Settings) -> None:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await executors.aclose()
+        await executors.aclose(by=worker and worker.ends_at)
         await ledger.aclose()
         await store.aclose()
         await asyncio.to_thread(tracing.flush)

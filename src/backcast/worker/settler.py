@@ -76,7 +76,7 @@ class Settler:
             except LedgerUnavailable as error:  # it may have been recorded; the fence makes it safe to send again
                 outage.failed(error)
                 await asyncio.sleep(next(delays))
-            except REFUSED as error:  # a refused settlement must not hold up the others
+            except REFUSED as error:  # it must not hold up the others of its batch
                 log.error("the database refused a settlement: %s", error)
                 if len(batch) > 1:
                     for one in batch:

@@ -31,7 +31,8 @@ class Held:
     since: float = field(default_factory=time.monotonic)
     work: "asyncio.Task[None] | None" = None
     """None while it waits for a slot."""
-    is_executing: bool = True
+    is_executing: bool = False
+    """From the first step of its work on: a task that is cancelled before would end without one, and keep its slot."""
     has_reported: bool = False
     """Whether its code has reported anything, as few do."""
     reason: Reason | None = None
@@ -39,15 +40,16 @@ class Held:
     spans: tracing.Attempt | None = None
 
     def stop(self, reason: Reason) -> None:
-        if self.work is not None and self.is_executing and self.reason is None:
+        if self.work is not None and self.reason is None:
             self.reason = reason
-            self.work.cancel(reason)
+            if self.is_executing:
+                self.work.cancel(reason)
 
 
 class Slots:
     def __init__(self, count: int, left: Callable[[], int], start: Callable[[Held], Coroutine[Any, Any, None]]) -> None:
-        """`left` counts the slots that code takes whose run is over; `start` executes a run and settles it, and calls
-        `freed` in between."""
+        """`left` counts the slots that code takes whose run is over; `start` executes a run, unless it has a `reason` to
+        stop already, and settles it, and calls `freed` in between."""
         self._count, self._left, self._start = count, left, start
         self.runs = dict[UUID, Held]()
         self._prefetched = deque[Held]()
@@ -99,9 +101,13 @@ class Slots:
 
     def _begin(self, held: Held) -> None:
         self.busy += 1
-        held.work = asyncio.create_task(self._start(held))
+        held.work = asyncio.create_task(self._run(held))
         self.works.add(held.work)
         held.work.add_done_callback(self.works.discard)
+
+    async def _run(self, held: Held) -> None:
+        held.is_executing = True
+        await self._start(held)
 
     def freed(self, held: Held) -> None:
         """Its code has ended: the next run may start."""

@@ -11,8 +11,8 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# What a run is, in both of its homes. JSON is kept as text: jsonb refuses the escape of NUL, and no statement reads
-# inside it.
+# What a run is, in both of its homes. JSON is kept as text: jsonb refuses the escape of NUL, for which statements that
+# read inside of it have to look first.
 _RUN = """
         id            uuid not null,                 -- version 7: in the order of time
         task          text not null,
@@ -296,7 +296,7 @@ def upgrade() -> None:
         by       text not null,
         since    timestamptz not null default now(),
         until    timestamptz,
-        release  boolean not null,                -- whether running runs are handed back as well
+        release  boolean not null,                -- whether running runs are released as well
         complete boolean not null default false,  -- whether all runs that were queued have been set aside
         primary key (kind, name)
     );

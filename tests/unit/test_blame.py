@@ -1,0 +1,44 @@
+"""Whose doing it was that a loop did not answer, from what its threads did meanwhile: ten seconds of each case."""
+
+from uuid import UUID
+
+import pytest
+
+from backcast.process.marks import Mark
+from backcast.worker.blame import Activity, Evidence, Fault, faults
+
+LOOP, ONE, TWO, FOREIGN = 1, 2, 3, 4
+A, B, C, D = (UUID(int=n) for n in range(4))
+"""A's step is in the loop, B and C are in threads, D waits."""
+
+
+@pytest.mark.parametrize(
+    ("spent", "wakes", "expected"),
+    [
+        pytest.param({LOOP: 9.9, ONE: 0.0}, 5, {A: "own"}, id="it computes"),
+        pytest.param({LOOP: 5.0, ONE: 5.0}, 2000, {A: "own"}, id="it computes, and another does too"),
+        pytest.param({LOOP: 0.0, ONE: 0.0}, 0, {A: "own"}, id="it sleeps"),
+        pytest.param({LOOP: 0.0, ONE: 10.0}, 0, {A: "own"}, id="it sleeps while another computes"),
+        pytest.param({LOOP: 0.0, ONE: 5.0, TWO: 5.0}, 0, {A: "own"}, id="it sleeps while others compute"),
+        pytest.param({LOOP: 0.1, ONE: 10.0}, 1900, {A: "unknown", B: "unknown"}, id="it waits for the lock"),
+        pytest.param(
+            {LOOP: 0.1, ONE: 5.0, TWO: 5.0},
+            1900,
+            {A: "unknown", B: "unknown", C: "unknown"},
+            id="it waits, or sleeps in small steps, and others compute",
+        ),
+        pytest.param({LOOP: 0.1}, 1900, {A: "unknown", B: "unknown", C: "unknown"}, id="who has the lock sleeps"),
+        pytest.param({LOOP: 0.1, FOREIGN: 9.0}, 1900, dict.fromkeys([A, B, C, D], "unknown"), id="a thread of a run's"),
+        pytest.param({}, 0, {A: "own"}, id="the system shows nothing"),
+    ],
+)
+def test_who_blocks_a_loop(spent: dict[int, float], wakes: int, expected: dict[UUID, Fault]) -> None:
+    marks = [Mark(10, LOOP, A), Mark(20, ONE, B), Mark(30, TWO, C)]
+    found = faults([A, B, C, D], Evidence(marks, silence=Activity(10.0, spent, wakes)))
+    assert found == {run: expected.get(run, "other") for run in (A, B, C, D)}
+
+
+def test_who_has_the_lock_while_the_loop_is_between_two_steps() -> None:
+    marks = [Mark(10, LOOP, None), Mark(20, ONE, B), Mark(30, TWO, C)]
+    found = faults([B, C, D], Evidence(marks, silence=Activity(10.0, {LOOP: 0.1, ONE: 10.0}, 1900)))
+    assert found == {B: "own", C: "other", D: "other"}

@@ -29,6 +29,8 @@ test: .venv/.synced ## unit, chart and integration tests, on real servers (TEST=
 	  '*** NOT RUN, for want of Chromium: the console in a browser (tests/browser). `apt-get install chromium` ***' >&2
 	@command -v promtool >/dev/null && command -v prometheus >/dev/null || printf '\n%s\n' \
 	  "*** NOT RUN, for want of promtool and prometheus (Debian's package prometheus): the tests of alerts, and of dashboards on real metrics. ***" >&2
+	@command -v pgbouncer >/dev/null || printf '\n%s\n' \
+	  "*** NOT RUN, for want of pgbouncer: the tests behind a pooler. \`apt-get install pgbouncer\` ***" >&2
 	@docker info >/dev/null 2>&1 || printf '\n%s\n' \
 	  '*** NOT RUN, for want of Docker: the end-to-end tier (tests/e2e, `make e2e`) on a real cluster. ***' >&2
 

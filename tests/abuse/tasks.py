@@ -327,6 +327,17 @@ async def hog(megabytes: int = 100_000) -> int:
     return len(kept)
 
 
+_kept = list[bytearray]()
+
+
+@task
+def grow(megabytes: int) -> str:
+    """And keep it."""
+    while int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() < megabytes << 20:
+        _kept.append(bytearray(b"x" * (4 << 20)))
+    return "large"
+
+
 @task
 async def wander() -> str:
     os.chdir("/")

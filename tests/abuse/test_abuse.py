@@ -18,6 +18,8 @@ from tests.support.waiting import PATIENCE, until
 
 NEIGHBOURS = 20
 STALL = 3.0
+MEMORY = 512
+"""MiB."""
 SECRET = "correct-horse-battery-staple"
 
 
@@ -31,7 +33,7 @@ async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:
         BACKCAST_MAX_ATTEMPTS="1",
         BACKCAST_WORKER__SLOTS="40",
         BACKCAST_WORKER__STALL=str(STALL),
-        BACKCAST_WORKER__MAX_MEMORY=str(512 * 1024 * 1024),
+        BACKCAST_WORKER__MAX_MEMORY=str(MEMORY << 20),
         BACKCAST_WORKER__GRACE="3",
         BACKCAST_API__KEYS="",
         BACKCAST_STORE__SECRET_KEY=SECRET,
@@ -239,6 +241,28 @@ async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(produ
     await still_serves(product)
 
 
+async def test_an_executor_that_has_grown_is_replaced_without_a_gap(product: Stack) -> None:
+    [pid] = executors(product)
+    beside = await product.submit("nap", seconds=6)
+    await product.state(beside, "running")
+    assert await product.result(await product.submit("grow", megabytes=MEMORY * 11 // 10)) == "large"
+    await until(lambda: others(product, pid))
+    assert await product.result(await product.submit("nap", seconds=0.05)) == 0.05
+    await product.result(beside)
+    assert (await product.run(beside))["attempts"] == 1
+    await still_serves(product)
+
+
+async def test_abandoned_threads_cost_an_executor_and_no_slot(product: Stack) -> None:
+    [pid] = executors(product)
+    runs = [await product.submit("sleep_on") for _ in range(10)]
+    for run in runs:
+        assert (await product.ended(run))["error"]["code"] == "timeout"
+    await until(lambda: others(product, pid))
+    await until(lambda: lost(product), lambda count: count == 0)
+    await still_serves(product)
+
+
 async def test_an_executor_may_end_while_its_successor_starts(product: Stack) -> None:
     async def is_replaced() -> bool:
         return "replacing executor" in product.parts[1].text
@@ -348,7 +372,12 @@ async def test_a_task_finds_no_secrets(product: Stack) -> None:
 
 @pytest.mark.parametrize("has_own_key", [True, False])
 def test_the_identity_of_a_store_is_not_for_tasks(monkeypatch: pytest.MonkeyPatch, has_own_key: bool) -> None:
-    given = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_WEB_IDENTITY_TOKEN_FILE": "/token", "AWS_REGION": "eu", "PGPASSWORD": "p"}
+    given = {
+        "AWS_ACCESS_KEY_ID": "AKIA",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/token",
+        "AWS_REGION": "eu",
+        "PGPASSWORD": "p",
+    }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     store = {"url": "s3://b", "access_key": "k" if has_own_key else None, "secret_key": "s" if has_own_key else None}

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -62,6 +62,8 @@ class Executors:
         self._all = set[Child]()
         """Also retiring ones, replacements on their way, and those apart."""
         self._lives = set[asyncio.Task[None]]()
+        self._worn = set[Child]()
+        """Those whose successors are starting."""
         self._quarantine = deque[Child]()
         """Ready for the next run that is in quarantine."""
         self._quarantines, self._quarantined = asyncio.Semaphore(QUARANTINES), 0
@@ -223,10 +225,13 @@ class Executors:
             reported=lambda run, given: self.reported and self.reported(run, given),
         )
         self._all.add(child)
-        life = asyncio.create_task(self._live(child))
-        self._lives.add(life)
-        life.add_done_callback(self._lives.discard)
+        self._begin(self._live(child))
         return child
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._lives.add(task)
+        task.add_done_callback(self._lives.discard)
 
     async def _live(self, child: Child) -> None:
         try:
@@ -272,15 +277,24 @@ class Executors:
                     log.error("ending executor %s: it has %d MiB", child.pid, used >> 20)
                     child.end(TOO_LARGE)
             for seat, child in enumerate(self._seats):
-                if child is not None and child.is_ready and (why := self._is_worn(child)):
+                if child is not None and child.is_ready and child not in self._worn and (why := self._is_worn(child)):
                     log.warning("replacing executor %s: %s", child.pid, why)
-                    fresh = await self._started(self._spawn(child.capacity))
-                    if self._seats[seat] is not child:  # it has ended meanwhile, and has a successor already
-                        self._retire(fresh)
-                        continue
-                    self._seats[seat] = fresh
-                    self._retire(child)
-                    self._metrics.executors_ended.labels("replaced").inc()
+                    self._worn.add(child)
+                    self._begin(self._replace(seat, child))
+
+    async def _replace(self, seat: int, child: Child) -> None:
+        try:
+            fresh = await self._started(self._spawn(child.capacity))
+        except Unavailable:  # the log has the reason; it is tried again
+            return
+        finally:
+            self._worn.discard(child)
+        if self._seats[seat] is not child:  # it has ended meanwhile, and has a successor already
+            self._retire(fresh)
+            return
+        self._seats[seat] = fresh
+        self._retire(child)
+        self._metrics.executors_ended.labels("replaced").inc()
 
     def _end_orphans(self) -> None:
         """What runs have left behind ends with their executor, in whatever session it is."""
@@ -315,9 +329,7 @@ class Executors:
             child.kill()
             await child.ended.wait()
 
-        task = asyncio.create_task(end())
-        self._lives.add(task)
-        task.add_done_callback(self._lives.discard)
+        self._begin(end())
 
     async def aclose(self, *, by: float | None = None) -> None:
         """End all executors, whatever their code does, by this moment of the monotonic clock."""

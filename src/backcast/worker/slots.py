@@ -48,8 +48,8 @@ class Held:
 
 class Slots:
     def __init__(self, count: int, left: Callable[[], int], start: Callable[[Held], Coroutine[Any, Any, None]]) -> None:
-        """`left` counts the slots that code takes whose run is over; `start` executes a run, unless it has a `reason` to
-        stop already, and settles it, and calls `freed` in between."""
+        """`left` counts the slots that code takes whose run is over; `start` executes a run, unless it has a reason
+        to stop, and settles it, and calls `freed` in between."""
         self._count, self._left, self._start = count, left, start
         self.runs = dict[UUID, Held]()
         self._prefetched = deque[Held]()

@@ -123,7 +123,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=15, help="how long load and faults go on")
     parser.add_argument("--seed", type=int, default=1, help="chooses faults and work")
     parser.add_argument("--rate", type=float, default=25, help="runs per second, at most")
-    parser.add_argument("--settle", type=float, default=180, help="seconds for runs to end, and then for Prefect")
+    parser.add_argument("--settle", type=float, default=300, help="seconds for runs to end, and then for Prefect")
     parser.add_argument("--folder", type=Path, help="where to keep logs and data; a new temporary one unless given")
     parser.add_argument("--out", type=Path, help="write the report to this file, as JSON")
     sys.exit(asyncio.run(main(parser.parse_args())))

@@ -11,7 +11,7 @@ from uuid import UUID
 import httpx
 import pytest
 
-from backcast.ledger import claims, endings, fleet, settlement
+from backcast.ledger import claims, fleet, runs, settlement
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import TaskType, uuid7
@@ -51,7 +51,7 @@ async def end(ledger: Ledger, worker: UUID, *, limit: int = 100) -> None:
 async def held(ledger: Ledger) -> bool:
     """Whether a process listens for ends: then it holds a wait, which has been read as not ended."""
     rows = await ledger.fetch("select query from pg_stat_activity where application_name = 'backcast-api'")
-    return any(row["query"].startswith(endings.MARK) for row in rows)
+    return any(row["query"].startswith(runs.MARK) for row in rows)
 
 
 async def test_many_wait_and_others_submit_meanwhile(served: Stack, ledger: Ledger, worker: UUID) -> None:

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from backcast.api.watching import Watching
 from backcast.errors import BackcastError
-from backcast.ledger import endings, runs
+from backcast.ledger import runs
 from backcast.ledger.connection import ENDED, Ledger
 from backcast.models import Run
 
@@ -88,7 +88,7 @@ class Waits:
     async def look(self, connection: asyncpg.Connection, *, for_all: bool) -> bool:
         ids = list(self._waiting if for_all else self._new)
         self._new.clear()
-        for run in await endings.ended(connection, ids) if ids else ():
+        for run in await runs.those_ended(connection, ids) if ids else ():
             for ended in self._waiting.pop(run.id, set()):
                 if not ended.done():
                     ended.set_result(run)

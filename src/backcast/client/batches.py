@@ -59,13 +59,9 @@ def get(batch_id: UUID | str) -> Flow[Batch]:
     return read(Batch, (yield Ask("GET", path("batches", batch_id), timeout=60.0)))
 
 
-class _Batches(BaseModel):
-    items: list[Batch]
-
-
 def latest() -> Flow[Sequence[Batch]]:
     """The newest batches, at most 100; the older of them may be without their states."""
-    return read(_Batches, (yield from wire.get("/v1/batches"))).items
+    return wire.read_items(Batch, (yield from wire.get("/v1/batches")))
 
 
 def errors(batch_id: UUID | str) -> Flow[list[JSON]]:

@@ -5,10 +5,8 @@ from datetime import datetime
 from typing import TypedDict, Unpack
 from uuid import UUID
 
-from pydantic import BaseModel
-
 from backcast.client import wire
-from backcast.client.wire import Ask, Flow, named, path, read
+from backcast.client.wire import Ask, Flow, named, path, read, read_items
 from backcast.errors import refuse_unknown
 from backcast.models import (
     Counts,
@@ -34,26 +32,6 @@ class PauseOptions(TypedDict, total=False):
     running: Release
 
 
-class _TaskTypes(BaseModel):
-    items: list[TaskType]
-
-
-class _Lanes(BaseModel):
-    items: list[Lane]
-
-
-class _Pools(BaseModel):
-    items: list[Pool]
-
-
-class _Workers(BaseModel):
-    items: list[Worker]
-
-
-class _Pauses(BaseModel):
-    items: list[Pause]
-
-
 def task(name: str) -> Flow[TaskType]:
     """A task, with its schemas and its load."""
     return read(TaskType, (yield from wire.get(named("tasks", name))))
@@ -61,12 +39,12 @@ def task(name: str) -> Flow[TaskType]:
 
 def tasks() -> Flow[Sequence[TaskType]]:
     """The tasks that can be run."""
-    return read(_TaskTypes, (yield from wire.get("/v1/tasks"))).items
+    return read_items(TaskType, (yield from wire.get("/v1/tasks")))
 
 
 def lanes() -> Flow[Sequence[Lane]]:
     """The lanes that have limits or are paused."""
-    return read(_Lanes, (yield from wire.get("/v1/lanes"))).items
+    return read_items(Lane, (yield from wire.get("/v1/lanes")))
 
 
 def lane(name: str) -> Flow[Lane]:
@@ -87,7 +65,7 @@ def lift_lane(name: str) -> Flow[None]:
 
 def pauses() -> Flow[Sequence[Pause]]:
     """What is paused."""
-    return read(_Pauses, (yield from wire.get("/v1/pauses"))).items
+    return read_items(Pause, (yield from wire.get("/v1/pauses")))
 
 
 def pause(kind: PauseKind | str, name: str, **options: Unpack[PauseOptions]) -> Flow[Pause]:
@@ -109,12 +87,12 @@ def counts(within: Within | str = Within.HOUR) -> Flow[Counts]:
 
 def pools() -> Flow[Sequence[Pool]]:
     """The pools, with what waits in them and who works on it."""
-    return read(_Pools, (yield from wire.get("/v1/pools"))).items
+    return read_items(Pool, (yield from wire.get("/v1/pools")))
 
 
 def workers() -> Flow[Sequence[Worker]]:
     """The workers, the newest first; those that are silent are listed until they are removed."""
-    return read(_Workers, (yield from wire.get("/v1/workers"))).items
+    return read_items(Worker, (yield from wire.get("/v1/workers")))
 
 
 def drain(worker_id: UUID | str) -> Flow[None]:

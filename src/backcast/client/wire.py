@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 from uuid import UUID, uuid4
 
@@ -195,6 +195,15 @@ def read(noun: type[Noun], answer: httpx.Response) -> Noun:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise _foreign(answer, ": ".join([*map(str, first["loc"]), first["msg"]])) from None
+
+
+class _Items(BaseModel, Generic[Noun]):
+    items: list[Noun]
+
+
+def read_items(noun: type[Noun], answer: httpx.Response) -> list[Noun]:
+    """The nouns of a list that has no pages."""
+    return read(_Items[noun], answer).items
 
 
 def read_lines(noun: type[Noun], answer: httpx.Response) -> list[Noun]:

@@ -5,7 +5,7 @@ version of the row decides a `where` on state, fence and worker. Locks are taken
 A statement that takes many runs skips the locked ones, or takes only runs that its own worker holds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -117,43 +117,40 @@ async def latest_fence(ledger: Ledger, run_id: UUID) -> int:
     return row["fence"]
 
 
-_MOVED = ended.moved(state="'cancelled'", cancel_requested_at="coalesce(cancel_requested_at, now())", returning=COLUMNS)
-# One row, by its key: its lock decides between this and a claim or settlement at the same moment. A run that is not
-# running is cancelled here; a running one is only asked to stop, and `settlement.settle` makes its state cancelled. The
-# row of its lane is locked first, as everywhere; no statement changes the lane of a run, so it is the right one.
+CANCELLED = f"""asked as (
+  update runs set cancel_requested_at = coalesce(cancel_requested_at, now())
+   where id = any(array(select id from mine where runs)) returning id),
+gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
+{ended.moved(state="'cancelled'", cancel_requested_at="coalesce(cancel_requested_at, now())")},
+{lanes.FREED}"""  # noqa: S608  # constants
+"""SQL: the common table expressions that cancel the runs in `mine`, after their lanes were locked, by name. A run that
+is not running is cancelled; a running one is only asked to stop, and `settlement.settle` makes its state cancelled.
+Other statements that lock many runs are claiming or settling locked ones: a `mine` of many skips those, so that neither
+waits for the other, and the caller comes back to them."""
+# One row, by its key: its lock decides between this and a claim or settlement at the same moment. The row of its lane
+# is locked first, as everywhere; no statement changes the lane of a run, so it is the right one.
 _CANCEL = f"""
 with lane as materialized (
   select name from lanes where name = (select lane from runs where id = $1) for update),
 mine as materialized (
   select id, state = 'running' as runs from runs where id = $1 and (select count(*) from lane) >= 0 for update),
-asked as (
-  update runs set cancel_requested_at = coalesce(cancel_requested_at, now())
-   where id = any(array(select id from mine where runs)) returning {LIVE_COLUMNS}),
-gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
-{_MOVED},
-freed as (
-  update lanes set promoted = greatest(lanes.promoted, -1000000000) - 1 from gone g
-   where lanes.name = g.lane and g.promoted returning name)
-select c.*, (select count(*) from freed) as freed from (select * from asked union all select * from moved) c"""  # noqa: S608
-
-
-CANCELLED = f"""asked as (
-  update runs set cancel_requested_at = now() where id = any(array(select id from mine where runs)) returning id),
-gone as (delete from runs where id = any(array(select id from mine where not runs)) returning *),
-{ended.moved(state="'cancelled'", cancel_requested_at="now()")},
-{lanes.FREED}"""  # noqa: S608  # constants
-"""SQL: the common table expressions that cancel the many runs in `mine`, after their lanes were locked, by name. Other
-statements that lock many runs are claiming or settling locked ones: `mine` skips those, so that neither waits for the
-other, and the caller comes back to them."""
+{CANCELLED}
+select array(select name from freed) as freed from mine"""  # noqa: S608  # constants
 
 
 async def cancel(ledger: Ledger, run_id: UUID) -> Run:
     """Cancel a run, or ask a running one to stop; a run that has ended stays as it is. Raises `UnknownRun`."""
-    rows = await ended.fetch(ledger, _CANCEL, run_id)
-    if not rows:
-        return await get(ledger, run_id)
-    [row] = rows
-    ledger.report_ends()
-    if row["freed"]:
-        await lanes.try_promote(ledger, {row["lane"]})
-    return shown(row)
+    for row in await ended.fetch(ledger, _CANCEL, run_id):
+        ledger.report_ends()
+        await lanes.try_promote(ledger, set(row["freed"]))
+    return await get(ledger, run_id)
+
+
+# Probes of the primary key; it locks nothing. All waits of an API process share one statement.
+MARK = "/* ended */"
+_ENDED = f"{MARK} select {COLUMNS} from all_runs where id = any($1::uuid[]) and finished_at is not null"  # noqa: S608  # a constant
+
+
+async def those_ended(connection: asyncpg.Connection, ids: Collection[UUID]) -> list[Run]:
+    """Those of these runs that have ended."""
+    return [shown(row) for row in await connection.fetch(_ENDED, list(ids))]

@@ -8,7 +8,7 @@ import json
 import logging
 from uuid import UUID
 
-from backcast.ledger import ended
+from backcast.ledger import ended, lanes
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import Problem
 
@@ -38,9 +38,7 @@ lane as materialized (
 gone as (
   delete from runs where id = any(array(select id from bad)) and (select count(*) from lane) >= 0 returning *),
 {ended.moved(state="'failed'", error="$1::json")},
-freed as (
-  update lanes set promoted = greatest(lanes.promoted - n, 0)
-    from (select lane, count(*) as n from gone where promoted group by lane) f where lanes.name = f.lane)
+{lanes.FREED}
 select id from moved"""  # noqa: S608  # constants
 
 

@@ -9,12 +9,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
+import pytest_asyncio
 
-from backcast.settings import Settings
-from backcast.worker.executors import environment
+from backcast.local.postgres import Postgres
+from tests.support import databases
 from tests.support.stack import Stack, stack
 from tests.support.waiting import PATIENCE, until
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NEIGHBOURS = 20
 STALL = 3.0
@@ -23,11 +27,12 @@ MEMORY = 512
 SECRET = "correct-horse-battery-staple"
 
 
-@pytest.fixture
-async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def others(server: Postgres, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """All but the worker, which each test has for itself."""
     async with stack(
-        database,
-        tmp_path,
+        databases.create(server, "abuse"),
+        tmp_path_factory.mktemp("abuse"),
         BACKCAST_TASKS="tests.abuse.tasks",
         BACKCAST_BUILTIN_TASKS="false",
         BACKCAST_MAX_ATTEMPTS="1",
@@ -39,8 +44,23 @@ async def product(database: str, tmp_path: Path) -> AsyncIterator[Stack]:
         BACKCAST_STORE__SECRET_KEY=SECRET,
         BACKCAST_STORE__ACCESS_KEY="access",
     ) as running:
-        await running.up("api", "worker", "steward")
+        await running.up("api", "steward")
         yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def product(others: Stack) -> AsyncIterator[Stack]:
+    api, steward = others.parts
+    await others.up("worker")
+    others.parts[:] = [api, others.parts[-1], steward]
+    yield others
+    for part in others.parts[1:]:
+        if part is not steward:
+            part.kill()
+    others.parts[:] = [api, steward]
+    connection = await asyncpg.connect(others.database)
+    await connection.execute("set search_path = backcast; delete from runs; delete from workers")
+    await connection.close()
 
 
 async def beside(product: Stack, task: str, **given: Any) -> dict[str, Any]:
@@ -236,7 +256,7 @@ async def is_there(path: Path) -> bool:
 async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(product: Stack, task: str) -> None:
     [pid] = executors(product)
     await product.result(await product.submit(task))
-    await until(lambda: others(product, pid))
+    await until(lambda: is_replaced(product, pid))
     assert await product.result(await product.submit("relies")) == []
     await still_serves(product)
 
@@ -246,7 +266,7 @@ async def test_an_executor_that_has_grown_is_replaced_without_a_gap(product: Sta
     beside = await product.submit("nap", seconds=6)
     await product.state(beside, "running")
     assert await product.result(await product.submit("grow", megabytes=MEMORY * 11 // 10)) == "large"
-    await until(lambda: others(product, pid))
+    await until(lambda: is_replaced(product, pid))
     assert await product.result(await product.submit("nap", seconds=0.05)) == 0.05
     await product.result(beside)
     assert (await product.run(beside))["attempts"] == 1
@@ -258,17 +278,17 @@ async def test_abandoned_threads_cost_an_executor_and_no_slot(product: Stack) ->
     runs = [await product.submit("sleep_on") for _ in range(10)]
     for run in runs:
         assert (await product.ended(run))["error"]["code"] == "timeout"
-    await until(lambda: others(product, pid))
+    await until(lambda: is_replaced(product, pid))
     await until(lambda: lost(product), lambda count: count == 0)
     await still_serves(product)
 
 
 async def test_an_executor_may_end_while_its_successor_starts(product: Stack) -> None:
-    async def is_replaced() -> bool:
+    async def begins() -> bool:
         return "replacing executor" in product.parts[1].text
 
     await product.result(await product.submit("keep_files_open"))
-    await until(is_replaced)
+    await until(begins)
     for _ in range(3):
         assert (await product.ended(await product.submit("kill_itself")))["error"]["code"] == "executor_died"
         assert await product.result(await product.submit("nap", seconds=0.05)) == 0.05
@@ -279,7 +299,7 @@ async def count(product: Stack) -> int:
     return len(executors(product))
 
 
-async def others(product: Stack, pid: str) -> bool:
+async def is_replaced(product: Stack, pid: str) -> bool:
     return pid not in executors(product)
 
 
@@ -368,23 +388,6 @@ async def test_a_task_finds_no_secrets(product: Stack) -> None:
     for where, text in found.items():
         assert SECRET not in text, where
         assert "postgresql://" not in text, where
-
-
-@pytest.mark.parametrize("has_own_key", [True, False])
-def test_the_identity_of_a_store_is_not_for_tasks(monkeypatch: pytest.MonkeyPatch, has_own_key: bool) -> None:
-    given = {
-        "AWS_ACCESS_KEY_ID": "AKIA",
-        "AWS_WEB_IDENTITY_TOKEN_FILE": "/token",
-        "AWS_REGION": "eu",
-        "PGPASSWORD": "p",
-    }
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    store = {"url": "s3://b", "access_key": "k" if has_own_key else None, "secret_key": "s" if has_own_key else None}
-    seen = environment(Settings.model_validate({"store": store}))
-    expected = {"AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"} if has_own_key else {"AWS_REGION"}
-    assert given.keys() & seen.keys() == expected
-    assert "PATH" in seen
 
 
 async def test_a_supervisor_imports_neither_prefect_nor_marvin_nor_the_tasks(tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ _SUCCEEDED, _FAILED, _RETRY, _STOPPED, DISTURBED = range(5)
 
 
 def largest(max_result: int) -> int:
-    """Bytes of the largest message of an executor: a result or a cached value, and what surrounds it."""
-    return max_result + (32 << 20)
+    """Bytes of the largest message of an executor: a result, or the record of a cached one, in which Prefect has it as
+    a string, with its quotation marks escaped."""
+    return 2 * max_result + (32 << 20)
 
 
 class Assignment(BaseModel):

@@ -102,7 +102,8 @@ class Database(_Section):
     pool: int = Field(default=10, ge=2, le=200)
     """Connections that an API process may hold open, besides one that listens. A worker holds up to 4, a steward 7."""
     timeout: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1), le=timedelta(seconds=30))
-    """How long a statement may take, including the wait for a connection, before the database counts as unavailable."""
+    """How long a statement may take, 1 to 30 s, including the wait for a connection, before the database counts as
+    unavailable."""
 
 
 class Fallback(_Section):

@@ -610,6 +610,12 @@ async def trace_all() -> str:
 
 
 @task
+def change_the_locale() -> str:
+    locale.setlocale(locale.LC_NUMERIC, "C.UTF-8")
+    return "rude"
+
+
+@task
 async def block_signals() -> str:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     return "rude"

@@ -51,16 +51,18 @@ async def others(server: Postgres, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest_asyncio.fixture(loop_scope="module")
 async def product(others: Stack) -> AsyncIterator[Stack]:
     api, steward = others.parts
-    await others.up("worker")
-    others.parts[:] = [api, others.parts[-1], steward]
-    yield others
-    for part in others.parts[1:]:
-        if part is not steward:
-            part.kill()
-    others.parts[:] = [api, steward]
-    connection = await asyncpg.connect(others.database)
-    await connection.execute("set search_path = backcast; delete from runs; delete from workers")
-    await connection.close()
+    try:
+        await others.up("worker")
+        others.parts[:] = [api, others.parts[-1], steward]
+        yield others
+    finally:
+        for part in others.parts:
+            if part not in (api, steward):
+                part.kill()
+        others.parts[:] = [api, steward]
+        connection = await asyncpg.connect(others.database)
+        await connection.execute("set search_path = backcast; delete from runs; delete from workers")
+        await connection.close()
 
 
 async def beside(product: Stack, task: str, **given: Any) -> dict[str, Any]:
@@ -219,6 +221,7 @@ PUT_BACK = [
     "clear_the_import_path",
     "change_the_loop",
     "trace_all",
+    "change_the_locale",
     "block_signals",
     "wander",
 ]
@@ -269,7 +272,9 @@ async def test_an_executor_that_has_grown_is_replaced_without_a_gap(product: Sta
     await until(lambda: is_replaced(product, pid))
     assert await product.result(await product.submit("nap", seconds=0.05)) == 0.05
     await product.result(beside)
-    assert (await product.run(beside))["attempts"] == 1
+    attempts = (await product.http.get(f"/v1/runs/{beside}/attempts")).json()["items"]
+    assert [each["outcome"] for each in attempts] == ["succeeded"]
+    assert "replacing executor" in product.parts[1].text
     await still_serves(product)
 
 

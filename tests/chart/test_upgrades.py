@@ -188,6 +188,19 @@ def test_a_secret_may_take_the_place_of_a_url(live: Cluster) -> None:
     render(in_secret(live, "theirs", ONE["url"]), cluster=live, revision=2)
 
 
+@pytest.mark.parametrize("password", ["p^w", "100%zz", "a@b", "x/y", "{}"])
+def test_no_password_in_a_secret_stops_or_shows_itself(live: Cluster, password: str) -> None:
+    installed(live, postgres(**ONE))
+    url = f"postgresql://b:{password}@one/b"
+    if "/" in password:  # no URL: nothing is known of it
+        assert render(in_secret(live, "theirs", url), cluster=live, revision=2).the("ConfigMap")["data"].keys() == {
+            "backcast.yaml"
+        }
+    else:
+        release = render(in_secret(live, "theirs", url), cluster=live, revision=2)
+        assert release.the("ConfigMap")["data"]["database"] == "one/b"
+
+
 @pytest.mark.parametrize("by_secret", [True, False])
 def test_a_secret_for_another_database_is_refused(live: Cluster, by_secret: bool) -> None:
     installed(live, in_secret(live, "theirs", ONE["url"]) if by_secret else postgres(**ONE))

@@ -214,6 +214,7 @@ def _settings() -> Schema:
         }
         if made.get("format") == "duration":
             made["type"] = ["string", "number"]
+            return {word: value for word, value in made.items() if word not in ("ge", "gt", "le", "lt")}
         return made
 
     return plain(Settings.model_json_schema())

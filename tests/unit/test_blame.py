@@ -28,6 +28,7 @@ A, B, C, D = (UUID(int=n) for n in range(4))
             id="it waits, or sleeps in small steps, and others compute",
         ),
         pytest.param({LOOP: 0.1}, 1900, {A: "unknown", B: "unknown", C: "unknown"}, id="who has the lock sleeps"),
+        pytest.param({LOOP: 0.4}, 9000, {A: "unknown", B: "unknown", C: "unknown"}, id="it sleeps in tiny steps"),
         pytest.param({LOOP: 0.1, FOREIGN: 9.0}, 1900, dict.fromkeys([A, B, C, D], "unknown"), id="a thread of a run's"),
         pytest.param({}, 0, {A: "own"}, id="the system shows nothing"),
     ],

@@ -196,7 +196,7 @@ async def test_a_server_that_closes_a_kept_connection_after_its_own_error_is_not
         for name in ["good 1", "bad 2", "good 3"]:
             sink.keep_log(line(name))
         await flushed(sink)
-        waiting = sink.waiting
+        waiting = len(sink._logs)
         await sink.aclose(timeout=1)
         server.shutdown()
         serving.join()

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backcast.ledger.claims import Claim
@@ -30,6 +30,7 @@ def claimed(*, lost: int) -> Claim:
     )
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_slots_are_a_bound(steps: list[tuple[str, int, bool]]) -> None:
     asyncio.run(_follow(steps))

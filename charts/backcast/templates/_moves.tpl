@@ -1,6 +1,7 @@
 {{/*
 Refuses an upgrade after which accepted runs would be without their row or their objects. What is installed is read from
-the cluster: the ConfigMap says where the objects are, the StatefulSet and the Secret where the rows are.
+the cluster: the ConfigMap says where objects and rows are. That of an older release has no word about the rows; then the
+StatefulSet or the Secret has.
 */}}
 {{- define "backcast.moves" -}}
 {{- if not (include "backcast.moves.unserved" .) }}
@@ -20,7 +21,7 @@ the cluster: the ConfigMap says where the objects are, the StatefulSet and the S
 {{- if and $before (not (or (has (first $after) $before) (has .Values.store.movedFrom $before))) }}
 {{- fail (printf "The pods that run now can't read %q, where the new ones would write: make it store.fallback first, and exchange the two by the next upgrade (docs/operations.md, \"Move the store\")." (first $after)) }}
 {{- end }}
-{{- $rows := include "backcast.moves.database" . | default $installed.database | default ($installed | empty | ternary "" "external") }}
+{{- $rows := $installed.database | default (include "backcast.moves.database" .) | default ($installed | empty | ternary "" "external") }}
 {{- $target := include "backcast.moves.target" . | default "external" }}
 {{- $same := or (not $rows) (eq $rows $target) (and (ne $rows "bundled") (ne $target "bundled") (has "external" (list $rows $target))) }}
 {{- if not (or $same (eq $rows .Values.postgres.movedFrom)) }}
@@ -66,7 +67,9 @@ bundled
 {{- end }}
 {{- end }}
 
-{{/* Host and name of a database in its URL, without user and password. */}}
+{{/* Host and name of a database in its URL, without user and password; empty if it is no such URL. (`urlParse` would fail
+on a password with odd characters, and show it.) */}}
 {{- define "backcast.moves.url" -}}
-{{- with . }}{{ $url := urlParse . }}{{ $url.host }}{{ $url.path }}{{ end }}
+{{- $url := "^postgres(?:ql)?://(?:[^/]*@)?([^/?@]+)(/[^?@]*)?(?:[?].*)?$" }}
+{{- with . }}{{ if regexMatch $url . }}{{ regexReplaceAll $url . "${1}${2}" }}{{ end }}{{ end }}
 {{- end }}

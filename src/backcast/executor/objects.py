@@ -1,6 +1,7 @@
 """Gives an executor the two calls to the store that its cache needs, through the supervisor: it has no credentials."""
 
 import asyncio
+import logging
 from typing import Protocol
 from uuid import uuid4
 
@@ -8,6 +9,9 @@ from backcast import protocol
 from backcast.errors import StoreUnavailable
 from backcast.process.channel import Channel, Message
 from backcast.store import Missing
+
+
+log = logging.getLogger("backcast.executor")
 
 
 class Objects(Protocol):
@@ -20,7 +24,7 @@ class Objects(Protocol):
 
 class RemoteObjects:
     def __init__(self, channel: Channel, *, largest: int) -> None:
-        """A larger object than `largest` bytes is not stored: the result that it would have is refused anyway."""
+        """A larger object than `largest` bytes is not stored."""
         self._channel, self._largest = channel, largest
         self._asked = dict[bytes, asyncio.Future[Message]]()
 
@@ -28,8 +32,10 @@ class RemoteObjects:
         return (await self._ask(protocol.GET, key, b"")).body
 
     async def put(self, key: str, body: bytes) -> None:
-        if len(body) <= self._largest:
-            await self._ask(protocol.PUT, key, body)
+        if len(body) > self._largest:
+            log.warning("a value is not cached, as its record has %d MiB", len(body) >> 20)
+            return
+        await self._ask(protocol.PUT, key, body)
 
     async def _ask(self, kind: int, key: str, body: bytes) -> Message:
         name, answered = uuid4().bytes, asyncio.get_running_loop().create_future()

@@ -83,7 +83,7 @@ class Sink:
         """Events and log lines that Prefect never gets, by reason."""
         self._report_dropped = dropped
         self._caught_up = time.monotonic()
-        """When nothing was left to publish."""
+        """When all that waited then had been published."""
         self._is_full = Outage(partial(log.warning, "history is dropped until Prefect is back: %s"))
         self._unreported, self._reported = 0, -REPORTED
 

@@ -93,7 +93,8 @@ def _blocking(loop: Mark, threads: list[Mark], silence: Activity) -> list[Mark]:
     computes = silence.spent.get(loop.native, 0.0) > max(0.05 * silence.at, 0.1)
     if computes or silence.wakes <= _WAKES * silence.at:
         return [loop]
-    if silence.spent[busiest] < 0.5 * sum(silence.spent.values()) or silence.spent[busiest] < 0.2:
+    is_busy = silence.spent[busiest] > max(0.5 * sum(silence.spent.values()), 0.2)
+    if busiest == loop.native or not is_busy:
         return [loop, *threads]
     keeping = [mark for mark in threads if mark.native == busiest]
     return [loop, *keeping] if keeping else []  # a thread that some run has started

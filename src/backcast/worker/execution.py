@@ -27,8 +27,8 @@ log = logging.getLogger("backcast.worker")
 FOLLOW = 5.0
 """Seconds after which a run that waits for another one's value tries for itself; usually the flight lands earlier."""
 ALONE_AFTER = 5
-"""Attempts that ended for no doing of the run, after which it is executed with nothing beside it: what others do there
-can't end it any more."""
+"""Attempts that ended for no doing of the run, after which it is executed with nothing beside it if there is room: then
+others can't end it any more."""
 ENDLESS = 100
 """Such attempts after which it fails."""
 RELEASED_TOO_OFTEN = Problem(
@@ -109,9 +109,10 @@ class Execution:
         except (ValueError, RecursionError):
             return True  # the executor reports it
 
-    def forget(self, run: UUID) -> None:
+    def forget(self, claim: Claim) -> None:
         """Another worker has it."""
-        self._flights.pop(run, None)
+        if self._flights.get(claim.id, ("", 0))[1] == claim.fence:
+            del self._flights[claim.id]
 
     async def settled(self, runs: Collection[UUID]) -> None:
         """End the flights of these runs, whose results are recorded: the runs that wait for them become ready."""

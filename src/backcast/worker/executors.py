@@ -38,6 +38,8 @@ SPARES = 2
 QUARANTINES = 4
 """Runs at once that are executed again, each in an executor of its own: any of them may have ended the one before."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_AGAIN = 30.0
+"""Seconds until a worn executor is to be replaced again, after its successor could not be started."""
 _FAREWELL = 4.0
 """Seconds that an executor has to publish what is left and to end."""
 _SECRETS = "BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)"
@@ -103,8 +105,8 @@ class Executors:
         return self._served[task].is_cached
 
     async def execute(self, name: str, run: UUID, given: bytes, *, retries: int, is_alone: bool = False) -> Attempt:
-        """Make an attempt, `is_alone` with nothing beside it in its executor. A run that may have ended its executor is
-        executed again so.
+        """Make an attempt. A run that may have ended its executor is executed again, with nothing beside it; so is one
+        that is to be alone, if there is room.
 
         Raises:
             ExecutorEnded: with its executor; it is known whose doing that was.
@@ -113,7 +115,7 @@ class Executors:
         how = {"may_block": served.may_block or 0.0}
         if served.is_isolated:
             return await self._execute_isolated(name, run, given, retries=retries, **how)
-        if is_alone:
+        if is_alone and not self._quarantines.locked():
             return await self._execute_quarantined(name, run, given, retries=retries, **how)
         child = await self._free()
         try:
@@ -285,7 +287,8 @@ class Executors:
     async def _replace(self, seat: int, child: Child) -> None:
         try:
             fresh = await self._started(self._spawn(child.capacity))
-        except Unavailable:  # the log has the reason; it is tried again
+        except Unavailable:  # the log has the reason
+            await asyncio.sleep(_AGAIN)
             return
         finally:
             self._worn.discard(child)

@@ -295,7 +295,7 @@ class Worker:
             log.info("the run has failed: %s", attempt.result.problem.code)
         if settlement is None:
             self._drop(claim.id, claim.fence, "lost")
-            self._execution.forget(claim.id)
+            self._execution.forget(claim)
         else:
             if attempt.asked is not None:
                 self._metrics.asked(attempt.usage or {}, *attempt.asked)
@@ -390,7 +390,7 @@ class Worker:
         self._wake.set()
         began, grace = time.monotonic(), self._settings.worker.grace.total_seconds()
         self.ends_at = began + grace + DRAIN_WITHIN
-        await asyncio.wait({claiming}, timeout=min(5.0, grace))  # a claim that is under way still brings runs
+        await asyncio.wait({claiming}, timeout=min(5.0, grace + 2.0))  # a claim that is under way still brings runs
         self._release_waiting()
         if self._slots.works:
             log.info(

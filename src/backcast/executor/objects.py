@@ -10,7 +10,6 @@ from backcast.errors import StoreUnavailable
 from backcast.process.channel import Channel, Message
 from backcast.store import Missing
 
-
 log = logging.getLogger("backcast.executor")
 
 

@@ -169,6 +169,10 @@ class World:
             lambda: takes_writes(self.prefect),
             PREFECT_API_URL=self.prefect,
             PREFECT_API_DATABASE_CONNECTION_URL=postgres.url(data, "prefect").replace("://", "+asyncpg://"),
+            # As the chart sets them. A stock server records each event by itself; those that it could not record while
+            # the database was away come one each five seconds, and one with each new event: for hours after a storm.
+            PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE="50",
+            PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL="1",
             PREFECT_SERVER_ANALYTICS_ENABLED="false",
             PREFECT_LOGGING_LEVEL="WARNING",
             PYTHONWARNINGS="ignore",

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 from prefect import task
 
 from backcast.options import options
@@ -333,7 +334,7 @@ _kept = list[bytearray]()
 @task
 def grow(megabytes: int) -> str:
     """And keep it."""
-    while int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() < megabytes << 20:
+    while psutil.Process().memory_info().rss < megabytes << 20:
         _kept.append(bytearray(b"x" * (4 << 20)))
     return "large"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -175,26 +176,28 @@ async def test_who_computes_is_not_at_fault_when_another_blocks(product: Stack, 
     assert f"in {task}" in product.parts[1].text, "its stack is in the log"
 
 
-async def test_a_run_whose_process_others_end_again_and_again_gets_one_of_its_own(product: Stack) -> None:
-    victim = await product.submit("nap", seconds=5)
-    while (run := await product.run(victim))["state"] != "completed":
+async def test_a_run_whose_process_others_end_again_and_again_gets_one_of_its_own(
+    product: Stack, tmp_path: Path
+) -> None:
+    victim = await product.submit("redirects", folder=str(tmp_path))
+    for _ in range(6):
+        await until(lambda: is_there(tmp_path / "redirected"))
+        (tmp_path / "redirected").unlink()
         await product.ended(await product.submit("os_exit"))
-    assert run["attempts"] == 1
+    (tmp_path / "print").touch()
+    assert await product.result(victim) == "mine\n"
+    assert (await product.run(victim))["attempts"] == 1
     attempts = (await product.http.get(f"/v1/runs/{victim}/attempts")).json()
     assert [each["outcome"] for each in attempts["items"]] == ["released"] * 5 + ["succeeded"]
 
 
 async def test_who_announces_a_huge_message_fills_nobodys_memory(product: Stack) -> None:
     worker = product.parts[1].process.pid
-    before = resident(worker)
+    before = psutil.Process(worker).memory_info().rss
     run = await beside(product, "send_garbage", megabytes=500)
     assert run["error"]["code"] == "executor_died"
-    assert resident(worker) - before < 200 << 20
+    assert psutil.Process(worker).memory_info().rss - before < 200 << 20
     await still_serves(product)
-
-
-def resident(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 @pytest.mark.parametrize("task", COMPLETING)
@@ -338,7 +341,7 @@ async def test_a_drain_ends_whatever_the_code_does(product: Stack) -> None:
     worker = product.parts[1]
     worker.process.terminate()
     assert await worker.ended() == 0
-    assert time.monotonic() - began < 3 + 5 + 20, "grace and five seconds, and what a loaded machine takes"
+    assert time.monotonic() - began < 3 + 5 + 5, "grace and five seconds, and what a loaded machine takes"
     for run in runs:
         state = (await product.run(run))["state"]
         assert state in ("queued", "failed"), "released, or failed as it has blocked"

@@ -117,9 +117,6 @@ def _habits() -> list[_Habit]:
         signal.setitimer(signal.ITIMER_REAL, 0)  # none is set when the process starts
         signal.signal(signal.SIGALRM, kept[1])
 
-    def set_signals(kept: Any) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
-
     def add_variables(_: Any) -> None:
         for name, value in variables.items():
             os.environ.setdefault(name, value)
@@ -150,7 +147,11 @@ def _habits() -> list[_Habit]:
         _Habit("the trace function of threads", threading.gettrace, threading.settrace, is_borne=True),
         _Habit("the profile function of threads", threading.getprofile, threading.setprofile, is_borne=True),
         _Habit("the stack size of threads", threading.stack_size, threading.stack_size),
-        _Habit("blocked signals", partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), set_signals),
+        _Habit(
+            "blocked signals",
+            partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()),
+            partial(signal.pthread_sigmask, signal.SIG_SETMASK),
+        ),
         _Habit("logging", read_logging, set_logging),
         _Habit("the alarm clock", read_alarm, set_alarm),
         _Habit("warnings", added_errors, remove_errors),

@@ -142,6 +142,23 @@ async def test_a_worker_outlasts_an_error_that_nobody_expected(
         assert (await product.run(run))["attempts"] == 1
 
 
+@pytest.mark.parametrize("error", ["'as asked'", "numeric_value_out_of_range"])
+async def test_an_outcome_that_is_not_taken_holds_up_no_other(
+    database: str, tmp_path: Path, ledger: Ledger, error: str
+) -> None:
+    body = f"if new.input::text not like '%666%' then return new; end if; raise {error}"
+    await break_table(ledger, "ended", "insert", body)
+    async with stack(database, tmp_path) as product:
+        await product.up("api", "worker")
+        refused = await product.submit("echo", value=666)
+        await prints(product.parts[1], "can't settle a run, trying again: ")
+        assert [await product.result(await product.submit("echo", value=n)) for n in range(3)] == [0, 1, 2]
+        assert (await product.run(refused))["state"] == "running"
+        await mend_table(ledger)
+        ended = await product.ended(refused)
+        assert (ended["state"], ended["attempts"]) == ("completed" if "asked" in error else "failed", 1)
+
+
 async def test_a_slow_dispatch_does_not_delay_the_recovery_of_lost_runs(
     database: str, tmp_path: Path, ledger: Ledger
 ) -> None:

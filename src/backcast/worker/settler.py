@@ -20,7 +20,6 @@ from backcast.store import Store
 
 log = logging.getLogger("backcast.worker")
 
-_REFUSED = "unstorable_outcome"
 MOST = 200
 """Settlements in one statement."""
 
@@ -51,45 +50,55 @@ class Settler:
         await self._waiting.join()
 
     async def run(self) -> None:
-        while True:
-            batch = [await self._waiting.get()]
-            while not self._waiting.empty() and len(batch) < MOST:
-                batch.append(self._waiting.get_nowait())
-            try:
-                await self._settle(batch)
-            finally:
-                for _ in batch:
-                    self._waiting.task_done()
+        async with asyncio.TaskGroup() as apart:
+            while True:
+                batch = [await self._waiting.get()]
+                while not self._waiting.empty() and len(batch) < MOST:
+                    batch.append(self._waiting.get_nowait())
+                if await self._settle(batch) is None:
+                    self._done(len(batch))
+                else:
+                    apart.create_task(self._settle_apart(batch))
 
-    async def _settle(self, batch: list[Settlement]) -> None:
+    def _done(self, count: int) -> None:
+        for _ in range(count):
+            self._waiting.task_done()
+
+    async def _settle_apart(self, batch: list[Settlement]) -> None:
+        """One by one: a settlement that the database does not take must hold up no other one."""
+        delays = backoff(0.1, 2.0)
+        faults = Outage(partial(log.error, "can't settle a run, trying again: %s"))
+        while batch:
+            failed = [(one, error) for one in batch if (error := await self._settle([one])) is not None]
+            self._done(len(batch) - len(failed))
+            batch = [one if isinstance(error, LedgerFault) else self._milder(one, error) for one, error in failed]
+            for _, error in failed:
+                faults.failed(error, exc_info=error)
+                await unusable.set_aside(self._ledger, error)
+            await asyncio.sleep(next(delays) if batch else 0)
+
+    @staticmethod
+    def _milder(one: Settlement, error: Exception) -> Settlement:
+        """What is recorded in place of a refused one."""
+        if one.usage is not None:  # it is added to the usage before, which may be what was refused
+            return one._replace(usage=None)
+        refused = Problem(code="unstorable_outcome", title="The outcome can't be recorded", detail=str(error))
+        return one._replace(state="failed", result=None, result_key=None, error=refused)
+
+    async def _settle(self, batch: list[Settlement]) -> Exception | None:
+        """Outlast every outage. Return the error if the database does not take one of them: then none is recorded."""
         settled, delays = None, backoff(0.1, 2.0)
         outage = Outage(partial(log.warning, "can't settle %d runs, trying again: %s", len(batch)))
-        faults = Outage(partial(log.error, "can't settle %d runs, trying again: %s", len(batch), exc_info=True))
         while settled is None:
             began = time.monotonic()
             try:
                 settled = await settlement.settle(self._ledger, self._worker_id, batch)
                 self._metrics.settle_seconds.observe(time.monotonic() - began)
-            except LedgerFault as error:
-                faults.failed(error)
-                await asyncio.sleep(next(delays))
+            except (LedgerFault, *REFUSED) as error:
+                return error
             except LedgerUnavailable as error:  # it may have been recorded; the fence makes it safe to send again
                 outage.failed(error)
                 await asyncio.sleep(next(delays))
-            except REFUSED as error:  # it must not hold up the others of its batch
-                log.error("the database refused a settlement: %s", error)
-                if len(batch) > 1:
-                    for one in batch:
-                        await self._settle([one])
-                    return
-                await unusable.set_aside(self._ledger, error)
-                if batch[0].usage is not None:  # it is added to the usage before, which may be what was refused
-                    batch = [batch[0]._replace(usage=None)]
-                    continue
-                if batch[0].error is not None and batch[0].error.code == _REFUSED:  # its row is, and not its outcome
-                    await asyncio.sleep(next(delays))
-                refused = Problem(code=_REFUSED, title="The outcome can't be recorded", detail=str(error))
-                batch = [batch[0]._replace(state="failed", result=None, result_key=None, error=refused)]
         self.count += sum((e.id, e.fence) in settled.accepted and e.state in ("completed", "failed") for e in batch)
         await self._settled(batch)
         attempts: dict[tuple[str, str], int] = {}
@@ -106,3 +115,4 @@ class Settler:
                 with contextlib.suppress(StoreUnavailable):
                     await self._store.delete([one.result_key])
         self._metrics.settled(attempts, retries)
+        return None

@@ -210,7 +210,7 @@ async def shout(megabytes: int = 50) -> str:
 
 
 @task
-def chatter(lines: int = 20_000) -> str:
+def chatter(lines: int = 200_000) -> str:
     for _ in range(lines):
         print("c" * 1000)
     return "chattered"
@@ -284,7 +284,7 @@ def leave_a_server() -> list[int]:
 
 
 @task
-def forks(count: int = 100) -> int:
+def forks(count: int = 200) -> int:
     """Forks while threads hold locks."""
     lock = threading.Lock()
     stop = threading.Event()
@@ -346,6 +346,35 @@ async def wander() -> str:
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(200)
     return "wandered"
+
+
+@task
+async def recurse_little() -> str:
+    sys.setrecursionlimit(60)
+    await asyncio.sleep(1)
+    return "shallow"
+
+
+@task
+async def borrow_signals() -> str:
+    """As libraries that take SIGTERM, and give it back."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    await asyncio.sleep(0.2)
+    signal.signal(signal.SIGTERM, before)
+    return "given back"
+
+
+@task
+def fork_bomb(generations: int = 6) -> str:
+    """Each process makes another two, which stay."""
+    for _ in range(generations):
+        if os.fork() == 0:
+            continue
+        if os.fork() == 0:
+            continue
+        break
+    time.sleep(0.5)
+    return "parent"
 
 
 @task

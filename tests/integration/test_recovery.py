@@ -2,6 +2,7 @@
 single flight."""
 
 import asyncio
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
@@ -81,6 +82,30 @@ async def registered(ledger: Ledger, task: str) -> UUID:
     tasks = [TaskType(name=task, pool="default", input_schema={})]
     await fleet.register(ledger, worker, pool="default", host="h", version="1", slots=10, tasks=tasks)
     return worker
+
+
+async def test_the_runs_of_a_lost_worker_are_executed_within_the_slots_of_others(database: str, tmp_path: Path) -> None:
+    async with stack(database, tmp_path, BACKCAST_LEASE="2") as product:
+        await product.up("api", "steward")
+        large = await product.start("worker", BACKCAST_WORKER__SLOTS="100").ready()
+        there = tmp_path / "now-crowd"
+        runs = [await product.submit("linger_among", name="crowd") for _ in range(100)]
+
+        async def present() -> int:
+            return len(list(there.iterdir())) if there.exists() else 0
+
+        await until(present, lambda count: count == 100)
+        await product.start("worker", BACKCAST_WORKER__SLOTS="10").ready()
+        own = [await product.submit("linger_among", name="own") for _ in range(5)]
+        for run in own:
+            await product.state(run, "running")
+        large.kill()
+        shutil.rmtree(there)
+        await until(present, lambda count: count >= 5)
+        product.release("own")
+        assert max([await product.result(run) for run in own]) <= 5
+        product.release("crowd")
+        assert 5 < max([await product.result(run) for run in runs]) <= 10
 
 
 async def test_a_quarantined_run_runs_alone(database: str, ledger: Ledger, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ STAYS = "@task\ndef stays(n: int) -> int:\n    return n\n"
 GOES = "@task\ndef goes(n: int) -> int:\n    return -n\n"
 FIRST = "@task\ndef report(name: str) -> str:\n    return f'first {name}'\n"
 SECOND = "@task\ndef report(name: str, year: int) -> str:\n    return f'second {name} {year}'\n"
+DIES = "@task\ndef dies() -> None:\n    __import__('os')._exit(7)\n"
+BLOCKS = "@task\nasync def blocks() -> None:\n    __import__('time').sleep(3600)\n"
 BOTH = "@task\ndef report(name: str, year: int = 0) -> str:\n    return f'both {name} {year}'\n"
 
 
@@ -95,6 +97,27 @@ async def test_a_run_fails_when_no_such_worker_comes(database: str, tmp_path: Pa
         run = await product.ended(run_id)
         assert (run["state"], run["error"]["code"], run["attempts"]) == ("failed", "unknown_task", 0)
         assert "BACKCAST_TASKS" in run["error"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "code"), [("dies", DIES, "executor_died"), ("blocks", BLOCKS, "blocked_worker")]
+)
+async def test_what_ends_an_executor_costs_runs_that_wait_for_a_worker_nothing(
+    product: Stack, task: str, source: str, code: str
+) -> None:
+    await end(await worker(product, STAYS, GOES, source))
+    gone = [await product.submit("goes", n=n) for n in range(20)]
+    offender = await product.submit(task)
+    gone += [await product.submit("goes", n=n) for n in range(20, 40)]
+    await worker(product, STAYS, source, BACKCAST_WORKER__STALL="2")
+    assert (await product.ended(offender))["error"]["code"] == code
+    stays = await product.submit("stays", n=1)
+    await completes(product, stays, 1)
+    for run_id in gone:
+        await waits(product, run_id, "unknown_task")
+    await worker(product, STAYS, GOES)
+    for n, run_id in enumerate(gone):
+        await completes(product, run_id, -n)
 
 
 async def test_workers_of_one_pool_may_have_different_tasks(product: Stack) -> None:

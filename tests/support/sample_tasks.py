@@ -1,6 +1,7 @@
 """Tasks of a user for the tests. Their side effects go to the folder that the worker was started in."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -234,21 +235,36 @@ async def stuck_once(name: str) -> int:
     return calls
 
 
-@task
-async def crowded(name: str, seconds: float) -> int:
-    """How many of this name ran when this one began, itself included. The first ones run until two have met."""
-    now, met = Path(f"now-{name}"), Path(f"met-{name}")
+@contextlib.contextmanager
+def _among(name: str) -> Iterator[int]:
+    """How many of this name are here, itself included."""
+    now = Path(f"now-{name}")
     now.mkdir(exist_ok=True)
     mine = now / secrets.token_hex(8)
     mine.touch()
     try:
-        present = len(list(now.iterdir()))
-        if present > 1:
-            met.touch()
-        await _there(met.name)
-        await asyncio.sleep(seconds)
+        yield len(list(now.iterdir()))
     finally:
-        mine.unlink()
+        mine.unlink(missing_ok=True)
+
+
+@task
+async def crowded(name: str, seconds: float) -> int:
+    """How many of this name ran when this one began, itself included. The first ones run until two have met."""
+    with _among(name) as present:
+        if present > 1:
+            Path(f"met-{name}").touch()
+        await _there(f"met-{name}")
+        await asyncio.sleep(seconds)
+    return present
+
+
+@task
+async def linger_among(name: str) -> int:
+    """How many of this name ran when this one began. Runs until the test releases the name."""
+    with _among(name) as present:
+        await _there(f"release-{name}")
+        await asyncio.sleep(0.05)
     return present
 
 

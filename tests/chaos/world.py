@@ -19,6 +19,7 @@ import psutil
 from backcast.ledger import provisioning
 from backcast.ledger.migration import migrate
 from backcast.local import postgres
+from backcast.local.up import PREFECT_SERVER
 from backcast.settings import Store as StoreSettings
 from backcast.store import open_store
 from tests.chaos.process import Process
@@ -169,11 +170,7 @@ class World:
             lambda: takes_writes(self.prefect),
             PREFECT_API_URL=self.prefect,
             PREFECT_API_DATABASE_CONNECTION_URL=postgres.url(data, "prefect").replace("://", "+asyncpg://"),
-            # As the chart sets them. A stock server records each event by itself; those that it could not record while
-            # the database was away come one each five seconds, and one with each new event: for hours after a storm.
-            PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE="50",
-            PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL="1",
-            PREFECT_SERVER_ANALYTICS_ENABLED="false",
+            **PREFECT_SERVER,
             PREFECT_LOGGING_LEVEL="WARNING",
             PYTHONWARNINGS="ignore",
         )

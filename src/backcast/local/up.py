@@ -84,6 +84,20 @@ def up(
     return 0
 
 
+PREFECT_SERVER = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    # A stock server records each event by itself; those that it could not record while its database was away come one
+    # each five seconds, and one with each new event: for hours after a storm.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    # Less CPU per run: these services serve flows, automations and the feed of raw events only.
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
+}
+"""What a Prefect server of ours is set to, here as in the chart."""
+
+
 class _Up:
     def __init__(self, data: Path, settings: Settings, *, port: int, prefect_port: int, model: bool) -> None:
         self._began = time.monotonic()
@@ -358,13 +372,7 @@ class _Up:
             "PREFECT_UI_STATIC_DIRECTORY": str(self._data / "prefect" / "ui"),
             # Otherwise any web page may read and change the history.
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{self._url('prefect')},http://localhost:{self._ports['prefect']}",
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-            # Less CPU per run: the services that are off serve flows, automations and the feed of raw events only.
-            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
-            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-            "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
-            "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
+            **PREFECT_SERVER,
         }
 
 

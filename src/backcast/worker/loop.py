@@ -1,4 +1,4 @@
-"""Claims runs for its slots, and decides when a run is stopped or released.
+"""Executes the runs of its slots, and decides when one is stopped or released.
 
 Only user code holds a slot. Results are stored and settled after it is free, and the number of finished runs that are
 not settled yet is bounded, so an absent store or database stops the claims, not the worker.
@@ -7,28 +7,27 @@ not settled yet is bounded, so an absent store or database stops the claims, not
 import asyncio
 import contextlib
 import logging
-import random
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from uuid import UUID
 
-from backcast.errors import FatalError, LedgerFault, LedgerUnavailable, Unavailable
-from backcast.ledger import claims, dispatch, fleet, routing, unusable
+from backcast.errors import FatalError, LedgerUnavailable, Unavailable
+from backcast.ledger import fleet, routing
 from backcast.ledger.claims import Claim
-from backcast.ledger.connection import REFUSED, Ledger
+from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
 from backcast.models import Failed, Problem
 from backcast.process import background, tracing
 from backcast.process.logs import RUN
 from backcast.process.metrics import WorkerMetrics
-from backcast.process.outages import Outage
 from backcast.process.stop import Stop
 from backcast.protocol import Attempt, Reports
 from backcast.settings import Settings
 from backcast.store import Store
 from backcast.worker import results
 from backcast.worker.child import STOP_WITHIN
+from backcast.worker.claiming import Claiming
 from backcast.worker.execution import Execution
 from backcast.worker.executors import Executors
 from backcast.worker.lease import BEAT, Heartbeat, Lease
@@ -41,22 +40,18 @@ from backcast.worker.turns import Turns
 
 log = logging.getLogger("backcast.worker")
 
-_KEY_SPACE, _HALF = 1 << 64, 1 << 63
-
-REROUTE_EVERY = 0.05
-"""Seconds at least between two looks at the runs that workers have put on routes."""
-
-DRAIN_WITHIN = 4.5
+LAST_CLAIM = 1.0
+"""Seconds beyond the grace period that a drain waits for a claim that is under way."""
+LAST_STOPS = STOP_WITHIN + 0.5
+"""Seconds for the runs that the end of the grace period stops."""
+LAST_SETTLEMENTS = 1.0
+"""Seconds at least for what is left to be recorded."""
+DRAIN_WITHIN = LAST_CLAIM + LAST_STOPS + LAST_SETTLEMENTS
 """Seconds that a drain may take beyond the grace period, whatever the code of runs, the store or the database do."""
 
 _BUG = Failed(
     Problem.from_error(FatalError("The worker failed on this run; its log has the details.", code="internal_error"))
 )
-
-
-def _farthest(cursor: int, owners: list[int]) -> int:
-    """The owner served last, going round from `cursor`: the next claim starts after it."""
-    return max(owners, key=lambda owner: (owner - cursor - 1) % _KEY_SPACE)
 
 
 class Worker:
@@ -80,17 +75,13 @@ class Worker:
         self._executors = executors
         self._execution = Execution(ledger, store, executors, worker_id=self._lease.id)
         self._names = sorted(task.name for task in executors.types)
-        self._turns = Turns(routing.routes_to(executors.types))
-        self._due = asyncio.Event()
-        self._dispatches = True
         self._slots = Slots(settings.worker.slots, lambda: executors.left, self._work)
-        self._wake = asyncio.Event()
+        turns = Turns(routing.routes_to(executors.types))
+        self._claiming = Claiming(settings, ledger, self._slots, turns, metrics, worker_id, may=self._may_claim)
         self._draining = False
         self._drain_asked = asyncio.Event()
         self.ends_at: float | None = None
         """When the drain that is under way has to be over, by the monotonic clock."""
-        self._fault: Exception | None = None
-        self._claims, self._claiming = 0, False
         self._reports = Recorder(ledger, self._lease.id, metrics)
         self._logs = Logs(store)
         executors.reported = self._reported
@@ -111,26 +102,24 @@ class Worker:
             raise Unavailable("This worker has no executor: see its log.")
         if self._executors.left >= self._settings.worker.slots:
             raise Unavailable("All slots of this worker are taken by code that does not end.")
-        if self._fault is not None:
-            raise LedgerUnavailable("This worker can't claim runs: see its log.", reason=str(self._fault))
+        if (fault := self._claiming.fault) is not None:
+            raise LedgerUnavailable("This worker can't claim runs: see its log.", reason=str(fault))
         await self._store.check()
 
+    def _may_claim(self) -> bool:
+        return self._lease.is_good and self._executors.is_ready
+
     def _report(self) -> Heartbeat:
-        claims = None if self._claiming else self._claims  # first: a claim from here on is one more
+        claims = self._claiming.count  # first: a claim from here on is one more
         fences = {run_id: held.claim.fence for run_id, held in list(self._slots.runs.items())}
         return Heartbeat(fences, claims, self._slots.busy, self._draining, self._settler.count)
 
     def _acknowledged(self, sent: Heartbeat, beat: fleet.Beat) -> None:
-        """Stop the runs that the ledger has given to others, and release those that this worker does not know of. Look
-        for the work that no notification has reported."""
+        """Stop the runs that the ledger has given to others, and release those that this worker does not know of."""
         holds = beat.holds
-        if beat.queued:
-            self._wake.set()
-        self._dispatches = beat.dispatches
+        self._claiming.heard(beat)
         if beat.drain:
             self._drain_asked.set()
-        if beat.routed or beat.dispatches:
-            self._due.set()
         for run_id, fence in sent.fences.items():
             ours, theirs = self._slots.runs.get(run_id), holds.get(run_id)
             if ours is None or ours.claim.fence != fence:
@@ -146,7 +135,7 @@ class Worker:
                 if theirs.release:
                     ours.stop("released")
                 self._release(ours)
-        if sent.claims is None or sent.claims != self._claims or self._claiming:
+        if sent.claims is None or sent.claims != self._claiming.count:
             return  # an unknown run may just have been claimed
         for run_id, theirs in holds.items():
             if run_id not in sent.fences and run_id not in self._slots.runs:
@@ -159,7 +148,7 @@ class Worker:
             await self._executors.changed.wait()
             self._executors.changed.clear()
             self._slots.fill()
-            self._wake.set()
+            self._claiming.wake()
 
     async def _watch_lease(self) -> None:
         while True:
@@ -175,89 +164,6 @@ class Worker:
                 )
                 for held in self._slots.runs.values():
                     held.stop("released")
-
-    # -- claiming ---------------------------------------------------------------------------------------------------
-
-    async def _claim(self) -> None:
-        cursor = random.randrange(-_HALF, _HALF)  # noqa: S311  # the owner to start after
-        outage = Outage(partial(log.warning, "can't claim: %s"))
-        while not self._draining:
-            self._wake.clear()
-            can_claim = self._lease.is_good and self._executors.is_ready
-            free, prefetch = self._slots.room() if can_claim else (0, 0)
-            taken: list[Claim] = []
-            has_claimed = False
-            if free > 0 or prefetch > 0:
-                self._claiming, began = True, time.monotonic()
-                try:
-                    taken = await claims.claim(
-                        self._ledger,
-                        pool=self._settings.worker.pool,
-                        cursor=cursor,
-                        limit=free,
-                        prefetch=prefetch,
-                        worker_id=self._lease.id,
-                        lease=self._settings.lease,
-                        route=self._turns.next,
-                        routed=self._due.set,
-                    )
-                    self._metrics.claim_seconds.observe(time.monotonic() - began)
-                    has_claimed = True
-                    self._turns.claimed(is_empty=len(taken) < free + prefetch)
-                    outage.ended()
-                    self._fault = None
-                except LedgerUnavailable as error:
-                    outage.failed(error)
-                except (*REFUSED, LedgerFault) as error:  # no wait ends it, but a person may
-                    outage.failed(error, exc_info=True)
-                    self._fault = error
-                    self._turns.failed()
-                    await unusable.set_aside(self._ledger, error)
-            if taken:
-                self._metrics.claimed.inc(len(taken))
-            for claim in taken:
-                if claim.fence == 1:
-                    self._metrics.waited(claim.task, claim.waited)
-                self._slots.take(claim)
-            self._slots.fill()
-            self._claims, self._claiming = self._claims + 1, False
-            if taken:
-                cursor = _farthest(cursor, [claim.owner_key for claim in taken])
-            if has_claimed and len(self._turns) > 1 and len(taken) < free + prefetch:
-                continue  # with the next route
-            # Several, but fewer than asked for: an owner may have had less than its share, and others more than theirs.
-            if not 1 < len(taken) < free + prefetch:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(BEAT if outage else None):
-                        await self._wake.wait()
-
-    def _ready(self, route: str) -> None:
-        self._turns.ready(route)
-        self._wake.set()
-
-    async def _route(self) -> None:
-        for found in await routing.apply(self._ledger):
-            if found.leads_to == self._settings.worker.pool:
-                self._ready(found.route)
-
-    async def _dispatch_due(self) -> None:
-        outage = Outage(partial(log.error, "can't dispatch due runs: %s", exc_info=True))
-        while True:
-            steps: list[Callable[[], Awaitable[None]]] = [self._route]
-            if self._dispatches:
-                steps.append(partial(dispatch.dispatch_due, self._ledger, self._metrics.expired.inc))
-            for step in steps:
-                try:
-                    await step()
-                    outage.ended()
-                except LedgerUnavailable:
-                    pass  # claims report it
-                except (*REFUSED, LedgerFault) as error:
-                    outage.failed(error)
-                    await unusable.set_aside(self._ledger, error)
-            await asyncio.sleep(REROUTE_EVERY)
-            await self._due.wait()
-            self._due.clear()
 
     # -- executing --------------------------------------------------------------------------------------------------
 
@@ -287,7 +193,7 @@ class Worker:
         finally:
             self._metrics.executed(claim.task, time.monotonic() - began)
             self._slots.freed(held)
-            self._wake.set()
+            self._claiming.wake()
         if held.has_reported:
             await self._kept(claim)
         settlement = await self._settlement(held, attempt)
@@ -326,8 +232,8 @@ class Worker:
         for settlement in batch:
             self._drop(settlement.id, settlement.fence, settlement.state)
             if settlement.route:
-                self._due.set()
-        self._wake.set()
+                self._claiming.reroute()
+        self._claiming.wake()
 
     def _reported(self, run_id: UUID, given: Reports) -> None:
         held = self._slots.runs.get(run_id)
@@ -363,11 +269,12 @@ class Worker:
         recording = asyncio.create_task(background.keep("record what runs report", self._reports.run))
         storing = asyncio.create_task(background.keep("store the logs of runs", self._logs.run))
         pool = self._settings.worker.pool
-        claiming = asyncio.create_task(self._claim())
+        claiming = asyncio.create_task(self._claiming.run())
+        listening = partial(self._ledger.listen, pool, self._claiming.ready, self._logs.read)
         others = (
-            background.keep("dispatch due runs", self._dispatch_due),
+            background.keep("dispatch due runs", self._claiming.keep_dispatching),
             self._watch_lease(),
-            background.keep("listen for runs", partial(self._ledger.listen, pool, self._ready, self._logs.read)),
+            background.keep("listen for runs", listening),
             self._watch_executors(),
         )
         loops = [claiming, *(asyncio.create_task(loop) for loop in others)]
@@ -387,10 +294,10 @@ class Worker:
     async def _drain(self, stop: Stop, claiming: asyncio.Task[None], settling: asyncio.Task[None]) -> None:
         self._draining = self._results.is_hurried = True
         self._slots.close()
-        self._wake.set()
+        self._claiming.close()
         began, grace = time.monotonic(), self._settings.worker.grace.total_seconds()
         self.ends_at = began + grace + DRAIN_WITHIN
-        await asyncio.wait({claiming}, timeout=min(5.0, grace + 2.0))  # a claim that is under way still brings runs
+        await asyncio.wait({claiming}, timeout=min(5.0, grace + LAST_CLAIM))  # it may still bring runs
         self._release_waiting()
         if self._slots.works:
             log.info(
@@ -410,9 +317,9 @@ class Worker:
             held.stop("released")
         if self._slots.works:
             log.info("releasing the runs that are left: %d", len(self._slots.works))
-            await asyncio.wait(set(self._slots.works), timeout=STOP_WITHIN + 0.5)
+            await asyncio.wait(set(self._slots.works), timeout=LAST_STOPS)
         with contextlib.suppress(TimeoutError, LedgerUnavailable):
-            async with asyncio.timeout(max(1.0, min(5.0, self.ends_at - time.monotonic()))):
+            async with asyncio.timeout(max(LAST_SETTLEMENTS, min(5.0, self.ends_at - time.monotonic()))):
                 if not settling.done():
                     await self._settler.join()
                 await self._lease.give_up()

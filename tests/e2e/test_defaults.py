@@ -77,6 +77,17 @@ async def test_the_notes_have_commands_that_work(release: Release, tmp_path: Pat
     assert "task_run_id" in done.out or '"id"' in done.out, f"{script}\n{done.output}"
 
 
+async def test_the_notes_lead_past_the_ingress(release: Release, tmp_path: Path) -> None:
+    before, found, past = (await release.notes()).partition("go past it:")
+    assert found
+    key = [line for line in _commands(before) if line.startswith("KEY=")]
+    forward = next(line.strip() for line in past.splitlines() if "port-forward" in line)
+    script = "\n".join(["set -e", "trap 'kill $(jobs -p)' EXIT", *key, forward, *_commands(past)])
+    (tmp_path / ".curlrc").write_text('noproxy = "*"\nfail\nretry = 30\nretry-delay = 1\nretry-connrefused\n')
+    done = await run("bash", "-c", script, env={**os.environ, "HOME": str(tmp_path), "CURL_HOME": str(tmp_path)})
+    assert "task_run_id" in done.out or '"id"' in done.out, f"{script}\n{done.output}"
+
+
 def _commands(notes: str) -> list[str]:
     """The indented commands, up to and with the first curl."""
     found: list[str] = []

@@ -205,6 +205,11 @@ class Ledger:
                     # wait for its answer; a server that hangs never answers.
                     _drop(connection)
                     raise
+                except asyncpg.ReadOnlySQLTransactionError:
+                    # The next one may reach the primary server, or a session whose default has changed. The pool
+                    # would give this one out again and again.
+                    _drop(connection)
+                    raise
                 finally:
                     await pool.release(connection)
         except TimeoutError:
@@ -257,11 +262,12 @@ class Ledger:
         """
         if self._full is not None and time.monotonic() - self._full[1] < FULL_FOR:
             raise LedgerFull(_FULL)
-        row = await self.fetchrow(
-            "select current_setting('transaction_read_only')::bool as read_only, exists (select from task_types)"
-        )
-        if row is not None and row["read_only"]:
-            raise LedgerUnavailable(_READ_ONLY)
+        async with self._connection() as connection:
+            row = await connection.fetchrow(
+                "select current_setting('transaction_read_only')::bool as read_only, exists (select from task_types)"
+            )
+            if row["read_only"]:
+                raise asyncpg.ReadOnlySQLTransactionError("transaction_read_only is on")
 
     def wake(self, pool: str, route: str = "") -> None:
         """Notify idle workers of `pool` that runs are ready on `route`: at once, then at most every 10 ms.

@@ -4,6 +4,7 @@ executor.
 Decides nothing about slots, and nothing about how a result is settled.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Collection
@@ -14,7 +15,7 @@ from jsonschema import Draft202012Validator
 from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable, UsageError
 from backcast.ledger import claims, flights, routing
 from backcast.ledger.claims import Claim
-from backcast.ledger.connection import Ledger
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import AttemptResult, Failed, Problem, Retry, Succeeded
 from backcast.protocol import Attempt
 from backcast.store import Missing, Store
@@ -82,9 +83,10 @@ class Execution:
         if self._executors.is_cached(claim.task):
             key = await self._executors.cache_key(claim.task, claim.id, given, retries=claim.retries_used)
             if key is not None:
-                self._flights[claim.id] = key, claim.fence
-                if not await flights.take(self._ledger, key, claim):
-                    return _unstarted(claim, Retry(SAME, FOLLOW, claim.retries_used, behind=key))
+                flight = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()  # the key may be any text
+                self._flights[claim.id] = flight, claim.fence
+                if not await flights.take(self._ledger, flight, claim):
+                    return _unstarted(claim, Retry(SAME, FOLLOW, claim.retries_used, behind=flight))
         is_alone = claim.releases >= ALONE_AFTER
         return await self._executors.execute(claim.task, claim.id, given, retries=claim.retries_used, is_alone=is_alone)
 
@@ -120,7 +122,7 @@ class Execution:
         if landed:
             try:
                 await flights.land(self._ledger, landed)
-            except (LedgerUnavailable, LedgerFault):
+            except (LedgerUnavailable, LedgerFault, *REFUSED):
                 log.info("%d flights are not landed; the runs behind them become ready by their own time", len(landed))
 
 

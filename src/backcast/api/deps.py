@@ -2,10 +2,9 @@
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
-from jsonschema import Draft202012Validator
 
 from backcast import settings
 from backcast.api.streams import Streams
@@ -19,6 +18,7 @@ from backcast.ledger.submissions import Submissions
 from backcast.models import TaskType
 from backcast.process.metrics import ApiMetrics
 from backcast.store import Store
+from backcast.targets.inputs import Inputs
 
 _FRESH = 2.0
 """Seconds for which a task type is not looked up again."""
@@ -26,10 +26,10 @@ _FRESH = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a task, with the validator of its input that is made once."""
+    """A version of a task, with the check of its inputs that is made once."""
 
     task: TaskType
-    validator: Any
+    inputs: Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Backend:
         known = self._known.get(name)
         if known is None or time.monotonic() - known.at > _FRESH:
             found = await task_types.versions(self.ledger, name)
-            versions = [Version(task, Draft202012Validator(task.input_schema)) for task in found]
+            versions = [Version(task, Inputs(task.input_schema)) for task in found]
             known = self._known[name] = Known(versions, time.monotonic())
         return known
 

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from fastapi import Request
-from jsonschema.exceptions import ValidationError
 
 from backcast import targets
 from backcast.api.deps import Backend, Known, Version
@@ -48,7 +47,7 @@ def _check(version: Version, given: dict[str, JSON], places: Mapping[str, str]) 
         why = version.task.warnings[0] if version.task.warnings else "It can't be run here."
         raise InvalidInput(f"The task {version.task.name}: {why}", errors=(FieldError("", why),))
     try:
-        found: list[ValidationError] = list(version.validator.iter_errors(given))
+        found = version.inputs.misfits(given)
     except RecursionError:
         raise InvalidInput("The input is nested too deeply.", errors=(FieldError(place([]), "too deep"),)) from None
     except OverflowError as error:  # an integer that no float can hold, against a `multipleOf` that is one

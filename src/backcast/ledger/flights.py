@@ -1,7 +1,7 @@
 """Single flight: of all runs that would compute the same cached value at the same time, one does, the others wait.
 
-A flight is a row by the hash of the cache key; it names the computing run and its attempt. Waiting runs are scheduled and hold no slot.
-The landing makes them ready; without a landing, as after the loss of the worker, their own time does.
+A flight is a row by the hash of the cache key; it names the computing run and its attempt. Waiting runs are scheduled
+and hold no slot. The landing makes them ready; without a landing, as after the loss of the worker, their own time does.
 """
 
 from collections.abc import Sequence

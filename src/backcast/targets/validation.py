@@ -160,15 +160,15 @@ def _format_checker() -> FormatChecker:
     return checker
 
 
+PATTERN_RULES: Mapping[str, Any] = {
+    "pattern": _pattern,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional_properties,
+}
+"""The stock rules match with Python's own engine, which a text can keep busy for years."""
 _Validator: Any = extend(
     Draft202012Validator,
-    {
-        "$ref": _reference,
-        "pattern": _pattern,
-        "patternProperties": _pattern_properties,
-        "additionalProperties": _additional_properties,
-        "multipleOf": _multiple_of,
-    },
+    {"$ref": _reference, "multipleOf": _multiple_of, **PATTERN_RULES},
     format_checker=_format_checker(),
 )
 

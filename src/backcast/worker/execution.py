@@ -10,8 +10,6 @@ import logging
 from collections.abc import Collection
 from uuid import UUID
 
-from jsonschema import Draft202012Validator
-
 from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable, UsageError
 from backcast.ledger import claims, flights, routing
 from backcast.ledger.claims import Claim
@@ -19,6 +17,7 @@ from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import AttemptResult, Failed, Problem, Retry, Succeeded
 from backcast.protocol import Attempt
 from backcast.store import Missing, Store
+from backcast.targets.inputs import Inputs
 from backcast.worker import results
 from backcast.worker.child import ExecutorEnded
 from backcast.worker.executors import Executors
@@ -107,7 +106,7 @@ class Execution:
         if claim.signature in ("", task.signature):
             return True
         try:
-            return Draft202012Validator(task.input_schema).is_valid(json.loads(given))
+            return Inputs(task.input_schema).fits(json.loads(given))
         except (ValueError, RecursionError):
             return True  # the executor reports it
 

@@ -311,6 +311,17 @@ async def test_kept_attempts_that_cannot_be_read_keep_no_run_from_its_end(ledger
     assert [each.outcome for each in (await shown(ledger, run)).items][-2:] == ["lost", "failed"]
 
 
+async def test_a_text_that_shows_escapes_keeps_the_attempts_before_it(ledger: Ledger) -> None:
+    run = (await submit(ledger)).run.id
+    worker = await register(ledger)
+    for _ in range(3):
+        [taken] = await claim(ledger, worker)
+        quoting = r'ValueError: {"smile": "\ud83d\ude00"}'
+        again = Settlement(id=run, fence=taken.fence, state="queued", error=FAILED, traceback=quoting)
+        await settlement.settle(ledger, worker, [again])
+    assert [each.traceback for each in (await shown(ledger, run)).items] == [quoting] * 3
+
+
 async def test_the_openapi_document_has_the_route(product: Stack) -> None:
     async with httpx.AsyncClient(base_url=product.http.base_url) as client:
         document = (await client.get("/openapi.json")).json()

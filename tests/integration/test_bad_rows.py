@@ -11,9 +11,21 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from backcast.ledger import dispatch, fleet, history, limits, listing, recovery, runs, settlement, task_types, unusable
+from backcast.ledger import (
+    counts,
+    dispatch,
+    fleet,
+    history,
+    limits,
+    listing,
+    recovery,
+    runs,
+    settlement,
+    task_types,
+    unusable,
+)
 from backcast.ledger.connection import REFUSED, Ledger
-from backcast.models import Limits, uuid7
+from backcast.models import Limits, Within, uuid7
 from tests.integration.test_lanes import LEASE, NOOP, claim, ended, fill, register, submit
 from tests.support.ended import end
 from tests.support.stack import stack
@@ -106,6 +118,32 @@ async def test_a_run_with_an_impossible_value(ledger: Ledger, column: str) -> No
         assert run.created_at.tzinfo is not None
         assert run.run_at.tzinfo is not None
     assert len(await history.entries(ledger, bad)) == len(bad)
+
+
+async def test_what_can_not_be_read_hides_no_other_run(ledger: Ledger) -> None:
+    """Whatever a statement reads of JSON: filters and counts."""
+    error = '{"code": "timeout", "title": "t", "detail": "as %s \\ud83d\\ude00 and \\\\ud83d"}'
+    for text in (error % "\\ud800", error % "\\udc00", error % "\\u0000", error % "usual"):
+        run = (await submit(ledger, None)).id
+        await ledger.execute(
+            "update runs set error = $2::text::json, metadata = $3::text::json where id = $1",
+            run,
+            text,
+            text.replace("title", "team"),
+        )
+        await end(ledger, "failed", "id = $1", run)
+    for given in ({"error": "timeout"}, {"text": "USUAL"}, {"metadata": {"team": "t"}}):
+        assert [found.id for found in (await listing.find(ledger, limit=10, **given))[0]] == [run]
+    counted = await counts.counts(ledger, Within.HOUR)
+    assert {(each.code, each.runs) for each in counted.errors} == {("timeout", 1)}, "the others can't be read"
+
+
+async def test_times_at_the_ends_of_the_calendar_are_no_fault(ledger: Ledger) -> None:
+    early, late = (await submit(ledger, None)).id, (await submit(ledger, None)).id
+    await ledger.execute("update runs set run_at = '0001-01-01 00:00:00+00' where id = $1", early)
+    await ledger.execute("update runs set run_at = '9999-12-31 23:59:59+00', state = 'scheduled' where id = $1", late)
+    await unusable.set_aside(ledger, asyncpg.NumericValueOutOfRangeError("as a poll"))
+    assert {run.state.value for run in (await listing.find(ledger, limit=10))[0]} == {"queued"}
 
 
 async def test_bad_rows_are_looked_for_once_in_a_while(ledger: Ledger) -> None:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -18,7 +18,7 @@ from backcast.ledger.connection import Ledger
 from backcast.models import TaskType, uuid7
 from backcast.steward import orphans
 from backcast.steward.retention import Retention
-from backcast.store import Missing, Store, open_store
+from backcast.store import Store, open_store
 from tests.support import ended
 from tests.support.s3 import S3Server, s3_server
 from tests.support.stack import ROOT, Part, Stack, prefect_server, stack
@@ -56,6 +56,15 @@ async def add(ledger: Ledger, state: str, *, ago: float, ended_at: float | None 
 
 async def runs(ledger: Ledger) -> set[UUID]:
     return {row["id"] for row in await ledger.fetch("select id from all_runs")}
+
+
+STRANGERS = {
+    "results/notes.txt",
+    f"results/{uuid7(40 * DAY)}/report.pdf",
+    f"inputs/{uuid7(40 * DAY)}/photo.jpg",
+    f"results/{uuid4()}/1.json",
+}
+"""What others may have in a bucket that they share with us."""
 
 
 async def keys(store: Store) -> set[str]:
@@ -156,7 +165,7 @@ async def test_the_sweep_removes_objects_that_no_run_needs(ledger: Ledger, store
         f"results/{running}/3.json",
         f"results/{unknown}/1.json",  # was stored a moment ago, whatever its id says
         f"inputs/{submitted}.json",  # its submission may be under way
-        "results/notes.txt",  # not an object of ours
+        *STRANGERS,
     }
     removed = {
         f"results/{done}/2.json",
@@ -226,13 +235,35 @@ async def test_the_input_of_a_slow_batch_stays_whatever_the_clocks_show(
 
 
 async def test_cached_values_are_removed_by_their_age(ledger: Ledger, store: Store) -> None:
-    await store.put("cache/a", b"1")
+    ours, others = f"cache/{'0a' * 32}", {"cache/a", "cache/photo.jpg"}
+    for key in (ours, *others):
+        await store.put(key, b"1")
     await Retention(ledger, store, None)()
     await Retention(ledger, store, timedelta(minutes=5))()
-    assert await keys(store) == {"cache/a"}
+    assert await keys(store) == {ours, *others}
     await Retention(ledger, store, timedelta(seconds=-5))()
-    with pytest.raises(Missing):
-        await store.get("cache/a")
+    assert await keys(store) == others
+
+
+async def test_keys_that_nobody_could_have_made_stop_nothing(ledger: Ledger, s3: S3Server, tmp_path: Path) -> None:
+    """A bucket has folders' markers, as other programs make them; and a row names what can be no key."""
+    url = f"s3://marked-{uuid7()}"
+    store = open_store(
+        settings.Store.model_validate(
+            {"url": url, "endpoint": s3.url, "access_key": s3.access_key, "secret_key": s3.secret_key}
+            | {"fallback": {"url": f"file://{tmp_path}"}}
+        )
+    )
+    await store.ensure()
+    bucket = store._place
+    for kind in ("cache/", "results/", "inputs/", "logs/"):
+        await bucket._call("put_object", Key=kind, Body=b"")  # type: ignore[attr-defined]
+    done = await add(ledger, "completed", ago=60, result_key="results/x/1.json")
+    await ledger.execute("update ended set result_key = '..' where id = $1", done)
+    await Retention(ledger, store, timedelta(seconds=-5))()
+    assert await runs(ledger) == set()
+    assert "cache/" in await keys(store)
+    await store.aclose()
 
 
 async def test_batches_and_flights_are_removed_with_their_runs(ledger: Ledger, folder: str) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from backcast import settings
 from backcast.errors import ConfigurationError, StoreUnavailable
+from backcast.models import uuid7
 from backcast.store import CHUNK, PAGE, Missing, Object, Store, copying, open_store
 from tests.support.s3 import S3Server, free_ports, s3_server
 from tests.support.waiting import PATIENCE, until
@@ -620,14 +621,16 @@ async def test_the_objects_of_a_fallback_are_copied(s3: S3Server, opened: Openin
     store = opened("s3://copy", fallback={"url": f"file://{tmp_path}/older"})
     await older.ensure()
     await store.ensure()
-    for number in range(9):
-        await older.put(f"inputs/{number}.json", f"{number}".encode())
+    runs = [uuid7() for _ in range(9)]
+    for number, run in enumerate(runs):
+        await older.put(f"inputs/{run}.json", f"{number}".encode())
+    await older.put("inputs/of-another.txt", b"not ours")
     await older.put("ledger/id", b"somebody")
-    await store.put("inputs/0.json", b"newer")
+    await store.put(f"inputs/{runs[0]}.json", b"newer")
     assert await copying.copy(store) == (8, 1)
     assert await copying.copy(store) == (0, 9)
     alone = opened("s3://copy")
-    assert [await alone.get(f"inputs/{number}.json") for number in range(9)] == [b"newer", *b"1 2 3 4 5 6 7 8".split()]
+    assert [await alone.get(f"inputs/{run}.json") for run in runs] == [b"newer", *b"1 2 3 4 5 6 7 8".split()]
     with pytest.raises(Missing):
         await alone.get("ledger/id")
     with pytest.raises(ConfigurationError):

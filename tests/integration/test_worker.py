@@ -130,6 +130,16 @@ async def test_cached_tasks_share_results_and_each_run_has_its_own(product: Stac
         assert (product.folder / "store" / "results" / f"{run}~1.json").read_text() == "1"
 
 
+@pytest.mark.parametrize("text", ["a\0b", "".join(map(chr, range(32, 8000)))])
+async def test_a_cache_key_may_be_any_text(product: Stack, text: str) -> None:
+    calls = product.folder / "calls-keyed"
+    calls.unlink(missing_ok=True)
+    for _ in range(2):
+        assert await product.result(await product.submit("keyed", text=text)) == len(text)
+    assert calls.read_text() == "."
+    await product.result(await product.submit("echo", value=1))
+
+
 async def test_a_running_run_is_cancelled_within_seconds(product: Stack) -> None:
     run_id = await product.submit("linger", name="for ever")
     await product.state(run_id, "running")

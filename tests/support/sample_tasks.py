@@ -204,6 +204,11 @@ async def counted(name: str, payload: Any) -> int:
     return _note(name)
 
 
+@task(cache_key_fn=lambda _, given: given["text"])
+async def keyed(text: str) -> int:
+    return _note("keyed") and len(text)
+
+
 @task(log_prints=True)
 async def talk(words: str) -> str:
     get_run_logger().info("logged: %s", words)

@@ -29,7 +29,7 @@ from backcast.errors import (
 )
 from backcast.ledger import submissions
 from backcast.ledger.submissions import New
-from backcast.models import JSON, Name, Submission, uuid7
+from backcast.models import JSON, Name, Submission, input_key, uuid7
 
 WRONG = 20
 """Wrong lines that are reported; after them the rest is not read, unless it is to go on without them. Also the errors
@@ -153,7 +153,7 @@ class Reader:
         body = in_json(found.input)
         self._last = max(uuid7().int, self._last + 1)
         run_id = UUID(int=self._last)
-        large = submissions.input_key(run_id) if len(body) > submissions.INLINE_INPUT else None
+        large = input_key(run_id) if len(body) > submissions.INLINE_INPUT else None
         if large is not None:
             await self._store(large, body)
         self.rows.add(

@@ -14,7 +14,7 @@ from backcast.api.deps import Backend, Known, Version
 from backcast.errors import FieldError, InvalidInput, InvalidTarget, TooManyWaiting
 from backcast.ledger import submissions
 from backcast.ledger.submissions import SubmittedRun
-from backcast.models import CAST, IDEMPOTENCY_KEY, JSON, KEY_RULE, Submission, TaskType, uuid7
+from backcast.models import CAST, IDEMPOTENCY_KEY, JSON, KEY_RULE, Submission, TaskType, input_key, uuid7
 
 TARGET_FORMAT = "target"
 """A task parameter of this JSON Schema format holds a wanted shape, which is checked here before a run is accepted."""
@@ -132,7 +132,7 @@ async def submit(
         if key is None or not await submissions.has_key(backend.ledger, submission.owner, key):
             raise
     run_id = uuid7()
-    large = submissions.input_key(run_id) if len(body) > submissions.INLINE_INPUT else None
+    large = input_key(run_id) if len(body) > submissions.INLINE_INPUT else None
     until = None
     if large is not None:
         until = await submissions.stored_until(backend.ledger)

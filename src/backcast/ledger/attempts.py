@@ -24,7 +24,7 @@ KEPT = 10
 _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError)
 
 
-_KNOWN = """case when r.attempts::text ~ '\\\\u(0000|[dD][89a-fA-F])' then null
+_KNOWN = f"""case when not {reading.readable("r.attempts")} then null
                         when r.attempts->>'left_out' ~ '^[0-9][0-9]?[0-9]?[0-9]?[0-9]?[0-9]?$'
                          and json_typeof(r.attempts->'newest') = 'array' then r.attempts end"""
 """SQL: the kept attempts of the run `r`, if they can be read."""

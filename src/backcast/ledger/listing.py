@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from backcast.ledger import waiting
+from backcast.ledger import reading, waiting
 from backcast.ledger.connection import Ledger
 from backcast.ledger.runs import COLUMNS, shown
 from backcast.models import Run, Selection, State
@@ -27,8 +27,8 @@ _A_DAY = 86_400_000
 
 
 def _value(column: str, name: str) -> str:
-    """SQL: a field of a JSON column. PostgreSQL reads nothing of JSON that has an escaped null character."""
-    return f"case when strpos({column}::text, '\\u0000') = 0 then {column}->>{name} end"
+    """SQL: a field of a JSON column."""
+    return f"case when {reading.readable(column)} then {column}->>{name} end"
 
 
 CODE, _DETAIL = _value("error", "'code'"), _value("error", "'detail'")

@@ -29,6 +29,11 @@ def age(time: str) -> str:
     return f"case when {time} is not null then {seconds} end"
 
 
+def readable(column: str) -> str:
+    """SQL: whether a statement can read inside of this JSON, see `is_readable`. Little JSON has such escapes at all."""
+    return f"({column}::text !~ '\\\\u(0000|[dD][89a-fA-F])' or is_readable({column}))"
+
+
 def started(row: asyncpg.Record) -> datetime | None:
     """When the latest attempt began. A run that a worker only had, and released or put on a route, has not started."""
     return row["started_at"] if row["attempts_used"] or row["state"] == "running" else None

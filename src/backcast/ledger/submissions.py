@@ -108,11 +108,6 @@ def columns(rows: Sequence[New]) -> list[Any]:
     return [*values, min((each for each in until if each is not None), default=None)]
 
 
-def input_key(run_id: UUID) -> str:
-    """The key of a large input; the orphan sweep knows the run by it."""
-    return f"inputs/{run_id}.json"
-
-
 async def stored_until(ledger: Ledger) -> datetime:
     """Asked before an input is stored: the run must be recorded by then. Both times are the database's, so no clock of
     ours matters, nor for how long this process is stopped in between."""
@@ -159,7 +154,7 @@ def new(
         request_hash=request_hash,
         input=input_text,
         input_key=input_key,
-        metadata=json.dumps(submission.metadata) if submission.metadata else "{}",
+        metadata=json.dumps(submission.metadata, ensure_ascii=False) if submission.metadata else "{}",
         lane=submission.lane or task.lane,
         deadline=submission.deadline,
         batch_id=batch_id,

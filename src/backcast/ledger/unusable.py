@@ -32,7 +32,7 @@ with turn as materialized (
 bad as materialized (
   select id, lane from runs where exists (select from turn)
      and not (fence between 0 and 1000000000000000000 and attempts_used {_COUNT} and retries_used {_COUNT}
-              and max_attempts {_COUNT} and run_at between '1900-01-01' and '9999-12-31')),
+              and max_attempts {_COUNT} and run_at >= '0001-01-01 00:00:00+00' and run_at < '10000-01-01 00:00:00+00')),
 lane as materialized (
   select name from lanes where name = any(array(select lane from bad)) order by name for update),
 gone as (

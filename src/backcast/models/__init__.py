@@ -3,9 +3,10 @@
 from backcast.models.attempts import AttemptResult, Failed, Reason, Retry, Succeeded, Tried
 from backcast.models.counts import Counts, ErrorCount, Flow, TaskCounts, Within
 from backcast.models.fleet import CAST, WARNINGS, Load, Pool, TaskType, Worker
+from backcast.models.keys import input_key, is_cached_value, log_key, result_key, run_of
 from backcast.models.lanes import MOST, SLOWEST, Lane, Limits, Pause, PauseKind, PauseRequest, Release
 from backcast.models.many import LABELS, Batch, CancelMany, Matched, Operation, RetryMany, Selection, Words
-from backcast.models.runs import LOGS_KEPT, Attempt, Attempts, Changes, Progress, Run, State, Submission, Why, log_key
+from backcast.models.runs import LOGS_KEPT, Attempt, Attempts, Changes, Progress, Run, State, Submission, Why
 from backcast.models.values import (
     IDEMPOTENCY_KEY,
     JSON,
@@ -75,6 +76,10 @@ __all__ = [
     "Within",
     "Words",
     "Worker",
+    "input_key",
+    "is_cached_value",
     "log_key",
+    "result_key",
+    "run_of",
     "uuid7",
 ]

@@ -14,11 +14,6 @@ LOGS_KEPT = 10
 """Attempts of a run whose logs are kept, the latest ones."""
 
 
-def log_key(run_id: UUID, fence: int) -> str:
-    """The key of the object with the log of an attempt, as JSON lines."""
-    return f"logs/{run_id}/{fence}.jsonl"
-
-
 class State(StrEnum):
     """Where a run is, as callers see it. `held` and `scheduled` are internal and shown as `queued`."""
 

@@ -11,7 +11,7 @@ from backcast.ledger import operations, submissions
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.ledger.operations import Retry, Work
 from backcast.ledger.selection import Page
-from backcast.models import uuid7
+from backcast.models import input_key, uuid7
 from backcast.store import Missing, Store
 
 _LOOKS = 50
@@ -70,7 +70,7 @@ class Operations:
 
     async def _copied(self, run: UUID, new: UUID, key: str) -> Retry | None:
         """The retry with an input of its own, as the old run's goes with the old run; None: it has gone."""
-        own = submissions.input_key(new)
+        own = input_key(new)
         try:
             await self.store.put(own, await self.store.get(key))
         except Missing:

@@ -1,14 +1,13 @@
 """The orphan sweep: removes stored objects that no run needs. Decides why each removal is safe while work goes on."""
 
 import logging
-from collections.abc import Iterator
 from datetime import timedelta
-from uuid import UUID
 
 from backcast.ledger import cursors, maintenance
 from backcast.ledger.connection import Ledger
 from backcast.ledger.submissions import RECORDED_WITHIN
-from backcast.store import Object, Store
+from backcast.models import run_of
+from backcast.store import Store
 
 log = logging.getLogger("backcast.steward")
 
@@ -57,7 +56,8 @@ async def sweep(
     for kind, after in (("results", keep), ("logs", keep), ("inputs", inputs_after)):
         async for objects in store.pages(kind):
             changed = {each.key: each.changed for each in objects}
-            found = await maintenance.orphans(ledger, dict(_runs(objects)))
+            runs = {each.key: run for each in objects if (run := run_of(each.key)) is not None}
+            found = await maintenance.orphans(ledger, runs)
             young = {
                 key
                 for key, is_unknown in found.items()
@@ -70,13 +70,3 @@ async def sweep(
         if count:
             log.info("removed %d objects from %s that no run needs", count, kind)
     return unknown
-
-
-def _runs(objects: list[Object]) -> Iterator[tuple[str, UUID]]:
-    """The keys that are ours, `results/<run>/<fence>.json`, `logs/<run>/<fence>.jsonl` and `inputs/<run>.json`, each
-    with its run's id."""
-    for each in objects:
-        try:
-            yield each.key, UUID(each.key.split("/")[1].removesuffix(".json"))
-        except ValueError:
-            continue

@@ -14,6 +14,7 @@ from backcast.errors import LedgerUnavailable
 from backcast.history.sink import Sink
 from backcast.ledger import ended, events, maintenance, operations
 from backcast.ledger.connection import Ledger
+from backcast.models import is_cached_value
 from backcast.steward import orphans
 from backcast.store import Store
 
@@ -105,7 +106,7 @@ class Retention:
         """By age only: a value that is used or renewed at this moment is computed once more."""
         before = await self.store.now() - keep
         async for objects in self.store.pages("cache"):
-            await self.store.delete(each.key for each in objects if each.changed < before)
+            await self.store.delete(each.key for each in objects if is_cached_value(each.key) and each.changed < before)
 
 
 async def expire_history(sink: Sink, keep: timedelta) -> None:

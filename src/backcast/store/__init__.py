@@ -120,8 +120,8 @@ class Store:
             return None
 
     async def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; those that are not there are no error."""
-        left = [_checked(key) for key in keys]
+        """Remove objects; those that are not there, or can't be, are no error."""
+        left = [key for key in keys if _is_key(key)]
         for at in range(0, len(left), _BATCH):
             await self._within("remove", self._place.remove(left[at : at + _BATCH]))
 
@@ -176,8 +176,12 @@ class Store:
 
 
 def _checked(key: str) -> str:
-    """A key of ours, if it means the same in a folder and in a bucket; else `ValueError`."""
-    dotted = any(part[:1] in ("", ".") for part in key.split("/"))
-    if dotted or "~" in key or not key.isprintable() or len(key.encode()) > 250:
+    if not _is_key(key):
         raise ValueError(f"{key[:200]!r} can't be the key of an object.")
     return key
+
+
+def _is_key(key: str) -> bool:
+    """Whether it means the same in a folder and in a bucket."""
+    dotted = any(part[:1] in ("", ".") for part in key.split("/"))
+    return not dotted and "~" not in key and key.isprintable() and len(key.encode()) <= 250

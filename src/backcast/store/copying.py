@@ -3,6 +3,7 @@
 import asyncio
 
 from backcast.errors import ConfigurationError
+from backcast.models import is_cached_value, run_of
 from backcast.store import Missing, Store
 
 _AT_ONCE = 4
@@ -32,8 +33,9 @@ async def copy(store: Store) -> tuple[int, int]:
     for kind in ("inputs", "results", "logs", "cache"):
         present = {each.key async for page in store.pages(kind) for each in page}
         async for page in older.pages(kind):
-            wanted = [each.key for each in page if each.key not in present]
-            there += len(page) - len(wanted)
+            ours = [each.key for each in page if run_of(each.key) or is_cached_value(each.key)]
+            wanted = [key for key in ours if key not in present]
+            there += len(ours) - len(wanted)
             for at in range(0, len(wanted), _AT_ONCE):
                 copied += sum(await asyncio.gather(*map(bring, wanted[at : at + _AT_ONCE])))
     return copied, there

@@ -14,11 +14,10 @@ from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable, UsageEr
 from backcast.ledger import claims, flights, routing
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import REFUSED, Ledger
-from backcast.models import AttemptResult, Failed, Problem, Retry, Succeeded
+from backcast.models import AttemptResult, Failed, Problem, Retry, Succeeded, result_key
 from backcast.protocol import Attempt
 from backcast.store import Missing, Store
 from backcast.targets.inputs import Inputs
-from backcast.worker import results
 from backcast.worker.child import ExecutorEnded
 from backcast.worker.executors import Executors
 
@@ -93,7 +92,7 @@ class Execution:
         """The value that the attempt before had stored when its worker was lost. It becomes an object of this attempt:
         the lost worker may still run, and removes its own object when its settlement is refused."""
         try:
-            body = await self._store.get(results.result_key(claim.id, claim.fence - 1))
+            body = await self._store.get(result_key(claim.id, claim.fence - 1))
             json.loads(body)
         except (Missing, ValueError):  # no object, or not all of it: not every store refuses a cut-off upload
             return None

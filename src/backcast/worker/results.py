@@ -14,7 +14,7 @@ from backcast.errors import StoreUnavailable
 from backcast.ledger.claims import Claim
 from backcast.ledger.fleet import Held
 from backcast.ledger.settlement import INLINE_RESULT, Settlement
-from backcast.models import Failed, Problem, Reason, Retry, Succeeded
+from backcast.models import Failed, Problem, Reason, Retry, Succeeded, result_key
 from backcast.process import tracing
 from backcast.process.outages import Outage, backoff
 from backcast.protocol import Attempt
@@ -22,11 +22,6 @@ from backcast.settings import Settings
 from backcast.store import Store
 
 log = logging.getLogger("backcast.worker")
-
-
-def result_key(run_id: UUID, fence: int) -> str:
-    """The key of the object for an attempt's value: attempts never share one."""
-    return f"results/{run_id}/{fence}.json"
 
 
 def stopped(claim: Claim, reason: Reason | None, retries: int) -> Settlement | None:

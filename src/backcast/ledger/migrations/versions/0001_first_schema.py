@@ -129,6 +129,15 @@ def upgrade() -> None:
     create function first_id(day date) returns uuid language sql immutable strict parallel safe return
         (lpad(to_hex((day - date '1970-01-01') * 86400000::bigint), 12, '0') || repeat('0', 20))::uuid;
 
+    -- Whether statements can read inside of this JSON. An escaped null character, or half a pair of surrogates, makes
+    -- them fail.
+    create function is_readable(value json) returns boolean language plpgsql immutable strict as $$
+    begin
+        return value::jsonb is not null;
+    exception when others then
+        return false;
+    end $$;
+
     -- Makes the partitions of these days that are missing, with the rights of the owner, for parts that may change no
     -- table. `attach` lets others read and write meanwhile; a second caller waits for the first.
     create function make_partitions(first_day date, last_day date) returns void language plpgsql security definer

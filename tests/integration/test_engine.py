@@ -2,6 +2,7 @@
 that do not look at the way hold for both. No server runs."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from backcast import cancel_requested, options
 from backcast.errors import FatalError, StoreUnavailable, TransientError, UsageError
 from backcast.executor import capture
 from backcast.executor.executor import Executor
+from backcast.executor.threads import APART
+from backcast.executor.tracking import RUN
 from backcast.history.events import Change
 from backcast.history.sink import Sink
 from backcast.models import AttemptResult, Failed, Retry, Succeeded
@@ -194,6 +197,18 @@ def s_stuck(name: str) -> str:
     return f"call {calls[name]}"
 
 
+@task(timeout_seconds=0.2)
+async def a_swallows(name: str) -> None:
+    while not gates[name].is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.05)
+
+
+@task(timeout_seconds=0.2)
+async def a_apart(name: str) -> None:
+    await asyncio.to_thread(gates[name].wait, 3600)
+
+
 @task(log_prints=True)
 async def a_asks() -> list[Any]:
     get_run_logger().info("logged")
@@ -353,7 +368,7 @@ async def on_prefect(way: Way, request: pytest.FixtureRequest) -> Way:
 
 def busy(way: Way) -> Any:
     async def look() -> int:
-        return len(way.executor._threads._busy)
+        return len(way.executor._threads._calls)
 
     return look
 
@@ -476,12 +491,50 @@ async def test_a_thread_that_can_not_be_interrupted_is_left_behind(way: Way) -> 
     first = await way.run("s_stuck", run_id=run_id, name=name)
     assert isinstance(first, Retry), "not at once: its thread still has the slot"
     assert await way.run("s_stuck", first.retries, run_id=run_id, name=name) == Succeeded(b'"call 2"')
-    assert (len(way.executor._threads._busy), len(way.executor._threads._abandoned)) == (1, 1)
+    assert await busy(way)() == 1
     gates[name].set()
     await until(busy(way), lambda n: n == 0)
-    assert len(way.executor._threads._abandoned) == 0
     if way.published:
         assert way.states(run_id) == ["Running", "Retrying", "Running", "Completed"]
+
+
+async def test_a_coroutine_that_does_not_end_is_left_behind(way: Way) -> None:
+    name, run_id = str(uuid4()), uuid4()
+    gates[name] = threading.Event()
+    late = await way.run("a_swallows", run_id=run_id, name=name)
+    assert isinstance(late, Failed)
+    assert late.problem.code == "timeout"
+    assert await busy(way)() == 1, "it goes on, and still has the slot"
+    gates[name].set()
+    await until(busy(way), lambda n: n == 0)
+    assert way.states(run_id) == (["Running", "TimedOut"] if way.published else [])
+
+
+async def test_a_thread_is_not_left_because_others_cancel_what_they_find(way: Way) -> None:
+    name = str(uuid4())
+    gates[name] = threading.Event()
+    execution = asyncio.create_task(way.run("s_waits", name=name))
+    await until(busy(way), lambda n: n == 1)
+    for _ in range(3):
+        execution.cancel()
+        await asyncio.sleep(0)
+    gates[name].set()
+    assert await execution == Succeeded(b'"too late"')
+
+
+async def test_threads_that_tasks_take_for_themselves_keep_nobody_waiting(way: Way) -> None:
+    """More of them than the loop has by default; a sync task beside them is late, and its time-out is recorded."""
+    name, run = str(uuid4()), RUN.set(b"r")
+    gates[name] = threading.Event()
+    apart = [asyncio.create_task(way.run("a_apart", name=name)) for _ in range(APART)]
+    for late in await asyncio.gather(*apart):
+        assert isinstance(late, Failed)
+    assert way.executor.leave(b"r"), "its threads go on"
+    assert isinstance(await way.run("s_stuck", 5, name=name), Failed)
+    assert await asyncio.to_thread(str, 1) == "1"
+    gates[name].set()
+    await until(busy(way), lambda n: n == 0)
+    RUN.reset(run)
 
 
 async def test_tasks_find_their_run(way: Way, kind: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -504,12 +557,10 @@ async def test_stopping_a_run_does_not_wait_for_it(way: Way, kind: str, reason: 
     execution.cancel(reason)
     with pytest.raises(asyncio.CancelledError):
         await execution
-    left = int(kind == "s")
-    assert (len(way.executor._threads._busy), len(way.executor._threads._abandoned)) == (left, left)
+    assert await busy(way)() == int(kind == "s")
     published = way.states(run_id)
     gates[name].set()
     await until(busy(way), lambda n: n == 0)
-    assert len(way.executor._threads._abandoned) == 0
     assert way.states(run_id) == published, "the thread's later changes are not published"
     if way.published:
         last = {"cancelled": ["Cancelled"], "released": ["Released"], "lost": []}[reason]
@@ -526,7 +577,6 @@ async def test_a_run_that_is_stopped_before_it_has_a_thread_never_starts(way: Wa
     runs[3].cancel("cancelled")
     with pytest.raises(asyncio.CancelledError):
         await runs[3]
-    assert len(way.executor._threads._abandoned) == 0
     for name in names:
         gates[name].set()
     assert await asyncio.gather(*runs[:3]) == [Succeeded(b'"too late"')] * 3

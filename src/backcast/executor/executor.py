@@ -53,7 +53,7 @@ class Executor:
         marks: Marks | None = None,
         freed: Callable[[bytes], object] | None = None,
     ):
-        """`freed` is called when the last thread that a run had left ends."""
+        """`freed` is called when the last code ends that a run had left."""
         storage = CacheStorage.over(store, asyncio.get_running_loop())
         self.registered = {
             name: prepare(task, pool=pool, max_attempts=max_attempts, storage=storage) for name, task in tasks.items()
@@ -80,9 +80,9 @@ class Executor:
         self._threads.close()
         await self._contexts.aclose()
 
-    def has_left(self, run: bytes) -> bool:
-        """Whether a thread still runs the code of this run."""
-        return self._threads.has_left(run)
+    def leave(self, run: bytes) -> bool:
+        """The attempt of this run is over: whether code of it goes on."""
+        return self._threads.leave(run)
 
     async def execute(
         self,
@@ -108,8 +108,8 @@ class Executor:
             job.retried = retried
             publish = self._publish if job.template.registered.options.history == "full" else None
             if publish is None and not job.template.registered.needs_engine:
-                return await plain.call(job, self._threads, asked)
-            return await prefect_engine.call(job, self._threads, asked, publish)
+                return await plain.call(job, asked)
+            return await prefect_engine.call(job, asked, publish)
         except asyncio.CancelledError as stop:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -135,4 +135,4 @@ class Executor:
             return None
 
     def _job(self, name: str, run_id: UUID, given: dict[str, JSON], retries: int) -> Job:
-        return Job(self._templates[name], run_id, self.registered[name].bind(given), retries)
+        return Job(self._threads, self._templates[name], run_id, self.registered[name].bind(given), retries)

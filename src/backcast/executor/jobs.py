@@ -102,7 +102,7 @@ class Jobs:
         if result is None and message.id not in self._asked:
             self._channel.send(Message(protocol.RESULT, message.id, protocol.DISTURBED))
             return
-        left = self._executor.has_left(message.id)
+        left = self._executor.leave(message.id)
         retries = result.retries if isinstance(result, Retry) else self._retries[message.id]
         tried = tuple(self._tried.get(message.id, ()))
         usage, asked = _used(used) if used else (None, None)

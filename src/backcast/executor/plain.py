@@ -3,7 +3,6 @@ time-outs, error kinds, results, and the run that a task finds through Prefect a
 suite checks both). No states are published; there are no hooks, caching or transactions.
 """
 
-import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine, TaskRunTi
 from prefect.types._datetime import now  # pyright: ignore[reportPrivateUsage]  # tasks may use methods of its DateTime
 from prefect.utilities.callables import call_with_parameters
 from prefect.utilities.math import clamped_poisson_interval
-from prefect.utilities.timeout import timeout, timeout_async
+from prefect.utilities.timeout import timeout
 from pydantic import BaseModel
 
 from backcast.errors import FatalError, RunTimeout
@@ -88,6 +87,7 @@ def unreported(_count: int, _why: Failed) -> None:
 class Job:
     """A run of which attempts are made; `retries` counts the retries so far."""
 
+    threads: Threads
     template: Template
     run_id: UUID
     parameters: dict[str, Any]
@@ -102,7 +102,7 @@ class Job:
     @property
     def within(self) -> float | None:
         """Seconds after which the thread of a sync task is abandoned. Before that Prefect raises in the thread, which
-        ends everything except one blocking call (`time.sleep(60)`, a long query)."""
+        ends everything except one blocking call (`time.sleep(60)`, a long query). Coroutines have as long to end."""
         return None if self.task.timeout_seconds is None else self.task.timeout_seconds + MARGIN
 
     def overdue(self, where: BaseException | None = None) -> RunTimeout:
@@ -115,6 +115,17 @@ class Job:
         if self.template.registered.is_by_name:
             return lambda: self.task.fn(**self.parameters)
         return lambda: call_with_parameters(self.task.fn, self.parameters)
+
+    async def awaited(self) -> Any:
+        """The value of an async task. Raises `Overdue`."""
+        if (limit := self.task.timeout_seconds) is None:
+            return await self.function()()
+        return await self.threads.wait(self.function()(), within=limit, margin=MARGIN)
+
+    def keeps_slot(self, cause: BaseException | None) -> bool:
+        """Whether code may go on that was too late: the next attempt is not made beside it."""
+        is_late = isinstance(cause, RunTimeout)
+        return is_late and (not self.task.isasync or self.threads.goes_on(self.run_id.bytes))
 
 
 def fresh(state: "State[Any]", at: datetime | None = None) -> "State[Any]":
@@ -158,7 +169,7 @@ def body(value: Any) -> bytes:
     return to_json(value)
 
 
-async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptResult:
+async def call(job: Job, asked: threading.Event) -> AttemptResult:
     """Make the attempt, then each retry that is due at once. Raises no `Exception`, only other `BaseException`s."""
     at: datetime | None = now("UTC")
     task, run = job.task, task_run(job, at)
@@ -170,7 +181,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptRes
             cast("Any", run.state.timestamp),
         )
         run.run_count = job.retries + 1
-        ended = await (_in_loop(job, run) if task.isasync else _in_thread(job, run, threads, asked))
+        ended = await (_in_loop(job, run) if task.isasync else _in_thread(job, run, asked))
         if isinstance(ended, bytes):
             return Succeeded(ended)
         state, cause = (ended, None) if isinstance(ended, State) else (None, ended)
@@ -178,8 +189,7 @@ async def call(job: Job, threads: Threads, asked: threading.Event) -> AttemptRes
         if not isinstance(ended, (Exception, State)) or not await _goes_on(job, run, ended):
             return why
         job.retries += 1
-        has_left = isinstance(cause, RunTimeout) and not task.isasync  # its thread may go on, and still has the slot
-        if task.retry_delay_seconds or retry_after(cause) is not None or has_left:
+        if task.retry_delay_seconds or retry_after(cause) is not None or job.keeps_slot(cause):
             delay = max(_backoff(task, job.retries), retry_after(cause) or 0.0)
             return Retry(why.problem, delay, job.retries, traceback=why.traceback)
         job.retried(job.retries, why)
@@ -198,17 +208,14 @@ def _ended(value: Any) -> Ended:
 async def _in_loop(job: Job, run: TaskRun) -> Ended:
     with context(job, run):
         try:
-            if job.task.timeout_seconds is None:
-                return _ended(await job.function()())
-            with timeout_async(job.task.timeout_seconds, TaskRunTimeoutError):
-                return _ended(await job.function()())
-        except TaskRunTimeoutError as late:
-            return job.overdue(late)
+            return _ended(await job.awaited())
+        except Overdue as late:
+            return job.overdue(late.__cause__)
         except Exception as error:  # noqa: BLE001  # any exception of a task becomes the run's problem
             return readable(error)
 
 
-async def _in_thread(job: Job, run: TaskRun, threads: Threads, asked: threading.Event) -> Ended:
+async def _in_thread(job: Job, run: TaskRun, asked: threading.Event) -> Ended:
     def work() -> Ended:
         with context(job, run):
             try:
@@ -220,7 +227,7 @@ async def _in_thread(job: Job, run: TaskRun, threads: Threads, asked: threading.
                 return readable(error)
 
     try:
-        return await threads.run(work, asked=asked, within=job.within)
+        return await job.threads.run(work, asked=asked, within=job.within)
     except Overdue:
         return job.overdue()
 
@@ -233,7 +240,8 @@ async def _goes_on(job: Job, run: TaskRun, ended: "Exception | State[Any]") -> b
         return True
     if task.isasync:
         return await AsyncTaskRunEngine(task=task, task_run=run).can_retry(ended)
-    return await asyncio.to_thread(SyncTaskRunEngine(task=task, task_run=run).can_retry, ended)
+    engine = SyncTaskRunEngine(task=task, task_run=run)
+    return await job.threads.aside(lambda: engine.can_retry(ended))
 
 
 def _backoff(task: "Task[..., Any]", retry: int) -> float:

@@ -22,13 +22,13 @@ from prefect.states import Cancelled, Pending, is_state_iterable
 from prefect.task_engine import AsyncTaskRunEngine, SyncTaskRunEngine, TaskRunTimeoutError
 from prefect.telemetry.run_telemetry import RunTelemetry
 from prefect.transactions import AsyncTransaction, Transaction
-from prefect.utilities.timeout import timeout, timeout_async
+from prefect.utilities.timeout import timeout
 
-from backcast.errors import RunTimeout, Unavailable
+from backcast.errors import Unavailable
 from backcast.executor import plain
 from backcast.executor.classification import failed, may_retry, readable, retry_after
 from backcast.executor.plain import Job
-from backcast.executor.threads import Overdue, Threads
+from backcast.executor.threads import Overdue
 from backcast.history.events import Change
 from backcast.models import AttemptResult, Retry, Succeeded
 from backcast.process import tracing
@@ -62,9 +62,7 @@ class _Ours:
         """The attempt is over and another one is due later; waiting for it must not hold the slot."""
         name = self._engine.state.name
         if name == "Retrying":  # at once, unless the service asks for time, or its own thread may still have the slot
-            return retry_after(self.cause) is not None or (
-                isinstance(self.cause, RunTimeout) and not self.job.task.isasync
-            )
+            return retry_after(self.cause) is not None or self.job.keeps_slot(self.cause)
         return name == "AwaitingRetry"
 
     @property
@@ -208,7 +206,10 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
             await super().call_hooks(state)
 
     async def call_task_fn(self, transaction: Any) -> Any:
-        result = await (transaction.read() if transaction.is_committed() else self.job.function()())
+        try:
+            result = await (transaction.read() if transaction.is_committed() else self.job.awaited())
+        except Overdue as late:
+            raise TaskRunTimeoutError from late.__cause__
         await self.handle_success(result, transaction=transaction)
         return result
 
@@ -257,9 +258,8 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
 
     async def _try(self, transaction: Any) -> None:
         try:
-            with timeout_async(self.task.timeout_seconds, TaskRunTimeoutError):
-                async with transaction as entered:
-                    await self.call_task_fn(entered)
+            async with transaction as entered:
+                await self.call_task_fn(entered)
         except Unavailable:  # the store of cached values is away: no fault of the task or the run
             raise
         except TimeoutError as late:
@@ -360,19 +360,17 @@ def _last_state(stop: BaseException) -> "tuple[State[Any] | None, bool]":
             return None, False
 
 
-async def call(job: Job, threads: Threads, asked: threading.Event, publish: Publish | None) -> AttemptResult:
+async def call(job: Job, asked: threading.Event, publish: Publish | None) -> AttemptResult:
     """Make the attempt, then each retry that is due at once."""
     telemetry = _TELEMETRY if tracing.parent() is None else RunTelemetry(_enabled=True)
     try:
-        return await _call(job, threads, asked, publish, _telemetry=telemetry)
+        return await _call(job, asked, publish, _telemetry=telemetry)
     finally:
         if telemetry.span is not None:  # stopped, or to be retried later
             telemetry.span.end()
 
 
-async def _call(
-    job: Job, threads: Threads, asked: threading.Event, publish: Publish | None, **more: Any
-) -> AttemptResult:
+async def _call(job: Job, asked: threading.Event, publish: Publish | None, **more: Any) -> AttemptResult:
     if job.task.isasync:
         engine = _AsyncEngine(**_parts(job, publish, **more))
         while True:
@@ -383,12 +381,12 @@ async def _call(
     engine = _SyncEngine(**_parts(job, publish, **more))
     while True:
         try:
-            await threads.run(engine.drive, asked=asked, within=job.within)
+            await job.threads.run(engine.drive, asked=asked, within=job.within)
         except Overdue:
             engine.silence(None)
             late = {"task_run": engine.task_run, "retries": engine.retries}
             engine = _SyncEngine(**_parts(job, publish, **late, **more))
-            await asyncio.to_thread(engine.overrun)
+            await job.threads.aside(engine.overrun)
         except asyncio.CancelledError as stop:
             engine.silence(_last_state(stop)[0])
             raise

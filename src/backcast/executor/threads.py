@@ -1,38 +1,68 @@
-"""Runs functions in threads that can be abandoned. Python can't stop a thread: an abandoned one goes on, and is counted
-until it ends. Knows nothing of tasks.
+"""Runs code that may not end when it should: functions in threads, and coroutines. Python can stop neither for certain,
+so its caller may stop waiting; what goes on is counted for its run until it ends. Knows nothing of tasks.
 """
 
 import asyncio
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar, get_args
 
 from backcast.executor.tracking import RUN, end_copy
+from backcast.models import Reason
 from backcast.process.marks import Marks
 
 T = TypeVar("T")
 
+APART = 32
+"""Threads for what code of runs gives to other threads itself, by `asyncio.to_thread`, besides one for each slot."""
+
 
 class Overdue(Exception):
-    """The function exceeded its time limit, and its thread has been abandoned."""
+    """It has exceeded its time limit. Its cause shows where, if it has ended by that."""
 
 
 class Threads:
     def __init__(self, count: int, marks: Marks | None = None, freed: Callable[[bytes], object] | None = None) -> None:
-        """`freed` is called on the loop when the last abandoned thread of a run ends."""
-        self._marks, self._freed = marks, freed
+        """`freed` is called on the loop when the last code of a run ends that `leave` has found."""
+        self._marks, self._freed, self._loop = marks, freed, asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="task")
+        self._own = ThreadPoolExecutor(count, thread_name_prefix="engine")
+        self._apart = _Apart(count + APART, self)
+        self._loop.set_default_executor(self._apart)
         self._lock = threading.Lock()
-        self._busy: set[object] = set()
-        self._abandoned = dict[object, bytes | None]()
+        self._calls = dict[object, bytes | None]()
+        """By call: the run whose code it is."""
+        self._over = set[bytes]()
 
-    def has_left(self, run: bytes) -> bool:
-        """Whether a thread still runs a function of this run after its caller has stopped waiting."""
+    def goes_on(self, run: bytes) -> bool:
+        """Whether code of this run does."""
         with self._lock:
-            return run in self._abandoned.values()
+            return run in self._calls.values()
+
+    def leave(self, run: bytes) -> bool:
+        """The attempt of this run is over: whether code of it goes on, whose end is to be reported."""
+        with self._lock:
+            goes_on = run in self._calls.values()
+            if goes_on:
+                self._over.add(run)
+        return goes_on
+
+    def begun(self, call: object, run: bytes | None) -> None:
+        with self._lock:
+            self._calls[call] = run
+
+    def ended(self, call: object) -> None:
+        with self._lock:
+            run = self._calls.pop(call, None)
+            is_last = run in self._over and run not in self._calls.values()
+            if is_last:
+                self._over.discard(run)
+        if is_last and self._freed is not None and run is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._freed, run)
 
     async def run(self, work: Callable[[], T], *, asked: threading.Event, within: float | None = None) -> T:
         """Call `work` in a thread, in a copy of this context. Sets `asked` when the caller stops waiting.
@@ -42,21 +72,20 @@ class Threads:
 
         Raises:
             Overdue: after `within` seconds.
-            CancelledError: at once, even if the thread goes on.
+            CancelledError: at once, even if the thread goes on; but not because other code has cancelled what it found.
         """
-        loop, call, context = asyncio.get_running_loop(), object(), contextvars.copy_context()
+        call, context = object(), contextvars.copy_context()
         clock, waits, run = asyncio.timeout(None), True, RUN.get()
 
         def start_clock() -> None:
             if waits and within is not None:
-                clock.reschedule(loop.time() + within)
+                clock.reschedule(self._loop.time() + within)
 
         def body() -> T:
-            with self._lock:
-                self._busy.add(call)
+            self.begun(call, run)
             try:
                 if within is not None:
-                    loop.call_soon_threadsafe(start_clock)
+                    self._loop.call_soon_threadsafe(start_clock)
                 if self._marks is not None and run is not None:
                     self._marks.in_thread(run)
                 return context.run(work)
@@ -66,30 +95,98 @@ class Threads:
                 end_copy()
                 if self._marks is not None:
                     self._marks.out_of_thread()
-                with self._lock:
-                    self._busy.discard(call)
-                    was_left = call in self._abandoned
-                    self._abandoned.pop(call, None)
-                    is_last = was_left and run not in self._abandoned.values()
-                if is_last and self._freed is not None and run is not None:
-                    with contextlib.suppress(RuntimeError):  # the loop is closed
-                        loop.call_soon_threadsafe(self._freed, run)
+                self.ended(call)
 
+        thread = self._loop.run_in_executor(self._pool, body)
         try:
             async with clock:
-                try:
-                    return await loop.run_in_executor(self._pool, body)
-                finally:
-                    waits = False
+                while True:
+                    try:
+                        return await asyncio.shield(thread)
+                    except asyncio.CancelledError as stop:
+                        if thread.done() or clock.expired() or is_asked(stop) or not _go_on():
+                            raise
         except (asyncio.CancelledError, TimeoutError):
             asked.set()
-            with self._lock:
-                if call in self._busy:
-                    self._abandoned[call] = run
+            thread.cancel()
             if clock.expired():
                 raise Overdue from None
             raise
+        finally:
+            waits = False
+
+    async def wait(self, coroutine: Coroutine[Any, Any, T], *, within: float, margin: float) -> T:
+        """Await it in an asyncio task of its own, which is cancelled after `within` seconds.
+
+        Raises:
+            Overdue: it has ended by that, or goes on after another `margin` seconds.
+        """
+        task = self._loop.create_task(coroutine)
+        self.begun(task, RUN.get())
+        task.add_done_callback(self.ended)
+        if await _waited(task, within, margin):
+            return task.result()
+        task.cancel()
+        if not await _waited(task, margin, margin):
+            raise Overdue
+        try:
+            return task.result()
+        except asyncio.CancelledError as where:
+            raise Overdue from where
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Call it in a thread that no code of another run can keep."""
+        return await self._loop.run_in_executor(self._own, contextvars.copy_context().run, work)
 
     def close(self) -> None:
         """Start no more functions; running ones go on."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._own):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _waited(task: "asyncio.Task[Any]", seconds: float, margin: float) -> bool:
+    """Whether it has ended within this time. A request to stop goes on to it, for as long as it takes."""
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    except asyncio.CancelledError as stop:
+        task.cancel(*stop.args[:1])
+        await asyncio.wait({task}, timeout=None if is_asked(stop) else margin)
+        if task.done() and not task.cancelled():
+            task.exception()  # nobody else asks for it
+        raise
+    return task.done()
+
+
+def is_asked(stop: asyncio.CancelledError) -> bool:
+    """Whether the supervisor has asked for this, and no code that cancels what it finds."""
+    return stop.args[:1] in [(reason,) for reason in get_args(Reason)]
+
+
+def _go_on() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.uncancel() >= 0
+
+
+class _Apart(ThreadPoolExecutor):
+    """The loop's default pool. What runs give to it is code of theirs."""
+
+    def __init__(self, count: int, threads: Threads) -> None:
+        super().__init__(count, thread_name_prefix="apart")
+        self._calls = threads
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
+        call, run = object(), RUN.get()
+        if run is None:
+            return super().submit(fn, *args, **kwargs)
+
+        def counted() -> T:
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                end_copy()
+                self._calls.ended(call)
+
+        self._calls.begun(call, run)
+        future = super().submit(counted)
+        future.add_done_callback(lambda done: done.cancelled() and self._calls.ended(call))  # it has not begun
+        return future

@@ -402,6 +402,38 @@ async def cancel_all() -> None:
     await asyncio.sleep(1)
 
 
+@task(timeout_seconds=1)
+async def never_late() -> None:
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(600)
+
+
+@task(timeout_seconds=1)
+async def sleep_on_in_other_threads(count: int = 1) -> None:
+    await asyncio.gather(*(asyncio.to_thread(time.sleep, 3600) for _ in range(count)))
+
+
+@task
+async def exit_in_a_thread_of_its_own() -> None:
+    threading.Timer(0.2, os._exit, (7,)).start()
+    await asyncio.sleep(60)
+
+
+@task
+def keep_the_lock_of_logs(seconds: float = 3600) -> None:
+    """And beside it others log."""
+    with logging.getLogger().handlers[0].lock or contextlib.nullcontext():
+        time.sleep(seconds)
+
+
+@task
+async def logs() -> str:
+    await asyncio.sleep(0.5)
+    logging.getLogger("logs").warning("a line")
+    return "logged"
+
+
 @task
 def threads(count: int = 200) -> str:
     for _ in range(count):

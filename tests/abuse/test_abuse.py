@@ -127,6 +127,10 @@ FAILING = {
     "hog": "out_of_memory",
     "send_garbage": "executor_died",
     "sleep_on": "timeout",
+    "never_late": "timeout",
+    "sleep_on_in_other_threads": "timeout",
+    "cancel_all": "executor_disturbed",
+    "exit_in_a_thread_of_its_own": "executor_died",
     "shell": "timeout",
 }
 COMPLETING: dict[str, Any] = {
@@ -284,14 +288,24 @@ async def test_an_executor_that_has_grown_is_replaced_without_a_gap(product: Sta
     await still_serves(product)
 
 
-async def test_abandoned_threads_cost_an_executor_and_no_slot(product: Stack) -> None:
+@pytest.mark.parametrize("task", ["sleep_on", "sleep_on_in_other_threads", "never_late"])
+async def test_what_goes_on_when_it_is_late_costs_an_executor_and_no_slot(product: Stack, task: str) -> None:
     [pid] = executors(product)
-    runs = [await product.submit("sleep_on") for _ in range(10)]
+    runs = [await product.submit(task) for _ in range(10)]
     for run in runs:
         assert (await product.ended(run))["error"]["code"] == "timeout"
     await until(lambda: is_replaced(product, pid))
     await until(lambda: lost(product), lambda count: count == 0)
     await still_serves(product)
+
+
+async def test_who_waits_for_a_lock_is_not_at_fault(product: Stack) -> None:
+    keeper = await product.submit("keep_the_lock_of_logs", seconds=2 * STALL)
+    await product.state(keeper, "running")
+    runs = [await product.submit("logs") for _ in range(3)]
+    for run in [await product.ended(each) for each in (keeper, *runs)]:
+        assert (run["state"], run["attempts"]) == ("completed", 1), run
+    assert "ended by SIGABRT" in product.parts[1].text
 
 
 async def test_an_executor_may_end_while_its_successor_starts(product: Stack) -> None:

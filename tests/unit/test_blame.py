@@ -39,6 +39,36 @@ def test_who_blocks_a_loop(spent: dict[int, float], wakes: int, expected: dict[U
     assert found == {run: expected.get(run, "other") for run in (A, B, C, D)}
 
 
+@pytest.mark.parametrize(
+    ("dump", "silence"),
+    [
+        pytest.param("", Activity(10.0, {LOOP: 0.0}, 2, waits=True), id="it waits for a lock, which any may have"),
+        pytest.param(
+            "Thread 0x0a (most recent call first):\n  Garbage-collecting\n  File x, line 1 in nap\n",
+            Activity(10.0, {LOOP: 9.9}, 2),
+            id="it collects garbage, which any may have left",
+        ),
+        pytest.param(
+            "Thread 0x14 (most recent call first):\n  File x\n\nThread 0x0a (most recent call first):\n"
+            '  File "x", line 1 in __del__\n  File "x", line 9 in nap\n',
+            Activity(10.0, {LOOP: 0.0}, 2),
+            id="it is in a destructor",
+        ),
+        pytest.param("Current thread 0x1f (most recent call first):\n  File x", None, id="another thread has ended it"),
+        pytest.param("", None, id="it was ended from outside"),
+    ],
+)
+def test_what_can_not_be_known(dump: str, silence: Activity | None) -> None:
+    marks = [Mark(10, LOOP, A), Mark(20, ONE, None), Mark(30, TWO, None)]
+    assert set(faults([A, B, C], Evidence(marks, dump, silence)).values()) == {"unknown"}
+
+
+def test_who_has_called_exit() -> None:
+    marks = [Mark(10, LOOP, A), Mark(20, ONE, B), Mark(30, TWO, C)]
+    dump = "Thread 0x0a (most recent call first):\n  File x\n\nCurrent thread 0x14 (most recent call first):\n  File y"
+    assert faults([A, B, C], Evidence(marks, dump)) == {A: "other", B: "own", C: "other"}
+
+
 def test_who_has_the_lock_while_the_loop_is_between_two_steps() -> None:
     marks = [Mark(10, LOOP, None), Mark(20, ONE, B), Mark(30, TWO, C)]
     found = faults([B, C, D], Evidence(marks, silence=Activity(10.0, {LOOP: 0.1, ONE: 10.0}, 1900)))

@@ -18,6 +18,7 @@ Fault = Literal["own", "other", "unknown"]
 TRACEBACK = 4000
 """Characters of a dump that go to the error of a run."""
 _THREAD = re.compile(r"^(Current thread|Thread) 0x([0-9a-f]+)", re.MULTILINE)
+_GARBAGE = re.compile(r"^  Garbage-collecting$| in __del__$", re.MULTILINE)
 
 
 _WAKES = 50
@@ -34,10 +35,12 @@ class Activity:
     """Seconds of CPU by thread, by its number in the kernel."""
     wakes: int = 0
     """How often the loop's thread has gone to sleep."""
+    waits: bool = False
+    """Whether the loop's thread waits for a lock."""
 
     def since(self, before: "Activity") -> "Activity":
         spent = {native: seconds - before.spent.get(native, 0.0) for native, seconds in self.spent.items()}
-        return Activity(self.at - before.at, spent, self.wakes - before.wakes)
+        return Activity(self.at - before.at, spent, self.wakes - before.wakes, self.waits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,6 @@ class Evidence:
     """Of faulthandler: the stack of every thread."""
     silence: "Activity | None" = None
     """What its threads did while the loop did not answer; None when the executor ended by itself."""
-    is_exit: bool = False
-    """It has ended by a call of `exit`, and by no signal."""
 
 
 def faults(runs: Collection[UUID], evidence: Evidence) -> dict[UUID, Fault]:
@@ -68,14 +69,14 @@ def _culprits(evidence: Evidence) -> set[UUID]:
     """The runs among which the culprit is; empty when nothing is known."""
     loop, *threads = evidence.marks
     if evidence.silence is not None:
-        return _of(*_blocking(loop, threads, evidence.silence))
+        is_garbage = _GARBAGE.search(_stack_of(evidence.dump, loop)) is not None  # of any run before
+        return set() if is_garbage else _of(*_blocking(loop, threads, evidence.silence))
+    # The process writes a dump when it crashes, and when it calls `os._exit`. Without one, as when the kernel ends it,
+    # the code that was executing need not be the reason.
     for found in _THREAD.finditer(evidence.dump):
         if found[1] == "Current thread":
             return _of(*(mark for mark in evidence.marks if mark.ident == int(found[2], 16)))
-    # The caller of exit is still marked. A thread that sleeps is marked too, so that only the loop's own mark is clear;
-    # and a signal, such as the kernel's when memory is short, need not come from the code that was executing.
-    is_clear = evidence.is_exit and not any(mark.run for mark in threads)
-    return _of(loop) if is_clear else set()
+    return set()
 
 
 def _of(*marks: Mark) -> set[UUID]:
@@ -85,14 +86,14 @@ def _of(*marks: Mark) -> set[UUID]:
 def _blocking(loop: Mark, threads: list[Mark], silence: Activity) -> list[Mark]:
     """Those among which the thread is that keeps the loop from going on.
 
-    It is the loop's own if that computes, or sleeps. If it wakes again and again without computing, it waits for the
-    interpreter's lock, which another thread keeps: one that computes, if there is one. But code that sleeps in small
-    steps looks the same.
+    It is the loop's own if that computes, or sleeps without waiting for a lock, which any code may have. If it wakes
+    again and again without computing, it waits for the interpreter's lock, which another thread keeps: one that
+    computes, if there is one. But code that sleeps in small steps looks the same.
     """
     busiest = max(silence.spent, key=lambda native: silence.spent[native], default=loop.native)
     computes = silence.spent.get(loop.native, 0.0) > max(0.05 * silence.at, 0.1)
     if computes or silence.wakes <= _WAKES * silence.at:
-        return [loop]
+        return [loop] if computes or not silence.waits else []  # whoever has the lock
     is_busy = silence.spent[busiest] > max(0.5 * sum(silence.spent.values()), 0.2)
     if busiest == loop.native or not is_busy:
         return [loop, *threads]
@@ -102,22 +103,27 @@ def _blocking(loop: Mark, threads: list[Mark], silence: Activity) -> list[Mark]:
 
 def stack(dump: str, marks: list[Mark], run: UUID | None) -> str:
     """The part of a dump that shows the thread of this run, or all of it; bounded."""
-    idents = {mark.ident for mark in marks if mark.run == run is not None}
+    own = (_stack_of(dump, mark) for mark in reversed(marks) if mark.run == run is not None)  # its thread first
+    return (next(filter(None, own), "") or dump.strip())[:TRACEBACK]
+
+
+def _stack_of(dump: str, thread: Mark) -> str:
     starts = [*_THREAD.finditer(dump)]
     for number, found in enumerate(starts):
-        if int(found[2], 16) in idents:
+        if int(found[2], 16) == thread.ident:
             end = starts[number + 1].start() if number + 1 < len(starts) else len(dump)
-            return dump[found.start() : end].strip()[:TRACEBACK]
-    return dump.strip()[:TRACEBACK]
+            return dump[found.start() : end].strip()
+    return ""
 
 
 def activity(pid: int) -> Activity:
     """Of a process until now."""
-    seconds, wakes = dict[int, float](), 0
+    seconds, wakes, waits = dict[int, float](), 0, False
     for folder in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError, IndexError, ValueError):  # it has ended
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / 100
             if int(folder.name) == pid:  # the loop is in the main thread
                 wakes = int((folder / "status").read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-    return Activity(time.monotonic(), seconds, wakes)
+                waits = (folder / "wchan").read_text().startswith("futex")
+    return Activity(time.monotonic(), seconds, wakes, waits)

@@ -178,7 +178,7 @@ class Child:
 
     def _has_ended(self, code: int) -> None:
         seen = marks.read(self._marks.fileno(), self._assignment.slots)
-        evidence = replace(self._evidence or Evidence(seen, is_exit=code >= 0), dump=self._dumped())
+        evidence = replace(self._evidence or Evidence(seen), dump=self._dumped())
         problem = self._end or Problem(
             code="executor_died",
             title="The process that executed this run has ended",

@@ -172,6 +172,53 @@ def os_exit_in_thread() -> None:
 
 
 @task
+def leave_a_bomb(fuse: str) -> str:
+    """A thread that ends the process once this file is there, when the run is long over."""
+
+    def wait() -> None:
+        while not Path(fuse).exists():
+            time.sleep(0.05)
+        Path(fuse).unlink()
+        os._exit(7)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return "left"
+
+
+@task
+async def leave_a_callback(fuse: str) -> str:
+    """One that blocks the loop then."""
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        if Path(fuse).exists():
+            Path(fuse).unlink()
+            while True:
+                pass
+        loop.call_later(0.05, wait)
+
+    wait()
+    return "left"
+
+
+@task
+async def leave_a_canceller(fuse: str) -> str:
+    """A callback that cancels everything then."""
+    loop = asyncio.get_running_loop()
+
+    def wait() -> None:
+        if not Path(fuse).exists():
+            loop.call_later(0.05, wait)
+            return
+        Path(fuse).unlink()
+        for one in asyncio.all_tasks(loop):
+            one.cancel()
+
+    wait()
+    return "left"
+
+
+@task
 async def abort() -> None:
     os.abort()
 

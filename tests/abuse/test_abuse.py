@@ -183,6 +183,20 @@ async def test_who_computes_is_not_at_fault_when_another_blocks(product: Stack, 
     assert f"in {task}" in product.parts[1].text, "its stack is in the log"
 
 
+@pytest.mark.parametrize("task", ["leave_a_bomb", "leave_a_callback", "leave_a_canceller"])
+async def test_who_is_the_only_one_is_not_at_fault_for_what_an_earlier_run_has_left(
+    product: Stack, tmp_path: Path, task: str
+) -> None:
+    fuse = tmp_path / "fuse"
+    assert await product.result(await product.submit(task, fuse=str(fuse))) == "left"
+    run = await product.submit("nap", seconds=2 * STALL)
+    await product.state(run, "running")
+    fuse.touch()
+    await until(lambda: is_there(fuse), lambda there: not there)
+    ended = await product.ended(run)
+    assert (ended["state"], ended["attempts"]) == ("completed", 1), ended
+
+
 async def test_a_run_whose_process_others_end_again_and_again_gets_one_of_its_own(
     product: Stack, tmp_path: Path
 ) -> None:

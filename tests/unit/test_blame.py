@@ -73,3 +73,9 @@ def test_who_has_the_lock_while_the_loop_is_between_two_steps() -> None:
     marks = [Mark(10, LOOP, None), Mark(20, ONE, B), Mark(30, TWO, C)]
     found = faults([B, C, D], Evidence(marks, silence=Activity(10.0, {LOOP: 0.1, ONE: 10.0}, 1900)))
     assert found == {B: "own", C: "other", D: "other"}
+
+
+def test_a_run_by_itself_is_at_fault_only_where_there_was_never_another() -> None:
+    marks = [Mark(10, LOOP, None)]
+    assert faults([A], Evidence(marks)) == {A: "unknown"}
+    assert faults([A], Evidence(marks, is_only=True)) == {A: "own"}

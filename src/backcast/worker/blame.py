@@ -51,12 +51,14 @@ class Evidence:
     """Of faulthandler: the stack of every thread."""
     silence: "Activity | None" = None
     """What its threads did while the loop did not answer; None when the executor ended by itself."""
+    is_only: bool = False
+    """The executor never had another run, which may have left code, a timer or memory behind."""
 
 
 def faults(runs: Collection[UUID], evidence: Evidence) -> dict[UUID, Fault]:
     """One for each of the runs that the executor had."""
     runs = set(runs)
-    if len(runs) == 1:
+    if evidence.is_only:
         return dict.fromkeys(runs, "own")
     culprits = _culprits(evidence) & runs if evidence.marks else set[UUID]()
     if not culprits:

@@ -92,6 +92,8 @@ class Child:
         self._left = dict[UUID, _Job]()
         """Those whose run is settled or stopped, but whose code may go on: each still takes a slot."""
         self._keys = dict[UUID, tuple[asyncio.Future[str | None], int]]()
+        self._had = set[UUID]()
+        """The runs that it got: the first two are enough."""
         self._requests = set[asyncio.Task[None]]()
         self._watch = _Watch()
         self._evidence: Evidence | None = None
@@ -178,7 +180,7 @@ class Child:
 
     def _has_ended(self, code: int) -> None:
         seen = marks.read(self._marks.fileno(), self._assignment.slots)
-        evidence = replace(self._evidence or Evidence(seen), dump=self._dumped())
+        evidence = replace(self._evidence or Evidence(seen), dump=self._dumped(), is_only=self._has_one)
         problem = self._end or Problem(
             code="executor_died",
             title="The process that executed this run has ended",
@@ -282,6 +284,15 @@ class Child:
         """Those of them that are over: their code has not ended when it was asked to."""
         return len(self._left)
 
+    def _gets(self, run: UUID) -> None:
+        if len(self._had) < 2:
+            self._had.add(run)
+
+    @property
+    def _has_one(self) -> bool:
+        """Whether it never had another run than the one that it has."""
+        return len(self._had) == 1
+
     async def execute(self, name: str, run: UUID, given: bytes, *, retries: int, may_block: float = 0.0) -> Attempt:
         """Make an attempt.
 
@@ -295,6 +306,7 @@ class Child:
             return Attempt(Retry(_STILL_HERE, delay=STOP_WITHIN, retries=retries), retries)
         job = self._jobs[run] = _Job(asyncio.get_running_loop().create_future(), retries, may_block)
         self.runs += 1
+        self._gets(run)
         if (traceparent := tracing.parent()) is not None:
             self._channel.send(Message(protocol.TRACE, run.bytes, meta=traceparent.encode()))
         self._channel.send(Message(protocol.EXECUTE, run.bytes, retries, name.encode(), given))
@@ -319,6 +331,7 @@ class Child:
         assert self._channel is not None
         key = asyncio.get_running_loop().create_future()
         self._keys[run] = key, retries
+        self._gets(run)
         self._channel.send(Message(protocol.KEY, run.bytes, meta=name.encode(), body=given))
         try:
             return await key
@@ -366,7 +379,7 @@ class Child:
         if job is None or job.ended.done():
             return
         if message.number == protocol.DISTURBED:
-            fault: Fault = "own" if self.taken == 1 else "unknown"
+            fault: Fault = "own" if self._has_one else "unknown"
             job.ended.set_exception(ExecutorEnded(_DISTURBED, fault, self._retries(run, job)))
             job.ended.exception()
         else:

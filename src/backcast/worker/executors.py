@@ -163,19 +163,34 @@ class Executors:
         self._quarantined += 1
         try:
             async with self._quarantines:
-                child = self._quarantine.popleft() if self._quarantine else self._spawn(1)
-                try:
-                    child = await self._started(child)
-                    return await child.execute(name, run, given, **how)
-                finally:
-                    if child.is_ready and not child.left:
-                        self._quarantine.append(child)
-                    else:
-                        self._retire(child)
+                while self._quarantine and self._quarantine[0].ended.is_set():
+                    self._quarantine.popleft()
+                if self._quarantine:
+                    try:
+                        return await self._execute_with(self._quarantine.popleft(), name, run, given, **how)
+                    except ExecutorEnded as ended:
+                        if ended.fault != "unknown":
+                            raise
+                        how["retries"] = ended.retries
+                # A fresh one: an earlier run may have left behind what ended the other.
+                return await self._execute_with(self._spawn(1), name, run, given, **how)
         finally:
             self._quarantined -= 1
             while self._quarantine and not self._quarantined:
                 self._retire(self._quarantine.popleft())
+
+    async def _execute_with(self, child: Child, name: str, run: UUID, given: bytes, **how: Any) -> Attempt:
+        try:
+            child = await self._started(child)
+            attempt = await child.execute(name, run, given, **how)
+        except BaseException:
+            self._retire(child)
+            raise
+        if child.is_ready and not child.left:
+            self._quarantine.append(child)
+        else:
+            self._retire(child)
+        return attempt
 
     # -- their lives --------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -754,6 +755,24 @@ def limit_files() -> str:
     """For good: what is limited hard can't be raised again."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
     return "rude"
+
+
+@task
+def empty_files() -> str:
+    """Those without a name that it finds open."""
+    for number in range(3, 64):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").endswith("(deleted)"):  # noqa: PTH115
+                os.ftruncate(number, 0)
+    return "rude"
+
+
+@task
+def remove_the_temporary_folder() -> None:
+    folder = Path(tempfile.gettempdir())
+    assert folder.name == "temporary", "that of a test"
+    shutil.rmtree(folder)
+    os._exit(7)
 
 
 _kept_open = list[int]()

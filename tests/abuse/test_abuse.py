@@ -150,6 +150,7 @@ COMPLETING: dict[str, Any] = {
     "wander": "wandered",
     "leave_a_task": "left",
     "threads": "started",
+    "empty_files": "rude",
     "huge": "h" * 20_000_000,
 }
 
@@ -420,6 +421,16 @@ async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:
         executions = marks.read_text().count("x")
         assert executions == 3 * 4, "it has killed three executors"
         assert run["attempts"] == executions, "each execution counts once, also one that begins just before a kill"
+
+
+async def test_executors_go_on_without_a_temporary_folder(database: str, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    env = {"BACKCAST_TASKS": "tests.abuse.tasks", "BACKCAST_BUILTIN_TASKS": "false", "BACKCAST_MAX_ATTEMPTS": "1"}
+    async with stack(database, tmp_path, TMPDIR=str(tmp_path / "temporary"), **env) as product:
+        await product.up("api", "worker", "steward")
+        offender = await product.ended(await product.submit("remove_the_temporary_folder"))
+        assert offender["error"]["code"] == "executor_died", offender
+        await still_serves(product)
 
 
 async def test_a_task_finds_no_secrets(product: Stack) -> None:

@@ -18,6 +18,14 @@ from backcast.client import AsyncClient
 from backcast.ledger import claims
 from backcast.ledger.connection import Ledger
 from backcast.local import postgres
+from backcast.models import uuid7
+from backcast.process.metrics import WorkerMetrics
+from backcast.process.stop import Stop
+from backcast.settings import Settings
+from backcast.settings import Store as StoreSettings
+from backcast.store import open_store
+from backcast.worker.executors import Executors
+from backcast.worker.loop import Worker
 from tests.integration.test_ledger import LEASE
 from tests.support import databases
 from tests.support.runs import FINAL
@@ -433,3 +441,12 @@ async def test_the_whole_product_over_s3(database: str, tmp_path: Path) -> None:
             s3.start()
             await product.result(waiting)
             assert calls(product, "away") == 1
+
+
+async def test_a_worker_whose_executors_nobody_replaces_any_more_ends(ledger: Ledger, tmp_path: Path) -> None:
+    settings, metrics, worker_id = Settings(), WorkerMetrics(), uuid7()
+    store = open_store(StoreSettings(url=f"file://{tmp_path}/store"))
+    executors = Executors(settings.model_copy(update={"max_result": None}), store, metrics, worker_id)
+    await executors.run()  # a bug: it should go on for ever
+    with pytest.raises(ExceptionGroup, match="TaskGroup"):
+        await Worker(settings, ledger, store, executors, metrics, worker_id).run(Stop())

@@ -1,9 +1,11 @@
 """Whose doing it was that a loop did not answer, from what its threads did meanwhile: ten seconds of each case."""
 
+import tempfile
 from uuid import UUID
 
 import pytest
 
+from backcast.process import marks
 from backcast.process.marks import Mark
 from backcast.worker.blame import Activity, Evidence, Fault, faults
 
@@ -34,8 +36,8 @@ A, B, C, D = (UUID(int=n) for n in range(4))
     ],
 )
 def test_who_blocks_a_loop(spent: dict[int, float], wakes: int, expected: dict[UUID, Fault]) -> None:
-    marks = [Mark(10, LOOP, A), Mark(20, ONE, B), Mark(30, TWO, C)]
-    found = faults([A, B, C, D], Evidence(marks, silence=Activity(10.0, spent, wakes)))
+    seen = [Mark(10, LOOP, A), Mark(20, ONE, B), Mark(30, TWO, C)]
+    found = faults([A, B, C, D], Evidence(seen, silence=Activity(10.0, spent, wakes)))
     assert found == {run: expected.get(run, "other") for run in (A, B, C, D)}
 
 
@@ -70,12 +72,18 @@ def test_who_has_called_exit() -> None:
 
 
 def test_who_has_the_lock_while_the_loop_is_between_two_steps() -> None:
-    marks = [Mark(10, LOOP, None), Mark(20, ONE, B), Mark(30, TWO, C)]
-    found = faults([B, C, D], Evidence(marks, silence=Activity(10.0, {LOOP: 0.1, ONE: 10.0}, 1900)))
+    seen = [Mark(10, LOOP, None), Mark(20, ONE, B), Mark(30, TWO, C)]
+    found = faults([B, C, D], Evidence(seen, silence=Activity(10.0, {LOOP: 0.1, ONE: 10.0}, 1900)))
     assert found == {B: "own", C: "other", D: "other"}
 
 
 def test_a_run_by_itself_is_at_fault_only_where_there_was_never_another() -> None:
-    marks = [Mark(10, LOOP, None)]
-    assert faults([A], Evidence(marks)) == {A: "unknown"}
-    assert faults([A], Evidence(marks, is_only=True)) == {A: "own"}
+    seen = [Mark(10, LOOP, None)]
+    assert faults([A], Evidence(seen)) == {A: "unknown"}
+    assert faults([A], Evidence(seen, is_only=True)) == {A: "own"}
+
+
+def test_marks_that_were_cut_off_show_nothing() -> None:
+    with tempfile.TemporaryFile() as file:
+        assert marks.read(file.fileno(), 2) == []
+        assert marks.retries(file.fileno(), 2) == {}

@@ -84,13 +84,20 @@ class Marks:
 
 def read(fd: int, threads: int) -> list[Mark]:
     """The marks, the loop's own first."""
-    with mmap.mmap(fd, size(threads), access=mmap.ACCESS_READ) as page:
-        entries = _ENTRY.iter_unpack(page[: _counts(threads)])
+    entries = _ENTRY.iter_unpack(_page(fd, threads)[: _counts(threads)])
     return [Mark(ident, native, None if run == _NONE else UUID(bytes=run)) for ident, native, run in entries if ident]
 
 
 def retries(fd: int, threads: int) -> dict[UUID, int]:
     """How often each run was retried, of those that were."""
-    with mmap.mmap(fd, size(threads), access=mmap.ACCESS_READ) as page:
-        entries = _COUNT.iter_unpack(page[_counts(threads) :])
+    entries = _COUNT.iter_unpack(_page(fd, threads)[_counts(threads) :])
     return {UUID(bytes=run): count for run, count in entries if count}
+
+
+def _page(fd: int, threads: int) -> bytes:
+    """The page; empty if code of a run has cut it off."""
+    try:
+        with mmap.mmap(fd, size(threads), access=mmap.ACCESS_READ) as page:
+            return page[:]
+    except ValueError:
+        return b""

@@ -5,6 +5,7 @@ Decides when an executor has to end; `blame` decides whose doing it was.
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import IO, Literal
 from uuid import UUID
 
 from backcast import protocol
@@ -34,6 +35,8 @@ PING = 0.5
 """Seconds between two pings."""
 DUMP_WITHIN = 3.0
 """Seconds that a process has to write its dump, and to end by itself, after the signal for that."""
+DUMP = 1 << 20
+"""Bytes of a dump at most."""
 STOP_WITHIN = 2.0
 """Seconds that the code of a run has to end after it was asked to; then it no longer matters to the run."""
 _CAUSES: Mapping[str, Literal["stall", "memory"]] = {"blocked_worker": "stall", "out_of_memory": "memory"}
@@ -98,8 +101,8 @@ class Child:
         self._watch = _Watch()
         self._evidence: Evidence | None = None
         self._end: Problem | None = None
-        self._marks = tempfile.TemporaryFile()  # noqa: SIM115  # closed at its end
-        self._dump = tempfile.TemporaryFile()  # noqa: SIM115
+        self._marks: IO[bytes]
+        self._dump: IO[bytes]
         self._channel: Channel | None = None
         self._has_tag = False
         self._refusal: str | None = None
@@ -122,9 +125,16 @@ class Child:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Live from the start of the process to its end. Raises `ConfigurationError`: it can't serve the tasks."""
-        threads = self._assignment.slots
-        self._marks.truncate(marks.size(threads))
+        """Live from the start of the process to its end.
+
+        Raises:
+            ConfigurationError: it can't serve the tasks.
+            OSError: the process can't be started.
+        """
+        with _shared("marks", marks.size(self._assignment.slots)) as self._marks, _shared("dump", DUMP) as self._dump:
+            await self._run()
+
+    async def _run(self) -> None:
         ours, theirs = socket.socketpair()
         files = (theirs.fileno(), self._marks.fileno(), self._dump.fileno())
         with theirs, contextlib.ExitStack() as unless_started:
@@ -210,8 +220,6 @@ class Child:
         self._left.clear()
         if self._channel is not None:
             self._channel.close()
-        self._marks.close()
-        self._dump.close()
         self.ended.set()
         self._changed()
 
@@ -220,7 +228,7 @@ class Child:
         return max(job.retries, marks.retries(self._marks.fileno(), self._assignment.slots).get(run, 0))
 
     def _dumped(self) -> str:
-        return os.pread(self._dump.fileno(), 1 << 20, 0).decode(errors="replace")
+        return os.pread(self._dump.fileno(), DUMP, 0).rstrip(b"\0").decode(errors="replace")
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
@@ -416,6 +424,19 @@ _STILL_HERE = Problem(
     title="An earlier attempt of this run has not ended",
     detail="Its code goes on, although it was asked to stop.",
 )
+
+
+def _shared(name: str, size: int) -> IO[bytes]:
+    """A file of this size that an executor can write. On Linux it is in memory, as a disk may be full, and its size is
+    fixed: a process ends that reads in a mapping where its file has been cut off."""
+    if sys.platform != "linux":
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # the caller closes it
+        file.truncate(size)
+        return file
+    file = os.fdopen(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+    file.truncate(size)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return file
 
 
 def _is_gone(ended: asyncio.Future[Attempt]) -> bool:

@@ -81,7 +81,7 @@ class Executors:
         """Set when slots have got free, or an executor is ready or has ended. Whoever waits clears it, looks, and waits
         again."""
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Has the `ConfigurationError` with which the first executor could not start."""
+        """Has the `ConfigurationError` with which the first executor could not start, or what has ended `run`."""
         self._metrics = metrics
         metrics.show_history(lambda: [child.figures for child in self._all])
         metrics.slots_lost.set_function(lambda: self.left)
@@ -195,11 +195,15 @@ class Executors:
     # -- their lives --------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep the executors alive, for ever. Raises `ConfigurationError` if they can't serve the tasks."""
-        async with asyncio.TaskGroup() as group:
-            for seat in range(len(self._seats)):
-                group.create_task(self._keep(seat))
-            group.create_task(background.keep("look after the executors", self._look_after))
+        """Keep the executors alive, for ever."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for seat in range(len(self._seats)):
+                    group.create_task(self._keep(seat))
+                group.create_task(background.keep("look after the executors", self._look_after))
+        except Exception as error:  # noqa: BLE001  # the worker ends with it
+            if not self.failed.done():
+                self.failed.set_exception(error)
 
     async def _keep(self, seat: int) -> None:
         delays = backoff(0.5, 30.0)

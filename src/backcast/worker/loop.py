@@ -282,7 +282,8 @@ class Worker:
         asked = asyncio.create_task(stop.asked.wait())
         drain = asyncio.create_task(self._drain_asked.wait())
         # A loop that ends has failed: the process then ends too, to be restarted and not to look alive.
-        done, _ = await asyncio.wait({asked, drain, settling, *loops}, return_when=asyncio.FIRST_COMPLETED)
+        failing = {settling, self._executors.failed, *loops}
+        done, _ = await asyncio.wait({asked, drain, *failing}, return_when=asyncio.FIRST_COMPLETED)
         await self._drain(stop, claiming, settling)
         await self._lease.stop()
         for task in (asked, drain, settling, recording, storing, *loops):

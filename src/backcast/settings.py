@@ -234,6 +234,9 @@ class Worker(_Section):
     """After SIGTERM: how long running work may go on before its runs are released to the queue."""
     processes: int = Field(default=1, ge=1, le=64)
     """Executor processes that share the slots; more than one lets tasks that compute use several cores."""
+    start: Duration = Field(default=timedelta(minutes=2), ge=timedelta(seconds=1))
+    """How long an executor may take to start and to import the modules of the tasks. Then it is ended, and another one
+    is started; if it was the first one, the worker ends."""
     stall: Duration = Field(default=timedelta(seconds=10), ge=timedelta(seconds=1))
     """How long the event loop of an executor may give no answer; then the process is ended, with the run that blocks
     it, and its other runs go on elsewhere."""

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from backcast.local.postgres import Postgres
 from tests.support import databases
-from tests.support.stack import Stack, stack
+from tests.support.stack import ROOT, Stack, stack
 from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -431,6 +431,16 @@ async def test_executors_go_on_without_a_temporary_folder(database: str, tmp_pat
         offender = await product.ended(await product.submit("remove_the_temporary_folder"))
         assert offender["error"]["code"] == "executor_died", offender
         await still_serves(product)
+
+
+async def test_an_executor_that_hangs_while_it_imports_the_tasks_is_ended(database: str, tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(10**6)\n")
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "BACKCAST_TASKS": "hangs", "BACKCAST_BUILTIN_TASKS": "false"}
+    async with stack(database, tmp_path, BACKCAST_WORKER__START="1", **env) as product:
+        worker = product.start("worker")
+        assert await worker.ended() != 0
+        assert "it has not imported the tasks within 1 s" in worker.text
+        assert "The tasks can't be served" in worker.text
 
 
 async def test_a_task_finds_no_secrets(product: Stack) -> None:

@@ -294,10 +294,13 @@ def test_discovery_names_the_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "clash_one.py").write_text("from prefect import task\n@task\ndef same(): ...\n")
     (tmp_path / "clash_two.py").write_text("from prefect import task\n@task\ndef same(): ...\n")
     (tmp_path / "broken_tasks.py").write_text("1 / 0")
+    (tmp_path / "exiting_tasks.py").write_text("import sys; sys.exit('no licence')")
     with pytest.raises(ConfigurationError, match="Two tasks are named 'same'"):
         registry.discover(["clash_one", "clash_two"])
     with pytest.raises(ConfigurationError, match="ZeroDivisionError"):
         registry.discover(["broken_tasks"])
+    with pytest.raises(ConfigurationError, match="SystemExit: no licence"):
+        registry.discover(["exiting_tasks"])
     with pytest.raises(ConfigurationError, match="not_there"):
         registry.discover(["not_there"])
     assert list(registry.discover(["clash_one", "clash_one"])) == ["same"]

@@ -39,7 +39,7 @@ def discover(modules: Iterable[str]) -> dict[str, "Task[..., Any]"]:
     for module in modules:
         try:
             members = vars(importlib.import_module(module))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigurationError(
                 f"BACKCAST_TASKS names {module}, which can't be imported ({type(error).__name__}: {error}): correct the"
                 " name, or put its folder on PYTHONPATH."

@@ -65,7 +65,8 @@ class _Watch:
     sent: int = 0
     answered: int = 0
     silent: float = 0.0
-    """Seconds without an answer. Only time in which we ourselves ran: both may have been stopped together."""
+    """Seconds without an answer, or until it is ready. Only time in which we ourselves ran: both may have been stopped
+    together."""
     before: Activity = field(default_factory=Activity)
     """When the silence began."""
 
@@ -79,6 +80,7 @@ class Child:
         environment: Mapping[str, str],
         store: Store,
         *,
+        start: float,
         stall: float,
         identity: Callable[[], UUID | None],
         changed: Callable[[], object],
@@ -89,7 +91,8 @@ class Child:
         reason and the number of items that its history sink has dropped; `reported` with what the code of a run
         reports."""
         self.capacity = assignment.slots
-        self._assignment, self._environment, self._store, self._stall = assignment, environment, store, stall
+        self._assignment, self._environment, self._store = assignment, environment, store
+        self._start, self._stall = start, stall
         self._identity, self._changed, self._dropped, self._reported = identity, changed, dropped, reported
         self._jobs = dict[UUID, _Job]()
         self._left = dict[UUID, _Job]()
@@ -197,7 +200,7 @@ class Child:
             detail=f"It ended {_how(code)}. Code of a task did that, or the machine was short of memory.",
         )
         faults = blame.faults({*self._jobs, *self._left, *self._keys}, evidence)
-        if self.served is not None and (self.taken or not self.is_retiring):
+        if (self.served is not None or self._end is not None) and (self.taken or not self.is_retiring):
             self.cause = _CAUSES.get(problem.code, "died")
             own = [run for run, fault in faults.items() if fault == "own"]
             log.error(
@@ -238,25 +241,32 @@ class Child:
         while True:
             await asyncio.sleep(PING)
             now = time.monotonic()
-            if self.served is not None and self._channel is not None:
+            if self.served is not None and self._channel is not None and watch.answered == watch.sent:
                 self._send_tag()
-                if watch.answered == watch.sent:
-                    watch.silent = 0.0
-                    watch.sent += 1
-                    self._channel.send(Message(protocol.PING, number=watch.sent))
-                else:
-                    if watch.silent == 0.0 and self.pid is not None:
-                        watch.before = blame.activity(self.pid)
-                    watch.silent += min(now - before, 2 * PING)
-                    limit = max([self._stall, *(job.stall for job in (*self._jobs.values(), *self._left.values()))])
-                    if watch.silent >= limit:
-                        await self._abort(limit)
+                watch.silent = 0.0
+                watch.sent += 1
+                self._channel.send(Message(protocol.PING, number=watch.sent))
+            else:
+                if watch.silent == 0.0 and self.pid is not None:
+                    watch.before = blame.activity(self.pid)
+                watch.silent += min(now - before, 2 * PING)
+                if watch.silent >= self._patience:
+                    await self._abort(self._patience)
             before = now
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that it may be silent."""
+        if self.served is None:
+            return self._start
+        return max([self._stall, *(job.stall for job in (*self._jobs.values(), *self._left.values()))])
 
     async def _abort(self, limit: float) -> None:
         """End a process whose loop does not answer: first by a signal that makes it dump its threads, whatever holds
         the interpreter's lock."""
         assert self.pid is not None
+        if self.served is None:
+            log.error("ending executor %s: it has not imported the tasks within %g s", self.pid, limit)
         silence = blame.activity(self.pid).since(self._watch.before)
         seen = marks.read(self._marks.fileno(), self._assignment.slots)
         self._end = Problem(

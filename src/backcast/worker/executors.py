@@ -239,6 +239,7 @@ class Executors:
             ),
             self._environment,
             self._store,
+            start=settings.worker.start.total_seconds(),
             stall=settings.worker.stall.total_seconds(),
             identity=lambda: self.identity,
             changed=self._has_changed,

@@ -574,6 +574,9 @@ def connect(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+
+
 @task
 def relies() -> list[str]:
     """What of its process is not as a run may expect."""
@@ -587,20 +590,24 @@ def relies() -> list[str]:
     thread = threading.Thread(target=time.sleep, args=(0,))
     thread.start()
     thread.join()
-    with Path(os.devnull).open("rb"), socket.socket() as own:
+    with Path(os.devnull).open("rb") as file, socket.socket() as own:
+        wrong += ["a standard stream has no file"] if min(file.fileno(), own.fileno()) < 3 else []
         wrong += ["sockets have a time-out"] if own.gettimeout() is not None else []
     wrong += ["the folder is gone"] if not Path.cwd().exists() else []
     wrong += ["no PATH"] if "PATH" not in os.environ else []
     wrong += ["threads seldom switch"] if sys.getswitchinterval() > 1 else []
     wrong += ["no garbage is collected"] if not gc.isenabled() else []
-    wrong += ["an alarm is set"] if signal.getitimer(signal.ITIMER_REAL)[0] else []
+    wrong += ["an alarm is set"] if any(signal.getitimer(each)[0] for each in TIMERS) else []
+    wrong += ["a signal is handled"] if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL else []
+    wrong += ["a lost connection ends the process"] if signal.getsignal(signal.SIGPIPE) is signal.SIG_DFL else []
+    wrong += ["what children return is lost"] if subprocess.run(["false"]).returncode != 1 else []
     with tempfile.TemporaryFile() as file:
         file.write(bytes(100_000))
     wrong += ["nothing can be imported"] if find_spec("wave") is None else []
     wrong += ["threads are traced"] if threading.gettrace() or threading.getprofile() else []
     wrong += ["another locale"] if locale.setlocale(locale.LC_NUMERIC) != "C" else []
     wrong += ["little recursion"] if sys.getrecursionlimit() < 500 else []
-    wrong += ["no stdout"] if sys.stdout is None or sys.stderr is None else []  # pyright: ignore[reportUnnecessaryComparison]
+    wrong += [f"no {name}" for name in ("stdout", "stderr") if getattr(sys, name, None) is None]
     return wrong
 
 
@@ -612,6 +619,8 @@ async def relies_on_the_loop() -> list[str]:
     wrong += ["debug mode"] if loop.get_debug() else []
     wrong += ["a trace function"] if sys.gettrace() or sys.getprofile() else []
     wrong += ["signals are blocked"] if signal.pthread_sigmask(signal.SIG_BLOCK, ()) else []
+    process = await asyncio.create_subprocess_exec("false")
+    wrong += ["what children return is lost"] if await process.wait() != 1 else []
     return wrong
 
 
@@ -625,6 +634,59 @@ def close_streams() -> str:
 @task
 def replace_streams() -> str:
     sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    return "rude"
+
+
+@task
+def leave_a_closed_stream() -> str:
+    sys.stdout = io.StringIO()
+    sys.stdout.close()
+    return "rude"
+
+
+@task
+def delete_streams() -> str:
+    del sys.stdout, sys.stderr
+    return "rude"
+
+
+@task
+def close_descriptors_of_streams() -> str:
+    with os.fdopen(1, "wb"):
+        pass
+    os.close(2)
+    return "rude"
+
+
+@task
+def empty_lists() -> str:
+    warnings.filters = None  # type: ignore[assignment]
+    logging.getLogger().handlers = None  # type: ignore[assignment]
+    return "rude"
+
+
+@task
+def forbid_recursion() -> str:
+    sys.setrecursionlimit(200)
+    return "rude"
+
+
+@task
+async def handle_signals() -> str:
+    for number in signal.valid_signals() - UNHANDLED:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGPIPE else lambda *_: sys.exit(3))
+    return "rude"
+
+
+UNHANDLED = {
+    *(signal.SIGKILL, signal.SIGSTOP),
+    *(signal.SIGCHLD, signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL),
+}
+
+
+@task
+async def ignore_children() -> str:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     return "rude"
 
 
@@ -680,6 +742,18 @@ def filter_logs() -> str:
     return "rude"
 
 
+class Raises(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+        raise RuntimeError("not here")
+
+
+@task
+def log_to_nowhere() -> str:
+    logging.getLogger().addHandler(Raises())
+    logging.setLogRecordFactory(_raises)
+    return "rude"
+
+
 @task
 def remove_the_folder() -> str:
     folder = Path("gone").resolve()
@@ -695,6 +769,7 @@ async def set_an_alarm() -> str:
     """Its handler raises in whatever the loop does then."""
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))
     signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    signal.setitimer(signal.ITIMER_PROF, 0.5)
     return "rude"
 
 

@@ -231,9 +231,14 @@ async def test_what_is_only_rude_completes(product: Stack, task: str) -> None:
     await still_serves(product)
 
 
+NOT_BORNE = ["replace_streams", "delete_streams", "leave_a_closed_stream", "forbid_recursion"]
 PUT_BACK = [
+    *NOT_BORNE,
     "close_streams",
-    "replace_streams",
+    "close_descriptors_of_streams",
+    "empty_lists",
+    "handle_signals",
+    "log_to_nowhere",
     "set_time_out",
     "make_errors_of_warnings",
     "switch_seldom",
@@ -276,16 +281,27 @@ async def test_what_others_can_bear_stays_while_a_run_may_need_it(product: Stack
     assert await product.result(await product.submit("relies")) == []
 
 
+async def test_what_others_cannot_bear_is_put_back_while_a_run_goes_on(product: Stack, tmp_path: Path) -> None:
+    run = await product.submit("redirects", folder=str(tmp_path))
+    await until(lambda: is_there(tmp_path / "redirected"))
+    for task in NOT_BORNE:
+        await product.result(await product.submit(task))
+        assert await product.result(await product.submit("relies")) == [], task
+    (tmp_path / "print").touch()
+    await product.result(run)
+
+
 async def is_there(path: Path) -> bool:
     return path.exists()
 
 
-@pytest.mark.parametrize("task", ["limit_files", "keep_files_open"])
+@pytest.mark.parametrize("task", ["limit_files", "keep_files_open", "ignore_children"])
 async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(product: Stack, task: str) -> None:
     [pid] = executors(product)
     await product.result(await product.submit(task))
     await until(lambda: is_replaced(product, pid))
     assert await product.result(await product.submit("relies")) == []
+    assert await product.result(await product.submit("relies_on_the_loop")) == []
     await still_serves(product)
 
 

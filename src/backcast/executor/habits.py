@@ -1,11 +1,13 @@
 """Keeps what every run of this process relies on, and what any of them can change for all: the current folder, the
 streams, limits, time-outs. Decides when a change is put back: when the next run ends or, if a run may need it and the
-others can bear it, once each run that may have made it is over. A process in which one can't be put back has to be
+others can bear it, once each run that may have made it is over. A process in which something is lost for good has to be
 replaced.
 """
 
+import _signal  # pyright: ignore[reportMissingImports]  # has no stubs
 import asyncio
 import contextlib
+import fcntl
 import gc
 import locale
 import logging
@@ -25,6 +27,23 @@ from typing import Any
 SLOW_EVERY = 0.05
 """Seconds between two looks at what is slow to read, while runs go on."""
 _LIMITS = ("RLIMIT_NOFILE", "RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_NPROC")
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+_HANDLED_IN_C = {signal.SIGCHLD, signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
+"""By libuv, which waits for child processes, and by faulthandler: Python can't put these handlers back."""
+_getsignal: Callable[[int], Any] = _signal.getsignal
+"""That of `signal` makes an enum of each answer, for twenty times the cost."""
+
+
+def _never(_: Any) -> bool:
+    return False
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+def _is_open(stream: Any) -> bool:
+    return stream is not None and not getattr(stream, "closed", False)
 
 
 @dataclass(slots=True)
@@ -34,18 +53,26 @@ class _Habit:
     write: Callable[[Any], object]
     is_quick: bool = False
     """It can be read in a tenth of a microsecond: the others cost more than a run does, if there are many."""
-    is_borne: bool = False
-    """Others go on with the change, which a run may need to its end: it is not known which one has made it."""
+    bears: Callable[[Any], bool] = _never
+    """Whether others go on with this value, which a run may need to its end: it is not known which one has set it."""
+    is_lasting: bool = False
+    """What is put back is not all that was lost."""
     kept: Any = None
 
     def is_changed(self) -> bool:
         try:
             return bool(self.read() != self.kept)
-        except OSError:  # the folder is gone
+        except Exception:  # noqa: BLE001  # the folder is gone, the stream was deleted, a list is none any more
             return True
 
+    def is_borne(self) -> bool:
+        try:
+            return self.bears(self.read())
+        except Exception:  # noqa: BLE001
+            return False
+
     def put_back(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(Exception):  # it is looked at again
             self.write(self.kept)
 
 
@@ -70,52 +97,77 @@ class Habits:
         looked_at, now = self._quick, time.monotonic()
         if not running or now >= self._due:
             looked_at, self._due = self._habits, now + SLOW_EVERY
-        elif not self._changers and [read() for read in self._quick_reads] == self._quick_kept:
+        elif not self._changers and self._is_as_kept():
             return
         for habit in looked_at:
             if not habit.is_changed():
                 self._changers.pop(habit.name, None)
                 continue
             left = self._changers[habit.name] = self._changers.get(habit.name, set(running)) & set(running)
-            if not left or not habit.is_borne:
+            if not left or not habit.is_borne():
                 habit.put_back()
-                if habit.is_changed():
+                del self._changers[habit.name]
+                if habit.is_lasting or habit.is_changed():
                     self.worn = f"a run has changed {habit.name} for good"
+
+    def _is_as_kept(self) -> bool:
+        """Whether all that is quick to read is."""
+        try:
+            return [read() for read in self._quick_reads] == self._quick_kept
+        except Exception:  # noqa: BLE001  # it shows which one
+            return False
 
 
 def _habits() -> list[_Habit]:
     variables = dict(os.environ)
-    errors = [each for each in warnings.filters if each[0] == "error"]
+    filters = list(warnings.filters)
+    errors = [each for each in filters if each[0] == "error"]
     handlers = list(logging.root.handlers)
+    recursion = sys.getrecursionlimit()
 
     def set_logging(kept: Any) -> None:
-        level, disabled, filters = kept
+        level, disabled, factory, _, of_handlers = kept
+        logging.setLogRecordFactory(factory)
+        logging.root.handlers = list(handlers)
         logging.root.setLevel(level)
         logging.disable(disabled)
-        for handler, own in filters:
-            handler.filters[:] = own
-            if handler not in logging.root.handlers:
-                logging.root.addHandler(handler)
+        for handler, own in zip(handlers, of_handlers, strict=True):
+            handler.filters = list(own)
 
     def read_logging() -> Any:
-        there = [(each, list(each.filters)) for each in handlers if each in logging.root.handlers]
-        return logging.root.level, logging.root.manager.disable, there
+        root, of_handlers = logging.root, [list(each.filters) for each in handlers]
+        return root.level, root.manager.disable, logging.getLogRecordFactory(), list(root.handlers), of_handlers
 
     def added_errors() -> list[Any]:
         return [each for each in warnings.filters if each[0] == "error" and each not in errors]
 
     def remove_errors(_: Any) -> None:
+        if not isinstance(warnings.filters, list):
+            warnings.filters = list(filters)
         for each in added_errors():
             warnings.filters.remove(each)  # type: ignore[attr-defined]
         with warnings.catch_warnings():
             pass  # its end makes Python look at the filters again
 
-    def read_alarm() -> Any:
-        return signal.getitimer(signal.ITIMER_REAL)[0] > 0, signal.getsignal(signal.SIGALRM)
+    def read_timers() -> list[bool]:
+        return [signal.getitimer(timer)[0] > 0 for timer in _TIMERS]
 
-    def set_alarm(kept: Any) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # none is set when the process starts
-        signal.signal(signal.SIGALRM, kept[1])
+    def clear_timers(_: Any) -> None:  # none is set when the process starts
+        for timer in _TIMERS:
+            signal.setitimer(timer, 0)
+
+    def handling(name: str, numbers: set[signal.Signals], *, is_lasting: bool = False) -> _Habit:
+        given = [int(number) for number in numbers]
+
+        def read() -> list[Any]:
+            return list(map(_getsignal, given))
+
+        def write(kept: list[Any]) -> None:
+            for number, handler in zip(given, kept, strict=True):
+                if _getsignal(number) != handler:
+                    signal.signal(number, handler)
+
+        return _Habit(name, read, write, is_lasting=is_lasting)
 
     def add_variables(_: Any) -> None:
         for name, value in variables.items():
@@ -127,25 +179,38 @@ def _habits() -> list[_Habit]:
     def add_paths(kept: list[str]) -> None:
         sys.path = [*kept, *(each for each in sys.path or () if each not in kept)]
 
+    spares = {number: fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3) for number in range(3) if _is_file(number)}
+
+    def read_descriptors() -> list[tuple[Any, ...]]:
+        return list(map(_file, spares))
+
+    def open_descriptors(kept: list[tuple[Any, ...]]) -> None:
+        """Those that are closed. Where another file has taken their place, a run may need it."""
+        for (number, spare), was in zip(spares.items(), kept, strict=True):
+            if _file(spare) == was and (got := fcntl.fcntl(spare, fcntl.F_DUPFD, number)) != number:
+                os.close(got)
+
     loop, path = asyncio.get_running_loop(), list(sys.path)
     quick = partial(_Habit, is_quick=True)
-    borne = partial(quick, is_borne=True)
+    borne = partial(_Habit, bears=_always)
     return [
-        borne("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
-        borne("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout")),
-        borne("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr")),
-        borne("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable()),
+        quick(
+            "the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit, bears=lambda limit: limit > recursion
+        ),
+        quick("sys.stdout", lambda: sys.stdout, partial(setattr, sys, "stdout"), bears=_is_open),
+        quick("sys.stderr", lambda: sys.stderr, partial(setattr, sys, "stderr"), bears=_is_open),
+        quick("garbage collection", gc.isenabled, lambda kept: gc.enable() if kept else gc.disable(), bears=_always),
         quick("the time-out of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout),
         quick("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
         quick("threading.excepthook", lambda: threading.excepthook, partial(setattr, threading, "excepthook")),
         quick("sys.excepthook", lambda: sys.excepthook, partial(setattr, sys, "excepthook")),
         quick("the task factory", loop.get_task_factory, loop.set_task_factory),
         quick("the loop's exception handler", loop.get_exception_handler, loop.set_exception_handler),
-        _Habit("the loop's debug mode", loop.get_debug, loop.set_debug, is_borne=True),
-        _Habit("the trace function", sys.gettrace, sys.settrace, is_borne=True),
-        _Habit("the profile function", sys.getprofile, sys.setprofile, is_borne=True),
-        _Habit("the trace function of threads", threading.gettrace, threading.settrace, is_borne=True),
-        _Habit("the profile function of threads", threading.getprofile, threading.setprofile, is_borne=True),
+        borne("the loop's debug mode", loop.get_debug, loop.set_debug),
+        borne("the trace function", sys.gettrace, sys.settrace),
+        borne("the profile function", sys.getprofile, sys.setprofile),
+        borne("the trace function of threads", threading.gettrace, threading.settrace),
+        borne("the profile function of threads", threading.getprofile, threading.setprofile),
         _Habit("the stack size of threads", threading.stack_size, threading.stack_size),
         _Habit(
             "blocked signals",
@@ -153,15 +218,29 @@ def _habits() -> list[_Habit]:
             partial(signal.pthread_sigmask, signal.SIG_SETMASK),
         ),
         _Habit("logging", read_logging, set_logging),
-        _Habit("the alarm clock", read_alarm, set_alarm),
+        _Habit("the alarm clock", read_timers, clear_timers),
+        handling("the handlers of signals", signal.valid_signals() - _HANDLED_IN_C),
+        handling("the handlers of signals that C code handles", _HANDLED_IN_C, is_lasting=True),
+        borne("the descriptors of the standard streams", read_descriptors, open_descriptors),
         _Habit("warnings", added_errors, remove_errors),
         _Habit("the locale", partial(locale.setlocale, locale.LC_ALL), partial(locale.setlocale, locale.LC_ALL)),
-        _Habit("the current folder", os.getcwd, os.chdir, is_borne=True),
-        _Habit("the import path", read_paths, add_paths, is_borne=True),
-        _Habit("the environment", lambda: len(os.environ) < len(variables), add_variables, is_borne=True),
+        borne("the current folder", os.getcwd, os.chdir),
+        borne("the import path", read_paths, add_paths),
+        borne("the environment", lambda: len(os.environ) < len(variables), add_variables),
         *(
             _Habit(name, partial(resource.getrlimit, number), partial(resource.setrlimit, number))
             for name in _LIMITS
             for number in [getattr(resource, name)]
         ),
     ]
+
+
+def _file(number: int) -> tuple[Any, ...]:
+    return os.fstat(number)[1:3]  # its inode and device
+
+
+def _is_file(number: int) -> bool:
+    try:
+        return bool(_file(number))
+    except OSError:
+        return False

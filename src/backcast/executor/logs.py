@@ -62,12 +62,12 @@ class _Stream:
     def write(self, text: str) -> int:
         if (reporter := REPORTER.get()) is not None:
             reporter.write(self._name, text)
-        with contextlib.suppress(ValueError):  # its buffer is closed
+        with contextlib.suppress(ValueError, OSError):  # its buffer is closed, or its descriptor
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
             self._stream.flush()
 
     def close(self) -> None:

@@ -795,6 +795,19 @@ async def trace_all() -> str:
 
 
 @task
+async def trace_new_threads(folder: str) -> str:
+    """For as long as it runs."""
+
+    async def may_end() -> bool:
+        return (Path(folder) / "end").exists()
+
+    threading.settrace(_raises)
+    (Path(folder) / "traced").touch()
+    await until(may_end)
+    return "rude"
+
+
+@task
 def change_the_locale() -> str:
     locale.setlocale(locale.LC_NUMERIC, "C.UTF-8")
     return "rude"

@@ -291,6 +291,18 @@ async def test_what_others_cannot_bear_is_put_back_while_a_run_goes_on(product: 
     await product.result(run)
 
 
+async def test_functions_need_no_thread_that_starts_in_the_state_that_a_run_has_left(
+    product: Stack, tmp_path: Path
+) -> None:
+    run = await product.submit("trace_new_threads", folder=str(tmp_path))
+    await until(lambda: is_there(tmp_path / "traced"))
+    for nap in [await product.submit("sync_nap", seconds=0.1) for _ in range(NEIGHBOURS)]:
+        assert await product.result(nap) == 0.1
+    (tmp_path / "end").touch()
+    await product.result(run)
+    assert await product.result(await product.submit("relies")) == []
+
+
 async def is_there(path: Path) -> bool:
     return path.exists()
 

@@ -209,8 +209,8 @@ def _habits() -> list[_Habit]:
         borne("the loop's debug mode", loop.get_debug, loop.set_debug),
         borne("the trace function", sys.gettrace, sys.settrace),
         borne("the profile function", sys.getprofile, sys.setprofile),
-        borne("the trace function of threads", threading.gettrace, threading.settrace),
-        borne("the profile function of threads", threading.getprofile, threading.setprofile),
+        _Habit("the trace function of threads", threading.gettrace, threading.settrace),
+        _Habit("the profile function of threads", threading.getprofile, threading.setprofile),
         _Habit("the stack size of threads", threading.stack_size, threading.stack_size),
         _Habit(
             "blocked signals",

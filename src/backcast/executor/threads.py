@@ -26,9 +26,19 @@ class Overdue(Exception):
 
 class Threads:
     def __init__(self, count: int, marks: Marks | None = None, freed: Callable[[bytes], object] | None = None) -> None:
-        """`freed` is called on the loop when the last code of a run ends that `leave` has found."""
+        """`freed` is called on the loop when the last code of a run ends that `leave` has found.
+
+        All threads start now: where code of a run has used up what the process may have, or traces new threads, one
+        that starts later fails, and its function is called by another one or never.
+        """
         self._marks, self._freed, self._loop = marks, freed, asyncio.get_running_loop()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="task")
+        started = threading.Event()
+        try:
+            for _ in range(count):
+                self._pool.submit(started.wait)  # the others are busy, so that another thread starts
+        finally:
+            started.set()
         self._own = ThreadPoolExecutor(count, thread_name_prefix="engine")
         self._apart = _Apart(count + APART, self)
         self._loop.set_default_executor(self._apart)

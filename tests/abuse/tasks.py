@@ -568,6 +568,12 @@ async def block_with_leave(seconds: float) -> str:
     return "blocked"
 
 
+@options(may_block=3600)
+@task
+async def wait_with_leave() -> None:
+    await asyncio.sleep(3600)
+
+
 @task
 def connect(port: int) -> bool:
     with socket.socket() as probe:

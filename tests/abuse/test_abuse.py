@@ -438,6 +438,14 @@ async def test_a_task_may_have_leave_to_block(product: Stack) -> None:
     assert await product.result(await product.submit("block_with_leave", seconds=2 * STALL)) == "blocked"
 
 
+async def test_who_has_leave_to_block_gives_it_to_no_other(product: Stack) -> None:
+    lenient = await product.submit("wait_with_leave")
+    await product.state(lenient, "running")
+    assert (await product.ended(await product.submit("spin")))["error"]["code"] == "blocked_worker"
+    await product.state(lenient, "running")
+    await still_serves(product)
+
+
 async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:
     """It fails three times, then kills its process: `max_attempts` executors end, and no more."""
     env = {"BACKCAST_TASKS": "tests.abuse.tasks", "BACKCAST_BUILTIN_TASKS": "false", "BACKCAST_MAX_ATTEMPTS": "3"}

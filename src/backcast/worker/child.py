@@ -69,6 +69,8 @@ class _Watch:
     together."""
     before: Activity = field(default_factory=Activity)
     """When the silence began."""
+    leave: float = 0.0
+    """Seconds that those who seemed to block it, when last looked at, may do that."""
 
 
 class Child:
@@ -248,34 +250,42 @@ class Child:
                 self._channel.send(Message(protocol.PING, number=watch.sent))
             else:
                 if watch.silent == 0.0 and self.pid is not None:
-                    watch.before = blame.activity(self.pid)
+                    watch.before, watch.leave = blame.activity(self.pid), self._stall
                 watch.silent += min(now - before, 2 * PING)
-                if watch.silent >= self._patience:
-                    await self._abort(self._patience)
+                if self.served is not None and watch.silent >= self._stall:
+                    await self._judge()
+                elif self.served is None and watch.silent >= self._start:
+                    log.error("ending executor %s: it has not imported the tasks within %g s", self.pid, self._start)
+                    await self._abort(self._start, Evidence([]))
             before = now
 
-    @property
-    def _patience(self) -> float:
-        """Seconds that it may be silent."""
-        if self.served is None:
-            return self._start
-        return max([self._stall, *(job.stall for job in (*self._jobs.values(), *self._left.values()))])
+    async def _judge(self) -> None:
+        """The loop is silent for longer than any run may block it. A run that has leave to block it for longer gives
+        that leave to no other."""
+        assert self.pid is not None
+        watch, silence = self._watch, blame.activity(self.pid).since(self._watch.before)
+        evidence = Evidence(marks.read(self._marks.fileno(), self._assignment.slots), silence=silence)
+        faults = blame.faults({*self._jobs, *self._left, *self._keys}, evidence)
+        jobs = (self._jobs | self._left).items()
+        limit = max([self._stall, *(job.stall for run, job in jobs if faults[run] != "other")])
+        if limit < watch.leave:  # another one has begun to block it, and gets its own time
+            watch.silent = 0.0
+        elif watch.silent >= limit:
+            await self._abort(limit, evidence)
+        else:
+            watch.leave = limit
 
-    async def _abort(self, limit: float) -> None:
+    async def _abort(self, limit: float, evidence: Evidence) -> None:
         """End a process whose loop does not answer: first by a signal that makes it dump its threads, whatever holds
         the interpreter's lock."""
         assert self.pid is not None
-        if self.served is None:
-            log.error("ending executor %s: it has not imported the tasks within %g s", self.pid, limit)
-        silence = blame.activity(self.pid).since(self._watch.before)
-        seen = marks.read(self._marks.fileno(), self._assignment.slots)
         self._end = Problem(
             code="blocked_worker",
             title="The run has blocked the process that executed it",
             detail=f"Its event loop did not answer for {limit:g} s, so the process was ended: use `await`, a sync"
             " task, or shorter steps.",
         )
-        self._evidence = Evidence(seen, silence=silence)
+        self._evidence = evidence
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGABRT)
         await asyncio.sleep(DUMP_WITHIN)  # its end, which comes as soon as it has written the dump, ends this

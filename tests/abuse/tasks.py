@@ -247,6 +247,18 @@ async def terminate_itself() -> None:
 
 
 @task
+def signal_its_worker() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+        os.kill(os.getppid(), number)
+    time.sleep(3600)
+
+
+@task
+def signal_its_worker_by_a_shell() -> None:
+    subprocess.run(["sh", "-c", f"kill {os.getppid()}; sleep 3600"])
+
+
+@task
 def kill_its_group() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 

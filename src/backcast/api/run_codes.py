@@ -80,6 +80,10 @@ RUN_CODES = {
         "Another run computes the same value",
         "Seen while the run waits for that one; it goes on by itself.",
     ),
+    "signalled_worker": (
+        "The run has sent a signal to its worker",
+        "Code of the task signals its parent process. Send signals only to processes that the task has started.",
+    ),
     "still_executing": (
         "An earlier attempt of the run has not ended",
         "Seen while code goes on that was asked to stop; the run goes on by itself.",

@@ -33,3 +33,15 @@ def _children() -> set[int]:
         with contextlib.suppress(OSError):  # the thread has ended
             found.update(map(int, file.read_text().split()))
     return found
+
+
+def lineage(pid: int) -> list[int]:
+    """A process and its ancestors, as far as the system shows them; nothing for 0, a process outside of our view."""
+    found = list[int]()
+    while pid:
+        found.append(pid)
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):  # it has ended
+            break
+    return found

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -49,6 +49,12 @@ TOO_LARGE = Problem(
     code="out_of_memory",
     title="The process that executed this run has taken too much memory",
     detail="It was ended at a quarter above worker.max_memory: work on less at a time, or raise the limit.",
+)
+SIGNALLED = Problem(
+    code="signalled_worker",
+    title="The run has sent a signal to its worker",
+    detail="The signal would have ended the worker, with all runs beside this one. Send signals only to processes that"
+    " the task has started.",
 )
 
 
@@ -318,6 +324,16 @@ class Executors:
         self._seats[seat] = fresh
         self._retire(child)
         self._metrics.executors_ended.labels("replaced").inc()
+
+    def refuse(self, senders: Collection[int]) -> bool:
+        """End the executor among these processes, if there is one: it, or a process of its runs, has sent a signal that
+        ends workers. Such a run would do the same to the next worker."""
+        for child in self._all:
+            if child.pid in senders:
+                log.error("ending executor %s: it has sent a signal to the worker", child.pid)
+                child.end(SIGNALLED)
+                return True
+        return False
 
     def _end_orphans(self) -> None:
         """What runs have left behind ends with their executor, in whatever session it is."""

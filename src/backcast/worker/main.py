@@ -23,7 +23,7 @@ from backcast.worker.loop import Worker
 
 
 async def _serve(settings: Settings) -> None:
-    stop = Stop()
+    stop = Stop(lambda senders: executors.refuse(senders))
     metrics = WorkerMetrics()
     store = open_store(settings.store, metrics.stored)
     # One for claims and one for settlements; with those for heartbeats and for notifications, four.

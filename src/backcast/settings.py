@@ -243,7 +243,8 @@ class Worker(_Section):
     max_runs_per_process: int | None = Field(default=None, ge=1)
     """Attempts after which an executor is replaced by a fresh one, without a gap; none: it is not."""
     max_memory: int | None = Field(default=None, ge=64 * 1024 * 1024)
-    """Bytes of memory above which an executor is replaced by a fresh one; a quarter above, it is ended at once."""
+    """Bytes of memory, with the processes of its runs, above which an executor is replaced by a fresh one; a quarter
+    above, it is ended at once."""
 
 
 class Steward(_Section):

@@ -388,6 +388,11 @@ async def hog(megabytes: int = 100_000) -> int:
     return len(kept)
 
 
+@task
+def hog_in_a_process(megabytes: int = 1000) -> None:
+    subprocess.run([sys.executable, "-c", f"import time; kept = b'x' * ({megabytes} << 20); time.sleep(3600)"])
+
+
 _kept = list[bytearray]()
 
 

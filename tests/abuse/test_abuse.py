@@ -127,6 +127,7 @@ FAILING = {
     "close_the_loop": "task_failed",
     "stop_and_close_the_loop": "executor_died",
     "hog": "out_of_memory",
+    "hog_in_a_process": "out_of_memory",
     "send_garbage": "executor_died",
     "sleep_on": "timeout",
     "never_late": "timeout",

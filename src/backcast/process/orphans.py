@@ -20,19 +20,11 @@ def adopt() -> None:
 
 def end(known: Collection[int]) -> None:
     """Kill and reap all children of this process but these; nothing where the system does not list them."""
-    for pid in _children() - set(known):
+    for pid in _children("self") - set(known):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
-
-
-def _children() -> set[int]:
-    found = set[int]()
-    for file in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            found.update(map(int, file.read_text().split()))
-    return found
 
 
 def lineage(pid: int) -> list[int]:
@@ -44,4 +36,21 @@ def lineage(pid: int) -> list[int]:
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, IndexError):  # it has ended
             break
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that a process has started, and those that these have; none where the system does not list them."""
+    found, last = set[int](), {pid}
+    while last:
+        last = set[int]().union(*map(_children, last)) - found
+        found |= last
+    return found
+
+
+def _children(pid: int | str) -> set[int]:
+    found = set[int]()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found.update(map(int, file.read_text().split()))
     return found

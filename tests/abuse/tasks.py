@@ -922,6 +922,32 @@ def fork_in_a_thread() -> str:
     return "child" if os.fork() == 0 else "parent"
 
 
+@task
+async def fork_in_a_callback() -> str:
+    asyncio.get_running_loop().call_soon(os.fork)
+    await asyncio.sleep(1)
+    return "parent"
+
+
+@task
+async def fork_and_exit_in_a_callback() -> str:
+    asyncio.get_running_loop().call_soon(lambda: os.fork() or sys.exit())
+    await asyncio.sleep(1)
+    return "parent"
+
+
+@task
+async def note_steps(folder: str) -> int:
+    """A neighbour whose steps can be counted."""
+    step = 0
+    while not (Path(folder) / "end").exists():
+        with (Path(folder) / "steps").open("a") as notes:
+            notes.write(f"{step}\n")
+        step += 1
+        await asyncio.sleep(0.05)
+    return step
+
+
 class Unreadable(Exception):
     """Nothing of it can be read."""
 

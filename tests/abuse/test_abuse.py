@@ -149,6 +149,8 @@ COMPLETING: dict[str, Any] = {
     "fork_in_the_loop": "parent",
     "fork_and_wait_in_the_loop": "parent",
     "fork_in_a_thread": "parent",
+    "fork_in_a_callback": "parent",
+    "fork_and_exit_in_a_callback": "parent",
     "interrupt_the_loop": "interrupted",
     "wander": "wandered",
     "leave_a_task": "left",
@@ -447,6 +449,30 @@ async def test_who_has_leave_to_block_gives_it_to_no_other(product: Stack) -> No
     assert (await product.ended(await product.submit("spin")))["error"]["code"] == "blocked_worker"
     await product.state(lenient, "running")
     await still_serves(product)
+
+
+@pytest.mark.parametrize("task", ["fork_in_a_callback", "fork_and_exit_in_a_callback"])
+async def test_a_fork_does_no_step_of_another_run(product: Stack, tmp_path: Path, task: str) -> None:
+    noting = await product.submit("note_steps", folder=str(tmp_path))
+    await product.state(noting, "running")
+    assert await product.result(await product.submit(task)) == "parent"
+    (tmp_path / "end").touch()
+    steps = await product.result(noting)
+    assert (tmp_path / "steps").read_text().split() == [str(step) for step in range(steps)]
+
+
+async def test_a_module_that_forks_makes_one_executor(database: str, tmp_path: Path) -> None:
+    async with stack(
+        database, tmp_path, BACKCAST_TASKS="tests.abuse.forking", BACKCAST_BUILTIN_TASKS="false"
+    ) as product:
+        await product.up("api", "worker", "steward")
+        executor = psutil.Process(await product.result(await product.submit("executor")))
+        assert executor.ppid() == product.parts[1].process.pid
+
+        async def copies() -> list[psutil.Process]:
+            return [each for each in executor.children() if each.status() != psutil.STATUS_ZOMBIE]
+
+        await until(copies, lambda living: not living)
 
 
 async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from pydantic import SecretStr
 
 from backcast import protocol
 from backcast.errors import ConfigurationError
+from backcast.executor.tracking import end_copy, guard, task_factory
 from backcast.process import orphans, tracing
 from backcast.process.channel import Channel, Message, packed, receive
 from backcast.process.logs import configure_logging
@@ -60,7 +61,6 @@ class _Process:
         from backcast.executor.executor import Executor
         from backcast.executor.jobs import Jobs
         from backcast.executor.objects import RemoteObjects
-        from backcast.executor.tracking import task_factory
         from backcast.history.sink import Sink
         from backcast.process import background
 
@@ -81,7 +81,10 @@ class _Process:
             tracing.start(given.tracing, "executor", through=Redacting)
         llm.connect(given.model)
         self._objects = objects = RemoteObjects(channel, largest=protocol.largest(given.max_result))
-        tasks = registry.discover(given.tasks)
+        try:
+            tasks = registry.discover(given.tasks)
+        finally:
+            end_copy()
         executor = Executor(
             tasks,
             pool=given.pool,
@@ -156,6 +159,7 @@ def _run(end: socket.socket, assignment: Assignment, marks: Marks) -> None:
 
     serving = loop.create_task(serve())
     while not serving.done():
+        end_copy()
         if loop.is_closed():
             log.error("user code has closed the event loop")
             logging.shutdown()
@@ -190,6 +194,7 @@ def main() -> None:
     supervisor = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    guard(channel_fd)
     orphans.adopt()  # they go to the supervisor when this ends, which ends them
     faulthandler.enable(file=dump_fd)
     os._exit = partial(_exit, dump_fd, os.getpid(), os._exit)  # type: ignore[assignment]

@@ -4,6 +4,7 @@ Every asyncio task that a run starts is marked with it, step by step; a callback
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, ContextVar
@@ -15,8 +16,8 @@ RUN: ContextVar[bytes | None] = ContextVar("backcast_run", default=None)
 """The id of the run that this code belongs to."""
 
 
+_NOBODY = bytes(16)
 _copies = list[int]()
-os.register_at_fork(after_in_child=lambda: _copies.append(os.getpid()))
 
 
 def end_copy() -> None:
@@ -24,6 +25,26 @@ def end_copy() -> None:
     would execute every run of the executor once more, and report to its supervisor."""
     if _copies:
         os._exit(0)
+
+
+def guard(channel_fd: int) -> None:
+    """Let no fork of this process, which began in whatever code, do a step of its loop, or reach its supervisor."""
+
+    def in_copy() -> None:
+        _copies.append(os.getpid())
+        _Marked.send = _Marked.throw = _end  # pyright: ignore[reportAttributeAccessIssue]  # the rest of this step goes on
+        with contextlib.suppress(OSError):  # user code has closed it, or has left no descriptor
+            os.close(channel_fd)
+            null = os.open(os.devnull, os.O_RDWR)  # reading it is the end of the channel
+            if null != channel_fd:
+                os.dup2(null, channel_fd, inheritable=False)
+                os.close(null)
+
+    os.register_at_fork(after_in_child=in_copy)
+
+
+def _end(*_: Any) -> Any:
+    os._exit(0)
 
 
 class _Marked(Coroutine[Any, Any, Any]):
@@ -68,8 +89,8 @@ def task_factory(marks: Marks) -> TaskFactory:
         loop: asyncio.AbstractEventLoop, coroutine: Any, *, context: Context | None = None, **others: Any
     ) -> "asyncio.Task[Any]":
         run = RUN.get() if context is None else context.get(RUN)
-        if run is not None and asyncio.iscoroutine(coroutine):
-            coroutine = _Marked(coroutine, run, marks)
+        if asyncio.iscoroutine(coroutine):
+            coroutine = _Marked(coroutine, run or _NOBODY, marks)
         return asyncio.Task(coroutine, loop=loop, context=context, **others)
 
     return make

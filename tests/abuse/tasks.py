@@ -270,6 +270,12 @@ async def shout(megabytes: int = 50) -> str:
 
 
 @task
+def shout_lines(millions: int = 20) -> str:
+    print("m\n" * millions * 1_000_000)
+    return "shouted"
+
+
+@task
 def chatter(lines: int = 200_000) -> str:
     for _ in range(lines):
         print("c" * 1000)

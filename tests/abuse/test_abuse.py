@@ -140,6 +140,7 @@ COMPLETING: dict[str, Any] = {
     "exit_in_callback": "survived",
     "stop_the_loop": "survived",
     "shout": "shouted",
+    "shout_lines": "shouted",
     "chatter": "chattered",
     "steal_signals": 1,
     "borrow_signals": "given back",

@@ -1,11 +1,15 @@
 """`progress` and `emit` without a worker."""
 
 import asyncio
-from typing import Any
+import json
+from typing import Any, cast
 
 import pytest
 
 import backcast
+from backcast import protocol
+from backcast.executor.reports import MOST_LINES, RunReports
+from backcast.process.channel import Channel, Message
 from backcast.reporting import REPORTER
 
 
@@ -48,3 +52,23 @@ async def test_the_context_decides_whose_report_it_is() -> None:
     await asyncio.gather(run(first, 1), run(second, 2))
     assert first.reports == [(0.5, "x" * 500), ("output", 1)]
     assert second.reports == [(1.0, "x" * 500), ("output", 2)]
+
+
+class Sent:
+    """A channel that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.lines = list[str]()
+
+    def send(self, message: Message) -> None:
+        self.lines += [json.loads(line.text)["message"] for line in protocol.reported(message).lines]
+
+
+async def test_lines_beyond_the_limit_are_counted() -> None:
+    sent = Sent()
+    reports = RunReports(bytes(16), cast("Channel", sent), lambda: 0)
+    reports.write("stdout", "begun, ")
+    reports.write("stdout", "ended\n" + "x\n" * (MOST_LINES + 1) + "begun again")
+    reports.write("stdout", ", ended\n\nunfinished")
+    reports.close()
+    assert sent.lines == ["begun, ended", *["x"] * (MOST_LINES - 1), "5 further lines were dropped"]

@@ -71,7 +71,11 @@ class RunReports:
     def write(self, stream: str, text: str) -> None:
         """Take what is written to a stream: each line of it is one of the run's log."""
         with self._lock:
-            *lines, rest = (self._unfinished.get(stream, "") + text).split("\n")
+            room = max(0, MOST_LINES - self._line_count)
+            *lines, rest = (self._unfinished.get(stream, "") + text).split("\n", room)
+            if beyond := rest.count("\n"):  # one by one they would keep the lock for long, which the loop waits for
+                self._lost += beyond
+                rest = rest[rest.rfind("\n") + 1 :]
             if len(rest) > LONGEST:
                 lines, rest = [*lines, rest], ""
             self._unfinished[stream] = rest

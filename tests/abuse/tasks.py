@@ -340,6 +340,16 @@ def leave_a_daemon() -> int:
 
 
 @task
+def leave_a_shell() -> int:
+    """A process that has one of its own."""
+    child = subprocess.Popen(
+        ["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert child.stdout is not None
+    return int(child.stdout.readline())
+
+
+@task
 def leave_a_server() -> list[int]:
     """A process that holds a port after its run."""
     code = "import socket, sys, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); "

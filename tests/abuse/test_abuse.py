@@ -419,11 +419,20 @@ async def test_what_a_run_leaves_behind_ends_with_its_executor(product: Stack, t
     pid = left if isinstance(left, int) else left[0]
     assert Path(f"/proc/{pid}").exists()
     await product.ended(await product.submit("kill_itself"))
+    await until(lambda: lives(pid), lambda there: not there)
 
-    async def is_there() -> bool:
-        return Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
 
-    await until(is_there, lambda there: not there)
+async def lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+
+async def test_what_a_run_leaves_behind_ends_with_its_worker(product: Stack) -> None:
+    pid = await product.result(await product.submit("leave_a_shell"))
+    assert await lives(pid)
+    worker = product.parts[1]
+    worker.process.terminate()
+    assert await worker.ended() == 0
+    await until(lambda: lives(pid), lambda there: not there)
 
 
 async def test_a_run_with_a_process_of_its_own_disturbs_nobody(product: Stack) -> None:

@@ -18,13 +18,16 @@ def adopt() -> None:
         ctypes.CDLL(None).prctl(_ADOPT, 1)
 
 
-def end(known: Collection[int]) -> None:
-    """Kill and reap all children of this process but these; nothing where the system does not list them."""
-    for pid in _children("self") - set(known):
-        with contextlib.suppress(ProcessLookupError):
+def end(known: Collection[int]) -> bool:
+    """Kill and reap all children of this process but these; nothing where the system does not list them. Returns
+    whether there was one: its own children come to this process when it has ended."""
+    found = _children("self") - set(known)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # of another user, as by sudo
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+    return bool(found)
 
 
 def lineage(pid: int) -> list[int]:

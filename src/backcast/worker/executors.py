@@ -42,6 +42,8 @@ _AGAIN = 30.0
 """Seconds until a worn executor is to be replaced again, after its successor could not be started."""
 _FAREWELL = 4.0
 """Seconds that an executor has to publish what is left and to end."""
+_GENERATIONS = 100
+"""How often the end of a worker looks for what runs have left behind, and for what that leaves behind in turn."""
 _SECRETS = "BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)"
 _IDENTITY = "AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|WEB_IDENTITY_|CONTAINER_)"
 """By which a store is opened that has no key of its own."""
@@ -338,11 +340,12 @@ class Executors:
                 return True
         return False
 
-    def _end_orphans(self) -> None:
-        """What runs have left behind ends with their executor, in whatever session it is."""
+    def _end_orphans(self) -> bool:
+        """What runs have left behind ends with their executor, in whatever session it is. Returns whether there was
+        anything."""
         pids = [child.pid for child in self._all]
-        if None not in pids:  # or the one that starts would be taken for an orphan
-            orphans.end([pid for pid in pids if pid is not None])
+        # One that starts would be taken for an orphan.
+        return None not in pids and orphans.end([pid for pid in pids if pid is not None])
 
     def _sizes(self) -> dict[Child, int]:
         """Bytes of memory of each executor, if that is limited."""
@@ -391,7 +394,10 @@ class Executors:
         for child in children:
             child.kill()
         await asyncio.wait({*self._lives, asyncio.create_task(asyncio.sleep(0))}, timeout=2)
-        self._end_orphans()
+        for _ in range(_GENERATIONS):
+            if not self._end_orphans():
+                break
+            await asyncio.sleep(0.01)  # they have ended then, or soon
 
 
 def environment(settings: Settings) -> dict[str, str]:

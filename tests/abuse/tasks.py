@@ -323,6 +323,16 @@ async def stubborn() -> None:
             await asyncio.sleep(600)
 
 
+class Uncancellable(asyncio.Future[None]):
+    def cancel(self, msg: Any = None) -> bool:
+        raise SystemExit(msg)
+
+
+@task
+async def uncancellable() -> None:
+    await Uncancellable()
+
+
 @task
 def fork_and_leave(seconds: float = 300) -> int:
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,))

@@ -394,6 +394,17 @@ async def test_who_swallows_a_cancellation_is_cancelled_all_the_same(product: St
     await still_serves(product)
 
 
+async def test_what_raises_when_it_is_cancelled_takes_no_executor(product: Stack) -> None:
+    pids = executors(product)
+    run = await product.submit("uncancellable")
+    await product.state(run, "running")
+    await product.http.post(f"/v1/runs/{run}/cancel")
+    await product.state(run, "cancelled")
+    assert await lost(product) == 1, "its code goes on"
+    assert executors(product) == pids
+    await still_serves(product)
+
+
 async def lost(product: Stack) -> float:
     text = (await product.http.get(product.parts[1].metrics_url)).text
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("backcast_worker_slots_lost "))

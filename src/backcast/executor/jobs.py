@@ -64,7 +64,10 @@ class Jobs:
     def stop(self, message: Message) -> None:
         if (task := self._tasks.get(message.id)) is not None:
             self._asked.add(message.id)
-            task.cancel(message.meta.decode())
+            try:
+                task.cancel(message.meta.decode())
+            except BaseException as error:  # noqa: BLE001  # of a future of the user's; the supervisor waits no longer
+                log.error("a run can't be stopped: what it awaits has raised %s", type(error).__name__)
 
     def trace(self, message: Message) -> None:
         """The run that comes next is part of this trace."""

@@ -311,6 +311,11 @@ async def steal_signals_and_spin() -> None:
         pass
 
 
+@task
+async def stop_its_process() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 @task(timeout_seconds=1)
 def sleep_on(seconds: float = 3600) -> None:
     time.sleep(seconds)

@@ -97,6 +97,7 @@ FAILING = {
     "hold_gil": "blocked_worker",
     "hold_gil_in_the_loop": "blocked_worker",
     "steal_signals_and_spin": "blocked_worker",
+    "stop_its_process": "blocked_worker",
     "spin_in_the_key": "blocked_worker",
     "exit_in_task": "task_failed",
     "exit_in_thread": "task_failed",

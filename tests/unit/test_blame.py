@@ -1,5 +1,10 @@
-"""Whose doing it was that a loop did not answer, from what its threads did meanwhile: ten seconds of each case."""
+"""Whose doing it was that a loop did not answer, from what its threads did meanwhile: ten seconds of each case. And
+which process can show its stacks then."""
 
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from uuid import UUID
 
@@ -7,7 +12,7 @@ import pytest
 
 from backcast.process import marks
 from backcast.process.marks import Mark
-from backcast.worker.blame import Activity, Evidence, Fault, faults
+from backcast.worker.blame import Activity, Evidence, Fault, can_dump, faults
 
 LOOP, ONE, TWO, FOREIGN = 1, 2, 3, 4
 A, B, C, D = (UUID(int=n) for n in range(4))
@@ -87,3 +92,17 @@ def test_marks_that_were_cut_off_show_nothing() -> None:
     with tempfile.TemporaryFile() as file:
         assert marks.read(file.fileno(), 2) == []
         assert marks.retries(file.fileno(), 2) == {}
+
+
+@pytest.mark.parametrize(("handler", "is_stopped"), [("SIG_DFL", False), ("SIG_IGN", False), ("SIG_DFL", True)])
+def test_which_process_writes_a_dump(handler: str, is_stopped: bool) -> None:
+    code = f"import signal, sys; signal.signal(signal.SIGABRT, signal.{handler}); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        if is_stopped:
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+        found = can_dump(process.pid)
+        process.kill()
+    assert found == (handler == "SIG_DFL" and not is_stopped)

@@ -4,6 +4,7 @@ what each of them did while the loop was silent.
 
 import contextlib
 import re
+import signal
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -129,3 +130,14 @@ def activity(pid: int) -> Activity:
                 wakes = int((folder / "status").read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
                 waits = (folder / "wchan").read_text().startswith("futex")
     return Activity(time.monotonic(), seconds, wakes, waits)
+
+
+def can_dump(pid: int) -> bool:
+    """Whether a process takes SIGABRT, and so writes its dump: not one that is stopped, or ignores it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        ignored = int(status.partition("\nSigIgn:")[2].split()[0], 16)
+    except (OSError, IndexError):
+        return True
+    is_stopped = status.partition("\nState:")[2].split()[0] in ("T", "t")
+    return not is_stopped and not ignored >> (signal.SIGABRT - 1) & 1

@@ -286,9 +286,10 @@ class Child:
             " task, or shorter steps.",
         )
         self._evidence = evidence
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGABRT)
-        await asyncio.sleep(DUMP_WITHIN)  # its end, which comes as soon as it has written the dump, ends this
+        if blame.can_dump(self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGABRT)
+            await asyncio.sleep(DUMP_WITHIN)  # its end, which comes as soon as it has written the dump, ends this
         self.kill()
 
     def _send_tag(self) -> None:

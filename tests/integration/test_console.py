@@ -399,6 +399,8 @@ async def test_levers_are_pulled(web: httpx.AsyncClient, ledger: Ledger) -> None
     }
     assert all(each["until"] for each in pauses)
     assert (await page(web, "/")).count("for a while") == 3
+    for wrong in ({"reason": "x" * 301}, {"reason": "\x00"}):
+        assert (await web.post("/console/pause", data={"kind": "lane", "name": "a"} | wrong)).status_code == 422, wrong
     for kind, name in (("task", "plain"), ("lane", "openai"), ("pool", "default")):
         await post(web, "/resume", kind=kind, name=name)
     assert (await web.get("/v1/pauses")).json() == {"items": []}

@@ -259,7 +259,9 @@ async def test_levers_refuse_what_is_not_there(api: httpx.AsyncClient) -> None:
         problem(await api.post(f"/v1/tasks/nope/{verb}"), 404, "unknown_task")
         problem(await api.post(f"/v1/pools/nope/{verb}"), 404, "unknown_pool")
     problem(await api.post("/v1/tasks/echo/pause", json={"until": "2020-01-01T00:00:00Z"}), 422, "invalid_input")
-    problem(await api.post("/v1/tasks/echo/pause", json={"for": "ever"}), 422, "invalid_input")
+    for wrong in ({"for": "ever"}, {"reason": "a\x00b"}, {"by": "\x00"}, {"reason": "x" * 301}):
+        for where in ("tasks/echo", "lanes/any", "pools/default"):
+            problem(await api.post(f"/v1/{where}/pause", json=wrong), 422, "invalid_input")
     problem(await api.post(f"/v1/workers/{uuid4()}/drain"), 404, "unknown_worker")
 
 

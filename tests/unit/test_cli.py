@@ -373,6 +373,7 @@ def test_levers(cli: Cli) -> None:
     assert cli("resume", "pool", "default").stdout == "The pool default goes on.\n"
     assert "drains" in cli("drain", str(uuid4())).stdout
     fails(cli("pause", "tasks", "add"), 2, "'tasks' is not one of")
+    fails(cli("pause", "task", "add", "--reason", "x" * 301), 2, "reason: String should have at most 300 characters")
 
 
 def test_tasks(cli: Cli) -> None:

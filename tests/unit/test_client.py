@@ -194,6 +194,9 @@ class Service:
                     "name": name,
                     "since": "2030-01-31T08:00:00Z",
                     "until": None,
+                    "reason": "",
+                    "by": "",
+                    "running": "continue",
                     **seen.body,
                 }
             case "POST", [_, _, "resume"]:
@@ -552,7 +555,7 @@ def test_levers(call: Call, service: Service) -> None:
     assert (paused.kind, paused.name, paused.reason) == ("task", "add", "why")
     pause = call("pause", "lane", "a/b", reason="why", running="release")
     assert (pause.kind, pause.reason) == ("lane", "why")
-    assert service.seen[-1].body == {"reason": "why", "by": "", "running": "release"}
+    assert service.seen[-1].body == {"reason": "why", "running": "release"}
     assert call("resume", "pool", "default") is None
     assert call("drain", uuid7()) is None
     with pytest.raises(TypeError, match="Did you mean reason"):

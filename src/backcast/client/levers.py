@@ -71,7 +71,7 @@ def pauses() -> Flow[Sequence[Pause]]:
 def pause(kind: PauseKind | str, name: str, **options: Unpack[PauseOptions]) -> Flow[Pause]:
     """Start nothing new of a `"task"`, `"lane"` or `"pool"`, of what is queued already neither."""
     refuse_unknown("pause", options, PauseOptions.__annotations__)
-    body = PauseRequest(**options).model_dump_json(exclude_none=True).encode()
+    body = wire.body_of(PauseRequest, options)
     return read(Pause, (yield from wire.post(named(f"{PauseKind(kind)}s", name, "/pause"), body)))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from backcast.models.values import Figure, Moment, Noun, Number
+from backcast.models.values import Figure, Moment, Noun, Number, Text
 
 MOST = 1_000_000
 """The highest limit of a lane."""
@@ -52,9 +52,9 @@ class Release(StrEnum):
 class PauseRequest(Noun):
     """A request to start nothing new of a task, a lane or a pool."""
 
-    reason: Annotated[str, Field(max_length=300)] = ""
+    reason: Annotated[Text, Field(max_length=300)] = ""
     """Shown to everybody who asks why a run waits."""
-    by: Annotated[str, Field(max_length=100)] = ""
+    by: Annotated[Text, Field(max_length=100)] = ""
     """Who asks for it."""
     until: Moment | None = None
     """When it ends by itself; it must lie in the future. None: when it is resumed."""

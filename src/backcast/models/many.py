@@ -7,7 +7,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from backcast.models.runs import State
-from backcast.models.values import JSON, METADATA, Moment, Name, Noun
+from backcast.models.values import JSON, METADATA, Moment, Name, Noun, Text
 
 
 class Batch(Noun):
@@ -29,7 +29,7 @@ LABELS = 5
 """Labels by which runs can be filtered at once."""
 
 
-Words = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
+Words = Annotated[Text, Field(min_length=1, max_length=200)]
 """What a filter looks for in a text."""
 
 
@@ -45,9 +45,7 @@ class _Filters(Noun):
     """A part of the detail of its error, in upper or lower case."""
     created_after: Moment | None = None
     created_before: Moment | None = None
-    metadata: dict[Words, Annotated[str, Field(max_length=METADATA, pattern=r"^[^\x00]*$")]] = Field(
-        default={}, max_length=LABELS
-    )
+    metadata: dict[Words, Annotated[Text, Field(max_length=METADATA)]] = Field(default={}, max_length=LABELS)
     """Labels that the run has."""
 
 

@@ -35,6 +35,10 @@ IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,200}")
 KEY_RULE = "An Idempotency-Key has 1 to 200 printable ASCII characters."
 
 
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""A text that PostgreSQL stores."""
+
+
 def _text_only(value: object) -> object:
     if isinstance(value, datetime) or (isinstance(value, str) and _RFC_3339.fullmatch(value)):
         return value

@@ -202,8 +202,9 @@ class Api(_Section):
     @field_validator("keys", "read_keys")
     @classmethod
     def _are_hard_to_guess(cls, keys: list[SecretStr]) -> list[SecretStr]:
-        if any(len(key.get_secret_value()) < 16 for key in keys):
-            raise ValueError("a key must have 16 characters or more")
+        texts = [key.get_secret_value() for key in keys]
+        if any(len(text) < 16 or not (text.isascii() and text.isprintable()) for text in texts):
+            raise ValueError("a key must have 16 characters or more, all of them printable ASCII")
         return keys
 
     @model_validator(mode="after")

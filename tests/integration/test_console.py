@@ -227,6 +227,14 @@ async def test_a_key_signs_in_until_it_is_removed(ledger: Ledger, store: Store) 
             assert (await web.get("/console/runs")).status_code == status
 
 
+@pytest.mark.parametrize("charset", ["undefined", "idna", "utf-8"])
+async def test_a_form_that_no_page_sends_is_refused(web: httpx.AsyncClient, charset: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="key"\r\n\r\n\xff\r\n--x--\r\n'
+    for path in ("/login", "/pause", "/lanes"):
+        kind = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+        assert (await web.post(f"/console{path}", content=body, headers=kind)).status_code == 415, path
+
+
 @pytest.mark.parametrize(
     "headers", [{"Origin": "https://localhost"}, {"X-Forwarded-Proto": "https", "Origin": "http://localhost"}], ids=str
 )
@@ -399,7 +407,11 @@ async def test_levers_are_pulled(web: httpx.AsyncClient, ledger: Ledger) -> None
     }
     assert all(each["until"] for each in pauses)
     assert (await page(web, "/")).count("for a while") == 3
-    for wrong in ({"reason": "x" * 301}, {"reason": "\x00"}):
+    for wrong in (
+        {"reason": "x" * 301},
+        {"reason": "\x00"},
+        *({"minutes": minutes} for minutes in ("1e10", "null", "a", "NaN", "-1")),
+    ):
         assert (await web.post("/console/pause", data={"kind": "lane", "name": "a"} | wrong)).status_code == 422, wrong
     for kind, name in (("task", "plain"), ("lane", "openai"), ("pool", "default")):
         await post(web, "/resume", kind=kind, name=name)
@@ -448,6 +460,22 @@ async def test_a_cast_is_tried(web: httpx.AsyncClient, ledger: Ledger) -> None:
     wrong = await web.post("/console/try", data={"data": "kept", "shape": "a: nonsense"})
     assert (wrong.status_code, "kept</textarea>" in wrong.text, "no type" in wrong.text) == (422, True, True)
     assert "&#34;integer&#34;" in await page_part(web, "/try/shape?shape=name,age")
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"a": ' + "[" * 9000, '{"a": NaN}'], ids=lambda text: text[:9])
+async def test_what_is_no_json_is_refused_on_its_page(web: httpx.AsyncClient, ledger: Ledger, text: str) -> None:
+    await register(ledger, "plain", CAST)
+    assert "not JSON" in await page_part(web, f"/try/shape?shape={quote(text)}")
+    run = await submit(web, "plain")
+    forms: dict[str, dict[str, str]] = {
+        "/try": {"data": "a", "shape": text},
+        "/tasks/plain": {"input.words": "a", "input.many": text},
+        f"/runs/{run}/retry": {"input": text},
+        "/lanes": {"name": "a", "max_running": text},
+    }
+    for path, form in forms.items():
+        answer = await web.post(f"/console{path}", data=form)
+        assert (answer.status_code, "not JSON" in answer.text) == (422, True), path
 
 
 async def page_part(web: httpx.AsyncClient, path: str) -> str:

@@ -65,11 +65,14 @@ async def test_probes_and_documentation_are_open(api: httpx.AsyncClient) -> None
     assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
 
 
-def test_a_key_that_can_be_guessed_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BACKCAST_API__KEYS", f"{OLD}, hunter2")
-    with pytest.raises(ConfigurationError, match=r"BACKCAST_API__KEYS.*16 characters") as refused:
+@pytest.mark.parametrize("key", ["hunter2", "пароль-пароль-пароль", "hunter2\nhunter2\nhunter2"], ids=repr)
+def test_a_key_that_can_be_guessed_or_not_be_sent_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("BACKCAST_API__KEYS", f"{OLD}, {key}")
+    with pytest.raises(ConfigurationError, match=r"BACKCAST_API__KEYS.*16 characters.*printable ASCII") as refused:
         load()
-    assert "hunter2" not in str(refused.value)
+    assert key not in str(refused.value)
 
 
 def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,11 @@ def test_a_schema_is_sent_as_it_is() -> None:
     assert target('{"type": "integer"}') == {"type": "integer"}
 
 
-@pytest.mark.parametrize("text", ["", "  ", "{", "a: nonsense", "<b>, c", "a, b: list[nonsense]"])
+DEEP = '{"a": ' + "[" * 9000
+NOT_SHAPES = ["", "  ", "{", "a: nonsense", "<b>, c", "a, b: list[nonsense]", '{"a": "\\ud800"}', DEEP, '{"a": NaN}']
+
+
+@pytest.mark.parametrize("text", NOT_SHAPES, ids=lambda text: text[:20])
 def test_what_is_no_shape_is_explained(text: str) -> None:
     with pytest.raises(InvalidInput):
         target(text)

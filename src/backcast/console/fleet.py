@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from backcast.console.pages import render, service
+from backcast.console.pages import read_form, render, service
 from backcast.console.runs import parsed
-from backcast.errors import BackcastError
+from backcast.errors import BackcastError, InvalidInput
 from backcast.models import Limits, PauseKind
 
 
@@ -21,7 +21,7 @@ async def _lanes(request: Request, status: int = 200, problem: str | None = None
 
 async def _limit(request: Request) -> Response:
     """Set the limits of a lane, or lift them if both fields are empty."""
-    client, form = service(request).client, await request.form()
+    client, form = service(request).client, await read_form(request)
     name = str(form.get("name", ""))
     limits = {field: parsed(text) for field in Limits.model_fields if (text := str(form.get(field) or "").strip())}
     try:
@@ -46,10 +46,10 @@ async def _drain(request: Request) -> Response:
 
 
 async def _pause(request: Request) -> Response:
-    form = await request.form()
+    form = await read_form(request)
     options: Any = {"reason": str(form.get("reason", "")), "by": "console"}
     if minutes := str(form.get("minutes") or ""):
-        options["until"] = datetime.now(UTC) + timedelta(minutes=float(parsed(minutes)))
+        options["until"] = _in(minutes)
     if form.get("release"):
         options["running"] = "release"
     kind, name = _which(form)
@@ -57,8 +57,15 @@ async def _pause(request: Request) -> Response:
     return RedirectResponse(_page(kind), 303)
 
 
+def _in(minutes: str) -> datetime:
+    try:
+        return datetime.now(UTC) + timedelta(minutes=float(minutes))
+    except (ValueError, OverflowError):
+        raise InvalidInput("Write the minutes of the pause as a number; it must end before the year 10000.") from None
+
+
 async def _resume(request: Request) -> Response:
-    kind, name = _which(await request.form())
+    kind, name = _which(await read_form(request))
     await service(request).client.resume(kind, name)
     return RedirectResponse(_page(kind), 303)
 

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from backcast.console.pages import render, service
+from backcast.console.pages import read_form, render, service
 from backcast.console.runs import filters, given
 from backcast.errors import InvalidInput
 
@@ -44,7 +44,7 @@ async def _count(request: Request) -> Response:
 
 async def _do(request: Request) -> Response:
     client, kind = service(request).client, _kind(request)
-    form = await request.form()
+    form = await read_form(request)
     wanted = _chosen(kind, given(form))
     if not wanted:
         raise InvalidInput("Choose runs by a filter first.")

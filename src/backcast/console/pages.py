@@ -11,10 +11,12 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from backcast.console.service import Service
+from backcast.errors import UnsupportedBody
 from backcast.models import JSON, Lane
 
 STATIC = "static"
@@ -139,6 +141,13 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
         "now": lambda: datetime.now(UTC),
     }
     return HTMLResponse(_TEMPLATES.get_template(template).render(about | values), status)
+
+
+async def read_form(request: Request) -> FormData:
+    """The form that a page has sent. Raises `UnsupportedBody`: no page sends files, or another charset than UTF-8."""
+    if request.headers.get("content-type", "").strip().lower().startswith("multipart/"):
+        raise UnsupportedBody("The pages send their forms as application/x-www-form-urlencoded: do the same.")
+    return await request.form()
 
 
 def service(request: Request) -> Service:

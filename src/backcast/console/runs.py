@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from backcast.console.pages import LONGEST, render, service
+from backcast.console.pages import LONGEST, read_form, render, service
 from backcast.errors import BackcastError, InvalidInput
-from backcast.models import JSON, Attempts, Run, State
+from backcast.models import JSON, Attempts, Run, State, parse_json
 
 PAGE = 50
 LOG_LINES = 500
@@ -141,7 +141,7 @@ async def _cancel(request: Request) -> Response:
 async def _retry(request: Request) -> Response:
     """With the input of the form, if it has one that differs."""
     client, run_id = service(request).client, request.path_params["run_id"]
-    text = (await request.form()).get("input")
+    text = (await read_form(request)).get("input")
     try:
         changes: Any = {} if text is None else {"input": parsed(str(text))}
         again = await client.retry(run_id, **changes)
@@ -153,7 +153,7 @@ async def _retry(request: Request) -> Response:
 def parsed(text: str) -> JSON:
     """Raises `InvalidInput`."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise InvalidInput(f"This is not JSON: {error}.") from None
 

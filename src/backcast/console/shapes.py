@@ -1,10 +1,9 @@
 """Turns what a person writes as a shape into a target: a name, a JSON Schema, or a list such as `name, age, city`."""
 
-import json
 import re
 
 from backcast.errors import InvalidInput
-from backcast.models import JSON
+from backcast.models import JSON, parse_json
 
 _NAME = re.compile(r"[A-Za-z_][\w -]{0,80}")
 _TYPES: dict[str, dict[str, JSON]] = {
@@ -38,7 +37,7 @@ def target(text: str) -> JSON:
     text = text.strip()
     if text.startswith("{"):
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError as error:
             raise InvalidInput(f"The shape is not JSON: {error}.") from None
     if not text:

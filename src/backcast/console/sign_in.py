@@ -4,7 +4,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from backcast.console.pages import render
+from backcast.console.pages import read_form, render
 from backcast.console.session import COOKIE, LIFE, Sessions
 
 
@@ -16,7 +16,7 @@ async def _ask(request: Request) -> Response:
 
 async def _open(request: Request) -> Response:
     sessions: Sessions = request.app.state.sessions
-    form = await request.form()
+    form = await read_form(request)
     place = _place(form.get("to"))
     value = sessions.open(str(form.get("key", "")))
     if value is None:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from backcast.console.pages import render, service
+from backcast.console.pages import read_form, render, service
 from backcast.console.runs import parsed
 from backcast.errors import BackcastError, InvalidInput
 from backcast.models import JSON, Counts, Run, State, TaskType, Within
@@ -122,7 +122,7 @@ def _again(field: Field, given: FormData | None) -> Field:
 
 async def _start(request: Request) -> Response:
     client, name = service(request).client, unquote(request.path_params["name"])
-    form = await request.form()
+    form = await read_form(request)
     try:
         task: TaskType = await client.task(name)
         run = await client.submit(name, filled(form, fields(task.input_schema)))

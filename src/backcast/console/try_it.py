@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from backcast.console.pages import brief, query, render, service
+from backcast.console.pages import brief, query, read_form, render, service
 from backcast.console.runs import or_problem
 from backcast.console.shapes import target
 from backcast.errors import BackcastError, InvalidInput
@@ -97,7 +97,7 @@ async def _shape(request: Request) -> Response:
 
 
 async def _submit(request: Request) -> Response:
-    given = await request.form()
+    given = await read_form(request)
     form = {name: str(given.get(name, "")) for name in _EXAMPLE}
     try:
         wanted: dict[str, Any] = {"data": form["data"], "target": target(form["shape"]), "stream": True}

@@ -19,6 +19,7 @@ from backcast.models.values import (
     Name,
     Priority,
     Problem,
+    parse_json,
     uuid7,
 )
 
@@ -79,6 +80,7 @@ __all__ = [
     "input_key",
     "is_cached_value",
     "log_key",
+    "parse_json",
     "result_key",
     "run_of",
     "uuid7",

@@ -9,12 +9,18 @@ from typing import Annotated, Any, Self
 from uuid import UUID
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import from_json
 
 from backcast import names
 from backcast.errors import BackcastError
 
 JSON = Any
 """A plain JSON value: None, bool, int, float, str, list, dict with string keys."""
+
+
+def parse_json(text: str) -> JSON:
+    """Strict JSON: no NaN, no lone surrogates, bounded nesting and number length. Raises `ValueError`."""
+    return from_json(text.encode(), allow_inf_nan=False)
 
 
 def uuid7(ago: float = 0.0) -> UUID:

@@ -124,7 +124,13 @@ def test_submit_passes_its_options_on(cli: Cli, service: Service) -> None:
     [
         (("submit", "add", "a"), "'a' is not KEY=VALUE"),
         (("submit", "add", "--input", "[1]"), "a JSON object is wanted"),
+        (("submit", "add", "--input", '{"a": ' + "[" * 9000), "this is not JSON"),
+        (("submit", "add", "--input", '{"a": NaN}'), "this is not JSON"),
         (("submit", "add", "--run-at", "soon"), "a time is wanted"),
+        (("submit", "add", "--run-at", "9999-12-31T23:59:59-05:00"), "outside of the years 1 to 9999"),
+        (("submit", "add", "--deadline", "0001-01-01T00:00:00+05:00"), "outside of the years 1 to 9999"),
+        (("pause", "task", "add", "--until", "9999-12-31T23:59:59-05:00"), "outside of the years 1 to 9999"),
+        (("list", "--where", "created_before=9999-12-31T23:59:59-05:00"), "outside of the years 1 to 9999"),
         (("submit", "add", "--priority", "1000"), "--priority"),
         (("submit", "add", "--key", "zwölf"), "printable ASCII"),
         (("submit", "unknown"), "No worker has registered unknown."),
@@ -144,6 +150,17 @@ def test_a_missing_key_is_asked_for_by_its_variable(cli: Cli, service: Service) 
     document = {"title": "A key is needed", "code": "unauthorized", "detail": "Send a key of this service."}
     service.troubles.append((401, "application/problem+json", document))
     fails(cli("tasks"), 2, "The service asks for a key: set BACKCAST_API_KEY to one of its keys.")
+
+
+@pytest.mark.parametrize("key", ["a-key-in\r\ntwo-lines", "ключ-ключ-ключ-ключ"], ids=repr)
+def test_a_key_that_no_header_carries_is_named_and_not_shown(
+    cli: Cli, service: Service, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("BACKCAST_API_KEY", key)
+    result = cli("tasks")
+    fails(result, 2, "The key (BACKCAST_API_KEY) can't be sent")
+    assert not any(part in result.stderr for part in key.split())
+    assert service.seen == []
 
 
 def test_a_failed_run_is_1(cli: Cli, service: Service) -> None:

@@ -777,6 +777,14 @@ def test_a_key_that_is_no_header(call: Call, service: Service, key: str) -> None
         call("submit", "add", {}, key=key)
 
 
+@pytest.mark.parametrize("value", ["Bearer a\nb", "Bearer ключ"])
+def test_a_header_that_can_not_be_sent_is_named_and_not_shown(call: Call, service: Service, value: str) -> None:
+    with pytest.raises(ConfigurationError, match="The header Authorization can't be sent") as caught:
+        call("tasks", options={"headers": {"Authorization": value}})
+    assert value not in str(caught.value)
+    assert service.seen == []
+
+
 def test_headers_go_along_and_a_prefix_is_kept(call: Call, service: Service) -> None:
     with pytest.raises(UnknownTask):
         call("get", UUID(int=0), options={"url": f"{service.url}/prefix/", "headers": {"Authorization": "Bearer x"}})

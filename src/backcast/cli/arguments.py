@@ -1,10 +1,8 @@
 """Makes values from arguments of the command line: JSON, files, times, targets, parameters."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from backcast.errors import did_you_mean
-from backcast.models import JSON, CancelMany, Selection
+from backcast.models import JSON, CancelMany, Selection, parse_json
 
 
 def stdin() -> str:
@@ -22,18 +20,11 @@ def stdin() -> str:
         raise typer.BadParameter("the input from stdin is not text.") from None
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_loads = partial(json.loads, parse_constant=_refuse_constant)
-
-
 def _json_or_file(given: str) -> JSON:
     try:
         if given == "@-":
-            return _loads(stdin())
-        return _loads(Path(given[1:]).read_text() if given.startswith("@") else given)
+            return parse_json(stdin())
+        return parse_json(Path(given[1:]).read_text() if given.startswith("@") else given)
     except OSError as error:
         raise typer.BadParameter(f"{given[1:]} can't be read: {error.strerror}.") from None
     except ValueError as error:
@@ -56,6 +47,8 @@ def moment(given: str) -> datetime:
         return datetime.fromisoformat(given).astimezone()  # without an offset it is this machine's time
     except ValueError:
         raise typer.BadParameter("a time is wanted, such as 2030-01-31T08:00 or 2030-01-31T08:00Z.") from None
+    except OverflowError:
+        raise typer.BadParameter("the time is outside of the years 1 to 9999.") from None
 
 
 def filters(pairs: Iterable[str], among: Sequence[str]) -> Any:
@@ -98,7 +91,7 @@ def parameters(pairs: Iterable[str]) -> dict[str, JSON]:
     parameters: dict[str, JSON] = {}
     for name, text in _split(pairs, "KEY"):
         try:
-            parameters[name] = _loads(text)
+            parameters[name] = parse_json(text)
         except ValueError:
             parameters[name] = text
     return parameters

@@ -20,8 +20,9 @@ from backcast.client.performing import DEFAULT_URL, Awaiting, Blocking, method
 from backcast.client.runs import LogLine, Progress, Waiting, raise_for_state
 from backcast.client.selection import Filters, PageRequest, RunPage
 from backcast.client.wire import to_httpx
-from backcast.errors import Unavailable, WaitTimeout
+from backcast.errors import ConfigurationError, Unavailable, WaitTimeout
 from backcast.models import CAST, JSON, Run
+from backcast.variables import KEY_VARIABLE
 
 __all__ = [
     "CAST",
@@ -246,5 +247,11 @@ class AsyncClient(_Methods, Awaiting):
 
 
 def authorization(key: str | None) -> dict[str, str]:
-    """The `headers` that show this key to the service, the first one of several with commas; none without a key."""
-    return {"Authorization": f"Bearer {key.split(',')[0].strip()}"} if key else {}
+    """The `headers` that show this key to the service, the first one of several with commas; none without a key.
+    Raises `ConfigurationError`, without the key."""
+    if not key:
+        return {}
+    first = key.split(",")[0].strip()
+    if not (first.isascii() and first.isprintable()):
+        raise ConfigurationError(f"The key ({KEY_VARIABLE}) can't be sent: a key has printable ASCII characters only.")
+    return {"Authorization": f"Bearer {first}"}

@@ -98,6 +98,9 @@ def connection(url: str, headers: Mapping[str, str] | None) -> dict[str, Any]:
         raise ConfigurationError(f"{url!r} is not a URL ({error}): write it as http://host:port.") from None
     if address.scheme not in ("http", "https") or not address.host:
         raise ConfigurationError(f"{url!r} is not the URL of a service: write it as http://host:port.")
+    for name, value in (headers or {}).items():  # now, as httpx quotes the value that it can't send
+        if not (value.isascii() and value.isprintable()):
+            raise ConfigurationError(f"The header {name} can't be sent: its value must be printable ASCII.")
     return {
         "base_url": address,
         "headers": headers,

@@ -62,8 +62,9 @@ def _seconds(value: Any) -> Any:
         return value
 
 
-Duration = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(0))]
-"""Seconds, or ISO 8601 (`PT15S`)."""
+Duration = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(0), le=timedelta(days=36_500))]
+"""Seconds, or ISO 8601 (`PT15S`); a hundred years at most, so that the time before or after it can be computed. The
+bounds come last: before the validator they would take the place of a field's own."""
 
 
 def _host(value: str) -> str:

@@ -234,6 +234,17 @@ async def test_the_input_of_a_slow_batch_stays_whatever_the_clocks_show(
     await store.aclose()
 
 
+async def test_nothing_is_as_old_as_the_longest_retention(ledger: Ledger, store: Store) -> None:
+    longest = settings.Steward.model_validate({"keep_runs": "P36500D"}).keep_runs
+    run = await add(ledger, "completed", ago=400 * DAY, ended_at=DAY)
+    objects = {f"results/{run}/1.json", "cache/a"}
+    for key in objects:
+        await store.put(key, b"1")
+    for keep_keys in (None, longest):
+        await Retention(ledger, store, longest, longest, keep_keys)()
+    assert (await runs(ledger), await keys(store)) == ({run}, objects)
+
+
 async def test_cached_values_are_removed_by_their_age(ledger: Ledger, store: Store) -> None:
     ours, others = f"cache/{'0a' * 32}", {"cache/a", "cache/photo.jpg"}
     for key in (ours, *others):

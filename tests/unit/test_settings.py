@@ -39,6 +39,7 @@ def test_the_environment_and_the_file_are_read_and_the_environment_wins(
         ("BACKCAST_SLOTS", "1"),
         ("BACKCAST_WORKER__SLOTS", "many"),
         ("BACKCAST_LEASE", "0"),
+        ("BACKCAST_STEWARD__KEEP_RUNS", "P36501D"),
         ("BACKCAST_WORKER__POOL", "Not A Pool"),
         ("BACKCAST_MODEL__BACKEND", "magic"),
         ("BACKCAST_MODEL", "{hunter2"),

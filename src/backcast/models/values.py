@@ -26,9 +26,9 @@ def parse_json(text: str) -> JSON:
 def uuid7(ago: float = 0.0) -> UUID:
     """A new run id: time-ordered (RFC 9562, with sub-millisecond bits), made here because PostgreSQL 15 to 17 can't.
 
-    With `ago`, it is an id of so many seconds ago: a bound for ranges of ids.
+    With `ago`, it is an id of so many seconds ago: a bound for ranges of ids. None is from before 1970.
     """
-    now = time.time_ns() - int(ago * 1_000_000_000)
+    now = max(0, time.time_ns() - int(ago * 1_000_000_000))
     ms, rest = divmod(now, 1_000_000)
     return UUID(int=ms << 80 | 7 << 76 | rest * 4096 // 1_000_000 << 64 | 2 << 62 | secrets.randbits(62))
 

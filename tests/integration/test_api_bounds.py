@@ -414,6 +414,21 @@ async def test_broken_forms(api: httpx.AsyncClient) -> None:
             problem(await api.post("/tasks", content=body, headers={"content-type": kind}), 400, 422)
 
 
+async def test_a_length_may_have_any_number_of_digits(api: httpx.AsyncClient) -> None:
+    body = b'{"input": {}}'
+    for length, status in ((b"0" * 5000 + b"13", 202), (b"9" * 5000, 413), (b"0" * 5000, 202)):
+        headers = {b"content-type": b"application/json", b"content-length": length}
+        answer = await api.post("/v1/tasks/echo/runs", content=body, headers=headers)
+        assert answer.status_code == status, answer.text
+
+
+async def test_a_file_of_the_documentation_is_only_read(api: httpx.AsyncClient) -> None:
+    for path in ("/docs/static/x", "/docs/static/docs/static/x", "/docs/static/v1/runs"):
+        answer = await api.post(path)
+        problem(answer, 405)
+        assert answer.headers["allow"] == "GET, HEAD"
+
+
 async def test_the_documentation_needs_no_network(api: httpx.AsyncClient) -> None:
     page = (await api.get("/docs")).text
     urls = re.findall(r"""(?:src|href|url)\s*[=:]\s*["'](.+?)["']""", page)

@@ -136,9 +136,10 @@ def install(app: FastAPI) -> None:
 def _methods(request: Request) -> list[str]:
     """The methods of all routes with this path."""
     found = set[str]()
+    scope = {**request.scope, "root_path": ""}  # a mount has put a part of the path there
     for route in request.app.router.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            found |= route.methods or set()
+        if route.matches(scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or {"GET"}  # a mount, which is of files
     return sorted(found | {"HEAD"} if "GET" in found else found)
 
 

@@ -504,6 +504,22 @@ async def test_an_operation_can_be_stopped(api: httpx.AsyncClient, ledger: Ledge
         problem(await api.post(f"{path}/cancel"), 404, "unknown_operation")
 
 
+async def test_an_operation_that_can_not_be_read_holds_up_no_other(
+    api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID, caplog: pytest.LogCaptureFixture
+) -> None:
+    [run] = await add_ended(ledger, 1)
+    newer, good = [await ask(api, "retry", state="failed") for _ in range(2)]
+    await ledger.execute("""update operations set filter = '{"newer": 1}' where id = $1""", UUID(newer["id"]))
+    assert counts(await seen(api, newer)) == ("running", 0, 0, 0)
+    await Operations(ledger, store)()
+    assert counts(await seen(api, good)) == ("completed", 1, 0, 0)
+    shown = await seen(api, newer)
+    assert counts(shown) == ("cancelled", 0, 0, 0)
+    assert not any(shown["filter"].values())
+    assert newer["id"] in caplog.text
+    assert await retried(ledger) == [run]
+
+
 async def test_operations_take_turns(api: httpx.AsyncClient, ledger: Ledger, store: Store, worker: UUID) -> None:
     await add(ledger, 8 * selection.PAGE, owner="long")
     await add(ledger, 1, owner="short")

@@ -5,18 +5,22 @@ at once one makes the page.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
 import asyncpg
+from pydantic import ValidationError
 
 from backcast.errors import IdempotencyConflict, UnknownOperation
 from backcast.ledger import ended, lanes, reading, runs, selection, waiting
 from backcast.ledger.connection import Ledger
 from backcast.ledger.selection import Kind, Page
 from backcast.models import Operation, Selection, uuid7
+
+log = logging.getLogger("backcast.ledger")
 
 _COLUMNS = f"""id, kind, state, filter, batch_id, done, skipped, failed,
     {reading.time("created_at")}, {reading.time("finished_at")}"""
@@ -68,9 +72,17 @@ async def matching(ledger: Ledger, kind: Kind, chosen: Selection) -> tuple[int, 
     return await selection.count(ledger, kind, chosen, row["at"], uuid7(-MARGIN))
 
 
+def _selection(row: asyncpg.Record) -> Selection | None:
+    """None: this release can't read it, as one of a newer release that has been rolled back."""
+    try:
+        return Selection.model_validate_json(row["filter"])
+    except ValidationError:
+        return None
+
+
 def _shown(row: asyncpg.Record) -> Operation:
     values = {name: row[name] for name in Operation.model_fields}
-    return Operation.model_validate(values | {"filter": Selection.model_validate_json(row["filter"])})
+    return Operation.model_validate(values | {"filter": _selection(row) or Selection()})
 
 
 async def get(ledger: Ledger, operation: UUID) -> Operation:
@@ -106,23 +118,30 @@ class Work:
 
 
 async def running(ledger: Ledger) -> list[Work]:
-    """The operations that have not ended, the oldest first. By operations_running."""
+    """The operations that have not ended, the oldest first. By operations_running. One whose filter can't be read is
+    cancelled: nobody knows its runs."""
     rows = await ledger.fetch(
-        """select id, kind, filter as chosen, batch_id, created_at, cursor, until from operations
+        """select id, kind, filter, batch_id, created_at, cursor, until from operations
             where state = 'running' order by id"""
     )
-    return [
-        Work(
-            id=row["id"],
-            kind=row["kind"],
-            chosen=Selection.model_validate_json(row["chosen"]),
-            batch_id=row["batch_id"],
-            created_at=row["created_at"],
-            cursor=row["cursor"],
-            until=row["until"],
+    works = list[Work]()
+    for row in rows:
+        if (chosen := _selection(row)) is None:
+            log.error("operation %s is cancelled: this release can't read its filter", row["id"])
+            await stop(ledger, row["id"])
+            continue
+        works.append(
+            Work(
+                id=row["id"],
+                kind=row["kind"],
+                chosen=chosen,
+                batch_id=row["batch_id"],
+                created_at=row["created_at"],
+                cursor=row["cursor"],
+                until=row["until"],
+            )
         )
-        for row in rows
-    ]
+    return works
 
 
 async def find(ledger: Ledger, work: Work, after: UUID) -> Page:

@@ -157,6 +157,10 @@ class Cluster:
             **content,
         }
 
+    def listed(self, path: str) -> Object | None:
+        items = [each for name, each in self.objects.items() if name.rpartition("/")[0] == path]
+        return {**items[0], "kind": f"{items[0]['kind']}List", "metadata": {}, "items": items} if items else None
+
 
 _RESOURCES = {
     "Secret": ("v1", "secrets"),
@@ -169,7 +173,7 @@ _RESOURCES = {
 
 def _resources(version: str) -> Object:
     found = [
-        {"name": name, "kind": kind, "namespaced": True, "verbs": ["get"]}
+        {"name": name, "kind": kind, "namespaced": True, "verbs": ["get", "list"]}
         for kind, (of, name) in _RESOURCES.items()
         if of == version
     ]
@@ -188,7 +192,7 @@ def cluster() -> Iterator[Cluster]:
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            found = _DISCOVERY.get(path) or served.objects.get(path)
+            found = _DISCOVERY.get(path) or served.objects.get(path) or served.listed(path)
             missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
             body = json.dumps(found or missing).encode()
             self.send_response(200 if found else 404)

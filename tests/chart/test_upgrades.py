@@ -89,7 +89,7 @@ def installed(live: Cluster, values: Values) -> None:
     """Let the cluster have what an install of these values makes."""
     for each in render(values, cluster=live).objects:
         if each["kind"] in ("ConfigMap", "Secret", "StatefulSet"):
-            content = {name: each[name] for name in ("data", "spec") if name in each}
+            content = {name: each[name] for name in ("metadata", "data", "spec") if name in each}
             live.add(each["kind"], each["metadata"]["name"], **content)
 
 
@@ -133,6 +133,20 @@ def test_an_upgrade_that_would_lose_runs_is_refused(live: Cluster, case: str) ->
     assert "secret" not in sentence.replace("Secret", "")
     told = {**after, section: {**after.get(section, {}), "movedFrom": name}}
     render(told, cluster=live, revision=2)
+
+
+@pytest.mark.parametrize("renamed", [{"fullnameOverride": "shop"}, {"nameOverride": "shop"}])
+def test_an_upgrade_under_another_name_is_refused(live: Cluster, renamed: Values) -> None:
+    installed(live, {})
+    sentence = refusal(renamed, live)
+    assert 'This release is installed as "demo-backcast", and these values name it' in sentence
+    assert 'Set fullnameOverride to "demo-backcast" and nameOverride to "backcast".' in sentence
+    render({"fullnameOverride": "demo-backcast", "nameOverride": "backcast"}, cluster=live, revision=2)
+
+
+def test_another_release_in_the_namespace_has_a_name_of_its_own(live: Cluster) -> None:
+    installed(live, {})
+    render({}, name="other", cluster=live)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ the cluster: the ConfigMap says where objects and rows are. That of an older rel
 StatefulSet or the Secret has.
 */}}
 {{- define "backcast.moves" -}}
+{{- include "backcast.moves.renamed" . }}
 {{- if not (include "backcast.moves.unserved" .) }}
 {{- $installed := (lookup "v1" "ConfigMap" .Release.Namespace (include "backcast.name.config" .)).data | default dict }}
 {{- $store := (get $installed "backcast.yaml" | fromYaml).store | default dict }}
@@ -26,6 +27,18 @@ StatefulSet or the Secret has.
 {{- $same := or (not $rows) (eq $rows $target) (and (ne $rows "bundled") (ne $target "bundled") (has "external" (list $rows $target))) }}
 {{- if not (or $same (eq $rows .Values.postgres.movedFrom)) }}
 {{- fail (printf "This release keeps its runs in PostgreSQL %q, and these values name %q: the API would know none of the accepted runs. Copy the database (docs/operations.md, \"Move the database\"), then set postgres.movedFrom to %q." $rows $target $rows) }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Fails if the release is installed under another name: all that is installed would be looked up in vain. */}}
+{{- define "backcast.moves.renamed" -}}
+{{- $name := include "backcast.name.config" . }}
+{{- range (lookup "v1" "ConfigMap" .Release.Namespace "").items }}
+{{- $labels := .metadata.labels | default dict }}
+{{- $ours := and (eq (get $labels "app.kubernetes.io/instance") $.Release.Name) (regexMatch (printf "^%s-[0-9]" $.Chart.Name) (get $labels "helm.sh/chart")) }}
+{{- if and $ours (hasKey (.data | default dict) "backcast.yaml") (ne .metadata.name $name) }}
+{{- fail (printf "This release is installed as %q, and these values name it %q: the API would know none of the accepted runs. Set fullnameOverride to %q and nameOverride to %q." .metadata.name $name .metadata.name (get $labels "app.kubernetes.io/name")) }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -116,7 +116,7 @@ def test_nothing_is_open_but_what_is_opened(name: str) -> None:
         for container_port in pod.main.get("ports", []):
             port = container_port["containerPort"]
             assert admits(release, pod, port, rogue, "elsewhere") == (
-                port == 8000 and not _values(name).get("ingressNamespace")
+                port == 8000 and not {"ingressNamespace", "apiPeers"} & _values(name).keys()
             ), pod.name
 
 
@@ -159,6 +159,15 @@ def test_the_front_door_can_be_left_to_the_ingress_controller() -> None:
     assert admits(release, api, 8000, {"any": "pod"}, NAMESPACE), "by apiPeers"
     assert admits(release, pages, 4200, {"any": "pod"}, "traefik")
     assert not admits(scenario("defaults"), scenario("defaults").pod("prefect-server"), 4200, {}, "traefik")
+
+
+def test_the_front_door_can_be_left_to_peers_only() -> None:
+    peer = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "traefik"}}}
+    release = render({"networkPolicy": {"apiPeers": [peer]}})
+    api = release.pod("api")
+    assert admits(release, api, 8000, {"any": "pod"}, "traefik")
+    assert not admits(release, api, 8000, {"any": "pod"}, "elsewhere")
+    assert reaches(release, release.pod("worker"), api, 8000)
 
 
 def test_prometheus_reads_the_metrics_of_api_workers_and_steward() -> None:

@@ -168,6 +168,8 @@ SERVICE = ["demo-backcast-api.team", "demo-backcast-api.team.svc", "demo-backcas
         ({}, []),  # the key keeps foreign pages out
         ({"auth": {"enabled": False}}, ["*"]),  # the Ingress has no host
         ({"auth": {"enabled": False}, "ingress": {"host": "a.example.org"}}, [*SERVICE, "a.example.org"]),
+        ({"auth": {"enabled": False}, "ingress": {"hosts": ["b.org"]}}, [*SERVICE, "b.org"]),
+        ({"auth": {"enabled": False}, "ingress": {"host": "a.org", "hosts": ["b.org"]}}, [*SERVICE, "a.org", "b.org"]),
         ({"auth": {"enabled": False}, "ingress": {"enabled": False}}, SERVICE),
         (
             {"auth": {"enabled": False}, "ingress": {"enabled": False}, "api": {"service": {"type": "LoadBalancer"}}},

@@ -106,8 +106,8 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{- $service := printf "%s.%s" (include "backcast.name.api" .) .Release.Namespace }}
 {{- $hosts = list $service (printf "%s.svc" $service) (printf "%s.svc.cluster.local" $service) }}
 {{- with .Values.ingress }}
-{{- if and .enabled .host }}{{ $hosts = append $hosts .host }}{{ end }}
-{{- if and .enabled (not .host) }}{{ $hosts = list "*" }}{{ end }}
+{{- $its := prepend .hosts .host | compact }}
+{{- if .enabled }}{{ $hosts = empty $its | ternary (list "*") (concat $hosts $its) }}{{ end }}
 {{- end }}
 {{- if eq .Values.api.service.type "LoadBalancer" }}{{ $hosts = list "*" }}{{ end }}
 {{- end }}

@@ -35,6 +35,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from backcast import database_urls
 from backcast.errors import ConfigurationError, did_you_mean
 from backcast.variables import CONFIG_VARIABLE, KEY_VARIABLE, URL_VARIABLE
 
@@ -79,6 +80,12 @@ def _origin(value: str) -> str:
     return value.lower().removesuffix("/")
 
 
+def _database_url(value: SecretStr) -> SecretStr:
+    database_urls.check(value.get_secret_value())
+    return value
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_database_url)]
 Host = Annotated[str, AfterValidator(_host)]
 Origin = Annotated[str, AfterValidator(_origin)]
 
@@ -98,7 +105,7 @@ class _Section(BaseModel):
 
 
 class Database(_Section):
-    url: SecretStr = SecretStr("postgresql://localhost/backcast")
+    url: DatabaseUrl = SecretStr("postgresql://localhost/backcast")
     """PostgreSQL 15 to 18, as `postgresql://user:password@host:port/database`."""
     pool: int = Field(default=10, ge=2, le=200)
     """Connections that an API process may hold open, besides one that listens. A worker holds up to 4, a steward 7."""
@@ -359,20 +366,20 @@ class Tracing(_Section):
 class Setup(_Section):
     """Read by `backcast setup` only: the roles and databases that it makes beside the schema and the bucket."""
 
-    admin_url: SecretStr | None = None
+    admin_url: DatabaseUrl | None = None
     """URL of a PostgreSQL role that may create roles and databases: it makes those that the other URLs name. None: they
     must exist."""
-    prefect_url: SecretStr | None = None
+    prefect_url: DatabaseUrl | None = None
     """URL of the Prefect server's own database."""
-    api_url: SecretStr | None = None
+    api_url: DatabaseUrl | None = None
     """URL of the API's own role in the database of `database.url`: what the API itself gets as `database.url`. It gets
     the rights that the API needs, and no others. None: the API has the role of `database.url`, which owns the schema.
     """
-    worker_url: SecretStr | None = None
+    worker_url: DatabaseUrl | None = None
     """As `setup.api_url`, for workers."""
-    steward_url: SecretStr | None = None
+    steward_url: DatabaseUrl | None = None
     """As `setup.api_url`, for the steward."""
-    scaler_url: SecretStr | None = None
+    scaler_url: DatabaseUrl | None = None
     """As `setup.api_url`, for an autoscaler: its role may read the view `backlog` only."""
     patience: Duration = timedelta(minutes=5)
     """How long to wait for the database and the store."""

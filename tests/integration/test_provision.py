@@ -11,6 +11,7 @@ import pytest
 
 from backcast import provision
 from backcast.errors import ConfigurationError, Unavailable
+from backcast.ledger import provisioning
 from backcast.ledger.rights import PROCESSES
 from backcast.local import postgres
 from backcast.settings import Settings
@@ -90,6 +91,25 @@ async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded:
     connection = await asyncpg.connect(theirs)
     await connection.execute("create extension if not exists pg_trgm")  # as Prefect's server does
     await connection.close()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "sslmode=prefer&channel_binding=prefer&connect_timeout=10&keepalives=1&gssencmode=disable",
+        "ssl=prefer&target_session_attrs=read-write&application_name=ours",
+    ],
+)
+async def test_the_parameters_of_one_driver_stop_no_other(guarded: str, tmp_path: Path, parameters: str) -> None:
+    it, lines = settings(f"{guarded}&{parameters}", tmp_path), list[str]()
+    await asyncio.to_thread(provision.prepare, it, lines.append)
+    assert await asyncio.to_thread(provision.check, it, lines.append), lines
+
+
+def test_a_url_that_libpq_refuses_is_not_quoted() -> None:
+    with pytest.raises(ConfigurationError, match="The URL of the database at h can't be read by libpq") as refused:
+        provisioning.why_not_ready("postgresql://u:hunter%00@h/db")
+    assert "hunter" not in str(refused.value)
 
 
 async def test_a_new_password_is_taken_over(guarded: str, tmp_path: Path) -> None:

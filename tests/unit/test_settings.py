@@ -53,6 +53,50 @@ def test_a_wrong_setting_is_named_and_its_value_is_not(monkeypatch: pytest.Monke
     assert value in ("1", "0", "/nowhere/config.yaml") or value not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["BACKCAST_DATABASE__URL", "BACKCAST_SETUP__ADMIN_URL", "BACKCAST_SETUP__PREFECT_URL"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:hunter%2@h/db",
+        "postgresql://u:hunter2%@h/db",
+        "postgresql://u:hunter2/s@h/db",
+        "postgresql://u:1/hunter2@h/db",
+        "postgresql://u:hunter2?s=1@h/db",
+        "postgresql://u:1?hunter2=1@h/db",
+        "postgresql://u:1?hunter2=1",
+        "postgresql://u:hunter2#s@h/db",
+        "postgresql://u:hunter2@s@h/db",
+        "postgresql://u:hunter2[@h/db",
+        "postgresql://u:hunter2@h:port/db",
+        "postgresql://u:hunter2@h/db\n",
+        "postgresql://u:hunter2@h/db?pgbouncer=true",
+        "mysql://u:hunter2@h/db",
+        "hunter2",
+    ],
+)
+def test_a_url_that_a_driver_cannot_read_is_refused_and_no_part_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, name: str, url: str
+) -> None:
+    monkeypatch.setenv(name, url)
+    with pytest.raises(ConfigurationError, match=f"^{name}: ") as caught:
+        load()
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgres://h",
+        "postgresql+asyncpg://u:p:w%40@h.example.org:5432/db?ssl=require",
+        "postgresql://u@[::1]:5432,h:6432/db?target_session_attrs=read-write",
+        "postgresql://postgres@/db?host=/run/a%20b",
+    ],
+)
+def test_a_url_that_every_driver_can_read_is_taken(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("BACKCAST_DATABASE__URL", url)
+    assert load().database.url.get_secret_value() == url
+
+
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from datetime import timedelta
@@ -13,6 +12,7 @@ from uuid import UUID
 
 import asyncpg
 
+from backcast import database_urls
 from backcast.errors import ConfigurationError, LedgerFault, LedgerFull, LedgerUnavailable
 from backcast.ledger import session
 from backcast.process.background import OnDemand
@@ -114,7 +114,7 @@ class Ledger:
     def __init__(
         self, url: str, *, pool: int = 10, name: str = "backcast", timeout: timedelta = timedelta(seconds=10)
     ) -> None:
-        self._url = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)
+        self._url = database_urls.for_asyncpg(url)
         self._size = pool
         self.timeout = timeout.total_seconds()
         self._name = {"application_name": name}

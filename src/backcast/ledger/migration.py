@@ -1,9 +1,9 @@
 """Brings the schema up to this release, by the plain SQL of `migrations/`."""
 
-import re
 import time
 from pathlib import Path
 
+from backcast import database_urls
 from backcast.errors import LedgerUnavailable
 from backcast.ledger import session
 
@@ -25,6 +25,7 @@ def migrate(url: str) -> str:
         LedgerUnavailable: the database can't be reached, this role may not change it, or somebody has locked a table
             for a minute and a half.
     """
+    import psycopg
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -34,7 +35,7 @@ def migrate(url: str) -> str:
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
     script = ScriptDirectory.from_config(config)
-    engine = create_engine(re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql+psycopg://", url))
+    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(database_urls.for_libpq(url)))
     try:
         with engine.connect() as connection:
             version = connection.scalar(text("select current_setting('server_version_num')::int / 10000"))

@@ -6,11 +6,12 @@ Decides ownership: backcast and the Prefect server own a database each; the role
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import psycopg
 from psycopg.sql import SQL, Identifier, Literal
 
+from backcast import database_urls
 from backcast.errors import ConfigurationError, LedgerUnavailable
 from backcast.ledger import rights, session
 from backcast.ledger.connection import NEWEST
@@ -152,7 +153,12 @@ def _locked(admin_url: str) -> Iterator[_Connection]:
 
 
 def _connect(url: str) -> _Connection:
-    return psycopg.connect(urlunsplit(urlsplit(url)._replace(scheme="postgresql")), autocommit=True, connect_timeout=5)
+    try:
+        return psycopg.connect(database_urls.for_libpq(url), autocommit=True, connect_timeout=5)
+    except psycopg.ProgrammingError:  # it quotes what may be of the password
+        raise ConfigurationError(
+            f"The URL of the database at {urlsplit(url).hostname or 'a socket'} can't be read by libpq: correct it."
+        ) from None
 
 
 def _named(url: str) -> tuple[str, str, str]:

@@ -196,6 +196,16 @@ def test_what_is_elsewhere_is_reached_by_its_port() -> None:
     assert _open(release, "Egress", steward, 443, None), "Prefect's"
 
 
+def test_the_port_of_a_database_is_that_of_its_url() -> None:
+    external = {"url": "postgresql://b:p@h:25060/b", "prefectUrl": "postgresql://p:p@[::1]:6432,h/p?sslmode=require"}
+    release = render({"postgres": {"mode": "external", "external": external}})
+    for component in ("api", "worker", "steward", "setup", "prefect-server"):
+        pod = release.pod(component)
+        assert all(_open(release, "Egress", pod, port, None) for port in (25060, 6432, 5432)), component
+    release = render({"postgres": {"mode": "external", "external": external | {"prefectUrl": external["url"]}}})
+    assert not _open(release, "Egress", release.pod("api"), 5432, None)
+
+
 def test_they_can_be_left_out() -> None:
     assert not render({"networkPolicy": {"enabled": False}}).of("NetworkPolicy")
 

@@ -12,7 +12,7 @@ from tests.chart.rendering import Values, refusal, render
 EXTERNAL = {"url": "postgresql://b:p@h/b", "prefectUrl": "postgresql://p:p@h/p"}
 
 
-def external(**more: str) -> Values:
+def external(**more: Any) -> Values:
     return {"postgres": {"mode": "external", "external": more}}
 
 
@@ -156,6 +156,10 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     "roles in no Secret": (
         external(**EXTERNAL, rolePerPart=True),
         "postgres.external.rolePerPart is for existingSecret: set apiUrl, workerUrl and stewardUrl instead.",
+    ),
+    "a port beside URLs": (
+        external(**EXTERNAL, port=6432),
+        "postgres.external.port (6432) is in none of the URLs: it is for existingSecret; write it into the URLs, or",
     ),
     "no database for Prefect": (
         external(url=EXTERNAL["url"]),

@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from prefect.settings import Settings as PrefectSettings
+from psycopg.conninfo import conninfo_to_dict
 
+from backcast import database_urls
 from backcast.ledger.rights import PROCESSES
 from backcast.local.up import PREFECT_SERVER
 from backcast.settings import Settings, load
@@ -257,6 +259,27 @@ def test_given_urls_become_secrets() -> None:
         "BACKCAST_SETUP__SCALER_URL": True,
         "BACKCAST_SETUP__PREFECT_URL": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "prefects"),
+    [
+        ("postgres://p:p@h/p", "postgresql+asyncpg://p:p@h/p"),
+        ("postgresql://p:p&q@h/p?sslmode=require", "postgresql+asyncpg://p:p&q@h/p?ssl=require"),
+        ("postgresql+asyncpg://h/p?ssl=require", "postgresql+asyncpg://h/p?ssl=require"),
+        (
+            "postgresql://h/p?connect_timeout=5&keepalives_idle=9&sslmode=require&channel_binding=require",
+            "postgresql+asyncpg://h/p?ssl=require",
+        ),
+    ],
+)
+def test_prefect_and_setup_both_take_the_url_of_its_database(given: str, prefects: str) -> None:
+    release = render({"postgres": {"mode": "external", "external": {"url": "postgresql://h/b", "prefectUrl": given}}})
+    prefect = environment(release, release.pod("prefect-server").main)
+    assert prefect["PREFECT_API_DATABASE_CONNECTION_URL"] == prefects
+    setup = environment(release, release.pod("setup").main)["BACKCAST_SETUP__PREFECT_URL"]
+    in_libpq = conninfo_to_dict(database_urls.for_libpq(database_urls.check(setup)))
+    assert in_libpq.get("sslmode") == ("require" if "require" in given else None)
 
 
 OWNED = {"url": "postgresql://all:p@h/b", "prefectUrl": "postgresql://p:p@h/p"}

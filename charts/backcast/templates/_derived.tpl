@@ -98,6 +98,19 @@ ca_bundle: /etc/backcast-ca/ca.crt
 {{- $port | default (eq $url.scheme "http" | ternary "80" "443") }}
 {{- end }}
 
+{{/* The ports of an external PostgreSQL: those in the URLs, or the one of the URLs in a Secret, as YAML. */}}
+{{- define "backcast.postgres.ports" -}}
+{{- $ports := list }}
+{{- with .Values.postgres.external }}
+{{- range list .url .prefectUrl .adminUrl .apiUrl .workerUrl .stewardUrl | compact }}
+{{- range regexReplaceAll "^[^/]*//([^/@]*@)?([^/?]*).*$" . "${2}" | splitList "," }}
+{{- $ports = append $ports (regexFind ":[0-9]+$" . | trimPrefix ":" | default "5432" | int) }}
+{{- end }}
+{{- end }}
+{{- $ports | default (list (int .port)) | uniq | toYaml }}
+{{- end }}
+{{- end }}
+
 {{/* Without keys the API answers only for its own hosts: those of its Service and its Ingress. An Ingress without a host,
 and a load balancer, have a name that is not known here: then for any. */}}
 {{- define "backcast.api.hosts" -}}

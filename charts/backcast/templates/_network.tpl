@@ -57,7 +57,9 @@ spec:
 {{- if eq .Values.postgres.mode "bundled" }}
 {{- include "backcast.to" (list . 5432 "postgres") }}
 {{- else -}}
-{{- include "backcast.to.port" (list . .Values.postgres.external.port) }}
+{{- range include "backcast.postgres.ports" . | fromYamlArray }}
+{{ include "backcast.to.port" (list $ .) }}
+{{- end }}
 {{- end }}
 {{- end }}
 

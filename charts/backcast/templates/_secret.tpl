@@ -12,8 +12,7 @@
 {{- $given := dict "model-api-key" .Values.model.apiKey }}
 {{- if eq .Values.postgres.mode "external" }}
 {{- with .Values.postgres.external }}
-{{- $prefect := .prefectUrl | replace "postgresql://" "postgresql+asyncpg://" }}
-{{- $given = merge $given (dict "database-url" .url "prefect-database-url" $prefect "admin-url" .adminUrl "scaler-url" .scalerUrl
+{{- $given = merge $given (dict "database-url" .url "prefect-database-url" (include "backcast.secret.prefect" .prefectUrl) "admin-url" .adminUrl "scaler-url" .scalerUrl
   "api-database-url" .apiUrl "worker-database-url" .workerUrl "steward-database-url" .stewardUrl) }}
 {{- end }}
 {{- end }}
@@ -32,6 +31,16 @@
 {{ $key }}: {{ $value | quote }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* The URL of Prefect's database as Prefect needs it: SQLAlchemy passes each parameter to asyncpg, which takes no other. */}}
+{{- define "backcast.secret.prefect" -}}
+{{- $parts := splitList "?" . }}
+{{- $query := list }}
+{{- range rest $parts | join "?" | splitList "&" }}
+{{- if not (regexMatch "^(channel_binding|connect_timeout|gssencmode|keepalives[a-z_]*)=" .) }}{{ $query = append $query (regexReplaceAll "^sslmode=" . "ssl=") }}{{ end }}
+{{- end }}
+{{- list (regexReplaceAll "^postgres(ql)?([+]asyncpg)?://" (first $parts) "postgresql+asyncpg://") (compact $query | join "&") | compact | join "?" }}
 {{- end }}
 
 {{/* Keys that are generated, with a new value for each, as YAML. */}}

@@ -46,6 +46,7 @@ def prepare(settings: Settings, report: Report) -> None:
                 report(provisioning.provision(admin, each.get_secret_value()))
     _wait(url, deadline, report)
     _verify(url, deadline, report)
+    asyncio.run(_inspect(settings))
     report(migrate(url))
     if setup.admin_url is not None:
         for part, its in setup.roles.items():
@@ -97,10 +98,11 @@ def _verify(url: str, deadline: float, report: Report) -> None:
         raise Unavailable(why)
 
 
-async def _inspect(settings: Settings, part: str) -> None:
-    url = settings.setup.roles.get(part, settings.database.url.get_secret_value())
+async def _inspect(settings: Settings, part: str | None = None) -> None:
+    """The database, or with a part what its role may do there."""
+    url = settings.setup.roles.get(part or "", settings.database.url.get_secret_value())
     async with aclosing(Ledger(url, name="backcast-check", pool=2, timeout=settings.database.timeout)) as ledger:
-        await inspection.rights(ledger, part)
+        await (inspection.rights(ledger, part) if part else inspection.settings(ledger))
 
 
 def _prepare_store(settings: Settings, deadline: float, report: Report) -> None:

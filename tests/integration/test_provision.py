@@ -112,6 +112,26 @@ def test_a_url_that_libpq_refuses_is_not_quoted() -> None:
     assert "hunter" not in str(refused.value)
 
 
+def test_a_database_is_made_for_every_text_and_none_else_is_taken(tmp_path: Path) -> None:
+    """Also on a server whose own databases have no encoding."""
+    tmp_path.chmod(0o755)
+    with postgres.running(tmp_path / "data", settings={"fsync": "off"}) as server:
+        with psycopg.connect(server.url(), autocommit=True) as connection:
+            connection.execute("update pg_database set datistemplate = false where datname = 'template1'")
+            connection.execute("drop database template1")
+            connection.execute("create database template1 encoding 'SQL_ASCII' locale 'C' template template0")
+            connection.execute("create role backcast login password 'ours'")
+            connection.execute("create database bare owner backcast")
+        given = server.url("{database}").replace("postgres@", "{user}:{password}@")
+        it = settings(given, tmp_path)
+        provision.prepare(it, lambda _: None)
+        assert provision.check(it, lambda _: None)
+        bare = given.format(user="backcast", password="ours", database="bare")
+        wrong = it.model_copy(update={"database": it.database.model_validate({"url": bare})})
+        with pytest.raises(ConfigurationError, match="The database's encoding, SQL_ASCII, has no room"):
+            provision.prepare(wrong, lambda _: None)
+
+
 async def test_a_new_password_is_taken_over(guarded: str, tmp_path: Path) -> None:
     for password in ("first", "second"):
         worker = guarded.format(user="the_worker", password=password, database="backcast")

@@ -31,9 +31,10 @@ _NOBODY = UUID(int=0)
 
 async def settings(ledger: Ledger) -> None:
     """Raise `ConfigurationError` if the database can't keep what is stored, or ignores what a session sets."""
-    row = await ledger.fetchrow(
+    row = await ledger.fetchrow(  # before there is a schema; quote_all_identifiers quotes its name
         """select current_setting('server_version_num')::int / 10000 as version, current_setting('server_encoding') as
-                  encoding, current_setting('transaction_isolation') as isolation, current_schema() as schema"""
+                  encoding, current_setting('transaction_isolation') as isolation,
+                  btrim(current_setting('search_path'), '"') as schema"""
     )
     assert row is not None
     if row["version"] < OLDEST:

@@ -130,7 +130,8 @@ def _make_database(connection: _Connection, database: str, owner: str | None = N
     if connection.execute("select from pg_database where datname = %s", [database]).rowcount:
         return False
     owned = SQL(" owner {}").format(Identifier(owner)) if owner else SQL("")
-    connection.execute(SQL("create database {}").format(Identifier(database)) + owned)
+    encoded = SQL(" encoding 'UTF8' template template0")  # the server's default may be another, which template1 has
+    connection.execute(SQL("create database {}").format(Identifier(database)) + owned + encoded)
     return True
 
 

@@ -45,6 +45,24 @@ def test_a_schema_in_words(schema: compact.Schema, words: str) -> None:
     assert compact.wanted(schema) == words
 
 
+def test_a_tree_is_described_by_its_first_nodes() -> None:
+    leaf = {"const": "leaf"}
+    node = fields(kind=LABELS, sub={"anyOf": [{"$ref": "#/$defs/node"}, leaf]})
+    schema = {**fields(root={"$ref": "#/$defs/node", "description": "the trunk"}), "$defs": {"node": node}}
+    words = "JSON with root (the trunk, kind (one of: low, high), sub (one of: leaf))"
+    assert compact.cast("x", schema, None).question == f"Text: x\nWanted: {words}\n"
+
+
+def test_definitions_that_all_refer_to_each_other_make_no_long_prompt() -> None:
+    """Twelve kinds of nodes of an expression: paths through them are counted by factorials."""
+    names = [f"node{number}" for number in range(12)]
+    any_node = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
+    nodes = {name: fields(kind={"const": name}, left=any_node, right=any_node) for name in names}
+    question = compact.cast("1 + 2", {**any_node, "$defs": nodes}, None).question
+    assert all(question.count(f"one of: {name})") == 1 for name in names)
+    assert len(question) < 2_000
+
+
 def test_a_label_is_asked_for_by_name() -> None:
     prompt = compact.cast("Just a typo", {"enum": ["low", 2, None]}, "how urgent?")
     assert prompt.question == "Text: Just a typo\nLabels: low, 2, null\nhow urgent?\n"

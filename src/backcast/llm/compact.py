@@ -4,6 +4,7 @@ Decides wording only. Text that comes from callers can't end its paragraph or fo
 model's control tokens are broken up); it can still lead the model to a wrong answer, which then has the right shape.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ class Prompt:
 
 def cast(data: JSON, schema: Schema, instructions: str | None) -> Prompt:
     """The prompt for casting `data` to a (self-contained) JSON Schema."""
-    schema = _unrolled(schema, schema.get("$defs", {}))
+    schema = _unrolled(schema)
     text, hints = _quote(_plain(data, schema, instructions or "")), _quote(instructions or "")
     if labels := _labels(schema):
         listed = ", ".join(labels)
@@ -72,19 +73,21 @@ def _plain(data: JSON, schema: Schema, instructions: str) -> JSON:
     return plain_numbers(text) if isinstance(data, str) and _has({"integer", "number"}, schema) else text
 
 
-def _unrolled(schema: Any, definitions: Schema) -> Any:
-    """The schema with each definition in the place of its reference, once: a tree is described by its first nodes."""
-    match schema:
-        case {"$ref": str(reference), **beside}:
-            name = reference.removeprefix("#/$defs/")
-            others = {key: value for key, value in definitions.items() if key != name}
-            return _unrolled({**definitions.get(name, {}), **beside}, others)
-        case dict():
-            return {key: _unrolled(value, definitions) for key, value in schema.items() if key != "$defs"}
-        case list():
-            return [_unrolled(each, definitions) for each in schema]
-        case _:
-            return schema
+def _unrolled(schema: Schema) -> Schema:
+    """The schema with each definition in the place of its first reference, level by level: a tree is described by its
+    first nodes. Each is used once, as definitions that refer to each other have more paths than anyone can walk."""
+    definitions = dict[str, Schema](schema.get("$defs", {}))
+    root = copy.deepcopy({key: value for key, value in schema.items() if key != "$defs"})
+    level: list[Any] = [root]
+    while level:
+        for node in level:
+            while isinstance(node, dict) and isinstance(reference := node.get("$ref"), str):
+                beside = {key: value for key, value in node.items() if key != "$ref"}
+                node.clear()
+                node.update(copy.deepcopy(definitions.pop(reference.removeprefix("#/$defs/"), {})) | beside)
+        inside = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [each for values in inside for each in values if isinstance(each, dict | list)]
+    return root
 
 
 def wanted(schema: Schema, plural: bool = False) -> str:

@@ -505,6 +505,18 @@ async def test_cancelling_a_cast_is_let_through(connect: Connect) -> None:
             await asyncio.wait_for(running, PATIENCE)
 
 
+async def test_casts_leave_nothing_in_memory(connect: Connect) -> None:
+    with ScriptedModel(lambda request: Reply(31 if "31" in request.text else "no number")) as model:
+        connect(model)
+        assert await cast("31", "int") == 31
+        kept = sys.modules["marvin.tasks.task"]._type_adapters
+        before = len(kept)
+        assert await asyncio.gather(*(cast("31", "int") for _ in range(3))) == [31] * 3
+        with pytest.raises(UsageError):
+            await cast("x", "int")
+        assert len(kept) == before
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_event_loop_has_its_own_connections(backend: str) -> None:
     async def once() -> Any:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import genai_prices
 import marvin
 import openai
+from marvin.tasks import task
 from pydantic import AfterValidator, WithJsonSchema
 from pydantic_ai import Agent
 from pydantic_ai.messages import ModelResponse
@@ -67,6 +68,7 @@ async def cast(
     misfits: list[Misfit] = []
     whole: Whole | None = None
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    shape = _type(target, misfits)
     try:
         provided = _provided(model, show and Partial(show))
         whole = (
@@ -81,9 +83,12 @@ async def cast(
             else Whole(provided, target.schema, meter)
         )
         agent = marvin.Agent(name="backcast", model=whole, model_settings=_answer_settings(model))
-        return await marvin.cast_async(text, _type(target, misfits), instructions, agent, MemoryThread())
+        return await marvin.cast_async(text, shape, instructions, agent, MemoryThread())
     except Exception as error:  # noqa: BLE001  # after any error the run must learn whether to retry
         failure = explain(error, model, whole.answer if whole else "", misfits[-1] if misfits else None)
+    finally:
+        # Marvin keeps one per type for ever, and each cast has a type of its own.
+        task._type_adapters.pop(shape, None)  # pyright: ignore[reportPrivateUsage]
     raise failure  # not inside `except`: the chain would hold the provider's message, which may repeat the key
 
 

@@ -287,6 +287,11 @@ FAILURES = {
     "loading": (Reply(status=503), TransientError, "model_unavailable"),
     "too long": (Reply(status=400, code="context_length_exceeded"), UsageError, "input_too_long"),
     "too long, llama.cpp": (Reply(status=400, code="exceed_context_size_error"), UsageError, "input_too_long"),
+    "too long, vLLM": (
+        Reply(status=400, code="BadRequestError", message="This model's maximum context length is 4096 tokens."),
+        UsageError,
+        "input_too_long",
+    ),
     "bad request": (Reply(status=400, message=f"I do not like {KEY}"), FatalError, "model_refused_request"),
     "filtered prompt": (Reply(status=400, code="content_filter"), UsageError, "model_refused_input"),
     "refusal": (Reply(refusal="I can't help with that."), UsageError, "model_refused_input"),
@@ -323,7 +328,20 @@ async def test_every_failure_has_its_kind_and_code(connect: Connect, failure: st
     assert len(model.requests) <= 2  # no client retries by itself; two are an answer and its re-ask
 
 
-@pytest.mark.parametrize("finish", ["length", "content_filter", "MAX_TOKENS", "model_length", "SAFETY"])
+@pytest.mark.parametrize(
+    "finish",
+    [
+        "length",
+        "content_filter",
+        "MAX_TOKENS",
+        "model_length",
+        "SAFETY",
+        "token_limit",
+        "limit",
+        "time_limit",
+        "not_finished",
+    ],
+)
 async def test_an_answer_that_was_cut_or_filtered_is_asked_for_once_more_with_more_room(
     connect: Connect, finish: str
 ) -> None:
@@ -373,6 +391,56 @@ async def test_a_right_answer_may_be_text_where_a_call_was_asked_for(connect: Co
     with ScriptedModel([Reply(31, as_text=True)]) as model:
         connect(model)
         assert await cast("31 chairs", "int") == 31
+    assert len(model.requests) == 1
+
+
+CALL = {"name": "answer", "arguments": {"result": 31}}
+
+
+@pytest.mark.parametrize("show", [None, print])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        '```json\n{"result": 31}\n```',
+        'The chairs {a, b} are 31:\n```\n{"result": 31}\n```\nSo: {"result": 31}',
+        f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>",
+        json.dumps({"name": "answer", "parameters": {"result": 31}}),
+        json.dumps([CALL]),
+    ],
+)
+async def test_a_right_answer_may_stand_in_a_text(raw: str, show: Any) -> None:
+    with ScriptedModel([Reply(raw=raw, as_text=True)]) as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY))  # type: ignore[arg-type]
+        assert await llm.cast("31 chairs", targets.parse("int"), None, show) == 31
+        await llm.aclose()
+    assert len(model.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        'Either {"result": 30} or {"result": 31}',
+        '{"result": 30} {"result": 3',
+        '{"result": {"first": {"result": 30}, "second": ',
+        '{"arguments": {"result": 30}}',
+        '{"properties": {"result": 30}}',
+    ],
+)
+async def test_a_text_with_no_answer_or_with_several_is_none(raw: str) -> None:
+    with ScriptedModel([Reply(raw=raw, as_text=True), Reply(31)]) as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY))  # type: ignore[arg-type]
+        assert await cast("31 chairs", "int") == 31
+        await llm.aclose()
+    assert len(model.requests) == 2
+
+
+async def test_a_right_answer_may_be_a_call_by_another_name() -> None:
+    called = {"name": "final_answer", "arguments": json.dumps({"result": 31})}
+    message = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": called}]}
+    with ScriptedModel([Reply(envelope={"choices": [{"finish_reason": "tool_calls", "message": message}]})]) as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY))  # type: ignore[arg-type]
+        assert await cast("31 chairs", "int") == 31
+        await llm.aclose()
     assert len(model.requests) == 1
 
 

@@ -6,6 +6,7 @@ grammar (`response_format`) for its text, and Marvin gets the text as that call.
 """
 
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -37,6 +38,8 @@ from backcast.llm.schemas import Schema, bounded, provided, wrapped
 
 MORE = 4
 """How many times as many tokens an answer may have when it is asked for again because it was cut."""
+_OBJECT = re.compile(r'\{(?=\s*["}])')
+"""The beginning of a JSON object, and not of `{a, b}` in prose."""
 
 
 class Whole(WrapperModel):
@@ -64,9 +67,9 @@ class Whole(WrapperModel):
         tool = replace(tool, parameters_json_schema=parameters, strict=strict)
         asked = replace(model_request_parameters, output_tools=[tool])
         response = await self._whole(messages, model_settings, asked)
-        is_called = any(isinstance(part, ToolCallPart) for part in response.parts)
-        if not is_called and _is_result(self.answer):  # its server does not know how the model writes a call
-            return replace(response, parts=[ToolCallPart(tool.name, self.answer)])
+        is_called = any(isinstance(part, ToolCallPart) and part.tool_name == tool.name for part in response.parts)
+        if not is_called and (arguments := _arguments(self.answer)):
+            return replace(response, parts=[ToolCallPart(tool.name, arguments)])
         return response
 
     async def _whole(
@@ -161,12 +164,26 @@ class Grammar(Whole):
         return replace(response, parts=[ToolCallPart(tool.name, text)])
 
 
-def _is_result(text: str) -> bool:
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(given, dict) and "result" in given
+def _arguments(text: str) -> str | None:
+    """The tool's arguments in a text that is no call of it: its server may not know how the model writes a call, or the
+    model has another name for the tool. The object may be in a fence or in tags, among words, or within a call. None if
+    there is none, if another one has another result, or if one is cut: an object inside that is no answer."""
+    found, at = set[str](), 0
+    while start := _OBJECT.search(text, at):
+        try:
+            given, at = json.JSONDecoder().raw_decode(text, start.start())
+        except (ValueError, RecursionError):
+            return None
+        match given:
+            case (
+                {"result": result}
+                | {"name": str(), "arguments": {"result": result}}
+                | {"name": str(), "parameters": {"result": result}}
+            ):
+                found.add(json.dumps({"result": result}))
+            case _:
+                pass
+    return found.pop() if len(found) == 1 else None
 
 
 def _opening(prompt: Prompt) -> list[ModelMessage]:

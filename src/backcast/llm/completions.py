@@ -19,7 +19,7 @@ from backcast.llm.streaming import gathered
 
 _ENDS = {
     "content_filter": r"filter|safety|refus|recitation|block|prohibit|spii|sensitive|moderat|guardrail|toxic",
-    "length": r"length|max|truncat|incomplete|exceed",
+    "length": r"length|max|limit|truncat|incomplete|not_finished|exceed",
     "error": r"error|abort|cancel|insufficient|timeout|fail",
     "tool_calls": r"tool|function",
 }

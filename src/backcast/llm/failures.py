@@ -155,7 +155,8 @@ def _refusal(error: ModelHTTPError, model: Model) -> RunError:
             "BACKCAST_MODEL__BASE_URL.",
             code="model_unknown",
         )
-    if codes & set(_TOO_LONG) or status == 413:
+    is_too_long = status == 400 and "maximum context length" in _message(error.body)  # vLLM has no code for it
+    if is_too_long or codes & set(_TOO_LONG) or status == 413:
         return UsageError("The data is too long for the model: cut or split it.", code="input_too_long")
     if "content_filter" in codes:
         return _filtered()

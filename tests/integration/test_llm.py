@@ -1,6 +1,7 @@
 """Casts over real HTTP, for both kinds of model: a provider's (tool call) and the embedded one (grammar)."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from backcast import llm, targets
 from backcast.errors import FatalError, RunError, TransientError, UsageError
 from backcast.settings import Model
-from backcast.testing import Reply, ScriptedModel
+from backcast.testing import Reply, Request, ScriptedModel
 from tests.support.waiting import PATIENCE, until
 
 KEY = "sk-secret-0123456789"
@@ -362,6 +363,40 @@ async def test_a_server_that_allows_no_longer_answer(connect: Connect) -> None:
     assert caught.value.code == "model_answer_too_long"
 
 
+def limit(request: Request) -> tuple[int | None, int | None]:
+    return request.body.get("max_completion_tokens"), request.body.get("max_tokens")
+
+
+@pytest.mark.parametrize("status", [400, 422])
+async def test_a_provider_that_knows_the_limit_by_its_old_name_only(connect: Connect, status: int) -> None:
+    def answer(request: Request) -> Reply:
+        if "max_completion_tokens" in request.body:
+            return Reply(status=status, message="extra_forbidden: body.max_completion_tokens")
+        return Reply(raw='{"result": 12}', finish="length") if request.body["max_tokens"] == 50 else Reply(123)
+
+    with ScriptedModel(answer) as model:
+        connect(model, max_tokens=50)
+        assert [await cast("123 chairs", "int") for _ in range(2)] == [123, 123]
+    new, old, more = (50, None), (None, 50), (None, 200)
+    assert [limit(request) for request in model.requests] == [new, old, more, old, more]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [("max_tokens is not supported", "max_completion_tokens is too large"), ("no such format", "no such format")],
+)
+async def test_a_refusal_that_another_name_of_the_limit_does_not_mend(connect: Connect, other: str, words: str) -> None:
+    def answer(request: Request) -> Reply:
+        is_new = "max_completion_tokens" in request.body
+        return Reply(status=400, message="max_completion_tokens is too large" if is_new else other)
+
+    with ScriptedModel(answer) as model:
+        connect(model)
+        with pytest.raises(FatalError, match=words) as caught:
+            await cast("123 chairs", "int")
+    assert caught.value.code == "model_refused_request"
+
+
 @pytest.mark.parametrize(
     "finish", ["eos", "end_turn", "STOP", "COMPLETE", "stop_sequence", "function_call", "日本", ""]
 )
@@ -518,6 +553,25 @@ async def test_a_model_that_takes_too_long(connect: Connect) -> None:
         connect(model, timeout=timedelta(seconds=2))
         with pytest.raises(TransientError) as caught:
             await cast("31", "int")
+    assert caught.value.code == "model_timeout"
+
+
+async def test_a_server_that_sends_spaces_while_it_waits_is_given_up(connect: Connect) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+            while not reader.at_eof():
+                writer.write(b" ")
+                await writer.drain()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(1 << 16), 0.1)
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        connect(f"http://127.0.0.1:{port}/v1", timeout=timedelta(seconds=2))
+        with pytest.raises(TransientError) as caught:
+            await asyncio.wait_for(cast("31", "int"), PATIENCE)
     assert caught.value.code == "model_timeout"
 
 

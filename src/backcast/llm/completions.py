@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import openai
 from openai.types import chat
@@ -27,6 +28,10 @@ _ENDS = {
 
 _MOST_TOKENS, _LATEST = 1 << 40, 1 << 32
 """Of an answer, and of its time in seconds since 1970: numbers beyond are nonsense."""
+_REFUSED = (400, 422)
+"""HTTP statuses for a request that has something that the server does not take."""
+_by_old_name = WeakSet[openai.AsyncOpenAI]()
+"""Clients of providers that take `max_tokens` only."""
 
 
 class NotCompletions(Exception):
@@ -34,7 +39,7 @@ class NotCompletions(Exception):
 
 
 class TooSlow(Exception):
-    """A streamed answer was not complete in time."""
+    """An answer was not complete in time."""
 
 
 class Completions(OpenAIChatModel):
@@ -45,19 +50,21 @@ class Completions(OpenAIChatModel):
         super().__init__(model_name, **more)
         self._partial = partial
 
-    async def _completions_create(self, *asked: Any, **more: Any) -> Any:
-        """`asked`: messages, whether to stream, settings, the rest."""
-        if self._partial is None:
-            return await super()._completions_create(*asked, **more)
-        messages, _, settings, parameters = asked
+    async def _completions_create(
+        self, messages: Any, stream: bool, model_settings: Any, model_request_parameters: Any
+    ) -> Any:
+        asked = messages, stream, model_settings, model_request_parameters
         try:
-            async with asyncio.timeout(settings.get("timeout")):  # of the whole answer, as without a stream
+            # Of the whole answer; the client's is of each read.
+            async with asyncio.timeout(model_settings.get("timeout")):
+                if self._partial is None:
+                    return await self._limited(*asked)
                 try:
-                    chunks: Any = await super()._completions_create(messages, True, settings, parameters)
+                    chunks: Any = await self._limited(messages, True, model_settings, model_request_parameters)
                 except ModelHTTPError as error:
-                    if error.status_code not in (400, 422):
+                    if error.status_code not in _REFUSED:
                         raise
-                    return await super()._completions_create(*asked)  # it may not know how to stream
+                    return await self._limited(*asked)  # it may not know how to stream
                 return await gathered(chunks, self._partial) if isinstance(chunks, openai.AsyncStream) else chunks
         except TimeoutError:
             raise TooSlow from None
@@ -65,6 +72,27 @@ class Completions(OpenAIChatModel):
             raise ModelAPIError(self.model_name, error.message) from error
         except openai.APIError as error:  # among the chunks
             raise self._failed(error.body) from error
+
+    async def _limited(self, messages: Any, stream: Any, settings: Any, parameters: Any) -> Any:
+        """Ask with the limit by its new name, `max_completion_tokens`; a provider that does not know that, as Mistral,
+        is asked by the old one from then on."""
+        older: Any = {**settings, "extra_body": {"max_tokens": settings.get("max_tokens")}}
+        older.pop("max_tokens", None)
+        create = super()._completions_create
+        if self.client in _by_old_name:
+            return await create(messages, stream, older, parameters)
+        try:
+            return await create(messages, stream, settings, parameters)
+        except ModelHTTPError as error:
+            if error.status_code not in _REFUSED or "max_completion_tokens" not in str(error.body):
+                raise
+            try:
+                answer = await create(messages, stream, older, parameters)
+            except ModelHTTPError as other:
+                is_about_limit = other.status_code in _REFUSED and "max_tokens" in str(other.body)
+                raise (error if is_about_limit else other) from None
+            _by_old_name.add(self.client)
+            return answer
 
     def _process_response(self, response: Any) -> ModelResponse:
         if not isinstance(response, chat.ChatCompletion):

@@ -34,13 +34,15 @@ KEY = "it's a key of ours"
 class Up:
     """One `backcast up` on a free port, with a folder of its own and no ambient settings."""
 
-    def __init__(self, folder: Path, *options: str, **environ: str) -> None:
+    def __init__(self, folder: Path, *options: str, tee: bool = False, **environ: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.AsyncClient(base_url=self.url, timeout=PATIENCE)
-        self.log = folder / "terminal"
         self.data = folder / "data"
-        with self.log.open("ab") as terminal:
+        self.log = folder / "terminal"
+        """What it prints, by `| tee` if that is asked for."""
+        self.tee = subprocess.Popen(["tee", self.log], stdin=subprocess.PIPE) if tee else None
+        with (self.tee and self.tee.stdin) or self.log.open("ab") as terminal:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "backcast", "up", "--data", self.data, "--port", str(self.port), *options],
                 env=os.environ | {"HOME": str(folder), "COLUMNS": "200", "PYTHONPATH": str(ROOT)} | environ,
@@ -99,8 +101,8 @@ class Up:
 
 
 @contextlib.asynccontextmanager
-async def up(folder: Path, *options: str, **environ: str) -> AsyncIterator[Up]:
-    it = Up(folder, *options, **environ)
+async def up(folder: Path, *options: str, tee: bool = False, **environ: str) -> AsyncIterator[Up]:
+    it = Up(folder, *options, tee=tee, **environ)
     try:
         yield it
     finally:
@@ -110,6 +112,8 @@ async def up(folder: Path, *options: str, **environ: str) -> AsyncIterator[Up]:
             it.process.kill()
             psutil.wait_procs(family, timeout=PATIENCE)
         it.process.wait()
+        if it.tee is not None:
+            it.tee.wait()
 
 
 @pytest.fixture
@@ -237,6 +241,25 @@ async def test_running_work_may_finish_and_a_second_ctrl_c_releases_it(tmp_path:
         again = await it.run(long, lambda run: run["state"] == "running")
         assert again["error"] is None
         assert (await it.get(f"/v1/runs/{short}"))["state"] == "completed"
+
+
+async def test_running_work_may_finish_when_the_terminal_goes(tmp_path: Path) -> None:
+    tasks = {"BACKCAST_TASKS": "tests.support.sample_tasks"}
+    async with up(tmp_path, "--no-model", tee=True, **tasks) as it:
+        await it.prints("backcast is up")
+        run = await it.submit("linger", name="work")
+        await it.run(run, lambda run: run["state"] == "running")
+        assert it.tee is not None
+        it.tee.kill()
+        it.tee.wait()
+        for _ in range(2):  # the kernel's and the shell's
+            it.process.send_signal(signal.SIGHUP)
+        (tmp_path / "release-work").touch()
+        assert await it.ended() == 0
+    async with up(tmp_path, "--no-model", **tasks) as it:
+        await it.prints("backcast is up(?s:.*)backcast is up")
+        ended = await it.run(run, has_ended)
+        assert (ended["state"], ended["attempts"]) == ("completed", 1)
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

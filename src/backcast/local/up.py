@@ -6,6 +6,7 @@ are the same as elsewhere, and differ in their settings only. Knows nothing of r
 
 import asyncio
 import contextlib
+import io
 import os
 import random
 import re
@@ -65,7 +66,7 @@ def up(
     prefect_port: int = 4200,
     slots: int | None = None,
 ) -> int:
-    """Run everything until Ctrl-C or SIGTERM, and return the exit code.
+    """Run everything until Ctrl-C, SIGTERM or SIGHUP, and return the exit code.
 
     Raises:
         BackcastError: it can't be started; the sentence names the change to make.
@@ -75,6 +76,9 @@ def up(
 
     if model is not None:
         os.environ["BACKCAST_MODEL__SIZE"] = model
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
 
     async def run() -> None:
         await _Up(folder, load(), port=port, prefect_port=prefect_port, model=not no_model).run()
@@ -98,10 +102,24 @@ PREFECT_SERVER = {
 """What a Prefect server of ours is set to, here as in the chart."""
 
 
+class _Terminal(Console):
+    """Loses its lines when its terminal or its pipe is gone, and no more: the drain goes on."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            del self._buffer[:]
+
+
 class _Up:
     def __init__(self, data: Path, settings: Settings, *, port: int, prefect_port: int, model: bool) -> None:
         self._began = time.monotonic()
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = _Terminal(highlight=False, soft_wrap=True)
         self._data = data
         self._model = settings.model
         self._weights = weights.MODELS[settings.model.size]

@@ -8,7 +8,8 @@ instructions name the order of day and month.
 import re
 from datetime import date
 
-_NUMBER = re.compile(r"(?<![\w.,:/])(?<!\w-)\d+(?:[.,'’\u00a0\u202f ]\d{3})*(?:[.,]\d+)?(?![\w:/]|[.,-]\d)")
+_THOUSANDS = r"[1-9]\d{0,2}(?:[.,'’\u00a0\u202f ]\d{3})+"
+_NUMBER = re.compile(rf"(?<![\w.,:/])(?<!\w-)(?:{_THOUSANDS}|\d+)(?:[.,]\d+)?(?![\w:/]|[.,-]\d)")
 _DATE = re.compile(r"(?<![\w.,:/-])(\d{1,2})([./-])(\d{1,2})\2(\d{4})(?![\w:/-]|[.,]\d)")
 _DAY, _MONTH = r"(?:days?|tage?|jours?|d[ií]as?|giorno|dd?)", r"(?:months?|monate?|mois|mes|mese|mm?)"
 _DAY_FIRST = re.compile(rf"\b{_DAY}\s*[./-]\s*{_MONTH}\b", re.IGNORECASE)
@@ -26,11 +27,9 @@ def _number(given: str) -> str:
         return given
     if mark in groups and len(set(groups)) == 1:  # 1.250.300: the last mark is one between thousands, too
         whole, mark, decimals = given, "", ""
-    elif (
-        not groups and len(decimals) == 3 and (mark == "." or len(whole) > 3)
-    ):  # 1.250: one and a quarter, or a thousand
+    elif not groups and len(decimals) == 3 and (mark == "." or len(whole) > 3):  # 1.250: one and a quarter, or more
         return given
-    elif not groups and len(decimals) == 3:  # 1,250
+    elif not groups and len(decimals) == 3 and not whole.startswith("0"):  # 1,250
         whole, mark, decimals = whole + decimals, "", ""
     digits = re.sub(r"\D", "", whole)
     return f"{digits}.{decimals}" if decimals else digits

@@ -217,6 +217,12 @@ def test_a_full_disk_is_reported_before_the_download(web: Web, tmp_path: Path) -
     assert not web.asked
 
 
+def test_a_folder_that_can_not_be_written_is_named(web: Web, tmp_path: Path) -> None:
+    (tmp_path / "null").touch()
+    with pytest.raises(ConfigurationError, match=r"null/cache can't be written.*BACKCAST_MODEL__CACHE"):
+        weights.fetch(tmp_path / "null" / "cache", quiet, model(web.hub()))
+
+
 def test_a_file_of_another_size_is_not_trusted(tmp_path: Path) -> None:
     wanted = model()
     wanted.path(tmp_path).write_bytes(CONTENT[:-1])

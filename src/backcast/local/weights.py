@@ -232,7 +232,7 @@ def fetch(cache: Path, progress: OnProgress, model: Weights = MODEL) -> Path:
             waiting=lambda: progress(_size(unfinished), model.size, "another process"),
         ):
             return find(cache, model) or _fetch(unfinished, progress, model)
-    except PermissionError as error:
+    except OSError as error:
         raise ConfigurationError(
             f"{cache} can't be written ({error.strerror}): set BACKCAST_MODEL__CACHE to a folder that can."
         ) from error

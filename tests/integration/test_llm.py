@@ -139,6 +139,7 @@ NODE = {"type": "object", "properties": {"n": {"type": "integer"}, "sub": {"type
         ({"type": "string", "pattern": "^(?!x)"}, False, None),
         ({"type": "string", "format": "colour"}, False, None),
         ({"type": "object", "properties": {"a": {"type": "integer"}}}, False, None),
+        ({"type": ["array", "null"]}, False, {"type": ["array", "null"], "items": {}}),
         (NODE, False, {"$ref": "#/$defs/root"}),
     ],
 )
@@ -154,6 +155,32 @@ async def test_a_provider_is_asked_strictly_only_for_what_its_strict_mode_knows(
     if shown is not None:
         assert function["parameters"]["properties"]["result"] == shown
     assert ("$defs" in function["parameters"]) == (target is NODE)
+
+
+LINK = {
+    "type": "object",
+    "properties": {"next": {"type": "array", "items": {"$ref": "#/$defs/node", "title": "the rest"}}},
+    "required": ["next"],
+    "additionalProperties": False,
+}
+LIST = {"$ref": "#/$defs/node", "$defs": {"node": LINK}}
+
+
+@pytest.mark.parametrize(
+    ("beside", "is_strict", "shown"),
+    [
+        ({"description": "its head"}, True, {"anyOf": [{"$ref": "#/$defs/node"}], "description": "its head"}),
+        ({"minProperties": 1}, False, {"$ref": "#/$defs/node", "minProperties": 1}),
+    ],
+)
+async def test_strict_mode_takes_nothing_beside_a_reference(beside: Any, is_strict: bool, shown: Any) -> None:
+    with ScriptedModel([Reply({"next": []})]) as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY))  # type: ignore[arg-type]
+        assert await cast("nothing", LIST | beside) == {"next": []}
+        await llm.aclose()
+    function = model.requests[0].body["tools"][0]["function"]
+    assert function.get("strict", False) is is_strict
+    assert function["parameters"]["properties"]["result"] == shown
 
 
 async def test_a_target_that_leads_back_to_itself(connect: Connect) -> None:

@@ -128,6 +128,12 @@ def test_the_grammar_ends() -> None:
     assert grammar["additionalProperties"] is False
 
 
+def test_one_of_several_types_is_bounded_too() -> None:
+    assert bounded({"type": ["string", "null"]}, length=400)["maxLength"] == 400
+    assert bounded({"type": ["null", "array"]}, length=400)["maxItems"] == 40
+    assert "pattern" in bounded({"type": ["string", "null"], "format": "time"}, length=400)
+
+
 def test_a_list_that_must_be_long_may_be() -> None:
     assert bounded({"type": "array", "minItems": 60}, length=400)["maxItems"] == 60
     assert bounded({"type": "array", "maxItems": 3}, length=400)["maxItems"] == 3

@@ -38,6 +38,7 @@ from typing_extensions import TypedDict
 
 from backcast import targets
 from backcast.errors import InvalidTarget
+from backcast.executor.shapes import Shapes
 
 INT, STR, NULL = {"type": "integer"}, {"type": "string"}, {"type": "null"}
 
@@ -746,3 +747,11 @@ def test_agrees_with_stock_jsonschema(schema: dict[str, Any], data: st.DataObjec
     Draft202012Validator.check_schema(target.schema)
     assert "$ref" not in target.schema
     assert fits(whole, value) == Draft202012Validator(whole).is_valid(value)
+
+
+def test_a_schema_that_grows_when_it_is_written_out_is_a_type_too() -> None:
+    words = {"enum": [f"{number}{'x' * 400}" for number in range(60)]}
+    schema = {"type": "object", "properties": {name: {"$ref": "#/$defs/words"} for name in "abcd"}}
+    assert len(json.dumps(targets.parse(schema | {"$defs": {"words": words}}).schema)) > targets.SIZE
+    assert isinstance(Shapes().validate_python(schema | {"$defs": {"words": words}}), type)
+    assert isinstance(Shapes().validate_python({"anyOf": [True, {"type": "null"}]}), type)

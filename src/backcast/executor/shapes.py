@@ -62,9 +62,9 @@ def _made(schema: Any) -> Any:
             return list[_made(items)]
         case {"type": "object", "additionalProperties": dict(values), **rest} if not rest:
             return dict[str, _made(values)]
-        case {"anyOf": [first, {"type": "null"}], **rest} if not rest:
+        case {"anyOf": [dict(first), {"type": "null"}], **rest} if not rest:
             return Optional[_made(first)]  # noqa: UP045  # `X | None` is no expression for every X
-        case {"anyOf": [*members], **rest} if not rest:
+        case {"anyOf": [*members], **rest} if not rest and all(isinstance(member, dict) for member in members):
             return Union[tuple(_made(member) for member in members)]  # noqa: UP007
         case {"enum": [*values]} if all(isinstance(value, str | int) for value in values) and not {*schema} - {
             "enum",
@@ -76,7 +76,7 @@ def _made(schema: Any) -> Any:
 
 
 def _class(schema: dict[str, JSON]) -> type:
-    target = targets.parse(schema)
+    target = targets.Target("schema", schema)  # it is one already, and may be longer than one that is sent
     # pydantic would look for the targets of references among its own definitions.
     shown = {"description": "as described"} if "$defs" in schema else schema
 

@@ -41,8 +41,11 @@ def provided(schema: Schema) -> tuple[Schema, bool]:
 
     def visit(node: Schema) -> Schema:
         nonlocal strict
+        beside = {key: value for key, value in node.items() if key != "$ref"}
+        if "$ref" in node and beside and beside.keys() <= {"title", "description"}:
+            return {"anyOf": [{"$ref": node["$ref"]}], **beside}  # strict mode takes nothing beside a reference
         strict = strict and _is_strict(node)
-        if node.get("type") != "array" or isinstance(node.get("items"), dict):
+        if "array" not in _kinds(node) or isinstance(node.get("items"), dict):
             return node
         places = [place for place in node.get("prefixItems", []) if isinstance(place, dict)]
         ends = {"maxItems": len(node["prefixItems"])} if node.get("items") is False and "prefixItems" in node else {}
@@ -52,11 +55,13 @@ def provided(schema: Schema) -> tuple[Schema, bool]:
 
 
 def _is_strict(node: Schema) -> bool:
-    if not all(map(_STRICT.fullmatch, node)) or not node.keys() & {"type", "anyOf", "$ref"}:
+    if not all(map(_STRICT.fullmatch, node)) or ("$ref" in node and len(node) > 1):
+        return False
+    if not node.keys() & {"type", "anyOf", "$ref"}:
         return False
     if node.get("format", "date") not in _STRICT_FORMATS or LOOK_AROUND.search(node.get("pattern", "")):
         return False
-    kinds = node["type"] if isinstance(node.get("type"), list) else [node.get("type")]
+    kinds = _kinds(node)
     if "array" in kinds and not isinstance(node.get("items"), dict):
         return False
     properties = node.get("properties", {})
@@ -65,6 +70,11 @@ def _is_strict(node: Schema) -> bool:
         and set(properties) == set(node.get("required", []))
         and all(isinstance(each, dict) for each in properties.values())
     )
+
+
+def _kinds(node: Schema) -> set[Any]:
+    kind = node.get("type")
+    return {*kind} if isinstance(kind, list) else {kind}
 
 
 def bounded(schema: Schema, *, length: int) -> Schema:
@@ -78,13 +88,14 @@ def bounded(schema: Schema, *, length: int) -> Schema:
         out: Schema = {key: value for key, value in node.items() if not _UNTOLD.fullmatch(key)}
         if out.get("format", "date") not in _GRAMMAR_FORMATS:
             del out["format"]
-        if out.get("type") == "string" and out.get("format") in _CLOCKS and "pattern" not in out:
+        kinds = _kinds(out)
+        if "string" in kinds and out.get("format") in _CLOCKS and "pattern" not in out:
             out["pattern"] = _CLOCKS[out.pop("format")]
         if LOOK_AROUND.search(out.get("pattern", "")):
             del out["pattern"]
-        if out.get("type") == "array":
+        if "array" in kinds:
             out["maxItems"] = min(out.get("maxItems", length), max(length // 10, out.get("minItems", 0)))
-        if out.get("type") == "string" and not {"maxLength", "enum", "const", "format", "pattern"} & out.keys():
+        if "string" in kinds and not {"maxLength", "enum", "const", "format", "pattern"} & out.keys():
             out["maxLength"] = length
         return out
 

@@ -134,7 +134,7 @@ def has_ended(run: dict[str, Any]) -> bool:
 
 
 async def test_it_starts_casts_shows_prefect_and_stops(tmp_path: Path, model: dict[str, str]) -> None:
-    async with up(tmp_path, **model) as it:
+    async with up(tmp_path, **model, HTTP_PROXY=f"http://127.0.0.1:{free_port()}") as it:  # nothing of ours goes there
         text = await it.prints("chairs in the hall” → int → ")
         assert re.search(r"We put (\d+) chairs in the hall” → int → \1 ", text)
         assert f"Console  {it.url}/console" in text

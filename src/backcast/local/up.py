@@ -375,6 +375,9 @@ class _Up:
     def _variables(self) -> dict[str, str]:
         ours = {name: port for name, port in self._ports.items() if name != "prefect"}
         prefect = f"{self._url('prefect')}/api"
+        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        if direct != "*":  # HTTP clients exempt no address by themselves, not even one of this machine
+            direct = ",".join(filter(None, (direct, "127.0.0.1", "localhost")))
         return {f"BACKCAST_{name.upper()}__PORT": str(port) for name, port in ours.items()} | {
             "BACKCAST_DATABASE__URL": self._database("backcast"),
             "BACKCAST_MODEL__BACKEND": self._backend,
@@ -383,6 +386,8 @@ class _Up:
             "BACKCAST_API__PREFECT_UI": self._url("prefect"),
             "BACKCAST_PREFECT__API_URL": prefect,
             "BACKCAST_WORKER__GRACE": f"PT{GRACE}S",
+            "NO_PROXY": direct,
+            "no_proxy": direct,
             "PREFECT_HOME": str(self._data / "prefect"),
             "PREFECT_API_DATABASE_CONNECTION_URL": self._database("prefect").replace(":", "+asyncpg:", 1),
             "PREFECT_UI_API_URL": prefect,

@@ -22,7 +22,7 @@ class Stop:
         self.asked = asyncio.Event()
         self.at_once = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        asked = {number: self._signalled for number in (signal.SIGTERM, signal.SIGINT)}
+        asked: dict[int, Callable[[], None]] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._signalled)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             asked[signal.SIGHUP] = self.asked.set
         for number, ask in asked.items():

@@ -138,6 +138,14 @@ def test_an_account_of_ones_own() -> None:
     assert all("eks.amazonaws.com/role-arn" in account["metadata"]["annotations"] for account in annotated)
 
 
+def test_the_steward_shares_the_identity_of_an_account_of_ones_own() -> None:
+    role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/casting"}
+    account = {"create": False, "name": "ours", "annotations": role}
+    release = render({"serviceAccount": account, "store": {"mode": "external", "external": {"bucket": "b"}}})
+    assert release.the("ServiceAccount")["metadata"]["annotations"] == role
+    assert release.pod("steward").spec["serviceAccountName"] == release.the("ServiceAccount")["metadata"]["name"]
+
+
 def test_more_objects_are_templates_too() -> None:
     objects = scenario("everything").objects
     found = {each["metadata"]["name"]: each["data"] for each in objects if "note" in each.get("data", {})}

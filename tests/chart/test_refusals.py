@@ -231,6 +231,10 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         bucket(bucket="b", accessKey="a"),
         "store.external.accessKey and secretKey belong together: set both, or neither for the pods' own identity.",
     ),
+    "a steward without the identity of the other pods": (
+        {**bucket(bucket="b"), "serviceAccount": {"create": False, "name": "ours"}},
+        "The pods use the account ours and its identity for a store without keys, but the steward has an account of",
+    ),
     "a store that is its own fallback": (
         {"store": {"fallback": {"mode": "bundled"}}},
         "store.fallback is the store itself (minio): name the kind that the release had before, or set",

@@ -11,6 +11,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import httpx
@@ -265,7 +266,7 @@ def _port(url: str) -> int:
 
 def _socket(url: str) -> str:
     """The unix socket of an address that names its folder."""
-    return f"{url.partition('?host=')[2]}/.s.PGSQL.5432"
+    return f"{parse_qs(urlsplit(url).query)['host'][0]}/.s.PGSQL.5432"
 
 
 @contextlib.asynccontextmanager

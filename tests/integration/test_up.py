@@ -15,11 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import psutil
 import psycopg
 import pytest
 import pytest_asyncio
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from backcast.ledger import provisioning
 from backcast.local import postgres
@@ -409,6 +412,21 @@ def test_postgres_is_not_fooled_by_a_pid_that_someone_else_has_now(tmp_path: Pat
     (tmp_path / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n{tmp_path}/data\n")
     with postgres.running(tmp_path / "data") as server:
         assert provisioning.why_not_ready(server.url()) is None
+
+
+async def test_postgres_is_reached_whatever_server_the_shell_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = {"PGHOST": "elsewhere.example.org", "PGPORT": "5433", "PGUSER": "nobody", "PGDATABASE": "none"}
+    for name, value in elsewhere.items():
+        monkeypatch.setenv(name, value)
+    with postgres.running(tmp_path / "data") as server:
+        psycopg.connect(server.url()).close()
+        await (await asyncpg.connect(server.url())).close()
+        engine = create_async_engine(server.url().replace(":", "+asyncpg:", 1))  # as Prefect's server does
+        async with engine.connect() as connection:
+            assert await connection.scalar(text("select current_user")) == "postgres"
+        await engine.dispose()
 
 
 def test_postgres_takes_long_and_odd_paths_and_every_driver(tmp_path: Path) -> None:

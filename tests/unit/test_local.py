@@ -226,7 +226,7 @@ def test_a_folder_that_can_not_be_used_is_named(tmp_path: Path) -> None:
 
 def test_a_socket_lives_in_the_data_folder_unless_its_path_is_long_or_odd(tmp_path: Path) -> None:
     plain = Path("/var/lib/it/postgres")
-    assert postgres.url(plain, "db") == "postgresql://postgres@/db?host=/var/lib/it/postgres"
+    assert postgres.url(plain, "db") == "postgresql://postgres@/db?host=/var/lib/it/postgres&port=5432"
     for odd in (plain / ("deep/" * 20), plain / "with space", plain / "50%"):
         address = postgres.url(odd, "db")
         assert address == postgres.url(odd, "db") != postgres.url(plain / "other space", "db")

@@ -91,8 +91,9 @@ def command(data: Path, *, settings: Mapping[str, str] = {}) -> list[str]:
 
 
 def url(data: Path, database: str) -> str:
-    """Accepted by asyncpg, psycopg and, with its driver in the scheme, SQLAlchemy."""
-    return f"postgresql://postgres@/{database}?host={_socket_folder(data.resolve())}"
+    """Accepted by asyncpg, psycopg and, with its driver in the scheme, SQLAlchemy. If the port were left out, they
+    would take the shell's PGPORT."""
+    return f"postgresql://postgres@/{database}?host={_socket_folder(data.resolve())}&port={_PORT}"
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def test_extras_reach_every_pod_and_parts_add_to_them() -> None:
         "nodeSelector": {"all": "1"},
     }
     own = {
-        "env": {"OWN": True, "FOR_ALL": 2, "REF": {"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}},
+        "env": {"OWN": True, "FOR_ALL": 2000000, "REF": {"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}},
         "extraVolumes": [{"name": "own", "emptyDir": {}}],
         "extraVolumeMounts": [{"name": "own", "mountPath": "/own"}],
         "podAnnotations": {"own": "1"},
@@ -195,7 +195,7 @@ def test_extras_reach_every_pod_and_parts_add_to_them() -> None:
         worker = pod.component == "worker"
         for container in pod.containers:
             found = {variable["name"]: variable.get("value") for variable in container["env"]}
-            assert found["FOR_ALL"] == ("2" if worker else "1")
+            assert found["FOR_ALL"] == ("2000000" if worker else "1")
             assert found.get("OWN") == ("true" if worker else None)
             mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
             assert {"/all", "/own"} & mounts == ({"/all", "/own"} if worker else {"/all"})

@@ -33,7 +33,7 @@ takes secret values from Secrets; the kubelet builds a URL from the variables ab
 - {{ merge (dict "name" $name) $value | toYaml | nindent 2 | trim }}
 {{- else if not (kindIs "invalid" $value) }}
 - name: {{ $name }}
-  value: {{ $value | toString | quote }}
+  value: {{ kindIs "float64" $value | ternary (toJson $value) (toString $value) | quote }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -53,6 +53,17 @@ def test_every_object_and_every_pod_has_the_common_labels_and_annotations(values
     )
 
 
+def test_a_label_of_the_users_takes_the_place_of_a_default() -> None:
+    theirs = {"app.kubernetes.io/part-of": "shop", "app.kubernetes.io/version": "theirs"}
+    release = render({"commonLabels": theirs})
+    for metadata in [*(each["metadata"] for each in release.objects), *(pod.metadata for pod in release.pods)]:
+        assert metadata["labels"].items() >= theirs.items(), metadata
+    for text in release.files.values():
+        for each in text.split("\n---"):
+            keys = [line for line in each.partition("\nspec:")[0].splitlines() if "part-of" in line]
+            assert len(keys) <= 1, each
+
+
 def test_several_hosts() -> None:
     ingress = {"host": "a.example.org", "hosts": ["b.example.org", "a.example.org"], "tls": {"enabled": True}}
     spec = render({"ingress": ingress}).the("Ingress", "api")["spec"]

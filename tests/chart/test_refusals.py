@@ -222,6 +222,28 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         pools(default={"autoscaling": {"maxReplicas": 9}}),
         "workers.pools.default.autoscaling.maxReplicas is set, but its mode is off, so it would be ignored",
     ),
+    "a scaler that is off for every pool": (
+        {"workers": {"defaults": {"autoscaling": {"maxReplicas": 9}}}},
+        "workers.defaults.autoscaling.maxReplicas is set, but the mode of every pool is off, so it would be ignored",
+    ),
+    "a key of the bundled Prefect beside the external one": (
+        {
+            "prefectServer": {
+                "mode": "external",
+                "external": {"apiUrl": "https://p/api"},
+                "auth": {"existingSecret": "s"},
+            }
+        },
+        "prefectServer.auth.existingSecret is set, but prefectServer.mode is external, so it would be ignored",
+    ),
+    "a label that selects": (
+        {"commonLabels": {"app.kubernetes.io/name": "x"}},
+        "The label app.kubernetes.io/name is the chart's own, by which objects are found: give yours another name.",
+    ),
+    "a label that selects a pool": (
+        pools(default={"podLabels": {"backcast/pool": "x"}}),
+        "The label backcast/pool is the chart's own, by which objects are found: give yours another name.",
+    ),
     "no bucket": (bucket(), "store.mode is external: set store.external.bucket."),
     "two keys of the store": (
         bucket(bucket="b", accessKey="a", secretKey="s", existingSecret="s"),

@@ -25,6 +25,10 @@ which `defaults.json` repeats, since templates see only the result of merging.
 {{- if and $given (ne .store.fallback.mode "external") }}
 {{- fail (printf "%s is set, but store.fallback.mode is %s, so it would be ignored: remove it, or set store.fallback.mode to external." $given .store.fallback.mode) }}
 {{- end }}
+{{- $given := include "backcast.inactive.given" (list "prefectServer.auth" .prefectServer.auth $defaults.prefectServer.auth) }}
+{{- if and $given (ne .prefectServer.mode "bundled") }}
+{{- fail (printf "%s is set, but prefectServer.mode is %s, so it would be ignored: remove it, or set prefectServer.mode to bundled." $given .prefectServer.mode) }}
+{{- end }}
 {{- if eq .model.backend "embedded" }}
 {{- range $key := list "apiKey" "baseUrl" "existingSecret" }}
 {{- if get $.Values.model $key }}
@@ -33,6 +37,12 @@ which `defaults.json` repeats, since templates see only the result of merging.
 {{- end }}
 {{- end }}
 {{- include "backcast.inactive.disabled" (list "" (omit . "config" "global") $defaults) }}
+{{- $modes := list }}
+{{- range include "backcast.pools" $ | fromYaml }}{{ $modes = append $modes .autoscaling.mode }}{{ end }}
+{{- $given := include "backcast.inactive.given" (list "workers.defaults.autoscaling" (omit .workers.defaults.autoscaling "mode") $defaults.workers.defaults.autoscaling) }}
+{{- if and $given (not (without $modes "off")) }}
+{{- fail (printf "%s is set, but the mode of every pool is off, so it would be ignored: remove it, or set workers.defaults.autoscaling.mode to keda or hpa." $given) }}
+{{- end }}
 {{- range $name, $pool := .workers.pools }}
 {{- with $pool }}
 {{- $mode := dig "autoscaling" "mode" $.Values.workers.defaults.autoscaling.mode . }}

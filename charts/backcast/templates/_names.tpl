@@ -67,21 +67,29 @@ backcast/pool: {{ . }}
 {{- end }}
 {{- end }}
 
+{{/* One map of labels: (list (dict "root" . …) OURS (list USERS …) DEFAULTS). Users' labels win over the defaults only. */}}
+{{- define "backcast.labels" -}}
+{{- $ours := merge (include "backcast.selector" (first .) | fromYaml) (index . 1) }}
+{{- $users := deepCopy (first .).root.Values.commonLabels }}
+{{- range index . 2 }}{{ $users = mergeOverwrite $users (. | default dict) }}{{ end }}
+{{- range $key := keys $ours | sortAlpha }}
+{{- if hasKey $users $key }}
+{{- fail (printf "The label %s is the chart's own, by which objects are found: give yours another name." $key) }}
+{{- end }}
+{{- end }}
+{{- merge $ours $users (last .) (dict "app.kubernetes.io/part-of" "backcast") | toYaml }}
+{{- end }}
+
 {{/* A resource's metadata: (dict "root" . "name" … ["pool" …] ["labels" …] ["annotations" …] ["clusterWide" BOOL]). */}}
 {{- define "backcast.metadata" -}}
 name: {{ .name }}
 {{- if not .clusterWide }}
 namespace: {{ .root.Release.Namespace }}
 {{- end }}
+{{- $chart := printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
+{{- $ours := dict "app.kubernetes.io/managed-by" .root.Release.Service "helm.sh/chart" $chart }}
 labels:
-  {{- include "backcast.selector" . | nindent 2 }}
-  app.kubernetes.io/part-of: backcast
-  app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
-  app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-  helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
-  {{- with mergeOverwrite (deepCopy .root.Values.commonLabels) (.labels | default dict) }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- include "backcast.labels" (list . $ours (list .labels) (dict "app.kubernetes.io/version" .root.Chart.AppVersion)) | nindent 2 }}
 {{- with mergeOverwrite (deepCopy .root.Values.commonAnnotations) (.annotations | default dict) }}
 annotations:
   {{- toYaml . | nindent 2 }}

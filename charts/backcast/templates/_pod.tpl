@@ -3,11 +3,7 @@
 {{/* Labels and annotations. A pod rolls when its Secrets' values change, and with "config" true its ConfigMap. */}}
 {{- define "backcast.pod.metadata" -}}
 labels:
-  {{- include "backcast.selector" . | nindent 2 }}
-  app.kubernetes.io/part-of: backcast
-  {{- with mergeOverwrite (deepCopy .root.Values.commonLabels) .root.Values.podLabels (.part.podLabels | default dict) }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- include "backcast.labels" (list . dict (list .root.Values.podLabels .part.podLabels) dict) | nindent 2 }}
 {{- $annotations := mergeOverwrite (deepCopy .root.Values.commonAnnotations) .root.Values.podAnnotations (.part.podAnnotations | default dict) }}
 {{- if .config }}
 {{- $_ := set $annotations "checksum/config" (include "backcast.config.read" .  | toJson | sha256sum) }}

@@ -271,6 +271,7 @@ async def shout(megabytes: int = 50) -> str:
 
 @task
 def shout_lines(millions: int = 20) -> str:
+    print("a line that is sent, as others may be in a moment")
     print("m\n" * millions * 1_000_000)
     return "shouted"
 

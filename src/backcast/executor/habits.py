@@ -26,6 +26,8 @@ from typing import Any
 
 SLOW_EVERY = 0.05
 """Seconds between two looks at what is slow to read, while runs go on."""
+IDLE_EVERY = 0.002
+"""Seconds between two such looks when none does: runs that take no time need not pay for one each."""
 _LIMITS = ("RLIMIT_NOFILE", "RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_NPROC")
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _HANDLED_IN_C = {signal.SIGCHLD, signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
@@ -86,7 +88,7 @@ class Habits:
             habit.kept = habit.read()
         self._quick = [habit for habit in self._habits if habit.is_quick]
         self._quick_reads, self._quick_kept = [each.read for each in self._quick], [each.kept for each in self._quick]
-        self._due = 0.0
+        self._looked_at = 0.0
         self._changers = dict[str, set[bytes]]()
         """By the name of a habit that is changed: those that go on of the runs that may have changed it."""
         self.worn = ""
@@ -95,8 +97,8 @@ class Habits:
     def ended(self, running: Collection[bytes]) -> None:
         """A run has ended; these go on. What is slow to read is looked at when none does, and now and then."""
         looked_at, now = self._quick, time.monotonic()
-        if not running or now >= self._due:
-            looked_at, self._due = self._habits, now + SLOW_EVERY
+        if now >= self._looked_at + (SLOW_EVERY if running else IDLE_EVERY):
+            looked_at, self._looked_at = self._habits, now
         elif not self._changers and self._is_as_kept():
             return
         for habit in looked_at:

@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,34 @@ from tests.support.waiting import PATIENCE, until
 ROOT = Path(__file__).parents[2]
 
 
+def _ports() -> Iterator[int]:
+    """Ports that no other process of tests takes, and that the kernel gives to no connection: a block belongs to whoever
+    holds its first one."""
+    for first in range(10_000, 32_000, 200):
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", first))
+        except OSError:
+            holder.close()
+            continue
+        with holder:
+            yield from itertools.cycle(range(first + 1, first + 200))
+
+
+_free_ports = _ports()
+
+
 def free_port() -> int:
+    return next(filter(_is_free, _free_ports))
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 @dataclass

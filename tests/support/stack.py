@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def _ports() -> Iterator[int]:
-    """Ports that no other process of tests takes, and that the kernel gives to no connection: a block belongs to whoever
-    holds its first one."""
+    """Ports that no other process of tests takes, and that the kernel gives to no connection: a block belongs to
+    the process that holds its first one."""
     for first in range(10_000, 32_000, 200):
         holder = socket.socket()
         try:

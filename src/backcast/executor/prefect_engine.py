@@ -28,7 +28,7 @@ from backcast.errors import Unavailable
 from backcast.executor import plain
 from backcast.executor.classification import failed, may_retry, readable, retry_after
 from backcast.executor.plain import Job
-from backcast.executor.threads import Overdue
+from backcast.executor.threads import Overdue, is_asked
 from backcast.history.events import Change
 from backcast.models import AttemptResult, Retry, Succeeded
 from backcast.process import tracing
@@ -241,9 +241,8 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
             except Exception:
                 raise
             except BaseException as stop:
-                last_state, is_ours = _last_state(stop)
-                if is_ours:
-                    self.silence(last_state)
+                if is_asked(stop):
+                    self.silence(_last_state(stop))
                 else:
                     self.note(stop)
                     await self.handle_crash(stop)
@@ -346,18 +345,17 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
             self.handle_exception(error)
 
 
-def _last_state(stop: BaseException) -> "tuple[State[Any] | None, bool]":
-    """The state that Prefect should show for a stopped attempt, and whether our worker stopped it."""
+def _last_state(stop: BaseException) -> "State[Any] | None":
+    """The state that Prefect should show for a stopped attempt. None when it was lost: another worker has the run and
+    publishes its states."""
     match stop.args[:1]:  # see `models.Reason`
         case ("cancelled",):
-            return Cancelled(message="Cancelled by request."), True
+            return Cancelled(message="Cancelled by request.")
         case ("released",):
             message = "Its worker stopped before it had finished; another one runs it."
-            return Pending(name="Released", message=message), True
-        case ("lost",):
-            return None, True  # another worker has the run and publishes its states
+            return Pending(name="Released", message=message)
         case _:
-            return None, False
+            return None
 
 
 async def call(job: Job, asked: threading.Event, publish: Publish | None) -> AttemptResult:
@@ -388,7 +386,7 @@ async def _call(job: Job, asked: threading.Event, publish: Publish | None, **mor
             engine = _SyncEngine(**_parts(job, publish, **late, **more))
             await job.threads.aside(engine.overrun)
         except asyncio.CancelledError as stop:
-            engine.silence(_last_state(stop)[0])
+            engine.silence(_last_state(stop))
             raise
         if engine.is_done:
             return engine.attempt_result()

@@ -167,7 +167,7 @@ async def _waited(task: "asyncio.Task[Any]", seconds: float, margin: float) -> b
     return task.done()
 
 
-def is_asked(stop: asyncio.CancelledError) -> bool:
+def is_asked(stop: BaseException) -> bool:
     """Whether the supervisor has asked for this, and no code that cancels what it finds."""
     return stop.args[:1] in [(reason,) for reason in get_args(Reason)]
 

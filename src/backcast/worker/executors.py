@@ -302,7 +302,7 @@ class Executors:
         while True:
             await asyncio.sleep(1)
             self._end_orphans()
-            sizes = await asyncio.to_thread(self._sizes)
+            sizes = await asyncio.to_thread(self._sizes, self._most) if self._most else {}
             for child, used in sizes.items():
                 if self._most and used > 1.25 * self._most and not child.ended.is_set():
                     log.error("ending executor %s: it has %d MiB", child.pid, used >> 20)
@@ -347,10 +347,9 @@ class Executors:
         # One that starts would be taken for an orphan.
         return None not in pids and orphans.end([pid for pid in pids if pid is not None])
 
-    def _sizes(self) -> dict[Child, int]:
-        """Bytes of memory of each executor, if that is limited."""
-        most = self._most
-        return {child: memory(child.pid, most) for child in list(self._all) if child.pid is not None} if most else {}
+    def _sizes(self, most: int) -> dict[Child, int]:
+        """Bytes of memory of each executor."""
+        return {child: memory(child.pid, most) for child in list(self._all) if child.pid is not None}
 
     def _is_worn(self, child: Child, used: int) -> str:
         worker = self._settings.worker

@@ -16,17 +16,20 @@ FOLDER = Path(os.environ.get("E2E_DUMPS", ROOT / ".backcast" / "e2e" / "dumps"))
 def dump(test: str) -> str:
     folder = FOLDER / re.sub(r"[^\w.-]+", "_", test)[-120:]
     report = [f"everything is in {folder}"]
-    for namespace in (
-        _kubectl("get", "namespaces", "-l", f"{OURS}=true", "-o", "name").replace("namespace/", "").split()
-    ):
-        report += _namespace(namespace, folder / namespace)
+    found = _kubectl("get", "namespaces", "-l", f"{OURS}=true", "-o", "name")
+    for line in found.splitlines():
+        if line.startswith("namespace/"):
+            report += _namespace(name := line.removeprefix("namespace/"), folder / name)
+        else:  # what is wrong with the cluster
+            report.append(line)
     return "\n".join(report)
 
 
 def _namespace(namespace: str, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     here = ("-n", namespace)
-    pods = json.loads(_kubectl("get", "pods", *here, "-o", "json") or '{"items": []}')["items"]
+    found = _kubectl("get", "pods", *here, "-o", "json")
+    pods = json.loads(found)["items"] if found.startswith("{") else []
     things = "pods,deployments,statefulsets,jobs,ingresses,hpa,pvc"
     table = _kubectl("get", things, *here, "-o", "wide")
     events = _kubectl("get", "events", *here, "--sort-by=.lastTimestamp")

@@ -37,7 +37,7 @@ LANES = {
     "max_per_minute": ["1e12", "1e300", "'NaN'", "'Infinity'", "1e-300", "5e-324"],
     "promoted": ["2147483647", "-2147483648"],
     "tokens": ["'NaN'", "1e308", "-1e308", "'-Infinity'"],
-    "refilled_at": ["'infinity'", "'-infinity'", "'9999-01-01'", "'4713-01-01 BC'"],
+    "refilled_at": ["'infinity'", "'-infinity'", "'9999-01-01'", "'4713-01-01 BC'", "now() + interval '3 minutes'"],
     "served": ["9223372036854775807", "-9223372036854775808"],
     "max_running": ["2147483647"],
 }

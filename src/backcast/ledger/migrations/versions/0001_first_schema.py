@@ -333,7 +333,7 @@ def upgrade() -> None:
                as ready,
                (select count(*) from runs r where r.pool = t.pool and r.state = 'running') as running,
                (select coalesce(extract(epoch from now() - min(r.run_at)), 0)::float8 from runs r
-                 where r.pool = t.pool and r.state = 'queued') as oldest_age_seconds
+                 where r.pool = t.pool and r.state = 'queued' and isfinite(r.run_at)) as oldest_age_seconds
           from (select distinct pool from task_types) t;
     """)  # noqa: S608  # a constant
     op.execute("select make_partitions(current_date - 8, current_date + 14)")

@@ -173,11 +173,11 @@ async def test_everything_that_callers_control_is_escaped(web: httpx.AsyncClient
         f"/batches/{batch.json()['id']}",
         f"/runs?{asked}",
         f"/many/retry?{asked}",
-        "/try/shape?shape=<script>,b",
         "/<script>",
     )
-    for path in everywhere:
-        answer = await web.get(f"/console{path}")
+    answers = {path: await web.get(f"/console{path}") for path in everywhere}
+    answers["shape"] = await web.post("/console/try/shape", data={"shape": "<script>,b"})
+    for path, answer in answers.items():
         assert answer.status_code in (200, 404), (path, answer.text)
         assert not re.search(r"<script>|<[^>]*=\"[^\"]*<", answer.text), path
     shown = await page(web, f"/runs/{failed}")
@@ -459,13 +459,18 @@ async def test_a_cast_is_tried(web: httpx.AsyncClient, ledger: Ledger) -> None:
     assert "name, age</textarea>" in await page(web, place.removeprefix("/console"))
     wrong = await web.post("/console/try", data={"data": "kept", "shape": "a: nonsense"})
     assert (wrong.status_code, "kept</textarea>" in wrong.text, "no type" in wrong.text) == (422, True, True)
-    assert "&#34;integer&#34;" in await page_part(web, "/try/shape?shape=name,age")
+    assert "&#34;integer&#34;" in await shape_of(web, "name,age")
+    schema = {"type": "object", "properties": {f"field_{n}": {"type": "string"} for n in range(2000)}}
+    place = await post(web, "/try", data="long", shape=json.dumps(schema))
+    assert len(place) < 100
+    assert "field_1999" in await page(web, place.removeprefix("/console"))
+    assert "field_1000" in await shape_of(web, json.dumps(schema))
 
 
 @pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"a": ' + "[" * 9000, '{"a": NaN}'], ids=lambda text: text[:9])
 async def test_what_is_no_json_is_refused_on_its_page(web: httpx.AsyncClient, ledger: Ledger, text: str) -> None:
     await register(ledger, "plain", CAST)
-    assert "not JSON" in await page_part(web, f"/try/shape?shape={quote(text)}")
+    assert "not JSON" in await shape_of(web, text)
     run = await submit(web, "plain")
     forms: dict[str, dict[str, str]] = {
         "/try": {"data": "a", "shape": text},
@@ -478,8 +483,8 @@ async def test_what_is_no_json_is_refused_on_its_page(web: httpx.AsyncClient, le
         assert (answer.status_code, "not JSON" in answer.text) == (422, True), path
 
 
-async def page_part(web: httpx.AsyncClient, path: str) -> str:
-    return (await web.get(f"/console{path}")).text
+async def shape_of(web: httpx.AsyncClient, text: str) -> str:
+    return (await web.post("/console/try/shape", data={"shape": text})).text
 
 
 async def test_a_batch_is_found_cancelled_and_repeated(web: httpx.AsyncClient, ledger: Ledger) -> None:

@@ -159,6 +159,8 @@ class Service:
                 self.runs[run_id]["state"] = "cancelled"
                 return 200, self.runs[run_id]
             case "POST", ["batches"]:
+                if any(each.get("input", {}).get("data") == "refused" for each in seen.body):
+                    return _problem(422, "invalid_input", "Line 1 is wrong: /input/data: too deep")
                 batch = {"id": str(uuid7()), "owner": "default", "size": len(seen.body)}
                 batch["states"] = {"completed": len(seen.body)}
                 self.batches[batch["id"]] = batch | {"created_at": "2030-01-31T08:00:00Z"}
@@ -276,7 +278,7 @@ def _route(service: Service) -> type[BaseHTTPRequestHandler]:
             parsed = json.loads(body or b"null") if texts is None else [json.loads(text) for text in texts]
             seen = Seen(self.command, url.path, query, headers, parsed)
             service.seen.append(seen)
-            kind = "application/json"
+            kind = "text/event-stream" if url.path.endswith("/events") else "application/json"
             match service.troubles.popleft() if service.troubles else None:
                 case None:
                     status, document = service.answer(seen)
@@ -499,6 +501,24 @@ def test_many_rows_are_cast_in_their_order_and_one_that_fails_ends_no_other(call
     assert sent[0][0]["input"] == {"data": "row 0", "target": {"type": "integer"}, "instructions": "count"}
     with pytest.raises(TypeError, match="Did you mean owner"):
         call("cast_many", [1], int, ownr="ana")
+
+
+def test_a_row_that_is_no_json_or_is_refused_ends_no_other(call: Call) -> None:
+    rows = [{"n": n} for n in range(60)] + ["refused", {"n": math.nan}, {"n": b"bytes"}, {"n": 63}]
+    results = call("cast_many", iter(rows), int)
+    assert [place for place, result in enumerate(results) if result.id is None] == [60, 61, 62]
+    assert len(results) == len(rows)
+    assert {result.error.code for result in results[60:63]} == {"invalid_input"}
+    assert "too deep" in str(results[60].error)
+    assert "not plain JSON" in str(results[61].error)
+    with pytest.raises(InvalidInput, match="too deep"):
+        call("cast_many", ["refused"] * 30, int)
+
+
+def test_a_page_in_the_place_of_a_stream_is_refused(call: Call, service: Service) -> None:
+    service.troubles.append((200, "text/html", b"<html>Sign in</html>"))
+    with pytest.raises(ConfigurationError, match="no stream of events"):
+        call("stream", service.add_run())
 
 
 def test_delay_is_called_as_the_task_is(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

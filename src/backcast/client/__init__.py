@@ -127,7 +127,8 @@ class Client(_Methods, Blocking):
     ) -> Iterator[CastResult[Any]]:
         """Cast every row, many at a time, and yield the results in the order of the rows. A row that fails has an
         `error`, and the others go on. At most a thousand rows are under way, so `rows` may be a generator.
-        `progress(ended, submitted)` is called with the number of rows, every now and then."""
+        `progress(ended, submitted)` is called with the number of rows, every now and then. Raises `InvalidInput` if
+        none of the first rows is taken: the target is wrong."""
         return self._cast_many(Rows(iter(rows), target, instructions, **options))
 
     def _cast_many(self, rows: Rows) -> Iterator[CastResult[Any]]:

@@ -14,7 +14,7 @@ from backcast.client import batches, runs
 from backcast.client.batches import BatchResult
 from backcast.client.runs import SubmitOptions, Waiting
 from backcast.client.wire import Ask, Flow, path, read
-from backcast.errors import RunError, refuse_unknown
+from backcast.errors import BodyTooLarge, InvalidInput, RunError, refuse_unknown
 from backcast.models import CAST, JSON, Batch, State
 
 _ROWS, _BATCHES = 25, 40
@@ -32,8 +32,8 @@ class CastManyOptions(SubmitOptions, total=False):
 class CastResult(NamedTuple, Generic[T]):
     """What became of one row: a value, or the error of its run."""
 
-    id: UUID
-    """Of the run."""
+    id: UUID | None
+    """Of the run; a row that is no JSON, or that the service refuses, has none."""
     value: T | None
     error: RunError | None
 
@@ -74,29 +74,47 @@ class Rows:
         refuse_unknown("cast_many", options, ("instructions", *CastManyOptions.__annotations__))
         self._progress = options.pop("progress", None)
         self._rows, self._options, self._shape = rows, options, Shape(target, instructions)
-        self._under_way = deque[UUID]()
+        self._under_way = deque[UUID | CastResult[Any]]()
+        """Batches, and rows that were refused."""
         self._submitted, self._ended = 0, 0
 
     def some(self) -> Flow[list[CastResult[Any]]]:
         """The results of the next rows, in their order; none at the end."""
         while len(self._under_way) < _BATCHES and (some := list(islice(self._rows, _ROWS))):
-            inputs = [self._shape.input(row) for row in some]
-            self._under_way.append((yield from batches.submit_many(CAST, inputs, **self._options)).id)
+            sent = yield from self._send(some)
+            if self._submitted == 0 and not any(isinstance(each, UUID) for each in sent):
+                [refused, *_] = [each.error for each in sent if isinstance(each, CastResult)]
+                raise InvalidInput(f"None of the first rows is taken. The first one: {refused}")
+            self._under_way += sent
             self._submitted += len(some)
             self._show(0)
         if not self._under_way:
             return []
-        batch_id = self._under_way.popleft()
+        first = self._under_way.popleft()
+        results = [first] if isinstance(first, CastResult) else (yield from self._results(first))
+        self._ended += len(results)
+        return results
+
+    def _send(self, rows: list[JSON]) -> Flow[list[UUID | CastResult[Any]]]:
+        """Submit rows as one batch, or as those around the rows that are refused."""
+        try:
+            batch = yield from batches.submit_many(CAST, [self._shape.input(row) for row in rows], **self._options)
+        except (InvalidInput, BodyTooLarge) as error:
+            if len(rows) == 1:
+                return [CastResult(None, None, RunError(error.detail, code=error.code))]
+            half = len(rows) // 2
+            first = yield from self._send(rows[:half])
+            return first + (yield from self._send(rows[half:]))
+        return [batch.id]
+
+    def _results(self, batch_id: UUID) -> Flow[list[CastResult[Any]]]:
         while True:
             answer = yield Ask("GET", path("batches", batch_id), timeout=60.0, patience=runs.OUTAGE)
             states = read(Batch, answer).states
             self._show(sum(count for state, count in states.items() if state.is_final))
             if all(state.is_final for state in states):
-                break
+                return [self._result(each) for each in (yield from batches.results(batch_id))]
             yield 0.5
-        results = [self._result(each) for each in (yield from batches.results(batch_id))]
-        self._ended += len(results)
-        return results
 
     def _show(self, more: int) -> None:
         if self._progress is not None:

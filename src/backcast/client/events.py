@@ -8,11 +8,12 @@ from uuid import UUID
 
 import httpx
 
-from backcast.client.wire import Ask, path, refusal, silence
+from backcast.client.wire import Ask, foreign, path, refusal, silence
 from backcast.errors import Unavailable
 from backcast.models import JSON
 from backcast.process.outages import backoff
 
+_STREAM = "text/event-stream"
 _SILENCE = 60.0
 """Seconds: the service sends a comment every 15 s."""
 _FOREVER = 120.0
@@ -31,7 +32,8 @@ class Event:
 class Following:
     """The state of one reader. Each state of a run is given once, and in order, however often the connection is lost.
 
-    Raises (any method): the error of the problem document, or `Unavailable` after two minutes without a connection.
+    Raises (any method): the error of the problem document, or `Unavailable` after two minutes without a connection, or
+    `ConfigurationError` if what answers is not backcast.
     """
 
     def __init__(self, noun: str, which: UUID | str, *, logs: bool = False) -> None:
@@ -46,7 +48,7 @@ class Following:
         """Seconds before the next connection after one that the service has ended; it may send another number."""
 
     def ask(self) -> Ask:
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last} if self._last is not None else {})
+        headers = {"Accept": _STREAM} | ({"Last-Event-ID": self._last} if self._last is not None else {})
         return Ask("GET", self._url, self._params, headers=headers, timeout=_SILENCE)
 
     def opened(self, answer: httpx.Response) -> None:
@@ -55,6 +57,8 @@ class Following:
             self.is_over = True
         elif answer.status_code != 200:
             raise refusal(answer)
+        elif not answer.headers.get("Content-Type", "").startswith(_STREAM):
+            raise foreign(answer, "no stream of events")
         self._connected, self._delays = time.monotonic(), backoff(0.1, 5.0)
         self._id, self._name, self._data = "", "", []
 

@@ -47,8 +47,8 @@ class Ask(NamedTuple):
 
 
 Flow: TypeAlias = Generator[Ask | float, httpx.Response, T]
-"""An exchange with the service: it yields requests, or seconds to pause, and is sent the answers that are no errors. It
-knows nothing of how they are performed."""
+"""An exchange with the service: it yields requests, or seconds to pause, and is sent the answers; errors are thrown in.
+It knows nothing of how they are performed."""
 Steps: TypeAlias = Generator[Ask | float, httpx.Response | httpx.TransportError | None, T]
 """As `Flow`, with what happens to each single request."""
 
@@ -59,7 +59,12 @@ def patiently(flow: Flow[T], patience: float) -> Steps[T]:
         step = next(flow)
         while True:
             if isinstance(step, Ask):
-                step = flow.send((yield from _answered(step, patience)))
+                try:
+                    answer = yield from _answered(step, patience)
+                except BackcastError as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(answer)
             else:
                 yield step
                 step = next(flow)
@@ -197,7 +202,7 @@ def read(noun: type[Noun], answer: httpx.Response) -> Noun:
         return noun.model_validate_json(answer.content, extra="ignore")  # a newer service may send more
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        raise _foreign(answer, ": ".join([*map(str, first["loc"]), first["msg"]])) from None
+        raise foreign(answer, ": ".join([*map(str, first["loc"]), first["msg"]])) from None
 
 
 class _Items(BaseModel, Generic[Noun]):
@@ -214,24 +219,24 @@ def read_lines(noun: type[Noun], answer: httpx.Response) -> list[Noun]:
     try:
         return [noun.model_validate_json(line, extra="ignore") for line in answer.content.splitlines()]
     except ValidationError as error:
-        raise _foreign(answer, error.errors(include_input=False, include_url=False)[0]["msg"]) from None
+        raise foreign(answer, error.errors(include_input=False, include_url=False)[0]["msg"]) from None
 
 
 def read_json_lines(answer: httpx.Response) -> list[JSON]:
     try:
         return [json.loads(line) for line in answer.content.splitlines()]
     except ValueError as error:
-        raise _foreign(answer, str(error)) from None
+        raise foreign(answer, str(error)) from None
 
 
 def read_json(answer: httpx.Response) -> JSON:
     try:
         return answer.json()
     except ValueError as error:
-        raise _foreign(answer, str(error)) from None
+        raise foreign(answer, str(error)) from None
 
 
-def _foreign(answer: httpx.Response, why: str) -> ConfigurationError:
+def foreign(answer: httpx.Response, why: str) -> ConfigurationError:
     return ConfigurationError(f"{answer.url} does not answer as backcast does ({why}): check the URL.")
 
 
@@ -260,7 +265,7 @@ def refusal(answer: httpx.Response) -> BackcastError:
         errors = tuple(FieldError(str(e["pointer"]), str(e["detail"])) for e in problem.get("errors") or ())
     except (ValueError, TypeError, KeyError, AttributeError):  # a proxy's page, or another service
         answered = f"{answer.status_code} {answer.reason_phrase}".strip()
-        return Unavailable(f"{answer.url} answered {answered}.") if is_away else _foreign(answer, answered)
+        return Unavailable(f"{answer.url} answered {answered}.") if is_away else foreign(answer, answered)
     kind = _KINDS.get(code, Unavailable if is_away else ClientError)
     if issubclass(kind, TooManyWaiting):
         retry_after = answer.headers.get("Retry-After", "")

@@ -22,6 +22,9 @@ _EXAMPLE = {
     "instructions": "",
 }
 _LATEST = 5
+_IN_ADDRESS = 500
+"""Characters of a shape that stays as it was written; a longer one is shown as the JSON Schema that it means. Proxies
+take few kilobytes of headers."""
 
 
 async def _page(request: Request, status: int = 200, problem: str | None = None, form: JSON = None) -> Response:
@@ -93,7 +96,7 @@ def _schema(shape: str) -> tuple[JSON, str | None]:
 
 async def _shape(request: Request) -> Response:
     """The target that a shape means, while it is written."""
-    return render(request, "shape.html", schema=_schema(request.query_params.get("shape", "")))
+    return render(request, "shape.html", schema=_schema(str((await read_form(request)).get("shape", ""))))
 
 
 async def _submit(request: Request) -> Response:
@@ -106,7 +109,8 @@ async def _submit(request: Request) -> Response:
         run = await service(request).client.submit(CAST, wanted)
     except BackcastError as error:
         return await _page(request, error.status, error.detail, form)
-    return RedirectResponse(f"/console/try{query(run=run.id, shape=form['shape'])}", 303)
+    written = form["shape"] if len(form["shape"]) <= _IN_ADDRESS else None
+    return RedirectResponse(f"/console/try{query(run=run.id, shape=written)}", 303)
 
 
 def _snippets(url: str, form: JSON) -> dict[str, str]:
@@ -126,5 +130,5 @@ def _snippets(url: str, form: JSON) -> dict[str, str]:
 routes = [
     Route("/try", _page),
     Route("/try", _submit, methods=["POST"]),
-    Route("/try/shape", _shape),
+    Route("/try/shape", _shape, methods=["POST"]),
 ]

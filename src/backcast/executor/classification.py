@@ -25,6 +25,8 @@ TRACEBACK = 8 * 1024
 """Bytes of a traceback that are kept: its end."""
 _FRAMES = 100
 """The innermost frames of each exception that are read."""
+_PART = 64 * 1024
+"""Characters of a part of a traceback that are read: for a thousand times more, the loop would stand still."""
 _LINE = 1000
 """Characters of a line of a traceback: a long message must not take the room of the frames."""
 _OURS = (str(Path(__file__).parent), str(Path(prefect.__file__).parent))
@@ -57,7 +59,7 @@ def _traceback(error: BaseException) -> str:
             while len(part.stack) > 1 and part.stack[0].filename.startswith(_OURS):
                 del part.stack[0]
             part = part.__cause__ or part.__context__
-        lines = redacted("".join(found.format())).splitlines()
+        lines = redacted("".join(map(_start, found.format()))).splitlines()
         text = storable("\n".join(line if len(line) <= _LINE else f"{line[:_LINE]}…" for line in lines)).encode()
     except Exception:  # noqa: BLE001  # an exception may have any attributes
         return ""
@@ -65,6 +67,11 @@ def _traceback(error: BaseException) -> str:
         return text.decode()
     end = text[-TRACEBACK:].decode(errors="ignore")
     return end[end.find("\n") + 1 :]
+
+
+def _start(part: str) -> str:
+    """Up to a line's end, or a secret might be cut."""
+    return part if len(part) <= _PART else part[:_PART].rsplit("\n", 1)[0] + "…\n"
 
 
 def readable(error: E) -> E:

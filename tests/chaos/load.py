@@ -19,9 +19,11 @@ from tests.chaos.world import GONE, NARROW, World
 
 UNFINISHED = 400
 """Runs that wait or run at once, at most: the load limits itself."""
-PATIENCE = httpx.Timeout(4.0, pool=None)
-"""For how long the client waits for an answer before it asks again, perhaps another API. Its wait for a connection has
-no limit: hundreds of requests that give it up at once, and ask again, keep the pool so busy that none ever gets one."""
+PATIENCE = 4.0
+"""Seconds for which the client waits for an answer before it asks again, perhaps another API."""
+IN_FLIGHT = 64
+"""Requests at once, at most: fewer than the client has connections. Its pool looks at every request that waits for one,
+for each that comes or goes; with hundreds of them this process, which has the proxies too, does nothing else."""
 
 
 @dataclass
@@ -178,6 +180,7 @@ class Load:
     """Keys of requests that were refused because their deadline had passed."""
     _unfinished: int = 0
     _unanswered: int = 0
+    _few: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT), init=False)
 
     async def flow(self, over: asyncio.Event) -> None:
         """Submit (and cancel) until it is over; returns when every request has had its answer."""
@@ -237,7 +240,8 @@ class Load:
         """The answer, however often the request must be repeated."""
         while True:
             with contextlib.suppress(httpx.TransportError):
-                answer = await client.request(method, dice.choice(self.world.apis) + path, headers=headers, **body)
+                async with self._few:
+                    answer = await client.request(method, dice.choice(self.world.apis) + path, headers=headers, **body)
                 if answer.is_success:
                     return dict(answer.json())
                 if answer.status_code == 422 and "the deadline has passed" in answer.text:

@@ -315,6 +315,15 @@ async def test_a_limit_holds_back_what_is_queued_and_lets_go_on_what_runs(ledger
     assert await states(ledger) == {"completed": 2, "queued": 1, "held": 3}
 
 
+async def test_what_a_slow_statement_has_queued_past_a_new_limit_is_held_back(ledger: Ledger) -> None:
+    await limits.limit(ledger, "lane", Limits(max_running=1))
+    for _ in range(3):
+        await submit(ledger)
+    await ledger.execute("update runs set state = 'queued' where state = 'held'")
+    await limits.hold_back(ledger)
+    assert await states(ledger) == {"queued": 1, "held": 2}
+
+
 async def test_a_lower_limit_holds_back_those_that_would_start_last(ledger: Ledger) -> None:
     worker = await register(ledger)
     await limits.limit(ledger, "lane", Limits(max_running=2500))

@@ -381,14 +381,18 @@ async def test_runs_that_no_worker_publishes_are_found_for_the_history(ledger: L
     assert await history.waiting(ledger, start, before, limit=9) == [], "not before their time"
 
     async def ended() -> list[history.Entry]:
-        return await history.ended_badly(ledger, began, limit=9)
+        return await history.ended_badly(ledger, (began, UUID(int=0)), limit=9)
 
     ends = await until(ended, lambda seen: len(seen) == 2)
     assert {(run.id, run.state, run.message) for run in ends} == {
         (made[4], "cancelled", ""),
         (made[0], "failed", "why"),
     }
-    assert await history.ended_badly(ledger, ends[-1].at, limit=9) == []
+    assert await history.ended_badly(ledger, (ends[-1].at, ends[-1].id), limit=9) == []
+    await ledger.execute("update ended set finished_at = now() - interval '10 s'")  # by one statement
+    first = await history.ended_badly(ledger, (began - timedelta(hours=1), UUID(int=0)), limit=1)
+    second = await history.ended_badly(ledger, (first[0].at, first[0].id), limit=1)
+    assert {run.id for run in first + second} == {made[0], made[4]}
 
 
 async def test_listing_pages_through_everything_once(ledger: Ledger) -> None:

@@ -1,7 +1,10 @@
 """Pauses: nothing new of what is paused starts, whatever it was doing; everything goes on afterwards; others notice
 nothing."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -10,7 +13,19 @@ import httpx
 import pytest
 
 from backcast.api.app import create_app
-from backcast.ledger import claims, dispatch, figures, fleet, limits, pauses, routing, runs, settlement, submissions
+from backcast.ledger import (
+    batches,
+    claims,
+    dispatch,
+    figures,
+    fleet,
+    limits,
+    pauses,
+    routing,
+    runs,
+    settlement,
+    submissions,
+)
 from backcast.ledger.claims import Claim
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
@@ -185,6 +200,33 @@ async def test_what_a_slow_statement_sets_aside_after_the_end_goes_on(ledger: Le
     await dispatch.dispatch_due(ledger)
     assert await ledger.fetch("select from pauses") == []
     assert [c.id for c in await claim(ledger, worker)] == [run]
+
+
+async def test_what_changes_while_a_batch_is_recorded_holds_for_all_of_it(ledger: Ledger, database: str) -> None:
+    """A batch may take longer than an ended pause stays."""
+
+    async def change() -> None:
+        async with aclosing(Ledger(database)) as other:
+            await pauses.resume(other, TASK, "a")
+            await other.execute("update pauses set until = now() - interval '2 minutes'")
+            await dispatch.dispatch_due(other)
+            assert await other.fetch("select from pauses") == []
+            await limits.limit(other, "lane", Limits(max_running=1))
+
+    def pieces() -> Iterator[list[submissions.New]]:
+        for task, lane in ((A, None), (B, "lane")):
+            given = Submission(lane=lane)
+            yield [submissions.new(task, given, input_text="{}", input_hash=b"", batch_id=batch) for _ in range(2)]
+        with ThreadPoolExecutor() as pool:
+            pool.submit(asyncio.run, change()).result()
+        yield [submissions.new(C, Submission(), input_text="{}", input_hash=b"", batch_id=batch)]
+
+    worker, batch = await register(ledger), uuid7()
+    await pause(ledger, TASK, "a")
+    await batches.submit(ledger, batch, "me", pieces(), size=5, key=None, request_hash=b"")
+    await dispatch.dispatch_due(ledger)
+    assert (await states(ledger), await states(ledger, "b")) == ({"queued": 2}, {"queued": 1, "held": 1})
+    assert len(await claim(ledger, worker)) == 3
 
 
 async def test_paused_runs_are_cancelled_and_expire(ledger: Ledger) -> None:

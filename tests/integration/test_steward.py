@@ -131,10 +131,14 @@ async def test_more_runs_than_a_page(ledger: Ledger, store: Store) -> None:
 async def test_while_the_store_is_away_rows_stay(ledger: Ledger, store: Store, tmp_path: Path) -> None:
     old = await add(ledger, "completed", ago=40 * DAY)
     away = open_store(settings.Store(url=f"file://{tmp_path}/not-mounted"))
+    await ledger.execute(
+        "insert into batches (id, owner, size, request_hash) values ($1, 'me', 1, '')", uuid7(40 * DAY)
+    )
     with pytest.raises(StoreUnavailable):
         await Retention(ledger, away, KEEP)()
     await away.aclose()
     assert await runs(ledger) == {old}
+    assert await ledger.fetch("select from batches") == [], "what needs no store goes on"
 
 
 async def test_the_store_of_another_ledger_is_not_swept(
@@ -431,7 +435,7 @@ async def test_churn_does_not_postpone_the_recovery_of_lost_runs(database: str, 
 
 
 async def test_a_sweep_that_fails_is_made_again(database: str, tmp_path: Path, ledger: Ledger) -> None:
-    old = await add(ledger, "failed", ago=3 * DAY)
+    old = await add(ledger, "completed", ago=3 * DAY)
     env = {"BACKCAST_STEWARD__KEEP_RUNS": "P1D", "BACKCAST_STEWARD__SWEEP": "PT1S"}
     async with stack(database, tmp_path, **env) as product:
         (tmp_path / "store").rename(tmp_path / "unmounted")

@@ -29,7 +29,7 @@ worker has claimed before its turn is never published as waiting."""
 WAITING_REACH = 10_000
 """Runs searched for waiting ones in one round."""
 ENDED_PAGE = 2000
-"""Ended runs published in one round; above the number of runs that one transaction ends."""
+"""Ended runs published in one round."""
 AGES = tuple(timedelta(seconds=15 * 4**power) for power in range(10))
 """Ages at which Prefect is asked about a run, if it has ended: 15 s after it was accepted, 1, 4, 16, … minutes, up to
 45 days."""
@@ -56,7 +56,10 @@ class Reconciliation:
     sink: Sink
     keep: timedelta | None
     """How long Prefect keeps runs after they ended; those that it has removed are not published again."""
-    _ended: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(seconds=LOOK_BACK), init=False)
+    _ended: tuple[datetime, UUID] = field(
+        default_factory=lambda: (datetime.now(UTC) - timedelta(seconds=LOOK_BACK), UUID(int=0)), init=False
+    )
+    """The end, and the id, of the last one that was published."""
     _away_until: float = field(default=0.0, init=False)
 
     async def publish_new(self) -> None:
@@ -65,8 +68,8 @@ class Reconciliation:
         until = await history.reach(self.ledger, after, uuid7(WAITS_AFTER), rows=WAITING_REACH)
         waiting = await history.waiting(self.ledger, after, until, limit=WAITING_PAGE)
         ended = await history.ended_badly(self.ledger, self._ended, limit=ENDED_PAGE)
-        if ended:  # a full page may cut a batch, which has one time: read that time again
-            self._ended = ended[-1].at - timedelta(microseconds=len(ended) == ENDED_PAGE)
+        if ended:
+            self._ended = ended[-1].at, ended[-1].id
         for run in (*waiting, *ended):
             self.sink.record(run)
         await cursors.move(self.ledger, "waiting", waiting[-1].id if len(waiting) == WAITING_PAGE else until)

@@ -45,6 +45,14 @@ on conflict (owner, idem_key) where idem_key is not null do update set idem_key 
 returning id, owner, size, skipped, {reading.time("created_at")}, request_hash, xmax = 0 as fresh"""  # noqa: S608  # constants
 
 
+# A batch of many statements may take longer than a pause is kept after its end, and than a new limit looks for runs. So
+# what was true for its first rows is looked up again before the commit; they are nobody else's yet.
+_LOOK_AGAIN = f"""
+update runs r set state = {waiting.ready("r")}
+ where batch_id = $1 and state in ('queued', 'paused') and state <> {waiting.ready("r")}
+returning pool, lane, state"""  # noqa: S608  # constants
+
+
 async def submit(
     ledger: Ledger,
     batch_id: UUID,
@@ -69,15 +77,17 @@ async def submit(
         async with ledger.transaction(times=1 + size // _IN_TIME) as connection:
             row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, size, skipped, errors)
             assert row is not None
-            for piece in pieces if row["fresh"] else ():
+            number = 0
+            for number, piece in enumerate(pieces if row["fresh"] else (), 1):  # noqa: B007  # used below
                 recorded = await connection.fetch(INSERT, *columns(piece))
                 if not recorded:
                     raise too_late()
-                for run in recorded:
-                    if run["state"] == "queued":
-                        ready.add(run["pool"])
-                    elif run["state"] == "held":
-                        held.add(run["lane"])
+                ready |= {run["pool"] for run in recorded if run["state"] == "queued"}
+                held |= {run["lane"] for run in recorded if run["state"] == "held"}
+            if number > 1:
+                changed = await connection.fetch(_LOOK_AGAIN, batch_id)
+                ready |= {run["pool"] for run in changed if run["state"] == "queued"}
+                held |= {run["lane"] for run in changed if run["state"] == "held"}
     except REFUSED as error:
         raise InvalidInput(f"The batch can't be stored: {error}.") from None
     if not row["fresh"]:

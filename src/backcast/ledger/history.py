@@ -66,12 +66,12 @@ select {_COLUMNS}, null as reported_at from all_runs r
  where id > $1 and id <= $2 and fence = 0 and state in {WAITING} and {_SHOWN}
  order by id limit $3"""  # noqa: S608  # constants
 
-# By ended_badly and ended_late_finished. The latest second is left out: a slow transaction may still commit an earlier
-# `finished_at`.
+# By ended_badly and ended_late_finished. One statement may end more runs than a page has, all at one time. The latest
+# second is left out: a slow transaction may still commit an earlier `finished_at`.
 _ENDED_BADLY = f"""
 select {_COLUMNS}, null as reported_at from all_runs r
- where state in ('failed', 'cancelled', 'expired') and finished_at > $1
-   and finished_at <= now() - interval '1 second' and {_SHOWN} order by r.finished_at limit $2"""  # noqa: S608  # constants
+ where state in ('failed', 'cancelled', 'expired') and finished_at >= $1 and (finished_at, id) > ($1, $2)
+   and finished_at <= now() - interval '1 second' and {_SHOWN} order by r.finished_at, id limit $3"""  # noqa: S608  # constants
 
 # By the primary key, a page; `ended` drops the runs that need no check afterwards, so that the last id is known.
 _ENDED = f"""
@@ -94,9 +94,10 @@ async def waiting(ledger: Ledger, after: UUID, until: UUID, *, limit: int) -> li
     return [_entry(row) for row in await ledger.fetch(_WAITING, after, until, limit)]
 
 
-async def ended_badly(ledger: Ledger, after: datetime, *, limit: int) -> list[Entry]:
-    """Runs that did not complete and ended after this time (by the database's clock), the earliest first."""
-    return [_entry(row) for row in await ledger.fetch(_ENDED_BADLY, after, limit)]
+async def ended_badly(ledger: Ledger, after: tuple[datetime, UUID], *, limit: int) -> list[Entry]:
+    """Runs that did not complete and ended after this time (by the database's clock) or at it, with a higher id; the
+    earliest first."""
+    return [_entry(row) for row in await ledger.fetch(_ENDED_BADLY, *after, limit)]
 
 
 @dataclass(frozen=True, slots=True)

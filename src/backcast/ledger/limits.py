@@ -36,6 +36,10 @@ kept as (
   update lanes set promoted = lanes.promoted - (select count(*) from counted)
    where name = (select name from lane) and exists (select from counted))
 select count(*) as moved from back"""  # noqa: S608  # constants
+# One look at the queued runs of each such lane, by runs_in_lane.
+_PAST = """
+select name from lanes l where limited and exists (
+  select from runs where lane = l.name and state = 'queued' and not promoted)"""
 _LIMITED = "select name from lanes where limited"
 _COUNT = "(select count(*) from (select from runs where lane = n.name and state {} limit 10000) c)"
 _SHOWN = f"""
@@ -52,10 +56,22 @@ async def limit(ledger: Ledger, name: str, limits: Limits) -> Lane:
     """Set the limits of a lane. Runs that are queued beyond them are held back, or held ones promoted, at once; what
     runs goes on. Runs that began before the lane had limits do not count in it."""
     await ledger.execute(_SET, name, limits.max_running, limits.max_per_minute)
-    while (row := await ledger.fetchrow(_HOLD_BACK, name)) and row["moved"]:
-        pass
+    await _hold_back(ledger, name)
     await lanes.try_promote(ledger, [name])
     return await get(ledger, name)
+
+
+async def hold_back(ledger: Ledger) -> None:
+    """Hold back what was queued past a new limit: by a statement that had begun before it, or as the request for the
+    limit was cut off."""
+    for row in await ledger.fetch(_PAST):
+        await _hold_back(ledger, row["name"])
+        await lanes.try_promote(ledger, [row["name"]])
+
+
+async def _hold_back(ledger: Ledger, name: str) -> None:
+    while (row := await ledger.fetchrow(_HOLD_BACK, name)) and row["moved"]:
+        pass
 
 
 async def lift(ledger: Ledger, name: str) -> None:

@@ -20,7 +20,18 @@ import httpx
 from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable
 from backcast.history.reconciliation import Reconciliation
 from backcast.history.sink import Sink
-from backcast.ledger import dispatch, figures, fleet, leadership, maintenance, recovery, routing, task_types, unusable
+from backcast.ledger import (
+    dispatch,
+    figures,
+    fleet,
+    leadership,
+    limits,
+    maintenance,
+    recovery,
+    routing,
+    task_types,
+    unusable,
+)
 from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import uuid7
 from backcast.process import background
@@ -45,6 +56,7 @@ MARK_EVERY = 5.0
 ROUTE_EVERY = 5.0
 FOLLOW_EVERY = 20.0
 """Seconds at first, see `routing.follow`."""
+HOLD_BACK_EVERY = 10.0
 OPERATE_EVERY = 1.0
 """Seconds; without an operation it is one probe of an empty index."""
 REMOVE_WORKERS_EVERY = 60.0
@@ -159,6 +171,7 @@ class Steward:
             ),
             ("fail runs that no worker can do", self._fail_late, ROUTE_EVERY),
             ("move runs with their tasks", self._follow, FOLLOW_EVERY),
+            ("hold runs back", partial(limits.hold_back, self._ledger), HOLD_BACK_EVERY),
             ("repeat or cancel many runs", Operations(self._ledger, self._store), OPERATE_EVERY),
             ("remove old tasks", partial(task_types.remove_unseen, self._ledger, self._settings.keep_tasks), every),
             (

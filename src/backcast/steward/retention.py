@@ -7,13 +7,14 @@ true when its objects are removed, even by a steward that was stopped in between
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from backcast.errors import LedgerUnavailable
+from backcast.errors import LedgerFault, LedgerUnavailable, Unavailable
 from backcast.history.sink import Sink
 from backcast.ledger import ended, events, maintenance, operations
-from backcast.ledger.connection import Ledger
+from backcast.ledger.connection import REFUSED, Ledger
 from backcast.models import is_cached_value
 from backcast.steward import orphans
 from backcast.store import Store
@@ -40,23 +41,37 @@ class Retention:
     """Results of unknown runs that the log has reported."""
 
     async def __call__(self) -> None:
-        await ended.make_ahead(self.ledger)
+        """Every step, whatever becomes of the others; the first error is raised last."""
+        failed = None
+        for step in self._steps():
+            try:
+                await step
+            except (Unavailable, LedgerFault, *REFUSED) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _steps(self) -> Iterator[Awaitable[object]]:
+        yield ended.make_ahead(self.ledger)
+        yield self._stored()  # before the rows go: the results of their lost attempts have a known run
+        if self.keep is not None:
+            yield self._old_runs(self.keep, self._longest)
+            yield maintenance.remove_empty_batches(self.ledger, self.keep)
+            yield maintenance.remove_retries_of_removed_runs(self.ledger, self.keep)
+            yield events.remove_of_removed_runs(self.ledger, self.keep)
+            yield operations.remove_old(self.ledger, self.keep)
+        if self.keep_keys is not None:
+            yield maintenance.remove_old_keys(self.ledger, self.keep_keys)
+        elif self.keep is not None:
+            yield maintenance.remove_keys_of_removed_runs(self.ledger, self.keep)
+        yield maintenance.remove_stale_flights(self.ledger)
+
+    async def _stored(self) -> None:
         await self.store.check()
         if await orphans.is_ours(self.ledger, self.store):
             if self.keep is not None:
                 await self._old_cache(self.keep)
-            await self._sweep()  # before the rows go: the results of their lost attempts have a known run
-        if self.keep is not None:
-            await self._old_runs(self.keep, self._longest)
-            await maintenance.remove_empty_batches(self.ledger, self.keep)
-            await maintenance.remove_retries_of_removed_runs(self.ledger, self.keep)
-            await events.remove_of_removed_runs(self.ledger, self.keep)
-            await operations.remove_old(self.ledger, self.keep)
-        if self.keep_keys is not None:
-            await maintenance.remove_old_keys(self.ledger, self.keep_keys)
-        elif self.keep is not None:
-            await maintenance.remove_keys_of_removed_runs(self.ledger, self.keep)
-        await maintenance.remove_stale_flights(self.ledger)
+            await self._sweep()
 
     @property
     def _longest(self) -> timedelta:

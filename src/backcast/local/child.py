@@ -66,6 +66,8 @@ class Child:
     """Awaited before each start."""
     give_up: Callable[[ConfigurationError], None] = _raise
     """Called when a start raises this error, which no further start would mend."""
+    folder: Path | None = None
+    """Its working directory; none means ours."""
     _stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _child: asyncio.subprocess.Process | None = field(default=None, init=False)
     _running: asyncio.Task[None] | None = field(default=None, init=False)
@@ -143,6 +145,7 @@ class Child:
                     self._child = await asyncio.create_subprocess_exec(
                         *command,
                         env=self.environ,
+                        cwd=self.folder,
                         stdin=asyncio.subprocess.DEVNULL,
                         stdout=writes,
                         stderr=asyncio.subprocess.STDOUT,

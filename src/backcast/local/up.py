@@ -148,6 +148,8 @@ class _Up:
         defaults = {"BACKCAST_STORE__URL": self._store.url, "BACKCAST_STEWARD__KEEP_HISTORY": "P30D"}
         defaults["BACKCAST_API__METRICS_PORT"] = "0"  # no other program can take it before the API does
         self._environ = defaults | os.environ | self._variables()
+        # The user's own Prefect settings may name another database. Prefect also reads them from files in its folder.
+        not_prefects = {name: text for name, text in os.environ.items() if not name.upper().startswith("PREFECT_")}
         python = [sys.executable, "-m"]
         commands: dict[str, Callable[[], list[str]]] = {
             name: lambda name=name: [*python, "backcast", name] for name in ("worker", "api", "steward", "model")
@@ -158,11 +160,12 @@ class _Up:
             name: Child(
                 name,
                 command,
-                self._environ,
+                not_prefects | self._variables() if name == "prefect" else self._environ,
                 data / "log" / f"{name}.log",
                 self._show,
                 prepare=partial(self._secure_port, name),
                 give_up=self._fail,
+                folder=data if name == "prefect" else None,
             )
             for name, command in commands.items()
         }

@@ -19,6 +19,10 @@ _OF_LIBPQ = {
     "keepalives_count",
 } | {"keepalives_idle", "keepalives_interval", "load_balance_hosts", "sslsni", "tcp_user_timeout"}
 """asyncpg would send them to the server, as settings that it does not know."""
+_OF_PREFECT = {"gsslib", "host", "krbsrvname", "passfile", "password", "port", "service", "ssl", "user"} | {
+    "target_session_attrs"
+}
+"""SQLAlchemy passes each parameter to asyncpg, which takes no other."""
 _HOST = r"([^\s:/?#@,\[\]]*|\[[^\s/?#@,\[\]]+\])(:\d*)?"
 _URL = re.compile(
     rf"postgres(ql)?(\+\w+)?://([^\s:/?#@\[\]]*(:[^\s/?#@\[\]]*)?@)?{_HOST}(,{_HOST})*(/[^\s?#@]*)?(\?[^\s#@]*)?"
@@ -34,6 +38,22 @@ def check(url: str) -> str:
         )
     if any("=" not in each or _name(each) not in _SHARED | _OF_LIBPQ for each in _parameters(url)):
         raise ValueError(f"the parameters of a URL are {', '.join(sorted(_SHARED | _OF_LIBPQ))}: remove all others")
+    return url
+
+
+def check_for_prefect(url: str) -> str:
+    """The URL itself, of the Prefect server's database, which that server gets as it is. Raises `ValueError`."""
+    before, _, _ = check(url).partition("?")
+    if (
+        not before.startswith("postgresql+asyncpg://")
+        or "," in before.rpartition("@")[2]
+        or any(_name(each) not in _OF_PREFECT for each in _parameters(url))
+    ):
+        raise ValueError(
+            "the Prefect server takes only a URL such as postgresql+asyncpg://user:password@host:5432/database?ssl=require,"
+            f" of this scheme, with one host and the parameters {', '.join(sorted(_OF_PREFECT))}; in a Secret for the"
+            " chart, its key is prefect-database-url"
+        )
     return url
 
 

@@ -85,6 +85,11 @@ def _database_url(value: SecretStr) -> SecretStr:
     return value
 
 
+def _prefects_url(value: SecretStr) -> SecretStr:
+    database_urls.check_for_prefect(value.get_secret_value())
+    return value
+
+
 DatabaseUrl = Annotated[SecretStr, AfterValidator(_database_url)]
 Host = Annotated[str, AfterValidator(_host)]
 Origin = Annotated[str, AfterValidator(_origin)]
@@ -369,8 +374,9 @@ class Setup(_Section):
     admin_url: DatabaseUrl | None = None
     """URL of a PostgreSQL role that may create roles and databases: it makes those that the other URLs name. None: they
     must exist."""
-    prefect_url: DatabaseUrl | None = None
-    """URL of the Prefect server's own database."""
+    prefect_url: Annotated[SecretStr, AfterValidator(_prefects_url)] | None = None
+    """URL of the Prefect server's own database, as that server takes it:
+    `postgresql+asyncpg://user:password@host:port/database`, and `ssl=require` in place of `sslmode=require`."""
     api_url: DatabaseUrl | None = None
     """URL of the API's own role in the database of `database.url`: what the API itself gets as `database.url`. It gets
     the rights that the API needs, and no others. None: the API has the role of `database.url`, which owns the schema.

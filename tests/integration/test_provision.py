@@ -40,7 +40,7 @@ def settings(guarded: str, folder: Path, *, password: str = "ours", **setup: Any
 
     given = {
         "admin_url": url("postgres", "admin-secret", "postgres"),
-        "prefect_url": url("prefect", "theirs", "prefect"),
+        "prefect_url": url("prefect", "theirs", "prefect").replace("://", "+asyncpg://"),
         "scaler_url": url("scaler", "sees", "backcast"),
         **{f"{part}_url": url(f"the_{part}", f"{part}s", "backcast") for part in PROCESSES},
         "patience": PATIENCE,
@@ -88,7 +88,7 @@ async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded:
     for part in PROCESSES:
         assert "schema backcast" in await _refused(it.setup.roles[part], "create table backcast.mine (id int)")
     theirs = it.setup.prefect_url.get_secret_value()  # type: ignore[union-attr]
-    connection = await asyncpg.connect(theirs)
+    connection = await asyncpg.connect(theirs.replace("+asyncpg", ""))
     await connection.execute("create extension if not exists pg_trgm")  # as Prefect's server does
     await connection.close()
 
@@ -101,7 +101,7 @@ async def test_roles_databases_schema_and_store_are_made_and_made_again(guarded:
     ],
 )
 async def test_the_parameters_of_one_driver_stop_no_other(guarded: str, tmp_path: Path, parameters: str) -> None:
-    it, lines = settings(f"{guarded}&{parameters}", tmp_path), list[str]()
+    it, lines = settings(f"{guarded}&{parameters}", tmp_path, prefect_url=None), list[str]()
     await asyncio.to_thread(provision.prepare, it, lines.append)
     assert await asyncio.to_thread(provision.check, it, lines.append), lines
 
@@ -179,7 +179,7 @@ def test_the_prefect_server_waits_until_its_database_is_there(guarded: str, tmp_
         if len(lines) == 1:  # refused: there is no such role yet
             provision.prepare(it, lambda _: None)
 
-    later = guarded.format(user="later", password="pw", database="later")
+    later = guarded.format(user="later", password="pw", database="later").replace("://", "+asyncpg://")
     it = settings(guarded, tmp_path, prefect_url=later)
     provision.await_prefect_database(it, report)
     assert len(lines) == 1

@@ -26,7 +26,7 @@ PROCESSES = {  # with what keeps one from ever getting ready, where nothing else
     "worker": {},
     "steward": {},
     "setup": {"BACKCAST_DATABASE__URL": NOWHERE},
-    "await-database": {"BACKCAST_SETUP__PREFECT_URL": NOWHERE},
+    "await-database": {"BACKCAST_SETUP__PREFECT_URL": NOWHERE.replace("://", "+asyncpg://")},
 }
 
 

@@ -86,6 +86,28 @@ def test_a_url_that_a_driver_cannot_read_is_refused_and_no_part_is_quoted(
 @pytest.mark.parametrize(
     "url",
     [
+        "postgresql://u:hunter2@h/db",
+        "postgres+asyncpg://u:hunter2@h/db",
+        "postgresql+asyncpg://u:hunter2@h/db?sslmode=require",
+        "postgresql+asyncpg://u:hunter2@h/db?ssl=require&application_name=ours",
+        "postgresql+asyncpg://u:hunter2@h:5432,i:5432/db",
+    ],
+)
+def test_a_url_that_prefect_can_not_read_is_refused_and_no_part_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("BACKCAST_DATABASE__URL", url)
+    monkeypatch.setenv("BACKCAST_SETUP__PREFECT_URL", url)
+    with pytest.raises(ConfigurationError, match=r"^BACKCAST_SETUP__PREFECT_URL: .*prefect-database-url") as caught:
+        load()
+    assert "hunter" not in str(caught.value)
+    monkeypatch.setenv("BACKCAST_SETUP__PREFECT_URL", "postgresql+asyncpg://u:1,2@h:5432/db?host=/run&ssl=require")
+    load()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
         "postgres://h",
         "postgresql+asyncpg://u:p:w%40@h.example.org:5432/db?ssl=require",
         "postgresql://u@[::1]:5432,h:6432/db?target_session_attrs=read-write",

@@ -181,11 +181,11 @@ store may become those of a bucket elsewhere. */}}
 {{/* The Prefect server's database, for our processes that make it or wait for it. */}}
 {{- define "backcast.env.prefectDatabase" -}}
 {{- if eq .root.Values.prefectServer.mode "bundled" }}
-{{- include "backcast.prefect.database" (list .root "BACKCAST_SETUP__PREFECT_URL" "postgresql") }}
+{{- include "backcast.prefect.database" (list .root "BACKCAST_SETUP__PREFECT_URL") }}
 {{- end }}
 {{- end }}
 
-{{/* (list ROOT NAME SCHEME) */}}
+{{/* (list ROOT NAME) */}}
 {{- define "backcast.prefect.database" -}}
 {{- $root := first . }}
 {{- with $root.Values.postgres }}
@@ -194,13 +194,13 @@ store may become those of a bucket elsewhere. */}}
 {{- else }}
 {{- include "backcast.env.from" (list $root "HISTORY_PASSWORD" "prefect-password" .bundled.existingSecret) }}
 - name: {{ index $ 1 }}
-  value: {{ index $ 2 }}://prefect:$(HISTORY_PASSWORD)@{{ include "backcast.name.postgres" $root }}:5432/prefect
+  value: postgresql+asyncpg://prefect:$(HISTORY_PASSWORD)@{{ include "backcast.name.postgres" $root }}:5432/prefect
 {{- end }}
 {{- end }}
 {{- end }}
 
 {{- define "backcast.env.prefectServer" -}}
-{{- include "backcast.prefect.database" (list .root "PREFECT_API_DATABASE_CONNECTION_URL" "postgresql+asyncpg") }}
+{{- include "backcast.prefect.database" (list .root "PREFECT_API_DATABASE_CONNECTION_URL") }}
 {{- with .root.Values.prefectServer.auth }}
 {{- if .enabled }}
 {{ include "backcast.env.from" (list $.root "PREFECT_SERVER_API_AUTH_STRING" "prefect-auth-string" .existingSecret) }}

@@ -75,6 +75,12 @@ def test_keda_reads_an_external_database_by_its_url() -> None:
     assert reference == {"parameter": "connection", "name": "databases", "key": "scaler-url"}
 
 
+def test_a_pool_may_shrink_at_once() -> None:
+    scaler = render(scaled("hpa", stabilizationSeconds=0)).the("HorizontalPodAutoscaler")["spec"]
+    assert scaler["behavior"] == {"scaleDown": {"stabilizationWindowSeconds": 0}}
+    assert "behavior" not in render({"api": {"autoscaling": {"enabled": True}}}).the("HorizontalPodAutoscaler")["spec"]
+
+
 def test_pools_scale_each_in_its_own_way() -> None:
     release = scenario("keda")
     assert {each["metadata"]["labels"]["backcast/pool"] for each in release.of("ScaledObject")} == {"default", "gpu"}

@@ -31,9 +31,9 @@ spec:
       resource:
         name: cpu
         target: {type: Utilization, averageUtilization: {{ .targetCPUUtilizationPercentage }}}
-  {{- with .stabilizationSeconds }}
+  {{- if hasKey . "stabilizationSeconds" }}
   behavior:
-    scaleDown: {stabilizationWindowSeconds: {{ . }}}
+    scaleDown: {stabilizationWindowSeconds: {{ .stabilizationSeconds }}}
   {{- end }}
   {{- end }}
 {{- end }}

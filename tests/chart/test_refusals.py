@@ -314,6 +314,26 @@ def test_a_bad_combination_gets_a_sentence(case: str) -> None:
     assert words in refusal(values)
 
 
+@pytest.mark.parametrize(
+    ("path", "given", "key"),
+    [
+        ("store.url", "s3://mine", "store.bundled.bucket, or store.external.bucket and prefix"),
+        ("store.endpoint", "https://s3.example.org", "store.external.endpoint"),
+        ("store.public_endpoint", "https://s3.example.org", "store.publicEndpoint"),
+        ("store.ca_bundle", "/ca.crt", "store.external.caBundle"),
+        ("store.fallback", {"url": "s3://old"}, "store.fallback"),
+        ("prefect.api_url", "https://p.example.org/api", "prefectServer.mode and prefectServer.external.apiUrl"),
+        ("model.backend", "openai", "model.backend"),
+        ("model.base_url", "https://m.example.org/v1", "model.baseUrl"),
+        ("model.name", "other", "model.name"),
+    ],
+)
+def test_a_setting_that_other_objects_depend_on_is_refused(path: str, given: object, key: str) -> None:
+    """The policies, the servers and their keys follow the chart's key, and would not follow the setting."""
+    section, name = path.split(".")
+    assert f"config.{path} is set by the chart: use {key}." in refusal({"config": {section: {name: given}}})
+
+
 def test_keys_below_global_belong_to_the_parent() -> None:
     render({"global": {"someone": {"elses": "key"}}})
 

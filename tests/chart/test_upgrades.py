@@ -113,7 +113,6 @@ MOVES: dict[str, tuple[Values, Values, str]] = {
     "from elsewhere": (AT_AWS, {}, "s3://b/p at AWS"),
     "another prefix": (AT_AWS, {"store": {"mode": "external", "external": {"bucket": "b"}}}, "s3://b/p at AWS"),
     "another bucket inside": ({}, {"store": {"bundled": {"bucket": "other"}}}, MINIO),
-    "by a setting": ({}, {"config": {"store": {"url": "s3://other"}}}, MINIO),
     "a fallback that is dropped": (EXCHANGED, SEAWEEDFS, MINIO),
     "a database elsewhere": ({}, postgres(**ONE), "bundled"),
     "a database from elsewhere": (postgres(**ONE), {}, "one/b"),

@@ -147,6 +147,15 @@ api.metrics_host: leave it out
 api.metrics_port: leave it out; networkPolicy.monitoringNamespace decides who reaches it
 api.prefect_ui: use prefectServer.publicUrl
 builtin_tasks: use workers.pools.<name>.builtinTasks
+model.backend: use model.backend
+model.base_url: use model.baseUrl
+model.name: use model.name
+prefect.api_url: use prefectServer.mode and prefectServer.external.apiUrl
+store.ca_bundle: use store.external.caBundle
+store.endpoint: use store.external.endpoint
+store.fallback: use store.fallback
+store.public_endpoint: use store.publicEndpoint
+store.url: use store.bundled.bucket, or store.external.bucket and prefix
 tasks: use workers.pools.<name>.tasks
 steward.deletion_cost: use rbac.create
 worker.grace: use workers.defaults.grace, which the pods' termination grace follows

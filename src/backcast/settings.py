@@ -166,11 +166,11 @@ class Store(_Section):
 
 class Api(_Section):
     host: str = "127.0.0.1"
-    """Address that the API listens on; 0.0.0.0 in a cluster."""
+    """Address that the API listens on; 0.0.0.0 or :: in a cluster."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port that the API listens on."""
     metrics_host: str = "127.0.0.1"
-    """Address of the metrics port; 0.0.0.0 in a cluster. Nobody else should reach it: it asks for no key."""
+    """Address of the metrics port; 0.0.0.0 or :: in a cluster. Nobody else should reach it: it asks for no key."""
     metrics_port: int = Field(default=8084, ge=0, le=65535)
     """Port of /metrics, and of /livez and /readyz once more; 0 takes a free one, which the log names."""
     prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
@@ -241,7 +241,7 @@ class Worker(_Section):
     slots: int = Field(default=10, ge=1, le=1000)
     """Runs that may execute user code at the same time in this process."""
     host: str = "127.0.0.1"
-    """Address of the health and metrics port; 0.0.0.0 in a cluster."""
+    """Address of the health and metrics port; 0.0.0.0 or :: in a cluster."""
     port: int = Field(default=8081, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     grace: Duration = timedelta(seconds=30)
@@ -263,7 +263,7 @@ class Worker(_Section):
 
 class Steward(_Section):
     host: str = "127.0.0.1"
-    """Address of the health and metrics port; 0.0.0.0 in a cluster."""
+    """Address of the health and metrics port; 0.0.0.0 or :: in a cluster."""
     port: int = Field(default=8082, ge=0, le=65535)
     """Port of /livez, /readyz and /metrics; 0 takes a free one."""
     keep_runs: Duration | None = timedelta(days=30)
@@ -339,7 +339,7 @@ class Model(_Section):
     weights: Path | None = None
     """The embedded model's file itself, as in an image that has it; then nothing is searched for or downloaded."""
     host: str = "127.0.0.1"
-    """Address that the embedded model's server listens on; 0.0.0.0 in a cluster."""
+    """Address that the embedded model's server listens on; 0.0.0.0 or :: in a cluster."""
     port: int = Field(default=8083, ge=0, le=65535)
     """Port of the embedded model's server."""
     slots: int = Field(default=2, ge=1, le=16)

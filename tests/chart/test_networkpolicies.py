@@ -147,7 +147,7 @@ def test_the_metadata_service_of_clouds_is_closed() -> None:
     ]
     assert {block["cidr"]: block.get("except") for block in blocks} == {
         "0.0.0.0/0": ["169.254.169.254/32"],
-        "::/0": None,
+        "::/0": ["fd00:ec2::254/128", "fd20:ce::254/128"],
     }
 
 

@@ -28,6 +28,17 @@ def test_what_each_part_runs() -> None:
     }
 
 
+@pytest.mark.parametrize("listen", ["0.0.0.0", "::"])
+def test_one_value_is_the_address_of_every_process(listen: str) -> None:
+    release = render({"listen": listen, "store": {"bundled": {"kind": "seaweedfs"}}})
+    hosts = {f"{part}.{name}": value for part, its in release.config.items() for name, value in its.items()}
+    names = ("api.host", "api.metrics_host", "model.host", "steward.host", "worker.host")
+    assert {name: hosts[name] for name in names} == dict.fromkeys(names, listen)
+    assert release.pod("prefect-server").main["args"] == ["server", "start", "--host", listen, "--port", "4200"]
+    assert f"-s3.ip.bind={listen}" in release.pod("store").main["args"]
+    assert any("0.0.0.0" in text.replace("0.0.0.0/0", "") for text in release.files.values()) == (listen == "0.0.0.0")
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -68,6 +68,7 @@ MISTAKES: dict[str, tuple[Values, str]] = {
     "a path without a slash": ({"ingress": {"path": "backcast"}}, "at '/ingress/path'"),
     "a host for a URL": ({"model": {"baseUrl": "models.example.org"}}, "at '/model/baseUrl'"),
     "a URL of another database": (external(url="mysql://h/b"), "at '/postgres/external/url'"),
+    "one address of many": ({"listen": "10.0.0.1"}, "at '/listen': value must be one of '0.0.0.0', '::'"),
     "a range of addresses": ({"networkPolicy": {"blockedCidrs": ["10.0.0.0"]}}, "at '/networkPolicy/blockedCidrs/0'"),
     "a label": ({"commonLabels": {"team": "a b"}}, "at '/commonLabels/team'"),
     "a digest": ({"api": {"image": {"digest": "abc"}}}, "at '/api/image/digest'"),
@@ -82,7 +83,7 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
     ),
     "tasks": ({"config": {"tasks": []}}, "config.tasks is set by the chart: use workers.pools.<name>.tasks."),
     "a port": ({"config": {"api": {"port": 80}}}, "config.api.port is set by the chart: leave it out"),
-    "a host": ({"config": {"model": {"host": "::"}}}, "config.model.host is set by the chart: leave it out."),
+    "a host": ({"config": {"model": {"host": "::"}}}, "config.model.host is set by the chart: use listen."),
     "TLS without a name": (
         {"ingress": {"tls": {"enabled": True}}},
         "ingress.tls.enabled needs ingress.host: a certificate belongs to a host name.",

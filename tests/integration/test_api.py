@@ -1,6 +1,7 @@
 """The HTTP interface, over the real database and a real folder; above all its answers to bad input."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from backcast.models import Problem, TaskType, uuid7
 from backcast.settings import Api
 from backcast.store import Store
 from tests.integration.test_ledger import LEASE
+from tests.support.stack import stack
 
 ECHO = TaskType(
     name="echo",
@@ -392,6 +394,24 @@ async def test_probes(api: httpx.AsyncClient, store: Store, tmp_path: Path) -> N
     (tmp_path / "store").rename(tmp_path / "gone")
     problem(await api.get("/readyz"), 503, "store_unavailable")
     assert (await api.get("/livez")).status_code == 200
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
+async def test_a_process_that_listens_on_all_addresses_answers_on_both_families(database: str, tmp_path: Path) -> None:
+    hosts = dict.fromkeys(("BACKCAST_API__HOST", "BACKCAST_API__METRICS_HOST", "BACKCAST_STEWARD__HOST"), "::")
+    async with stack(database, tmp_path, **hosts) as product:
+        await product.up("api", "steward")  # on 127.0.0.1
+        for part in product.parts:
+            for url in (f"{part.url}/readyz", part.metrics_url):
+                for address in ("127.0.0.1", "[::1]"):
+                    answer = await product.http.get(url.replace("127.0.0.1", address))
+                    assert answer.status_code == 200, (url, address)
 
 
 async def test_a_store_that_is_away_is_503_not_no_result(

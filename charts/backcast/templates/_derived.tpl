@@ -143,25 +143,25 @@ and a load balancer, have a name that is not known here: then for any. */}}
 {{- $store := include "backcast.store.place" (dict "root" . "store" (first $stores)) | fromYaml }}
 {{- range rest $stores }}{{ $_ := set $store "fallback" (merge (dict "create" (eq .mode "bundled")) (include "backcast.store.place" (dict "root" $ "store" .) | fromYaml)) }}{{ end }}
 {{- with $values.store.publicEndpoint }}{{ $_ := set $store "public_endpoint" . }}{{ end }}
-{{- $model := dict "backend" (include "backcast.model.backend" .) "name" $values.model.name "host" "0.0.0.0" }}
+{{- $model := dict "backend" (include "backcast.model.backend" .) "name" $values.model.name "host" $values.listen }}
 {{- if and (eq $model.backend "embedded") (include "backcast.uses.llm" .) }}
 {{- $_ := set $model "base_url" (printf "http://%s:8083/v1" (include "backcast.name.llm" .)) }}
 {{- else if $values.model.baseUrl }}
 {{- $_ := set $model "base_url" $values.model.baseUrl }}
 {{- end }}
 {{- $prefect := dict "api_url" nil "history" false }}
-{{- $steward := dict "host" "0.0.0.0" "deletion_cost" $values.rbac.create }}
+{{- $steward := dict "host" $values.listen "deletion_cost" $values.rbac.create }}
 {{- if eq $values.prefectServer.mode "bundled" }}
 {{- $_ := set $steward "keep_history" "P30D" }}
 {{- $prefect = dict "api_url" (printf "http://%s:4200/api" (include "backcast.name.prefect" .)) }}
 {{- else if eq $values.prefectServer.mode "external" }}
 {{- $prefect = dict "api_url" $values.prefectServer.external.apiUrl }}
 {{- end }}
-{{- $api := dict "host" "0.0.0.0" "metrics_host" "0.0.0.0" "prefix" (and .Values.ingress.enabled .Values.ingress.path | default "" | trimSuffix "/") "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray) }}
+{{- $api := dict "host" $values.listen "metrics_host" $values.listen "prefix" (and .Values.ingress.enabled .Values.ingress.path | default "" | trimSuffix "/") "allowed_hosts" (include "backcast.api.hosts" . | fromJsonArray) }}
 {{- with include "backcast.prefect.ui" . }}{{ $_ := set $api "prefect_ui" . }}{{ end }}
 {{- $derived := dict
   "api" $api
-  "worker" (dict "host" "0.0.0.0")
+  "worker" (dict "host" $values.listen)
   "steward" $steward
   "store" $store
   "model" $model

@@ -94,7 +94,7 @@ spec:
 only the link-local addresses stay blocked, where no such server is and clouds serve credentials. */}}
 {{- define "backcast.to.port" -}}
 {{- $link := list }}
-{{- range (first .).Values.networkPolicy.blockedCidrs }}{{ if regexMatch "^(169\\.254\\.|fe80:|fd00:ec2:)" . }}{{ $link = append $link . }}{{ end }}{{ end }}
+{{- range (first .).Values.networkPolicy.blockedCidrs }}{{ if regexMatch "^(169\\.254\\.|fe80:|fd00:ec2:|fd20:ce:)" . }}{{ $link = append $link . }}{{ end }}{{ end }}
 {{- include "backcast.to.all" (dict "blocked" $link "ports" (list (dict "port" (index . 1 | int)))) }}
 {{- end }}
 

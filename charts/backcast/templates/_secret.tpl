@@ -140,10 +140,10 @@ store.secret_key: store.external.existingSecret
 {{/* Settings that the chart sets for each part, and the change to make instead. */}}
 {{- define "backcast.config.taken" -}}
 {{- range $part := list "api" "worker" "steward" "model" }}
-{{ $part }}.host: leave it out
+{{ $part }}.host: use listen
 {{ $part }}.port: leave it out; the port for callers is that of a Service or an Ingress
 {{- end }}
-api.metrics_host: leave it out
+api.metrics_host: use listen
 api.metrics_port: leave it out; networkPolicy.monitoringNamespace decides who reaches it
 api.prefect_ui: use prefectServer.publicUrl
 builtin_tasks: use workers.pools.<name>.builtinTasks

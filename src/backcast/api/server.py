@@ -36,6 +36,8 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         async with self._beside:
+            if sockets is None and self.config.host == "::":
+                sockets = [self.config.bind_socket()]  # one that asyncio makes for this address refuses IPv4
             await super().serve(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -266,13 +266,20 @@ COMBINATIONS: dict[str, tuple[Values, str]] = {
         {"store": {"fallback": {"mode": "external"}}},
         "store.fallback.mode is external: set store.fallback.external.bucket.",
     ),
+    "half a key of the fallback": (
+        {"store": {"fallback": {"mode": "external", "external": {"bucket": "b", "secretKey": "s"}}}},
+        "store.fallback.external.accessKey and secretKey belong together: set both, or neither for the pods' own",
+    ),
     "no Prefect": (
         {"prefectServer": {"mode": "external"}},
         "prefectServer.mode is external: set prefectServer.external.apiUrl.",
     ),
     "pages of no server": (
         {"prefectServer": {"mode": "off", "publicUrl": "https://p.example.org"}},
-        "prefectServer.publicUrl is set, but prefectServer.mode is off, so it would be ignored: remove it, or set",
+        (
+            "prefectServer.publicUrl is set, but prefectServer.mode is off, so it would be ignored: remove it, or set "
+            "prefectServer.mode to bundled or external."
+        ),
     ),
     "pages without a server": (
         {"prefectServer": {"mode": "off", "ingress": {"enabled": True}}},

@@ -7,27 +7,27 @@ which `defaults.json` repeats, since templates see only the result of merging.
 {{- with .Values }}
 {{- $postgres := or (eq .postgres.mode "bundled") (eq .postgres.movedFrom "bundled") }}
 {{- $store := or (eq .store.mode "bundled") (eq .store.fallback.mode "bundled") (ne .store.movedFrom "") }}
+{{- /* A section, the owner of the mode in which it is used, that mode, and whether it is used. */}}
 {{- $sections := list
-  (list "postgres" "external" "postgres.mode" (eq .postgres.mode "external"))
-  (list "postgres" "bundled" "postgres.mode" $postgres)
-  (list "store" "external" "store.mode" (eq .store.mode "external"))
-  (list "store" "bundled" "store.mode" $store)
-  (list "prefectServer" "external" "prefectServer.mode" (eq .prefectServer.mode "external")) }}
+  (list "postgres.external" "postgres" "external" (eq .postgres.mode "external"))
+  (list "postgres.bundled" "postgres" "bundled" $postgres)
+  (list "store.external" "store" "external" (eq .store.mode "external"))
+  (list "store.bundled" "store" "bundled" $store)
+  (list "store.fallback.external" "store.fallback" "external" (eq .store.fallback.mode "external"))
+  (list "prefectServer.external" "prefectServer" "external" (eq .prefectServer.mode "external"))
+  (list "prefectServer.auth" "prefectServer" "bundled" (eq .prefectServer.mode "bundled"))
+  (list "prefectServer.publicUrl" "prefectServer" "bundled or external" (ne .prefectServer.mode "off")) }}
 {{- range $section := $sections }}
-{{- $part := first $section }}
-{{- $mode := index $section 1 }}
-{{- $given := include "backcast.inactive.given" (list (printf "%s.%s" $part $mode) (index $.Values $part $mode) (index $defaults $part $mode)) }}
+{{- $owner := index $section 1 }}
+{{- $value := $.Values }}
+{{- $default := $defaults }}
+{{- $mode := $.Values }}
+{{- range first $section | splitList "." }}{{ $value = get $value . }}{{ $default = get $default . }}{{ end }}
+{{- range printf "%s.mode" $owner | splitList "." }}{{ $mode = get $mode . }}{{ end }}
+{{- $given := include "backcast.inactive.given" (list (first $section) $value $default) }}
 {{- if and $given (not (last $section)) }}
-{{- fail (printf "%s is set, but %s is %s, so it would be ignored: remove it, or set %s to %s." $given (index $section 2) (index $.Values $part "mode") (index $section 2) $mode) }}
+{{- fail (printf "%s is set, but %s.mode is %s, so it would be ignored: remove it, or set %s.mode to %s." $given $owner $mode $owner (index $section 2)) }}
 {{- end }}
-{{- end }}
-{{- $given := include "backcast.inactive.given" (list "store.fallback.external" .store.fallback.external $defaults.store.fallback.external) }}
-{{- if and $given (ne .store.fallback.mode "external") }}
-{{- fail (printf "%s is set, but store.fallback.mode is %s, so it would be ignored: remove it, or set store.fallback.mode to external." $given .store.fallback.mode) }}
-{{- end }}
-{{- $given := include "backcast.inactive.given" (list "prefectServer.auth" .prefectServer.auth $defaults.prefectServer.auth) }}
-{{- if and $given (ne .prefectServer.mode "bundled") }}
-{{- fail (printf "%s is set, but prefectServer.mode is %s, so it would be ignored: remove it, or set prefectServer.mode to bundled." $given .prefectServer.mode) }}
 {{- end }}
 {{- if eq .model.backend "embedded" }}
 {{- range $key := list "apiKey" "baseUrl" "existingSecret" }}

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -394,34 +395,69 @@ def limit(request: Request) -> tuple[int | None, int | None]:
     return request.body.get("max_completion_tokens"), request.body.get("max_tokens")
 
 
-@pytest.mark.parametrize("status", [400, 422])
-async def test_a_provider_that_knows_the_limit_by_its_old_name_only(connect: Connect, status: int) -> None:
+NEW, OLD, BOTH = (50, None), (None, 50), (50, 50)
+
+
+@pytest.mark.parametrize(
+    ("status", "refusals", "way"),
+    [
+        (400, {}, [BOTH]),
+        (422, {BOTH: "extra_forbidden: body.max_completion_tokens"}, [BOTH, OLD]),
+        (400, {BOTH: "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."}, [BOTH, NEW]),
+        (
+            400,
+            {BOTH: "max_tokens and max_completion_tokens are set", NEW: "no max_completion_tokens"},
+            [BOTH, NEW, OLD],
+        ),
+    ],
+)
+async def test_the_limit_is_set_by_each_name_that_the_provider_takes(
+    connect: Connect, status: int, refusals: dict[tuple[int | None, int | None], str], way: list[Any]
+) -> None:
     def answer(request: Request) -> Reply:
-        if "max_completion_tokens" in request.body:
-            return Reply(status=status, message="extra_forbidden: body.max_completion_tokens")
-        return Reply(raw='{"result": 12}', finish="length") if request.body["max_tokens"] == 50 else Reply(123)
+        if refusal := refusals.get(limit(request)):
+            return Reply(status=status, message=refusal)
+        return Reply(raw='{"result": 12}', finish="length") if 50 in limit(request) else Reply(123)
 
     with ScriptedModel(answer) as model:
         connect(model, max_tokens=50)
         assert [await cast("123 chairs", "int") for _ in range(2)] == [123, 123]
-    new, old, more = (50, None), (None, 50), (None, 200)
-    assert [limit(request) for request in model.requests] == [new, old, more, old, more]
+    new, old = way[-1]
+    more = (new and 200, old and 200)
+    assert [limit(request) for request in model.requests] == [*way, more, way[-1], more]
+
+
+@pytest.mark.parametrize("host", ["api.openai.com", "eu.api.openai.com", "ours.openai.azure.com"])
+async def test_a_host_of_openai_is_not_asked_by_both_names(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    def answer(request: Request) -> Reply:
+        return Reply(status=400, message="no max_completion_tokens") if limit(request) == NEW else Reply(123)
+
+    with ScriptedModel(answer) as model:
+        monkeypatch.setenv("HTTP_PROXY", model.url)
+        llm.connect(Model(base_url=f"http://{host}/v1", api_key=KEY, max_tokens=50))  # type: ignore[arg-type]
+        assert [await cast("123 chairs", "int") for _ in range(2)] == [123, 123]
+        await llm.aclose()
+    assert [limit(request) for request in model.requests] == [NEW, OLD, OLD]
 
 
 @pytest.mark.parametrize(
-    ("other", "words"),
-    [("max_tokens is not supported", "max_completion_tokens is too large"), ("no such format", "no such format")],
+    ("refusals", "asked"),
+    [
+        (["Invalid max_tokens value, the valid range of max_tokens is [1, 8]"], 1),
+        (["max_tokens: 50 > 8, which is the maximum allowed number of output tokens"], 1),
+        (["'max_tokens' or 'max_completion_tokens' is too large: 50"], 1),
+        (["no max_completion_tokens", "no max_tokens"], 2),
+        (["no max_completion_tokens", "no such format"], 2),
+    ],
 )
-async def test_a_refusal_that_another_name_of_the_limit_does_not_mend(connect: Connect, other: str, words: str) -> None:
-    def answer(request: Request) -> Reply:
-        is_new = "max_completion_tokens" in request.body
-        return Reply(status=400, message="max_completion_tokens is too large" if is_new else other)
-
-    with ScriptedModel(answer) as model:
-        connect(model)
-        with pytest.raises(FatalError, match=words) as caught:
+async def test_a_refusal_that_another_name_of_the_limit_does_not_mend(refusals: list[str], asked: int) -> None:
+    with ScriptedModel(Reply(status=400, message=refusal) for refusal in refusals) as model:
+        llm.connect(Model(base_url=model.url, api_key=KEY))  # type: ignore[arg-type]
+        with pytest.raises(FatalError, match=re.escape(refusals[-1])) as caught:
             await cast("123 chairs", "int")
+        await llm.aclose()
     assert caught.value.code == "model_refused_request"
+    assert len(model.requests) == asked
 
 
 @pytest.mark.parametrize(

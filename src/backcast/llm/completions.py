@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import openai
 from openai.types import chat
@@ -30,8 +30,13 @@ _MOST_TOKENS, _LATEST = 1 << 40, 1 << 32
 """Of an answer, and of its time in seconds since 1970: numbers beyond are nonsense."""
 _REFUSED = (400, 422)
 """HTTP statuses for a request that has something that the server does not take."""
-_by_old_name = WeakSet[openai.AsyncOpenAI]()
-"""Clients of providers that take `max_tokens` only."""
+_NEW, _OLD = "max_completion_tokens", "max_tokens"
+_OPENAI = re.compile(r"(.+\.)?api\.openai\.com|.+\.openai\.azure\.com")
+"""Hosts that refuse both names at once."""
+_TOO_LARGE = re.compile(r"max_(completion_)?tokens[^{}]{,60}(large|range|at most|less than|exceed|maximum)")
+"""A refusal of the limit itself: by another name, the server might ignore it."""
+_names = WeakKeyDictionary[openai.AsyncOpenAI, tuple[str, ...]]()
+"""The limit's name that a client's provider takes, where it has refused the other one."""
 
 
 class NotCompletions(Exception):
@@ -74,25 +79,28 @@ class Completions(OpenAIChatModel):
             raise self._failed(error.body) from error
 
     async def _limited(self, messages: Any, stream: Any, settings: Any, parameters: Any) -> Any:
-        """Ask with the limit by its new name, `max_completion_tokens`; a provider that does not know that, as Mistral,
-        is asked by the old one from then on."""
-        older: Any = {**settings, "extra_body": {"max_tokens": settings.get("max_tokens")}}
-        older.pop("max_tokens", None)
-        create = super()._completions_create
-        if self.client in _by_old_name:
-            return await create(messages, stream, older, parameters)
-        try:
-            return await create(messages, stream, settings, parameters)
-        except ModelHTTPError as error:
-            if error.status_code not in _REFUSED or "max_completion_tokens" not in str(error.body):
-                raise
+        """Ask with the limit by both its names: many servers ignore the one that they do not know. A provider that
+        refuses one, as Mistral and OpenAI's reasoning models do, is asked by the other from then on."""
+        limit = settings.get("max_tokens")
+        plain = {key: value for key, value in settings.items() if key != "max_tokens"}
+        usual = (_NEW,) if _OPENAI.fullmatch(self.client.base_url.host) else (_NEW, _OLD)
+        names = first = _names.get(self.client, usual)
+        others = [one for one in ((_NEW,), (_OLD,)) if one != names]
+        while True:
+            asked: Any = plain | {"extra_body": {_OLD: limit} if _OLD in names else None}
+            asked |= {"max_tokens": limit} if _NEW in names else {}
             try:
-                answer = await create(messages, stream, older, parameters)
-            except ModelHTTPError as other:
-                is_about_limit = other.status_code in _REFUSED and "max_tokens" in str(other.body)
-                raise (error if is_about_limit else other) from None
-            _by_old_name.add(self.client)
-            return answer
+                answer = await super()._completions_create(messages, stream, asked, parameters)
+            except ModelHTTPError as error:
+                body = str(error.body)
+                others = [one for one in others if any(name in body for name in names if name not in one)]
+                if error.status_code not in _REFUSED or not others or _TOO_LARGE.search(body):
+                    raise
+                names = others.pop(0)
+            else:
+                if names != first:
+                    _names[self.client] = names
+                return answer
 
     def _process_response(self, response: Any) -> ModelResponse:
         if not isinstance(response, chat.ChatCompletion):

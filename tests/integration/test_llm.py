@@ -116,6 +116,22 @@ async def test_the_embedded_model_is_asked_briefly_at_temperature_zero_with_a_gr
 NODE = {"type": "object", "properties": {"n": {"type": "integer"}, "sub": {"type": "array", "items": {"$ref": "#"}}}}
 
 
+def closed(names: list[str], of: dict[str, Any]) -> dict[str, Any]:
+    properties = dict.fromkeys(names, of)
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return closed(["a"], nested(levels - 1)) if levels else {"type": "integer"}
+
+
+def texts(count: int, length: int = 4) -> dict[str, Any]:
+    return {"type": "string", "enum": [f"{n:0{length}}" for n in range(count)]}
+
+
+LONG = {"$defs": {"long": closed(["a" * 30_000], {"type": "integer"})}}
+
+
 @pytest.mark.parametrize(
     ("target", "is_strict", "shown"),
     [
@@ -142,6 +158,16 @@ NODE = {"type": "object", "properties": {"n": {"type": "integer"}, "sub": {"type
         ({"type": "object", "properties": {"a": {"type": "integer"}}}, False, None),
         ({"type": ["array", "null"]}, False, {"type": ["array", "null"], "items": {}}),
         (NODE, False, {"$ref": "#/$defs/root"}),
+        # OpenAI's limits for a whole schema
+        (texts(1000), True, None),
+        (texts(1001), False, None),
+        (closed(["a", "b"], texts(501)), False, None),
+        (texts(250, 100), True, None),
+        (texts(251, 60), False, None),
+        (nested(9), True, None),
+        (nested(10), False, None),
+        (closed([*"abc"], {"$ref": "#/$defs/long"}) | LONG, True, None),
+        (closed([*"abcde"], {"$ref": "#/$defs/long"}) | LONG, False, None),
     ],
 )
 async def test_a_provider_is_asked_strictly_only_for_what_its_strict_mode_knows(

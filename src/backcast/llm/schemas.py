@@ -16,6 +16,12 @@ _STRICT = re.compile(
 )
 """Keywords that OpenAI's strict mode honours."""
 _STRICT_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
+_NESTED = 10
+"""Levels of schemas inside the outermost object of a strict schema."""
+_VALUES, _LETTERS = 1_000, 120_000
+"""All its enums' values, and the characters of all its names and values."""
+_LONG_ENUM, _LONG_ENUM_LETTERS = 250, 15_000
+"""Values of one enum, from which on their characters are limited."""
 _GRAMMAR_FORMATS = _STRICT_FORMATS | {"uri"}
 _CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](Z|[+-][01][0-9]:[0-5][0-9])?"
 _CLOCKS = {"time": f"^{_CLOCK}$", "date-time": rf"^[0-9]{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T{_CLOCK}$"}
@@ -51,7 +57,25 @@ def provided(schema: Schema) -> tuple[Schema, bool]:
         ends = {"maxItems": len(node["prefixItems"])} if node.get("items") is False and "prefixItems" in node else {}
         return {**node, "items": {"anyOf": places} if places else {}, **ends}
 
-    return _walk(wrapped(schema), visit), strict
+    out = _walk(wrapped(schema), visit)
+    return out, strict and _is_small(out)
+
+
+def _is_small(schema: Schema) -> bool:
+    """Whether a strict schema is within the limits that OpenAI documents; no target has its 5,000 properties."""
+    names, values = list[str](), list[str]()
+    waiting = [(schema, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        choices = [str(each) for each in node.get("enum", ())]
+        if depth > _NESTED or (len(choices) > _LONG_ENUM and sum(map(len, choices)) > _LONG_ENUM_LETTERS):
+            return False
+        properties, definitions = node.get("properties", {}), node.get("$defs", {})
+        names += [*properties, *definitions, *([str(node["const"])] if "const" in node else [])]
+        values += choices
+        inner = (*properties.values(), *definitions.values(), *node.get("anyOf", ()), node.get("items"))
+        waiting += [(each, depth + 1) for each in inner if isinstance(each, dict)]
+    return len(values) <= _VALUES and sum(map(len, names + values)) <= _LETTERS
 
 
 def _is_strict(node: Schema) -> bool:

@@ -203,3 +203,30 @@ TEXT, EMAIL, NULL = {"type": "string"}, {"type": "string", "format": "email"}, {
 )
 def test_an_invented_text_becomes_null_where_null_is_allowed(value: Any, schema: Any, is_free: bool, kept: Any) -> None:
     assert grounded(value, schema, "Ann (ann@y.org) has 30 chairs since 1 May 2024.", is_free=is_free) == kept
+
+
+@pytest.mark.parametrize(
+    ("value", "data", "is_kept"),
+    [
+        ("M", "T-shirt, size M, red", True),
+        ("B", "blood type B", True),
+        ("A", "blood type AB", False),
+        ("C++", "I like C++", True),
+        ("C++", "I like C", False),
+        ("C#", "I like c#.", True),
+        ("no", "I do not know", False),
+        ("-", "T-shirt", False),
+        ("", "T-shirt", False),
+        ("王小明", "我叫王小明，住在北京。", True),
+        ("王小明 先生", "我叫王小明，住在北京。", True),
+        ("李", "我叫王小明，住在北京。", False),
+        ("東京", "東京に住んでいます", True),
+        ("大阪", "東京に住んでいます", False),
+        ("서울", "저는 서울에 살아요", True),
+        ("Ada", "Adaは東京に住んでいます", True),
+        ("vi", "Tôi viết", False),
+        ("Łódź", "Mieszkam w Łodzi, a nie w ŁÓDŹ.", True),
+    ],
+)
+def test_a_text_that_is_in_the_data_is_not_invented(value: str, data: str, is_kept: bool) -> None:
+    assert grounded(value, {"anyOf": [TEXT, NULL]}, data) == (value if is_kept else None)

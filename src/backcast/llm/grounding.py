@@ -12,6 +12,10 @@ from backcast.llm.schemas import Schema
 _COPIED = {"email", "uri", "uuid", "hostname", "ipv4", "ipv6"}
 """Formats that are copied in one piece."""
 _REWRITTEN = {"date", "date-time", "time", "duration"}
+_LETTERS = r"0-9a-z_\u00aa-\u058f\u1e00-\u1fff"
+"""Figures and the letters of scripts that put a space between two words: Latin to Armenian."""
+_EDGE = rf"(?!(?<=[{_LETTERS}])[{_LETTERS}])"
+"""Not inside a word of these; other scripts write words without spaces, or with particles."""
 
 
 def grounded(value: Any, schema: Any, data: str, *, is_free: bool = False) -> Any:
@@ -41,7 +45,12 @@ def _is_invented(value: str, schema: Schema, data: str, is_free: bool) -> bool:
         return value.casefold() not in data.casefold()
     if is_free or form in _REWRITTEN or {"enum", "const"} & schema.keys():
         return False
-    words = set(re.findall(r"\w+", data.casefold()))
-    figures, letters = re.findall(r"\d+", value), re.findall(r"[^\W\d]{2,}", value.casefold())
+    figures, words = re.findall(r"\d+", value), re.findall(r"[^\W\d]{2,}", value)
+    if re.search(r"\w", value):
+        words.append(value)
     is_strange = bool(figures) and not any(figure in data for figure in figures)
-    return is_strange or (not figures and not any(word in words for word in letters))
+    return is_strange or (not figures and not any(_is_in(data, word) for word in words))
+
+
+def _is_in(data: str, word: str) -> bool:
+    return re.search(_EDGE + re.escape(word.casefold()) + _EDGE, data.casefold()) is not None

@@ -51,7 +51,7 @@ class Reply:
     drop: bool = False
     """Close the connection instead of answering."""
     page: JSON = None
-    """Sent in place of a completion: a text as HTML, anything else as JSON."""
+    """Sent in place of a completion or of an error: a text as HTML, anything else as JSON."""
     envelope: JSON = None
     """Changes to the completion around the answer, as an object."""
     before_piece: Callable[[str], object] | None = None
@@ -197,12 +197,12 @@ class _Exchange(BaseHTTPRequestHandler):
         if reply.drop:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif reply.page is not None:
+            self._send(reply.status, reply.page)
         elif reply.status != 200:
             error = {"error": {"message": reply.message, "type": reply.code, "code": reply.code, "param": None}}
             after = {} if reply.retry_after is None else {"Retry-After": str(reply.retry_after)}
             self._send(reply.status, error, after)
-        elif reply.page is not None:
-            self._send(200, reply.page)
         elif body.get("stream") and reply.streams:
             self._stream(_completion(request, reply), reply)
         else:

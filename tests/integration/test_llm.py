@@ -332,6 +332,14 @@ async def test_concurrent_casts_do_not_mix(connect: Connect) -> None:
         assert await asyncio.gather(*(cast(f"number {n}", "int") for n in range(50))) == list(range(50))
 
 
+def gemini(message: str) -> Any:
+    return [{"error": {"code": 400, "message": message, "status": "INVALID_ARGUMENT"}}]
+
+
+def without_message(finish: str | None) -> Any:
+    return {"choices": [{"index": 0, "finish_reason": finish}]}
+
+
 FAILURES = {
     "wrong key": (Reply(status=401, message=f"Incorrect API key provided: {KEY}"), FatalError, "model_refused_key"),
     "forbidden": (Reply(status=403, message=KEY), FatalError, "model_refused_key"),
@@ -347,6 +355,28 @@ FAILURES = {
         UsageError,
         "input_too_long",
     ),
+    "too long, Anthropic": (
+        Reply(status=400, code="invalid_request_error", message="prompt is too long: 213462 tokens > 200000 maximum"),
+        UsageError,
+        "input_too_long",
+    ),
+    "too long, Gemini": (
+        Reply(
+            status=400,
+            page=gemini("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576)."),
+        ),
+        UsageError,
+        "input_too_long",
+    ),
+    "wrong key, Gemini": (
+        Reply(status=400, page=gemini("API key not valid. Please pass a valid API key.")),
+        FatalError,
+        "model_refused_key",
+    ),
+    "bad request, Gemini": (Reply(status=400, page=gemini(f"no {KEY}")), FatalError, "model_refused_request"),
+    "cut in its thoughts": (Reply(page=without_message("length")), UsageError, "model_answer_too_long"),
+    "blocked": (Reply(page=without_message("content_filter: SAFETY")), UsageError, "model_refused_input"),
+    "no message, no reason": (Reply(page=without_message(None)), FatalError, "model_unusable"),
     "bad request": (Reply(status=400, message=f"I do not like {KEY}"), FatalError, "model_refused_request"),
     "filtered prompt": (Reply(status=400, code="content_filter"), UsageError, "model_refused_input"),
     "refusal": (Reply(refusal="I can't help with that."), UsageError, "model_refused_input"),

@@ -110,7 +110,11 @@ class Completions(OpenAIChatModel):
         if not isinstance(choices, list) or not choices:
             raise self._failed(given.get("error"))
         choice: Any = choices[0]
-        if not isinstance(choice, dict) or not isinstance(message := choice.get("message"), dict):
+        if not isinstance(choice, dict):
+            raise NotCompletions
+        # Gemini's has no message when it was cut in its thoughts, or blocked.
+        message: Any = choice.get("message") or ({} if choice.get("finish_reason") else None)
+        if not isinstance(message, dict):
             raise NotCompletions
         reason = _finish_reason(choice.get("finish_reason"))
         is_failed = reason == "error"

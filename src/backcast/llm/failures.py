@@ -4,6 +4,7 @@ The sentences are ours. Of what the model or its server said they quote a bounde
 """
 
 import json
+import re
 import socket
 import ssl
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ from backcast.targets import Misfit
 
 _QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 _TOO_LONG = ("context_length_exceeded", "exceed_context_size_error", "string_above_max_length")
+_SAYS_TOO_LONG = re.compile(
+    r"maximum (context|prompt|input) length|(prompt|input) is too long|input token count|context limit", re.IGNORECASE
+)
+"""In the message of a status 400, as vLLM, Anthropic, Gemini and others have no code for it."""
+_SAYS_WRONG_KEY = re.compile(r"api key (not valid|not found|expired)", re.IGNORECASE)
+"""In the message of Gemini's status 400."""
 
 
 class Unfinished(Exception):
@@ -145,7 +152,8 @@ def _refusal(error: ModelHTTPError, model: Model) -> RunError:
         return FatalError("The provider's quota is used up: check its plan and billing.", code="model_quota")
     if status == 429:
         return TransientError("The model is overloaded (HTTP 429).", code="model_overloaded", retry_after=after)
-    if status in (401, 403):
+    message = _message(error.body) if status == 400 else ""
+    if status in (401, 403) or _SAYS_WRONG_KEY.search(message):
         return FatalError("The provider refuses the key: check BACKCAST_MODEL__API_KEY.", code="model_refused_key")
     if status == 402:
         return FatalError("The provider wants to be paid first: check its plan and billing.", code="model_quota")
@@ -155,8 +163,7 @@ def _refusal(error: ModelHTTPError, model: Model) -> RunError:
             "BACKCAST_MODEL__BASE_URL.",
             code="model_unknown",
         )
-    is_too_long = status == 400 and "maximum context length" in _message(error.body)  # vLLM has no code for it
-    if is_too_long or codes & set(_TOO_LONG) or status == 413:
+    if _SAYS_TOO_LONG.search(message) or codes & set(_TOO_LONG) or status == 413:
         return UsageError("The data is too long for the model: cut or split it.", code="input_too_long")
     if "content_filter" in codes:
         return _filtered()
@@ -171,13 +178,19 @@ def _refusal(error: ModelHTTPError, model: Model) -> RunError:
 
 
 def _message(body: Any) -> str:
-    error = body.get("error", body) if isinstance(body, dict) else body
+    error = _error(body)
     return str((error.get("message") or "") if isinstance(error, dict) else error or "")
 
 
 def _codes(body: Any) -> set[str]:
-    error = body.get("error", body) if isinstance(body, dict) else {}
+    error = _error(body)
     return {str(error.get(key)) for key in ("code", "type")} if isinstance(error, dict) else set()
+
+
+def _error(body: Any) -> Any:
+    while isinstance(body, list) and len(body) == 1:  # Gemini's is in a list
+        body = body[0]
+    return body.get("error", body) if isinstance(body, dict) else body
 
 
 def _retry_after(cause: BaseException | None) -> timedelta | None:

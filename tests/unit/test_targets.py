@@ -284,6 +284,12 @@ MUTUAL = {
         "B": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "n": INT}, "required": ["n"]},
     },
 }
+
+
+def needing(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"next": schema}, "required": ["next"]}
+
+
 CLIQUE = {
     "$ref": "#/$defs/T0",
     "$defs": {
@@ -315,6 +321,13 @@ CLIQUE = {
             [3, {"a": {"b": 3}}],
             ["3", {"a": {"b": "3"}}],
         ),
+        (needing({"anyOf": [{"$ref": "#"}, NULL]}), [{"next": {"next": None}}], [{"next": {}}]),
+        (needing({"anyOf": [{"allOf": [{"$ref": "#"}]}, NULL]}), [{"next": {"next": None}}], [{"next": {}}]),
+        (needing({"type": "array", "items": {"$ref": "#"}}), [{"next": [{"next": []}]}], [{"next": [{}]}]),
+        (needing({"$ref": "#", "nullable": True}), [{"next": {"next": None}}], [{"next": {}}]),
+        (needing({"$ref": "#"}) | {"type": ["object", "string"]}, [{"next": "end"}], [{"next": {}}]),
+        ({"type": "array", "prefixItems": [INT, {"$ref": "#"}], "minItems": 1}, [[1], [1, [2]]], [[1, []]]),
+        ({"type": "array", "prefixItems": [INT], "items": {"$ref": "#"}, "minItems": 1}, [[1, [2]]], [[1, []]]),
     ],
 )
 def test_a_schema_may_lead_back_to_itself(schema: Any, good: list[Any], bad: list[Any]) -> None:
@@ -527,6 +540,15 @@ def nested(depth: int) -> dict[str, Any]:
             "",
             "without an end",
         ),
+        (needing({"$ref": "#"}), "/$ref", "without an end"),
+        (needing({"$ref": "#/properties/next", "title": "it"}), "/properties/next/$ref", "without an end"),
+        (needing({"allOf": [INT, needing({"$ref": "#"})]}), "/$ref", "without an end"),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "/$ref", "without an end"),
+        ({"type": "array", "prefixItems": [INT, {"$ref": "#"}], "minItems": 2}, "/$ref", "without an end"),
+        ({"type": "array", "items": [INT, {"$ref": "#"}], "minItems": 2}, "/$ref", "without an end"),
+        ({"type": "array", "contains": {"$ref": "#"}}, "/$ref", "without an end"),
+        ({"type": "object", "required": 1, "properties": {"a": {"$ref": "#"}}}, "/required", "strings"),
+        ({"type": "array", "minItems": "1", "items": {"$ref": "#"}}, "/minItems", "whole number"),
         ({"$ref": "#/"}, "/$ref", "no schema"),
         ({"$ref": "#/properties", "properties": {}}, "/$ref", "no schema"),
         ({"$ref": "#/enum/0", "enum": [{}]}, "/$ref", "no schema"),

@@ -6,6 +6,7 @@ definitions, and all other references are written out.
 
 import re
 from collections.abc import Iterator
+from enum import Flag, auto
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,6 +22,17 @@ SEVERAL = {"prefixItems", "anyOf", "oneOf", "allOf"}
 BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}
 _SAME_VALUE = {"anyOf", "oneOf", "allOf", "not", "if", "then", "else"}
 """Keywords whose schemas are about the same value, not about a part of it."""
+
+
+class _Way(Flag):
+    """From a schema to a reference inside."""
+
+    SAME = auto()
+    """The reference is about the same value."""
+    ALWAYS = auto()
+    """Every value of the schema has to fit the reference, by itself or by a part that it must have."""
+
+
 REFERENCES = 400
 """Different references in one schema."""
 
@@ -35,15 +47,15 @@ class References:
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._names: dict[Pointer, str] = {}
-        inside: dict[Pointer, dict[Pointer, bool]] = {}
+        inside: dict[Pointer, dict[Pointer, _Way]] = {}
         waiting: list[Pointer] = []
 
-        def look(node: JSON, place: str) -> dict[Pointer, bool]:
-            """The references in a schema, and whether one of each is about the same value."""
-            found: dict[Pointer, bool] = {}
-            for reference, where, is_same in _references(node, place, True):
+        def look(node: JSON, place: str) -> dict[Pointer, _Way]:
+            """The references in a schema, and the ways to them."""
+            found: dict[Pointer, _Way] = {}
+            for reference, where, way in _references(node, place, _Way.SAME | _Way.ALWAYS):
                 pointer, _ = self.look_up(reference, where)
-                found[pointer] = found.get(pointer, False) or is_same
+                found[pointer] = found.get(pointer, _Way(0)) | way
                 if pointer not in inside and pointer not in waiting:
                     waiting.append(pointer)
                     if len(waiting) + len(inside) > REFERENCES:
@@ -56,10 +68,10 @@ class References:
             inside[pointer] = {}
             inside[pointer] = look(self._find(pointer), _written(pointer))
         for pointer in inside:
-            if pointer in _reachable(pointer, inside, same_only=True):
+            if any(pointer in _reachable(pointer, inside, way) for way in _Way):
                 place = f"{_written(pointer)}/$ref"
                 raise Refused(place, f"{'#' + _written(pointer)!r} leads back to itself without an end")
-            if pointer in _reachable(pointer, inside, same_only=False):
+            if pointer in _reachable(pointer, inside, _Way(0)):
                 self._name(pointer)
 
     @property
@@ -106,34 +118,57 @@ class References:
         self._names[pointer] = next(n for i in range(len(taken) + 1) if (n := f"{name}{i or ''}") not in taken)
 
 
-def _reachable(start: Pointer, inside: dict[Pointer, dict[Pointer, bool]], *, same_only: bool) -> set[Pointer]:
+def _reachable(start: Pointer, inside: dict[Pointer, dict[Pointer, _Way]], way: _Way) -> set[Pointer]:
     seen: set[Pointer] = set()
     waiting = [start]
     while waiting:
-        for pointer, is_same in inside[waiting.pop()].items():
-            if pointer not in seen and (is_same or not same_only):
+        for pointer, ways in inside[waiting.pop()].items():
+            if pointer not in seen and way in ways:
                 seen.add(pointer)
                 waiting.append(pointer)
     return seen
 
 
-def _references(node: JSON, place: str, is_same: bool) -> Iterator[tuple[JSON, str, bool]]:
-    """Every reference in a schema, with its place, and whether it is about the value of the schema itself. Definitions
-    count when something leads to them."""
+def _references(node: JSON, place: str, way: _Way) -> Iterator[tuple[JSON, str, _Way]]:
+    """Every reference in a schema, with its place and the way to it. Definitions count when something leads to
+    them."""
     if not isinstance(node, dict):
         return
+    if node.get("nullable") is True:
+        way &= _Way.SAME
     if "$ref" in node:
-        yield node["$ref"], f"{place}/$ref", is_same
+        yield node["$ref"], f"{place}/$ref", way
     for keyword, value in node.items():
-        inner = is_same and keyword in _SAME_VALUE
         if keyword in ONE and isinstance(value, dict):
-            yield from _references(value, f"{place}/{keyword}", inner)
+            yield from _references(value, f"{place}/{keyword}", way & _inner(node, keyword))
         elif (keyword in SEVERAL or keyword == "items") and isinstance(value, list):
             for i, each in enumerate(value):
-                yield from _references(each, f"{place}/{keyword}/{i}", inner)
+                yield from _references(each, f"{place}/{keyword}/{i}", way & _inner(node, keyword, i))
         elif keyword in ("properties", "patternProperties") and isinstance(value, dict):
+            needed = _required(node) if keyword == "properties" else ()
             for name, each in value.items():
-                yield from _references(each, f"{place}/{keyword}/{escaped(name)}", inner)
+                inner = _Way.ALWAYS if name in needed else _Way(0)
+                yield from _references(each, f"{place}/{keyword}/{escaped(name)}", way & inner)
+
+
+def _inner(node: Schema, keyword: str, at: int = 0) -> _Way:
+    """The way from a schema, of which nothing is checked yet, to the one under this keyword, `properties` excepted."""
+    if keyword in _SAME_VALUE:
+        return _Way.SAME | _Way.ALWAYS if keyword == "allOf" else _Way.SAME
+    if keyword not in ("items", "prefixItems", "contains") or node.get("type") not in ("array", ["array"]):
+        return _Way(0)
+    before = node.get("prefixItems")
+    if keyword == "items" and isinstance(before, list):
+        at += len(before)
+    least = node.get("minContains", 1) if keyword == "contains" else node.get("minItems")
+    return _Way.ALWAYS if isinstance(least, int) and least > at else _Way(0)
+
+
+def _required(node: Schema) -> set[str]:
+    required = node.get("required")
+    if node.get("type") not in ("object", ["object"]) or not isinstance(required, list):
+        return set()
+    return {each for each in required if isinstance(each, str)}
 
 
 def _written(pointer: Pointer) -> str:

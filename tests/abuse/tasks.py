@@ -3,6 +3,7 @@
 import _thread
 import asyncio
 import contextlib
+import contextvars
 import ctypes
 import gc
 import io
@@ -29,6 +30,7 @@ import psutil
 from prefect import task
 
 from backcast.options import options
+from backcast.reporting import progress
 from tests.support.waiting import until
 
 
@@ -952,6 +954,26 @@ async def fork_and_wait_in_the_loop() -> str:
 @task
 def fork_in_a_thread() -> str:
     return "child" if os.fork() == 0 else "parent"
+
+
+@task
+def fork_while_it_reports() -> int:
+    """Another thread of it is often in the middle of a report, and its children report as well."""
+    is_over, context = threading.Event(), contextvars.copy_context()
+
+    def report() -> None:
+        while not is_over.is_set():
+            progress(0.5, "x" * 500)
+
+    thread = threading.Thread(target=context.run, args=(report,))
+    thread.start()
+    children = [multiprocessing.get_context("fork").Process(target=progress, args=(0.6,)) for _ in range(30)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(20)
+    is_over.set()
+    return sum(child.is_alive() for child in children)
 
 
 @task

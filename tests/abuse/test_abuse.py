@@ -151,6 +151,7 @@ COMPLETING: dict[str, Any] = {
     "fork_in_the_loop": "parent",
     "fork_and_wait_in_the_loop": "parent",
     "fork_in_a_thread": "parent",
+    "fork_while_it_reports": 0,
     "fork_in_a_callback": "parent",
     "fork_and_exit_in_a_callback": "parent",
     "interrupt_the_loop": "interrupted",

@@ -1,6 +1,7 @@
 """`progress` and `emit` without a worker."""
 
 import asyncio
+import gc
 import json
 from typing import Any, cast
 
@@ -72,3 +73,34 @@ async def test_lines_beyond_the_limit_are_counted() -> None:
     reports.write("stdout", ", ended\n\nunfinished")
     reports.close()
     assert sent.lines == ["begun, ended", *["x"] * (MOST_LINES - 1), "5 further lines were dropped"]
+
+
+async def test_destructors_may_write_wherever_a_report_allocates() -> None:
+    sent, count = Sent(), 500
+    reports = RunReports(bytes(16), cast("Channel", sent), lambda: 0)
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            reports.write("stderr", "gone\n")
+
+    async def report() -> None:
+        for n in range(count):
+            Garbage()
+            reports.write("stdout", f"{n}\n")
+            reports.emit("number", n)
+            reports.progress(None, str(n))
+            await asyncio.sleep(0)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(7)
+    try:
+        await report()
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    reports.close()
+    assert [line for line in sent.lines if line != "gone"] == [str(n) for n in range(count)]
+    assert sent.lines.count("gone") == count

@@ -3,6 +3,7 @@ tasks that tasks call.
 """
 
 import logging
+import os
 from typing import Any
 
 from prefect.events.schemas.events import Event
@@ -31,6 +32,7 @@ def install(sink: Sink) -> None:
     Our engine publishes its own runs; only the tasks that tasks call come this way. Their changes of state are taken
     before Prefect's own thread searches for related flows, of which there are none.
     """
+    os.register_at_fork(after_in_child=lambda: setattr(sink, "is_enabled", False))
     queue = Queue(sink)
     EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=queue)
     set_api_log_sink(sink.keep_log)

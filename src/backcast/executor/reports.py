@@ -40,7 +40,7 @@ class RunReports:
         """`retries` counts those of the run so far."""
         self._run, self._channel, self._retries = run, channel, retries
         self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a destructor may report wherever this allocates
         self._events: list[Event] = []
         self._lines: list[Line] = []
         self._unfinished: dict[str, str] = {}
@@ -72,7 +72,7 @@ class RunReports:
         """Take what is written to a stream: each line of it is one of the run's log."""
         with self._lock:
             room = max(0, MOST_LINES - self._line_count)
-            *lines, rest = (self._unfinished.get(stream, "") + text).split("\n", room)
+            *lines, rest = (self._unfinished.pop(stream, "") + text).split("\n", room)
             if beyond := rest.count("\n"):  # one by one they would keep the lock for long, which the loop waits for
                 self._lost += beyond
                 rest = rest[rest.rfind("\n") + 1 :]
@@ -90,10 +90,10 @@ class RunReports:
             self._end_lines()
 
     def _end_lines(self) -> None:
-        for stream, text in self._unfinished.items():
+        unfinished, self._unfinished = self._unfinished, {}
+        for stream, text in unfinished.items():
             if text:
                 self._add_line("INFO", stream, text)
-        self._unfinished.clear()
 
     def _add_line(self, level: str, logger: str, text: str, *, is_last: bool = False) -> None:
         text = storable(text[:LONGEST])
@@ -127,11 +127,11 @@ class RunReports:
     def _taken(self) -> Reports | None:
         if self._progress is None and not self._events and not self._lines:
             return None
-        if self._lines:  # all at once, which costs less than one by one
-            texts = redacted("\n".join(line.text for line in self._lines)).split("\n")
-            self._lines = [line._replace(text=text) for line, text in zip(self._lines, texts, strict=True)]
         given = Reports(self._progress, self._events, self._lines)
         self._progress, self._events, self._lines = None, [], []
+        if given.lines:  # all at once, which costs less than one by one
+            texts = redacted("\n".join(line.text for line in given.lines)).split("\n")
+            given.lines[:] = [line._replace(text=text) for line, text in zip(given.lines, texts, strict=True)]
         return given
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class Threads:
         self._own = ThreadPoolExecutor(count, thread_name_prefix="engine")
         self._apart = _Apart(count + APART, self)
         self._loop.set_default_executor(self._apart)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a destructor may come here wherever this allocates
         self._calls = dict[object, bytes | None]()
         """By call: the run whose code it is."""
         self._over = set[bytes]()

@@ -11,6 +11,7 @@ from contextvars import Context, ContextVar
 from typing import Any
 
 from backcast.process.marks import Marks
+from backcast.reporting import REPORTER
 
 RUN: ContextVar[bytes | None] = ContextVar("backcast_run", default=None)
 """The id of the run that this code belongs to."""
@@ -32,6 +33,7 @@ def guard(channel_fd: int) -> None:
 
     def in_copy() -> None:
         _copies.append(os.getpid())
+        REPORTER.set(None)  # in vain, and another thread may have kept the lock of the reports
         _Marked.send = _Marked.throw = _end  # pyright: ignore[reportAttributeAccessIssue]  # the rest of this step goes on
         with contextlib.suppress(OSError):  # user code has closed it, or has left no descriptor
             os.close(channel_fd)

@@ -71,7 +71,7 @@ class Sink:
         self._bytes = 0
         self._logs: deque[bytes] = deque()
         self._log_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a destructor may come here wherever this allocates
         self._spool = Spool(settings.spool)
         self._numbers = iter(range(1 << 62))
         self.tag: str | None = None

@@ -26,6 +26,7 @@ from backcast import cancel_requested, options
 from backcast.errors import FatalError, StoreUnavailable, TransientError, UsageError
 from backcast.executor import capture
 from backcast.executor.executor import Executor
+from backcast.executor.objects import CacheAway
 from backcast.executor.threads import APART
 from backcast.executor.tracking import RUN
 from backcast.history.events import Change
@@ -75,6 +76,7 @@ KINDS: dict[str, Any] = {
     "transient": lambda: TransientError("as asked"),
     "wait": lambda: TransientError("as asked", retry_after=timedelta(seconds=77)),
     "timeout": lambda: TimeoutError("of its own"),
+    "away": lambda: StoreUnavailable("as asked"),
     "exit": lambda: SystemExit(1),
     "cancelled": lambda: asyncio.CancelledError(),
 }
@@ -409,6 +411,7 @@ async def test_parameters_of_every_kind(way: Way) -> None:
         ("fatal", Failed, "task_failed"),
         ("transient", Retry, "temporarily_failed"),
         ("timeout", Retry, "task_failed"),
+        ("away", Retry, "task_failed"),
         ("exit", Failed, "task_failed"),
         ("cancelled", Failed, "task_failed"),
     ],
@@ -657,7 +660,7 @@ class Leaving:
     async def get(self, key: str) -> bytes:
         self.reads -= 1
         if self.reads < 0:
-            raise StoreUnavailable("It is away.")
+            raise CacheAway("It is away.")
         return await self.store.get(key)
 
     async def put(self, key: str, body: bytes) -> None:
@@ -678,7 +681,7 @@ async def test_a_store_that_goes_away_is_not_the_tasks_failure(tmp_path: Path, m
         left = leaving.reads
         assert await executor.execute("counted", uuid4(), given, retries=0) == first, "it was cached"
         leaving.reads = left - leaving.reads - 1  # all but the last of the reads that a hit takes
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(CacheAway):
             await executor.execute("counted", uuid4(), given, retries=0)
     await store.aclose()
 

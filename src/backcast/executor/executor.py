@@ -17,11 +17,10 @@ from prefect.context import AsyncClientContext, SyncClientContext
 from prefect.logging.loggers import patch_print
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE
 
-from backcast.errors import Unavailable
 from backcast.executor import plain, prefect_engine
 from backcast.executor.cache import CacheStorage
 from backcast.executor.classification import failed, readable
-from backcast.executor.objects import Objects
+from backcast.executor.objects import CacheAway, Objects
 from backcast.executor.plain import Job, Template
 from backcast.executor.prefect_engine import Publish
 from backcast.executor.registry import prepare
@@ -100,7 +99,7 @@ class Executor:
 
         Raises:
             CancelledError: the attempt was stopped, for the `models.Reason` in it; at once, even if a thread goes on.
-            Unavailable: the store of cached values is away.
+            CacheAway: the store of cached values is away.
         """
         asked = stoppable()
         try:
@@ -115,7 +114,7 @@ class Executor:
             if task is None or task.cancelling():
                 raise
             return failed(readable(stop))  # no request to stop: something that the task awaited was cancelled
-        except Unavailable:
+        except CacheAway:
             raise
         except BaseException as error:  # noqa: BLE001  # sys.exit() in a task must not end the worker
             return failed(readable(error))

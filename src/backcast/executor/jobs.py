@@ -12,9 +12,10 @@ from typing import Any
 from uuid import UUID
 
 from backcast import llm, protocol
-from backcast.errors import FatalError, Unavailable, UsageError
+from backcast.errors import FatalError, UsageError
 from backcast.executor.executor import Executor
 from backcast.executor.habits import Habits
+from backcast.executor.objects import CacheAway
 from backcast.executor.reports import RunReports
 from backcast.executor.tracking import RUN
 from backcast.models import JSON, AttemptResult, Failed, Problem, Retry, Succeeded, Tried
@@ -134,7 +135,7 @@ class Jobs:
             )
         except asyncio.CancelledError:
             return None
-        except Unavailable as error:
+        except CacheAway as error:
             return Retry.after_outage(error, self._retries[message.id])
         if isinstance(result, Succeeded) and len(result.body) > self._max_result:
             return _failed(

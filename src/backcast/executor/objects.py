@@ -6,15 +6,21 @@ from typing import Protocol
 from uuid import uuid4
 
 from backcast import protocol
-from backcast.errors import StoreUnavailable
+from backcast.errors import BackcastError, StoreUnavailable
 from backcast.process.channel import Channel, Message
 from backcast.store import Missing
 
 log = logging.getLogger("backcast.executor")
 
 
+class CacheAway(BackcastError):
+    """No `Unavailable`, which a task may raise as well: only this makes its run wait, whatever its retries are."""
+
+    code, title = StoreUnavailable.code, StoreUnavailable.title
+
+
 class Objects(Protocol):
-    """What the cache needs of a store."""
+    """What the cache needs of a store. Raises `CacheAway`."""
 
     async def get(self, key: str) -> bytes: ...
 
@@ -47,7 +53,7 @@ class RemoteObjects:
         if answer.number == protocol.MISSING:
             raise Missing(key)
         if answer.number == protocol.UNAVAILABLE:
-            raise StoreUnavailable(answer.body.decode())
+            raise CacheAway(answer.body.decode())
         return answer
 
     def answered(self, answer: Message) -> None:

@@ -24,9 +24,9 @@ from prefect.telemetry.run_telemetry import RunTelemetry
 from prefect.transactions import AsyncTransaction, Transaction
 from prefect.utilities.timeout import timeout
 
-from backcast.errors import Unavailable
 from backcast.executor import plain
 from backcast.executor.classification import failed, may_retry, readable, retry_after
+from backcast.executor.objects import CacheAway
 from backcast.executor.plain import Job
 from backcast.executor.threads import Overdue, is_asked
 from backcast.history.events import Change
@@ -259,7 +259,7 @@ class _AsyncEngine(_Ours, AsyncTaskRunEngine[Any, Any]):
         try:
             async with transaction as entered:
                 await self.call_task_fn(entered)
-        except Unavailable:  # the store of cached values is away: no fault of the task or the run
+        except CacheAway:  # the store of cached values is away: no fault of the task or the run
             raise
         except TimeoutError as late:
             await self.handle_timeout(late)
@@ -337,7 +337,7 @@ class _SyncEngine(_Ours, SyncTaskRunEngine[Any, Any]):
         try:
             with timeout(self.task.timeout_seconds, TaskRunTimeoutError), transaction as entered:
                 self.call_task_fn(entered)
-        except Unavailable:
+        except CacheAway:
             raise
         except TimeoutError as late:
             self.handle_timeout(late)

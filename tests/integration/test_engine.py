@@ -160,6 +160,16 @@ def s_undecided() -> None:
     raise ValueError("again")
 
 
+def waits(task: Any, run: Any, state: Any) -> bool:
+    seen["condition"] = run.id
+    return not gates["condition"].wait(3600)
+
+
+@task(retries=1, retry_condition_fn=waits)
+def s_hesitant() -> None:
+    raise ValueError("again")
+
+
 STATES: dict[str, Any] = {
     "completed": lambda: Completed(data=[1]),
     "failed": lambda: FailedState(message="as returned"),
@@ -572,14 +582,33 @@ async def test_stopping_a_run_does_not_wait_for_it(way: Way, kind: str, reason: 
         assert seen[name], "the thread can see the request to stop"
 
 
+async def test_a_condition_that_goes_on_has_the_slot(way: Way) -> None:
+    gates["condition"], run_id = threading.Event(), uuid4()
+    run = RUN.set(run_id.bytes)
+    execution = asyncio.create_task(way.run("s_hesitant", run_id=run_id))
+
+    async def begun() -> bool:
+        return seen.get("condition") == run_id
+
+    await until(begun)
+    execution.cancel("cancelled")
+    with pytest.raises(asyncio.CancelledError):
+        await execution
+    assert way.executor.leave(run_id.bytes)
+    gates["condition"].set()
+    await until(busy(way), lambda n: n == 0)
+    RUN.reset(run)
+
+
 async def test_a_run_that_is_stopped_before_it_has_a_thread_never_starts(way: Way) -> None:
     names = [str(uuid4()) for _ in range(4)]
     gates.update({name: threading.Event() for name in names})
     runs = [asyncio.create_task(way.run("s_waits", name=name)) for name in names]
-    await until(busy(way), lambda n: n == 3)
+    await until(busy(way), lambda n: n == 4)
     runs[3].cancel("cancelled")
     with pytest.raises(asyncio.CancelledError):
         await runs[3]
+    assert await busy(way)() == 3
     for name in names:
         gates[name].set()
     assert await asyncio.gather(*runs[:3]) == [Succeeded(b'"too late"')] * 3

@@ -31,21 +31,20 @@ class Threads:
         All threads start now: where code of a run has used up what the process may have, or traces new threads, one
         that starts later fails, and its function is called by another one or never.
         """
-        self._marks, self._freed, self._loop = marks, freed, asyncio.get_running_loop()
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="task")
+        self._freed, self._loop = freed, asyncio.get_running_loop()
+        self._lock = threading.RLock()  # a destructor may come here wherever this allocates
+        self._calls = dict[object, bytes | None]()
+        """By call: the run whose code it is."""
+        self._over = set[bytes]()
+        self._pool = _Pool("task", count, self, marks)
         started = threading.Event()
         try:
             for _ in range(count):
                 self._pool.submit(started.wait)  # the others are busy, so that another thread starts
         finally:
             started.set()
-        self._own = ThreadPoolExecutor(count, thread_name_prefix="engine")
-        self._apart = _Apart(count + APART, self)
-        self._loop.set_default_executor(self._apart)
-        self._lock = threading.RLock()  # a destructor may come here wherever this allocates
-        self._calls = dict[object, bytes | None]()
-        """By call: the run whose code it is."""
-        self._over = set[bytes]()
+        self._own = _Pool("engine", count, self)
+        self._loop.set_default_executor(_Pool("apart", count + APART, self))
 
     def goes_on(self, run: bytes) -> bool:
         """Whether code of this run does."""
@@ -60,11 +59,13 @@ class Threads:
                 self._over.add(run)
         return goes_on
 
-    def begun(self, call: object, run: bytes | None) -> None:
+    def count(self, call: "Future[Any] | asyncio.Task[Any]") -> None:
+        """For the run whose context this is, until it is done."""
         with self._lock:
-            self._calls[call] = run
+            self._calls[call] = RUN.get()
+        call.add_done_callback(self._ended)
 
-    def ended(self, call: object) -> None:
+    def _ended(self, call: object) -> None:
         with self._lock:
             run = self._calls.pop(call, None)
             is_last = run in self._over and run not in self._calls.values()
@@ -84,30 +85,19 @@ class Threads:
             Overdue: after `within` seconds.
             CancelledError: at once, even if the thread goes on; but not because other code has cancelled what it found.
         """
-        call, context = object(), contextvars.copy_context()
-        clock, waits, run = asyncio.timeout(None), True, RUN.get()
+        context, clock, waits = contextvars.copy_context(), asyncio.timeout(None), True
 
         def start_clock() -> None:
             if waits and within is not None:
                 clock.reschedule(self._loop.time() + within)
 
         def body() -> T:
-            self.begun(call, run)
-            try:
-                if within is not None:
-                    self._loop.call_soon_threadsafe(start_clock)
-                if self._marks is not None and run is not None:
-                    self._marks.in_thread(run)
-                return context.run(work)
-            except GeneratorExit as error:  # a coroutine that is given it would end without a word
-                raise RuntimeError("The task raised GeneratorExit.") from error
-            finally:
-                end_copy()
-                if self._marks is not None:
-                    self._marks.out_of_thread()
-                self.ended(call)
+            if within is not None:
+                self._loop.call_soon_threadsafe(start_clock)
+            return context.run(work)
 
-        thread = self._loop.run_in_executor(self._pool, body)
+        call = self._pool.submit(body)
+        thread = asyncio.wrap_future(call)
         try:
             async with clock:
                 while True:
@@ -118,6 +108,7 @@ class Threads:
                             raise
         except (asyncio.CancelledError, TimeoutError):
             asked.set()
+            call.cancel()  # now, so that it is not counted if it has not begun
             thread.cancel()
             if clock.expired():
                 raise Overdue from None
@@ -132,8 +123,7 @@ class Threads:
             Overdue: it has ended by that, or goes on after another `margin` seconds.
         """
         task = self._loop.create_task(coroutine)
-        self.begun(task, RUN.get())
-        task.add_done_callback(self.ended)
+        self.count(task)
         if await _waited(task, within, margin):
             return task.result()
         task.cancel()
@@ -177,26 +167,28 @@ def _go_on() -> bool:
     return task is not None and task.uncancel() >= 0
 
 
-class _Apart(ThreadPoolExecutor):
-    """The loop's default pool. What runs give to it is code of theirs."""
+class _Pool(ThreadPoolExecutor):
+    """Threads for code of runs."""
 
-    def __init__(self, count: int, threads: Threads) -> None:
-        super().__init__(count, thread_name_prefix="apart")
-        self._calls = threads
+    def __init__(self, name: str, count: int, threads: Threads, marks: Marks | None = None) -> None:
+        super().__init__(count, thread_name_prefix=name)
+        self._counts, self._marks = threads, marks
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
-        call, run = object(), RUN.get()
-        if run is None:
-            return super().submit(fn, *args, **kwargs)
+        run = RUN.get()
 
-        def counted() -> T:
+        def body() -> T:
             try:
+                if self._marks is not None and run is not None:
+                    self._marks.in_thread(run)
                 return fn(*args, **kwargs)
+            except GeneratorExit as error:  # a coroutine that is given it would end without a word
+                raise RuntimeError("The task raised GeneratorExit.") from error
             finally:
                 end_copy()
-                self._calls.ended(call)
+                if self._marks is not None:
+                    self._marks.out_of_thread()
 
-        self._calls.begun(call, run)
-        future = super().submit(counted)
-        future.add_done_callback(lambda done: done.cancelled() and self._calls.ended(call))  # it has not begun
+        future = super().submit(body)
+        self._counts.count(future)
         return future

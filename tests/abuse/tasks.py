@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -676,6 +677,10 @@ async def relies_on_the_loop() -> list[str]:
     wrong += ["debug mode"] if loop.get_debug() else []
     wrong += ["a trace function"] if sys.gettrace() or sys.getprofile() else []
     wrong += ["signals are blocked"] if signal.pthread_sigmask(signal.SIG_BLOCK, ()) else []
+    try:
+        await asyncio.to_thread(str)
+    except RuntimeError:
+        wrong.append("no threads")
     process = await asyncio.create_subprocess_exec("false")
     wrong += ["what children return is lost"] if await process.wait() != 1 else []
     return wrong
@@ -840,6 +845,9 @@ async def change_the_loop() -> str:
     loop.set_task_factory(None)
     loop.set_exception_handler(_raises)
     loop.set_debug(True)
+    with ThreadPoolExecutor(1) as pool:
+        loop.set_default_executor(pool)
+    await loop.shutdown_default_executor()
     return "rude"
 
 

@@ -44,7 +44,9 @@ class Threads:
         finally:
             started.set()
         self._own = _Pool("engine", count, self)
-        self._loop.set_default_executor(_Pool("apart", count + APART, self))
+        type(self._loop).set_default_executor(self._loop, _Pool("apart", count + APART, self))
+        # A run that gave the loop a pool of its own, as it may in a program of its own, would give it to all of them.
+        vars(self._loop).update(set_default_executor=_ignore, shutdown_default_executor=_ignore_later)
 
     def goes_on(self, run: bytes) -> bool:
         """Whether code of this run does."""
@@ -165,6 +167,14 @@ def is_asked(stop: BaseException) -> bool:
 def _go_on() -> bool:
     task = asyncio.current_task()
     return task is not None and task.uncancel() >= 0
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+async def _ignore_later(*_: Any) -> None:
+    pass
 
 
 class _Pool(ThreadPoolExecutor):

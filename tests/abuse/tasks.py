@@ -63,6 +63,13 @@ async def spin() -> None:
         pass
 
 
+@task
+async def spin_under_a_name_that_is_no_text() -> None:
+    ctypes.CDLL(None).prctl(15, b"\xff", 0, 0, 0)
+    while True:
+        pass
+
+
 @options(history="none")
 @task
 async def spin_later() -> None:

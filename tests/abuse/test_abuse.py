@@ -93,6 +93,7 @@ async def still_serves(product: Stack) -> None:
 FAILING = {
     "spin": "blocked_worker",
     "spin_later": "blocked_worker",
+    "spin_under_a_name_that_is_no_text": "blocked_worker",
     "sleep_in_the_loop": "blocked_worker",
     "hold_gil": "blocked_worker",
     "hold_gil_in_the_loop": "blocked_worker",

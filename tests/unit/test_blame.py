@@ -10,9 +10,9 @@ from uuid import UUID
 
 import pytest
 
-from backcast.process import marks
+from backcast.process import marks, orphans
 from backcast.process.marks import Mark
-from backcast.worker.blame import Activity, Evidence, Fault, can_dump, faults
+from backcast.worker.blame import Activity, Evidence, Fault, activity, can_dump, faults
 
 LOOP, ONE, TWO, FOREIGN = 1, 2, 3, 4
 A, B, C, D = (UUID(int=n) for n in range(4))
@@ -106,3 +106,13 @@ def test_which_process_writes_a_dump(handler: str, is_stopped: bool) -> None:
         found = can_dump(process.pid)
         process.kill()
     assert found == (handler == "SIG_DFL" and not is_stopped)
+
+
+def test_a_process_may_have_a_name_that_is_no_text() -> None:
+    code = r"import ctypes, sys; ctypes.CDLL(None).prctl(15, b'\xff) T', 0, 0, 0); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert can_dump(process.pid)
+        assert process.pid in activity(process.pid).spent
+        assert orphans.lineage(process.pid)[:2] == [process.pid, os.getpid()]

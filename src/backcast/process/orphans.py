@@ -36,7 +36,7 @@ def lineage(pid: int) -> list[int]:
     while pid:
         found.append(pid)
         try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            pid = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
         except (OSError, IndexError):  # it has ended
             break
     return found

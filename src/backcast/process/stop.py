@@ -43,7 +43,7 @@ class Stop:
 
         while True:
             taken = signal.sigwaitinfo(_TAKEN)
-            with contextlib.suppress(RuntimeError):  # the loop is closed
+            with contextlib.suppress(Exception):  # as when the loop is closed: the next signal is taken all the same
                 self._loop.call_soon_threadsafe(take, taken.si_signo, orphans.lineage(taken.si_pid))
 
     def _signalled(self) -> None:

@@ -124,10 +124,11 @@ def activity(pid: int) -> Activity:
     seconds, wakes, waits = dict[int, float](), 0, False
     for folder in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError, IndexError, ValueError):  # it has ended
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
             seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / 100
             if int(folder.name) == pid:  # the loop is in the main thread
-                wakes = int((folder / "status").read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+                status = (folder / "status").read_text(errors="replace")
+                wakes = int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
                 waits = (folder / "wchan").read_text().startswith("futex")
     return Activity(time.monotonic(), seconds, wakes, waits)
 
@@ -135,7 +136,7 @@ def activity(pid: int) -> Activity:
 def can_dump(pid: int) -> bool:
     """Whether a process takes SIGABRT, and so writes its dump: not one that is stopped, or ignores it."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
         ignored = int(status.partition("\nSigIgn:")[2].split()[0], 16)
     except (OSError, IndexError):
         return True

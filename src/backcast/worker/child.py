@@ -22,7 +22,7 @@ from uuid import UUID
 from backcast import protocol
 from backcast.errors import ConfigurationError, StoreUnavailable
 from backcast.models import Problem, Retry
-from backcast.process import marks, tracing
+from backcast.process import background, marks, tracing
 from backcast.process.channel import Channel, Message
 from backcast.protocol import Assignment, Attempt, Reports, Served
 from backcast.store import Missing, Store
@@ -158,7 +158,7 @@ class Child:
             most = protocol.largest(self._assignment.max_result)
             self._channel = await Channel.over(ours, self._received, largest=most)
             self._channel.send(self._assignment.message())
-            watching = asyncio.create_task(self._keep_watch())
+            watching = asyncio.create_task(background.keep("watch an executor", self._keep_watch))
             gone = asyncio.create_task(self._channel.lost.wait())
             waiting = asyncio.create_task(process.wait())
             await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)

@@ -372,6 +372,15 @@ async def test_an_executor_may_end_while_its_successor_starts(product: Stack) ->
     await until(lambda: count(product), lambda executors: executors == 1)
 
 
+async def test_an_executor_is_replaced_that_ends_while_the_one_before_it_has_a_run(product: Stack) -> None:
+    await product.state(await product.submit("nap", seconds=3600), "running")
+    await product.result(await product.submit("keep_files_open"))
+    await until(lambda: metric(product, 'executors_ended_total{cause="replaced"}'), lambda count: count == 1)
+    assert (await product.ended(await product.submit("kill_itself")))["error"]["code"] == "executor_died"
+    assert await product.result(await product.submit("nap", seconds=0.05)) == 0.05
+    assert await count(product) == 2
+
+
 async def count(product: Stack) -> int:
     return len(executors(product))
 
@@ -409,8 +418,12 @@ async def test_what_raises_when_it_is_cancelled_takes_no_executor(product: Stack
 
 
 async def lost(product: Stack) -> float:
-    text = (await product.http.get(product.parts[1].metrics_url)).text
-    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("backcast_worker_slots_lost "))
+    return await metric(product, "worker_slots_lost")
+
+
+async def metric(product: Stack, name: str) -> float:
+    lines = (await product.http.get(product.parts[1].metrics_url)).text.splitlines()
+    return next((float(line.split()[1]) for line in lines if line.startswith(f"backcast_{name} ")), 0.0)
 
 
 async def test_a_drain_ends_whatever_the_code_does(product: Stack) -> None:

@@ -218,10 +218,10 @@ class Executors:
         while not self._is_closing:
             began = time.monotonic()
             child = self._seats[seat] = self._spawn(self._shares[seat])
-            await child.ended.wait()
-            while (current := self._seats[seat]) is not child and current is not None:  # it was replaced
-                child = current
-                await child.ended.wait()
+            while not child.ended.is_set():
+                self.changed.clear()
+                await self.changed.wait()
+                child = self._seats[seat] or child  # its successor, if it was replaced
             if self._is_closing:
                 return
             if child.served is None or time.monotonic() - began < 1.0:

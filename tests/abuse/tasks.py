@@ -332,6 +332,14 @@ def sleep_on(seconds: float = 3600) -> None:
     time.sleep(seconds)
 
 
+@task(timeout_seconds=1, retries=1, retry_delay_seconds=0)
+def sleep_on_at_first(marks: str) -> str:
+    if not Path(marks).exists():
+        Path(marks).touch()
+        time.sleep(3600)
+    return "in time"
+
+
 @task
 async def stubborn() -> None:
     while True:

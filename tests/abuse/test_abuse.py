@@ -351,6 +351,16 @@ async def test_what_goes_on_when_it_is_late_costs_an_executor_and_no_slot(produc
     await still_serves(product)
 
 
+async def test_what_goes_on_when_it_is_late_keeps_nobody_from_its_retry(product: Stack, tmp_path: Path) -> None:
+    pids = executors(product)
+    run = await product.submit("sleep_on_at_first", marks=str(tmp_path / "marks"))
+    assert await product.result(run) == "in time"
+    assert (await product.run(run))["attempts"] == 2
+    assert await lost(product) == 1, "its code goes on"
+    assert executors(product) >= pids
+    await still_serves(product)
+
+
 async def test_who_waits_for_a_lock_is_not_at_fault(product: Stack) -> None:
     keeper = await product.submit("keep_the_lock_of_logs", seconds=2 * STALL)
     await product.state(keeper, "running")

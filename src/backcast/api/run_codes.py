@@ -84,10 +84,6 @@ RUN_CODES = {
         "The run has sent a signal to its worker",
         "Code of the task signals its parent process. Send signals only to processes that the task has started.",
     ),
-    "still_executing": (
-        "An earlier attempt of the run has not ended",
-        "Seen while code goes on that was asked to stop; the run goes on by itself.",
-    ),
     "task_failed": ("The task failed", "Its code raised an error, which the detail quotes."),
     "temporarily_failed": ("The task failed for a reason that may pass", "It was retried as often as the task allows."),
     "timeout": ("The task took longer than it may", "Raise the task's `timeout_seconds`, or give it less to do."),

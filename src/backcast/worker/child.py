@@ -21,7 +21,7 @@ from uuid import UUID
 
 from backcast import protocol
 from backcast.errors import ConfigurationError, StoreUnavailable
-from backcast.models import Problem, Retry
+from backcast.models import Problem
 from backcast.process import background, marks, tracing
 from backcast.process.channel import Channel, Message
 from backcast.protocol import Assignment, Attempt, Reports, Served
@@ -313,6 +313,10 @@ class Child:
         """Those of them that are over: their code has not ended when it was asked to."""
         return len(self._left)
 
+    def has(self, run: UUID) -> bool:
+        """Whether code of the run may be executing."""
+        return run in self._jobs or run in self._left
+
     def _gets(self, run: UUID) -> None:
         if len(self._had) < 2:
             self._had.add(run)
@@ -331,8 +335,6 @@ class Child:
             ExecutorEnded: the process has ended.
         """
         assert self._channel is not None
-        if run in self._jobs or run in self._left:
-            return Attempt(Retry(_STILL_HERE, delay=STOP_WITHIN, retries=retries), retries)
         job = self._jobs[run] = _Job(asyncio.get_running_loop().create_future(), retries, may_block)
         self.runs += 1
         self._gets(run)
@@ -373,8 +375,8 @@ class Child:
         match message.kind:
             case protocol.RESULT:
                 self._attempted(UUID(bytes=message.id), message)
-            case protocol.REPORTS:
-                self._reported(UUID(bytes=message.id), protocol.reported(message))
+            case protocol.REPORTS if (run := UUID(bytes=message.id)) in self._jobs:
+                self._reported(run, protocol.reported(message))
             case protocol.FREE:
                 run = UUID(bytes=message.id)
                 for jobs in (self._jobs, self._left):
@@ -439,11 +441,6 @@ _DISTURBED = Problem(
     title="The run's own asyncio task was cancelled",
     detail="Nobody has asked for it: code of a task has cancelled what it found on the event loop, or has raised where"
     " its exception was read.",
-)
-_STILL_HERE = Problem(
-    code="still_executing",
-    title="An earlier attempt of this run has not ended",
-    detail="Its code goes on, although it was asked to stop.",
 )
 
 

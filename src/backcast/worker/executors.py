@@ -114,7 +114,7 @@ class Executors:
 
     async def execute(self, name: str, run: UUID, given: bytes, *, retries: int, is_alone: bool = False) -> Attempt:
         """Make an attempt. A run that may have ended its executor is executed again, with nothing beside it; so is one
-        that is to be alone, if there is room.
+        that is to be alone, if there is room, and one whose code goes on although an attempt before is over.
 
         Raises:
             ExecutorEnded: with its executor; it is known whose doing that was.
@@ -123,7 +123,7 @@ class Executors:
         how = {"may_block": served.may_block or 0.0}
         if served.is_isolated:
             return await self._execute_isolated(name, run, given, retries=retries, **how)
-        if is_alone and not self._quarantines.locked():
+        if (is_alone and not self._quarantines.locked()) or any(child.has(run) for child in self._all):
             return await self._execute_quarantined(name, run, given, retries=retries, **how)
         child = await self._free()
         try:

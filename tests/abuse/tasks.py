@@ -269,6 +269,13 @@ def signal_its_worker_by_a_shell() -> None:
 
 
 @task
+def signal_its_worker_again_and_again() -> None:
+    """Also when the executor has ended."""
+    subprocess.Popen(["sh", "-c", f"while sleep 0.05; do kill {os.getppid()}; done"], start_new_session=True)
+    time.sleep(3600)
+
+
+@task
 def kill_its_group() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 

@@ -125,6 +125,7 @@ FAILING = {
     "kill_its_group": "executor_died",
     "signal_its_worker": "signalled_worker",
     "signal_its_worker_by_a_shell": "signalled_worker",
+    "signal_its_worker_again_and_again": "signalled_worker",
     "close_descriptors": "executor_died",
     "close_the_loop": "task_failed",
     "stop_and_close_the_loop": "executor_died",

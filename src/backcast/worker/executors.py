@@ -332,13 +332,15 @@ class Executors:
 
     def refuse(self, senders: Collection[int]) -> bool:
         """End the executor among these processes, if there is one: it, or a process of its runs, has sent a signal that
-        ends workers. Such a run would do the same to the next worker."""
+        ends workers. Such a run would do the same to the next worker. What it has left behind is a process of ours."""
         for child in self._all:
             if child.pid in senders:
                 log.error("ending executor %s: it has sent a signal to the worker", child.pid)
                 child.end(SIGNALLED)
                 return True
-        return False
+        if is_ours := os.getpid() in senders:
+            self._end_orphans()
+        return is_ours
 
     def _end_orphans(self) -> bool:
         """What runs have left behind ends with their executor, in whatever session it is. Returns whether there was

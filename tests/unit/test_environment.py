@@ -13,6 +13,7 @@ def test_the_identity_of_a_store_is_not_for_tasks(monkeypatch: pytest.MonkeyPatc
         "AWS_WEB_IDENTITY_TOKEN_FILE": "/token",
         "AWS_REGION": "eu",
         "PGPASSWORD": "p",
+        "backcast_store__secret_key": "s",
     }
     for name, value in given.items():
         monkeypatch.setenv(name, value)

@@ -44,7 +44,7 @@ _FAREWELL = 4.0
 """Seconds that an executor has to publish what is left and to end."""
 _GENERATIONS = 100
 """How often the end of a worker looks for what runs have left behind, and for what that leaves behind in turn."""
-_SECRETS = "BACKCAST_|PG(PASSWORD|PASSFILE|SERVICE)"
+_SECRETS = "(?i:BACKCAST_)|PG(PASSWORD|PASSFILE|SERVICE)"
 _IDENTITY = "AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|WEB_IDENTITY_|CONTAINER_)"
 """By which a store is opened that has no key of its own."""
 TOO_LARGE = Problem(

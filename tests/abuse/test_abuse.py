@@ -317,10 +317,15 @@ async def is_there(path: Path) -> bool:
     return path.exists()
 
 
-@pytest.mark.parametrize("task", ["limit_files", "keep_files_open", "ignore_children"])
-async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(product: Stack, task: str) -> None:
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [("limit_files", {}), ("keep_files_open", {}), ("ignore_children", {}), ("threads", {"count": 700})],
+)
+async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(
+    product: Stack, task: str, given: dict[str, Any]
+) -> None:
     [pid] = executors(product)
-    await product.result(await product.submit(task))
+    await product.result(await product.submit(task, **given))
     await until(lambda: is_replaced(product, pid))
     assert await product.result(await product.submit("relies")) == []
     assert await product.result(await product.submit("relies_on_the_loop")) == []

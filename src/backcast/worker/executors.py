@@ -33,6 +33,8 @@ LOST_SHARE = 4
 """An executor is replaced when one of so many of its slots is lost to code that does not end."""
 WORN_SHARE = 10
 """An executor is replaced when less than one of so many of its file descriptors is left."""
+THREADS = 500
+"""An executor is replaced when it has more threads than these, and three for each of its slots."""
 SPARES = 2
 """Executors that are kept ready for runs that get one of their own, once such a run has come."""
 QUARANTINES = 4
@@ -363,6 +365,8 @@ class Executors:
             return f"it has {used >> 20} MiB"
         if (files := _descriptors(child.pid)) and files[0] * WORN_SHARE > files[1] * (WORN_SHARE - 1):
             return f"{files[0]} of its {files[1]} file descriptors are open"
+        if (threads := _threads(child.pid)) > THREADS + 3 * child.capacity:
+            return f"it has {threads} threads"
         return child.worn
 
     def _retire(self, child: Child) -> None:
@@ -420,6 +424,14 @@ def _descriptors(pid: int | None) -> tuple[int, int] | None:
         return open_, int(limits.partition("Max open files")[2].split()[0])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def _threads(pid: int | None) -> int:
+    """How many a process has; 0 where the system does not show it."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))  # noqa: PTH208
+    except OSError:
+        return 0
 
 
 def memory(pid: int, limit: int) -> int:

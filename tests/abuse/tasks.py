@@ -954,7 +954,11 @@ _kept_open = list[int]()
 
 
 @task
-def keep_files_open() -> str:
+def keep_files_open(fuse: str = "") -> str:
+    """All that there may be; once this file is there, if it is given."""
+    while fuse and not Path(fuse).exists():
+        time.sleep(0.05)
+    _kept_open.append(os.open(os.devnull, os.O_RDONLY))
     with contextlib.suppress(OSError):
         while True:
             _kept_open.append(os.open(os.devnull, os.O_RDONLY))

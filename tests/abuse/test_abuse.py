@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from backcast.local.postgres import Postgres
+from backcast.worker.executors import QUARANTINES
 from tests.support import databases
 from tests.support.stack import ROOT, Stack, stack
 from tests.support.waiting import PATIENCE, until
@@ -330,6 +331,20 @@ async def test_an_executor_in_which_something_is_lost_for_good_is_replaced(
     assert await product.result(await product.submit("relies")) == []
     assert await product.result(await product.submit("relies_on_the_loop")) == []
     await still_serves(product)
+
+
+async def test_in_quarantine_nobody_gets_a_process_in_which_something_is_lost_for_good(
+    product: Stack, tmp_path: Path
+) -> None:
+    [pid] = executors(product)
+    runs = [await product.submit("keep_files_open", fuse=str(tmp_path / "fuse")) for _ in range(2 * QUARANTINES)]
+    for run in runs:
+        await product.state(run, "running")
+    await product.submit("kill_itself")
+    await until(lambda: is_replaced(product, pid))
+    (tmp_path / "fuse").touch()
+    for run in runs:
+        assert await product.result(run) == "rude"
 
 
 async def test_an_executor_that_has_grown_is_replaced_without_a_gap(product: Stack) -> None:

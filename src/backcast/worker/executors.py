@@ -196,7 +196,7 @@ class Executors:
         except BaseException:
             self._retire(child)
             raise
-        if child.is_ready and not child.left:
+        if child.is_ready and not self._is_worn(child, 0):
             self._quarantine.append(child)
         else:
             self._retire(child)

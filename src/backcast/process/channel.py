@@ -81,13 +81,18 @@ class Channel(asyncio.Protocol):
     def _flush(self) -> None:
         messages, self._waiting = self._waiting, []
         frame, size = list[Message](), 0
-        for message in messages:
-            frame.append(message)
-            size += len(message.body)
-            if size > _FRAME:
-                self._write(frame)
-                frame, size = [], 0
-        self._write(frame)
+        try:
+            for message in messages:
+                frame.append(message)
+                size += len(message.body)
+                if size > _FRAME:
+                    self._write(frame)
+                    frame, size = [], 0
+            self._write(frame)
+        except BaseException:  # messages are lost, and the other end may wait for one of them
+            if self._transport is not None:
+                self._transport.abort()
+            raise
 
     def _write(self, frame: list[Message]) -> None:
         if frame and self._transport is not None:

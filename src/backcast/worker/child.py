@@ -432,6 +432,9 @@ class Child:
             number = protocol.MISSING
         except StoreUnavailable as error:
             number, body = protocol.UNAVAILABLE, error.detail.encode()
+        except Exception:
+            log.exception("an executor's request to the store has failed")
+            number, body = protocol.UNAVAILABLE, b"The worker could not reach the store: see its log."
         if self._channel is not None:
             self._channel.send(Message(protocol.ANSWER, asked.id, number, body=body))
 

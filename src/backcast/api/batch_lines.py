@@ -6,6 +6,7 @@ Its memory does not grow with the lines: what is kept goes to a file, and what i
 import asyncio
 import hashlib
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple
@@ -36,8 +37,8 @@ WRONG = 20
 of a line that are kept."""
 KEPT = 1000
 """Skipped lines whose errors are kept."""
-_SLICE = 100
-"""Lines after which other requests have a turn: some milliseconds."""
+_TURN = 0.01
+"""Seconds after which other requests have a turn, once a line is read."""
 _PUTS = 8
 """Large inputs that are stored at the same time."""
 _IN_MEMORY = 1024 * 1024
@@ -259,9 +260,9 @@ class Reader:
 
 
 async def lines(request: Request, digest: Any, longest: int) -> AsyncIterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 0. Other requests have a turn every `_SLICE` lines, and at
-    every piece of the body."""
-    number, line = 0, bytearray()
+    """The lines that are not blank, with their numbers from 0. Other requests have a turn every `_TURN`, and at every
+    piece of the body."""
+    number, line, began = 0, bytearray(), time.monotonic()
     async for piece in request.stream():
         digest.update(piece)
         first, *others = piece.split(b"\n")
@@ -270,8 +271,9 @@ async def lines(request: Request, digest: Any, longest: int) -> AsyncIterator[tu
             if line.strip():
                 yield number, bytes(line)
             number, line = number + 1, bytearray(other)
-            if number % _SLICE == 0:
+            if time.monotonic() - began > _TURN:
                 await asyncio.sleep(0)
+                began = time.monotonic()
         if len(line) > longest:
             raise BodyTooLarge(f"A line may have {longest} bytes: send less, or send a link to the data instead.")
         await asyncio.sleep(0)

@@ -107,19 +107,16 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            self._begin("body")
-            if self._is_offer():
+            if self.parser.should_upgrade():
                 return  # `_unsupported_upgrade_warning` comes next
+            self._begin("body")
             self.scope["abort"] = self._abort  # pyright: ignore[reportGeneralTypeIssues]  # for endless answers
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            self._begin(None)
-            if not self._is_offer():
+            if not self.parser.should_upgrade():
+                self._begin(None)
                 super().on_message_complete()
-
-        def _is_offer(self) -> bool:
-            return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
         def _unsupported_upgrade_warning(self) -> None:
             """Serve a request that offers another protocol in this one, as it allows. Java's client offers HTTP/2 with
@@ -128,12 +125,16 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
             upgrade = sys.exception()
             assert isinstance(upgrade, httptools.HttpParserUpgrade)
             version, method = self.parser.get_http_version().encode(), self.parser.get_method()
+            if method == b"CONNECT":
+                self._refuse(MalformedRequest("This is no proxy: send requests for its own paths."))
+                return
             head = [method, b" ", self.url, b" HTTP/", version, b"\r\n"]
             for name, value in self.headers:
                 head += [name, b": ", value, b"\r\n"] if name != b"upgrade" else []
             self.parser = httptools.HttpRequestParser(self)
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-            super().data_received(b"".join([*head, b"\r\n", self._data[upgrade.args[0] :]]))
+            self._data = b"".join([*head, b"\r\n", self._data[upgrade.args[0] :]])
+            super().data_received(self._data)
 
         def _abort(self) -> None:
             """Close the connection, whatever of the answer has not been sent."""

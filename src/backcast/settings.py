@@ -178,7 +178,7 @@ class Api(_Section):
     max_body: int = Field(default=1024 * 1024, ge=1024)
     """Largest request body, in bytes; more is refused before it is read."""
     max_batch: int = Field(default=50_000, ge=1, le=100_000)
-    """Most runs in one batch."""
+    """Most lines of one batch: its runs, and the wrong lines that it leaves out."""
     max_batch_body: int = Field(default=64 * 1024 * 1024, ge=1024)
     """Largest body of a batch, in bytes."""
     max_waiting: int = Field(default=1_000_000, ge=1)

@@ -91,8 +91,8 @@ async def submit_batch(
     kept = False
     try:
         async for number, line in batch_lines.lines(request, digest, deps.limits.max_body):
-            if len(reader.rows) >= deps.limits.max_batch:
-                raise BodyTooLarge(f"A batch may have {deps.limits.max_batch} runs: send more batches.")
+            if len(reader.rows) + reader.wrong >= deps.limits.max_batch:
+                raise BodyTooLarge(f"A batch may have {deps.limits.max_batch} lines: send more batches.")
             await reader.read(number, line)
             if reader.wrong >= batch_lines.WRONG and not skips:
                 break

@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
 
+import asyncpg
 import httpx
 import pytest
 
 from backcast.ledger import claims, fleet, runs, settlement
 from backcast.ledger.connection import Ledger
 from backcast.ledger.settlement import Settlement
+from backcast.local import postgres
 from backcast.models import TaskType, uuid7
 from tests.integration.test_ledger import LEASE
 from tests.support import ended
@@ -138,6 +140,27 @@ async def test_a_stop_answers_those_who_wait(served: Stack, ledger: Ledger) -> N
     [api] = served.parts
     api.signal(signal.SIGTERM)
     assert (await waiting).json()["state"] == "queued"
+    await api.ended()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/tasks/echo/runs", {"input": {}}), ("/tasks", {"payload": "1", "target_type": "int"})],
+)
+async def test_a_recorded_run_is_answered_without_the_database(
+    served: Stack, ledger: Ledger, server: postgres.Postgres, path: str, body: dict[str, object]
+) -> None:
+    waiting = asyncio.create_task(served.http.post(path, json=body, headers=WAIT))
+    await until(lambda: held(ledger))
+    [[name]] = await ledger.fetch("select current_database()")
+    admin = await asyncpg.connect(server.url())
+    await admin.execute(f'alter database "{name}" allow_connections false')
+    await admin.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", name)
+    await admin.close()
+    [api] = served.parts
+    api.signal(signal.SIGTERM)
+    answer = await waiting
+    assert (answer.status_code, "location" in answer.headers) == (202, True), answer.text
     await api.ended()
 
 

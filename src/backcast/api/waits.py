@@ -10,7 +10,7 @@ import asyncpg
 from fastapi import Request
 
 from backcast.api.watching import Watching
-from backcast.errors import BackcastError
+from backcast.errors import BackcastError, LedgerUnavailable
 from backcast.ledger import runs
 from backcast.ledger.connection import ENDED, Ledger
 from backcast.models import Run
@@ -42,15 +42,18 @@ class Waits:
         watching.looks.append(self)
 
     async def until_ended(self, request: Request, run: Run) -> tuple[Run, dict[str, str]]:
-        """The run once it has ended, or as it is when the time that the request asks for is over; and the headers that
-        tell so. Returns early when the client is gone, at a stop, and when too many wait."""
+        """The run once it has ended, or as it is when the time that the request asks for is over; as it was, if the
+        database is away by then. And the headers that tell so. Returns early when the client is gone, at a stop, and
+        when too many wait."""
         seconds = asked(request)
         if seconds is None:
             return run, {}
         if seconds and not run.state.is_final:
             if self._held >= self._most or self._stopped:
                 return run, {}
-            run = await self._ended(request, run.id, seconds) or await runs.get(self._ledger, run.id)
+            ended = await self._ended(request, run.id, seconds)
+            with contextlib.suppress(LedgerUnavailable):  # a submission is answered: nobody else knows its run's id
+                run = ended or await runs.get(self._ledger, run.id)
         return run, {"Preference-Applied": f"wait={seconds}"}
 
     async def _ended(self, request: Request, run_id: UUID, seconds: int) -> Run | None:

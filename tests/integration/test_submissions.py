@@ -618,21 +618,22 @@ async def test_wrong_lines_are_skipped_and_have_their_errors(
             {"task": "echo", "input": {"value": 3}, "custom_id": "c", "metadata": {"custom_id": "d"}},
             {"task": "echo", "input": {"value": 4}, "custom_id": ""},
             {"task": "echo", "input": {"value": "y" * 100_000}, "custom_id": "large"},
+            {"task": "echo", "input": {"value": 5}, "custom_id": "n", "metadata": {str(n): "" for n in range(32)}},
         )
         + "not JSON\n"
     )
     refused = await api.post("/v1/batches", content=body, headers=JSONL)
     problem(refused, 422, "invalid_input")
-    assert {error["pointer"].split("/")[1] for error in refused.json()["errors"]} == set("1234568")
+    assert {error["pointer"].split("/")[1] for error in refused.json()["errors"]} == set("12345689")
     keyed = JSONL | {"Idempotency-Key": "k"}
     batch = (await api.post("/v1/batches?on_error=skip", content=body, headers=keyed)).json()
-    assert (batch["size"], batch["skipped"], batch["states"]) == (2, 7, {"queued": 2})
+    assert (batch["size"], batch["skipped"], batch["states"]) == (2, 8, {"queued": 2})
     again = await api.post("/v1/batches?on_error=skip", content=body, headers=keyed)
     assert (again.json()["id"], again.headers["Idempotent-Replayed"]) == (batch["id"], "true")
     problem(await api.post("/v1/batches", content=body, headers=keyed), 422, "invalid_input")
     errors = [json.loads(line) for line in (await api.get(f"/v1/batches/{batch['id']}/errors")).text.splitlines()]
     assert [(error["line"], error["custom_id"]) for error in errors] == [
-        (2, "b"), (3, None), (4, "late"), (5, "a"), (6, "c"), (7, ""), (9, None)
+        (2, "b"), (3, None), (4, "late"), (5, "a"), (6, "c"), (7, ""), (9, "n"), (10, None)
     ]  # fmt: skip
     assert errors[0]["errors"] == [{"pointer": "/input", "detail": "'value' is a required property"}]
     assert "line 1 has it already" in errors[3]["detail"]

@@ -180,7 +180,8 @@ class Reader:
         elif found.metadata.get("custom_id", found.custom_id) != found.custom_id:
             why = "the metadata has another one"
         else:
-            found.metadata = found.metadata | {"custom_id": found.custom_id}
+            labels: dict[str, JSON] = {**found.metadata, "custom_id": found.custom_id}
+            found.metadata = validate(Submission, {"metadata": labels}).metadata  # as its retry will be checked
             return
         raise InvalidInput(f"/custom_id: {why}.", errors=(FieldError("/custom_id", why),))
 

@@ -3,6 +3,9 @@
 import asyncio
 import gc
 import json
+import os
+import sys
+import threading
 from typing import Any, cast
 
 import pytest
@@ -59,9 +62,10 @@ class Sent:
     """A channel that keeps what is sent."""
 
     def __init__(self) -> None:
-        self.lines = list[str]()
+        self.lines, self.size = list[str](), 0
 
     def send(self, message: Message) -> None:
+        self.size += len(message.body)
         self.lines += [json.loads(line.text)["message"] for line in protocol.reported(message).lines]
 
 
@@ -73,6 +77,39 @@ async def test_lines_beyond_the_limit_are_counted() -> None:
     reports.write("stdout", ", ended\n\nunfinished")
     reports.close()
     assert sent.lines == ["begun, ended", *["x"] * (MOST_LINES - 1), "5 further lines were dropped"]
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "long" * 10_000])
+async def test_any_name_of_a_logger_or_a_level_can_be_sent(name: str) -> None:
+    sent = Sent()
+    reports = RunReports(bytes(16), cast("Channel", sent), lambda: 0)
+    reports.log(name, name, "a line")
+    reports.close()
+    assert sent.lines == ["a line"]
+    assert sent.size < 1000
+
+
+async def test_variables_may_come_and_go_while_lines_are_sent() -> None:
+    is_over, sent = threading.Event(), Sent()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            os.environ["PASSING_TOKEN"] = "correct-horse"
+            del os.environ["PASSING_TOKEN"]
+
+    passing, interval = threading.Thread(target=come_and_go), sys.getswitchinterval()
+    passing.start()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(1000):
+            reports = RunReports(bytes(16), cast("Channel", sent), lambda: 0)
+            reports.write("stdout", "a line\n")
+            reports.close()
+    finally:
+        sys.setswitchinterval(interval)
+        is_over.set()
+        passing.join()
+    assert sent.lines == ["a line"] * 1000
 
 
 async def test_destructors_may_write_wherever_a_report_allocates() -> None:

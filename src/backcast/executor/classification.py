@@ -41,13 +41,13 @@ def problem(cause: BaseException | None, message: str | None = None) -> Problem:
     """The problem of a failed attempt: from its exception, which is `readable`, or from the message of the failed state
     that it returned."""
     if isinstance(cause, RunError):
-        return Problem(code=cause.code, title=cause.title, detail=_detail(cause.detail))
+        return Problem(code=_detail(cause.code), title=_detail(cause.title), detail=_detail(cause.detail))
     detail = message or "" if cause is None else f"{type(cause).__name__}: {cause}"
     return Problem(code=RunError.code, title=RunError.title, detail=_detail(detail))
 
 
-def _detail(text: str) -> str:
-    return storable(redacted(text[: 2 * _DETAIL])[:_DETAIL])
+def _detail(text: object) -> str:
+    return storable(redacted(str(text)[: 2 * _DETAIL])[:_DETAIL])
 
 
 def _traceback(error: BaseException) -> str:

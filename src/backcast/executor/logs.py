@@ -50,7 +50,7 @@ class _Handler(logging.Handler):
                 text += "\n" + _FORMATTER.formatException(record.exc_info)
         except Exception:  # noqa: BLE001  # arguments that do not fit the message; logging itself shows such an error
             text = str(record.msg)
-        reporter.log(record.levelname, record.name, text)
+        reporter.log(str(record.levelname), str(record.name), text)
 
 
 class _Stream:

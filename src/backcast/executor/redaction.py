@@ -19,7 +19,8 @@ def know(secrets: Iterable[str]) -> None:
 
 
 def redacted(text: str) -> str:
-    values = _known | {value for name, value in os.environ.items() if _NAMES.search(name)}
+    # Not `items()`: it raises if another thread deletes a variable meanwhile.
+    values = _known | {os.environ.get(name, "") for name in os.environ if _NAMES.search(name)}
     for secret in sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True):
         text = text.replace(secret, "***")
     return _URL.sub(r"\1:***@", text)

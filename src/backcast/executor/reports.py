@@ -25,6 +25,8 @@ MOST, MOST_BYTES, LARGEST = 1000, 256 * 1024, 32 * 1024
 """Events of an attempt, the bytes of their data in all, and of one."""
 MOST_LINES, MOST_LOGGED, LONGEST = 10_000, 1024 * 1024, 16 * 1024
 """Lines of an attempt's log, the bytes of their messages in all, and the characters of one that are kept."""
+NAME = 200
+"""Characters of the names of a logger and of a level that are kept."""
 
 
 class RunReports:
@@ -102,6 +104,7 @@ class RunReports:
             self._lost += 1
             return
         self._line_count, self._logged = self._line_count + 1, self._logged + size
+        level, logger = storable(level[:NAME]), storable(logger[:NAME])
         line = json.dumps({"at": _now(), "level": level, "logger": logger, "message": text}, ensure_ascii=False)
         self._lines.append(Line(line, self._retries()))
 
@@ -116,23 +119,19 @@ class RunReports:
     def _send(self) -> None:
         """On the loop. What is reported in the next `EVERY` seconds goes then."""
         with self._lock:
-            if self._is_over:
-                return
-            given = self._taken()
-            self._is_due = given is not None
-        if given is not None:
-            self._channel.send(protocol.reports(self._run, given))
-            self._loop.call_later(EVERY, self._send)
+            self._is_due = not self._is_over and any((self._progress, self._events, self._lines))
+            if self._is_due:
+                self._loop.call_later(EVERY, self._send)  # first: what fails below keeps back no later report
+                self._flush()
 
-    def _taken(self) -> Reports | None:
-        if self._progress is None and not self._events and not self._lines:
-            return None
+    def _flush(self) -> None:
         given = Reports(self._progress, self._events, self._lines)
         self._progress, self._events, self._lines = None, [], []
         if given.lines:  # all at once, which costs less than one by one
             texts = redacted("\n".join(line.text for line in given.lines)).split("\n")
             given.lines[:] = [line._replace(text=text) for line, text in zip(given.lines, texts, strict=True)]
-        return given
+        if any(given):
+            self._channel.send(protocol.reports(self._run, given))
 
     def close(self) -> None:
         """Send what is left; the attempt is over. Code that it has left running reports in vain."""
@@ -143,9 +142,7 @@ class RunReports:
             self._end_lines()
             if self._lost:
                 self._add_line("WARNING", "backcast", f"{self._lost} further lines were dropped", is_last=True)
-            given = self._taken()
-        if given is not None:
-            self._channel.send(protocol.reports(self._run, given))
+            self._flush()
 
 
 def _now() -> str:

@@ -95,4 +95,4 @@ def _takes_type(hint: Any) -> bool:
         return all(_takes_type(one) or one is type(None) for one in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Annotated:
         return _takes_type(typing.get_args(hint)[0])
-    return (hint is type or hint is type or typing.get_origin(hint) is type) and hint is not type(None)
+    return hint is type or typing.get_origin(hint) is type

@@ -383,21 +383,44 @@ async def test_two_that_start_at_once_keep_to_themselves(tmp_path: Path) -> None
             assert "is taken: set" not in it.log.read_text(), "nobody had to start again for its port"
 
 
-async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(tmp_path: Path) -> None:
+@pytest.fixture
+def offline(tmp_path: Path) -> dict[str, str]:
+    """Settings with which no model is found or downloaded."""
     nowhere = f"http://127.0.0.1:{free_port()}"
-    environ = {"HTTPS_PROXY": nowhere, "PIP_INDEX_URL": nowhere, "BACKCAST_MODEL__CACHE": str(tmp_path / "cache")}
-    environ |= {"BACKCAST_MODEL__PORT": str(free_port()), "BACKCAST_TASKS": "tests.support.sample_tasks"}
-    environ |= {"PIP_RETRIES": "0"}
-    async with up(tmp_path, **environ) as it:
+    environ = {"HTTPS_PROXY": nowhere, "PIP_INDEX_URL": nowhere, "PIP_RETRIES": "0"}
+    return environ | {"BACKCAST_MODEL__PORT": str(free_port()), "BACKCAST_MODEL__CACHE": str(tmp_path / "cache")}
+
+
+async def test_while_the_model_can_not_be_had_casts_wait_and_other_tasks_run(
+    tmp_path: Path, offline: dict[str, str], model: dict[str, str]
+) -> None:
+    async with up(tmp_path, **offline, BACKCAST_TASKS="tests.support.sample_tasks") as it:
         await it.prints("backcast is up")
         await it.prints("model │ The embedded model's file can't be had")
         cast = await it.submit("create_structured_output", data="31 chairs", target="int")
-        waiting = await it.run(cast, lambda run: run["error"] is not None and run["state"] == "queued")
-        assert waiting["error"]["code"] == "model_unavailable"
+        waiting = await it.run(cast, lambda run: run["state"] == "queued")
+        assert (waiting["attempts"], waiting["error"]) == (0, None)
+        assert [(it["name"], it["by"]) for it in (await it.get("/v1/pauses"))["items"]] == [
+            ("create_structured_output", "backcast up")
+        ]
         other = await it.submit("nap", seconds=0)
         assert (await it.run(other, has_ended))["state"] == "completed"
         it.process.send_signal(signal.SIGINT)
         assert await it.ended() == 0
+    async with up(tmp_path, **model) as it:  # with a model, and no pause any more
+        await it.prints("backcast is up(?s:.*)backcast is up")
+        assert (await it.run(cast, has_ended))["state"] == "completed"
+        assert (await it.get("/v1/pauses"))["items"] == []
+
+
+async def test_a_file_of_the_model_that_is_named_is_not_downloaded(tmp_path: Path, offline: dict[str, str]) -> None:
+    async with up(tmp_path, **offline, BACKCAST_MODEL__WEIGHTS="/dev/null") as it:
+        log = it.data / "log" / "model.log"
+
+        async def look() -> str:
+            return log.read_text()
+
+        await until(look, lambda text: "loading /dev/null" in text)
 
 
 def test_postgres_survives_the_kill_of_its_server(tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ import contextlib
 import io
 import os
 import random
-import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +26,13 @@ from rich.text import Text
 
 from backcast import client
 from backcast.errors import BackcastError, ConfigurationError, Unavailable
-from backcast.ledger import provisioning
+from backcast.ledger import pauses, provisioning
+from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
 from backcast.local import lock, postgres, weights
 from backcast.local.child import Child
 from backcast.local.ports import Ports, is_free
+from backcast.models import CAST, PauseKind, PauseRequest
 from backcast.process.stop import Stop
 from backcast.settings import Settings, load
 from backcast.store import open_store
@@ -39,6 +40,8 @@ from backcast.variables import KEY_VARIABLE, URL_VARIABLE
 
 GRACE = 10
 """Seconds that running work may go on after Ctrl-C, before it is released."""
+_OURS = "backcast up"
+"""Who pauses casts while there is no model."""
 _EXAMPLE = "We put 31 chairs in the hall"
 _STYLES = {
     "backcast": "bold",
@@ -131,7 +134,6 @@ class _Up:
         self._backend = ours if self._model.embedded else self._model.backend
         self._stop = Stop()
         self._http = httpx.AsyncClient(trust_env=False, timeout=2)
-        self._download: Progress | None = None
         self._ports: dict[str, int] = {}
         self._taken = Ports()
         wanted = {"api": port, "worker": settings.worker.port, "steward": settings.steward.port}
@@ -259,20 +261,35 @@ class _Up:
         self._show("prefect", f"is up: {self._url('prefect')}")
 
     async def _start_model(self) -> None:
+        is_missing = (
+            self._serves_model
+            and self._model.weights is None
+            and weights.find(self._model.cache, self._weights) is None
+        )
+        await self._pause_casts(is_missing)
         if not self._serves_model:
             return
-        if weights.find(self._model.cache, self._weights) is None:
-            await self._secure_port("model")
-            async with self._turning_away():
-                while not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # there is no event for the network's return
-                    await asyncio.sleep(60)
+        while is_missing and not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # there is no event for the network's return
+            await asyncio.sleep(60)
         await self._bring_up("model")
+        await self._pause_casts(False)
+
+    async def _pause_casts(self, is_paused: bool) -> None:
+        """Pause casts while there is no model for them, or end our pause, perhaps of an earlier start. Somebody else's
+        stays."""
+        async with contextlib.aclosing(Ledger(self._database("backcast"), pool=1, name=_OURS)) as ledger:
+            there = await pauses.of(ledger, PauseKind.TASK, CAST)
+            if is_paused and there is None:
+                asked = PauseRequest(reason="The model's file is not here yet.", by=_OURS)
+                await pauses.pause(ledger, PauseKind.TASK, CAST, asked)
+            elif there is not None and there.by == _OURS and not is_paused:
+                await pauses.resume(ledger, PauseKind.TASK, CAST)
 
     def _fetch(self) -> bool:
         """Download the model's file, in a thread; whether it is there now."""
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._console, transient=True) as self._download:
-            bar, show = self._download.add_task("", total=None), self._download.update
+        with Progress(*columns, console=self._console, transient=True) as bars:
+            bar, show = bars.add_task("", total=None), bars.update
 
             def progress(done: int, total: int, source: str) -> None:
                 if self._stop.asked.is_set():
@@ -285,27 +302,6 @@ class _Up:
                 self._show("model", error.detail, "red")
                 return False
         return True
-
-    @contextlib.asynccontextmanager
-    async def _turning_away(self) -> AsyncIterator[None]:
-        """While the model's file is downloaded, answer on its port with the time to come again: casts wait in the queue
-        until then, and the runs of other tasks have the slots."""
-
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(writer):
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
-                await reader.readexactly(int(length[1]) if length else 0)  # a close with bytes unread is a reset
-                left = self._download.tasks[0].time_remaining if self._download else None
-                wait = min(max(2, left or 10), 120)
-                writer.write(b"HTTP/1.1 503 Loading\r\nRetry-After: %d\r\nContent-Length: 0\r\n\r\n" % wait)
-                await writer.drain()
-
-        server = await asyncio.start_server(answer, "127.0.0.1", self._ports["model"])
-        try:
-            yield
-        finally:
-            server.close()
 
     async def _prove(self) -> None:
         began = time.monotonic()

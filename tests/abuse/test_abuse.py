@@ -556,6 +556,17 @@ async def test_retries_pay_for_no_deaths(database: str, tmp_path: Path) -> None:
         assert run["attempts"] == executions, "each execution counts once, also one that begins just before a kill"
 
 
+async def test_a_run_that_ends_its_executors_does_not_wait_for_its_neighbours(database: str, tmp_path: Path) -> None:
+    env = {"BACKCAST_TASKS": "tests.abuse.tasks", "BACKCAST_BUILTIN_TASKS": "false", "BACKCAST_MAX_ATTEMPTS": "3"}
+    async with stack(database, tmp_path, **env) as product:
+        await product.up("api", "worker", "steward")
+        neighbour = await product.submit("nap", seconds=3600)
+        await product.state(neighbour, "running")
+        run = await product.ended(await product.submit("crash_apart"))
+        assert (run["state"], run["attempts"], run["error"]["code"]) == ("failed", 3, "executor_died")
+        assert (await product.run(neighbour))["state"] == "running"
+
+
 async def test_executors_go_on_without_a_temporary_folder(database: str, tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     env = {"BACKCAST_TASKS": "tests.abuse.tasks", "BACKCAST_BUILTIN_TASKS": "false", "BACKCAST_MAX_ATTEMPTS": "1"}

@@ -89,7 +89,9 @@ Op = tuple[str, dict[str, Any]]
 INDEX = st.integers(0, 50)
 LIMITS = st.sampled_from([(2, None), (1, None), (3, None), (0, None), (None, 120.0), (2, 6000.0)])
 ENDS = st.lists(
-    st.sampled_from(["completed", "failed", "again", "later", "parked", "unfit", "back"]), min_size=1, max_size=5
+    st.sampled_from(["completed", "failed", "again", "later", "parked", "unfit", "crashed", "back"]),
+    min_size=1,
+    max_size=5,
 )
 PAUSED = st.sampled_from(
     [
@@ -373,6 +375,8 @@ class Machine(RuleBasedStateMachine):
             case "unfit":
                 rest |= {"state": "scheduled", "delay": 5.0, "counts": False}
                 rest |= {"route": f"{c.task}@refused", "error": routing.UNFIT_INPUT}
+            case "crashed" if c.losses + 1 < c.max_attempts:
+                rest |= {"state": "queued"}
             case "parked":
                 rest |= {"state": "scheduled", "delay": 5.0, "counts": False}
             case _:
@@ -614,8 +618,9 @@ class Machine(RuleBasedStateMachine):
             assert now["attempts_used"] - now["retries_used"] == now["max_attempts"]
 
     def _counting(self, lost: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """A worker's loss counts against at least one of the runs lost with it, unless none had been started."""
-        started = [(was, now) for was, now in lost if not was["prefetched"]]
+        """A worker's loss counts against at least one of the runs lost with it, unless none had been started that may
+        be the reason."""
+        started = [(was, now) for was, now in lost if not was["prefetched"] and not _has_lost_executors_only(was)]
         counted = [was for was, now in lost if now["attempts_used"] > was["attempts_used"]]
         assert all(not was["prefetched"] for was in counted), "the loss counts against a run that had not been started"
         if any(was["cancel_requested_at"] is None for was, _ in started):
@@ -717,6 +722,11 @@ class Machine(RuleBasedStateMachine):
             await self._check()
             assert not left, f"never ended: {left}"
         assert not await operations.running(self.ledger)
+
+
+def _has_lost_executors_only(row: dict[str, Any]) -> bool:
+    losses = row["attempts_used"] - row["retries_used"]
+    return row["lost_fence"] is None and losses >= max(1, min(2, row["max_attempts"] - 1))
 
 
 def _matches(row: asyncpg.Record, kind: Kind, chosen: Selection) -> bool:

@@ -73,8 +73,23 @@ async def test_a_loss_counts_against_the_run_with_most_losses_only(ledger: Ledge
     ("used", "most", "quarantined"),
     [(0, 3, False), (1, 3, False), (2, 3, True), (1, 2, True), (0, 1, False), (2, 9, True)],
 )
-def test_a_run_with_two_losses_is_quarantined(used: int, most: int, quarantined: bool) -> None:
-    assert Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0).is_quarantined is quarantined
+@pytest.mark.parametrize("lost", [None, 1])
+def test_a_run_with_two_losses_is_quarantined(used: int, most: int, quarantined: bool, lost: int | None) -> None:
+    found = Claim(uuid7(), "t", 1, "{}", None, 0, used, most, 0, lost_fence=lost)
+    assert found.has_many_losses is quarantined
+    assert found.is_quarantined is (quarantined and lost is not None)
+
+
+async def test_a_loss_does_not_count_against_a_run_that_has_lost_executors_only(ledger: Ledger) -> None:
+    crashing, killer = (await submit(ledger)).run.id, (await submit(ledger)).run.id
+    await ledger.execute("update runs set attempts_used = 2 where id = $1", crashing)
+    worker = await register(ledger)
+    taken = {each.id: each for each in await claim(ledger, worker)}
+    assert not any(each.is_quarantined or each.prefetched for each in taken.values()), "it need not wait for others"
+    await lose(ledger, worker)
+    assert await losses(ledger) == {crashing: 2, killer: 1}
+    again = {each.id: each for each in await claim(ledger, await register(ledger))}
+    assert again[crashing].is_quarantined, "the next loss is its own"
 
 
 async def registered(ledger: Ledger, task: str) -> UUID:
@@ -114,7 +129,8 @@ async def test_a_quarantined_run_runs_alone(database: str, ledger: Ledger, tmp_p
         await task_types.register(ledger, [TaskType(name="crowded", pool="default", input_schema={})])
         made = [await product.submit("crowded", name="c", seconds=0.2) for _ in range(40)]
         await ledger.execute(
-            "update runs set attempts_used = 2 where id = any($1)", [UUID(run) for run in made[10:40:10]]
+            "update runs set attempts_used = 2, lost_fence = 0 where id = any($1)",
+            [UUID(run) for run in made[10:40:10]],
         )
         await product.up("worker", BACKCAST_WORKER__SLOTS="5")
         present = [await product.result(run) for run in made]

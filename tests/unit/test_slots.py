@@ -27,6 +27,7 @@ def claimed(*, lost: int) -> Claim:
         attempts_used=lost,
         max_attempts=3,
         owner_key=0,
+        lost_fence=0 if lost else None,
     )
 
 

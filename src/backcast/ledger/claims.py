@@ -39,14 +39,22 @@ class Claim(NamedTuple):
 
     @property
     def losses(self) -> int:
-        """Losses of a worker that count against this run's `max_attempts`."""
+        """Losses of an executor or a worker that count against this run's `max_attempts`."""
         return self.attempts_used - self.retries_used
 
     @property
-    def is_quarantined(self) -> bool:
-        """Whether the run must run alone, so that no other run can have caused its next loss."""
+    def has_many_losses(self) -> bool:
         return self.losses >= max(1, min(2, self.max_attempts - 1))
 
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether the run must run alone, so that no other run can have caused its next loss. Where no worker was lost
+        with it, an executor of its own is enough."""
+        return self.has_many_losses and self.lost_fence is not None
+
+
+MANY_LOSSES = "r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1))"
+"""SQL: `Claim.has_many_losses` of the run `r`."""
 
 # Fair share: a loose index scan over runs_ready hops from owner to owner, one index probe each. It starts after the
 # owner served last ($2) and wraps around; then each owner gives its best rows. So a claim costs the same with 1 or
@@ -88,11 +96,11 @@ pick as materialized (
    order by hop.n limit $3),
 claimed as (
   update runs r set state = 'running', fence = r.fence + 1, worker_id = $4, started_at = now(),
-         prefetched = r.lost_fence is null and r.id = any(array(select id from pick where place > $6))
-              or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1))
+         prefetched = case when r.lost_fence is null then r.id = any(array(select id from pick where place > $6))
+              else {MANY_LOSSES} end
    where r.id = any(array(select id from pick where can))
      and (r.lost_fence is null or r.id = any(array(select id from pick where place <= $6))
-          or r.attempts_used - r.retries_used >= greatest(1, least(2, r.max_attempts - 1)))
+          or {MANY_LOSSES})
   returning r.id, r.task, r.fence, r.input, r.input_key, r.retries_used, r.attempts_used, r.max_attempts,
             r.owner_key, case when r.promoted then r.lane end as lane, r.prefetched, r.lost_fence, r.signature,
             {attempts.UNCOUNTED} as releases, r.trace, {reading.age("greatest(r.run_at, r.created_at)")} as waited)

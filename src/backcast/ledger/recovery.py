@@ -4,7 +4,7 @@ from collections.abc import Collection
 from datetime import timedelta
 from uuid import UUID
 
-from backcast.ledger import attempts, ended, lanes
+from backcast.ledger import attempts, claims, ended, lanes
 from backcast.ledger.connection import Ledger
 from backcast.models import Problem
 
@@ -23,7 +23,8 @@ _MOVED = ended.moved(
 # The run that killed the worker can't be seen. So the first time a loss counts against every run that the worker had
 # started; later only against those of them with the most counted losses. A run with two losses runs alone
 # (`Claim.is_quarantined`), so its third is its own. A loss does not count against prefetched runs, but they are not
-# prefetched again: if one did start, unseen, its next loss counts.
+# prefetched again: if one did start, unseen, its next loss counts. Nor does the first loss of a worker count against a
+# run that has many losses of executors: it is quarantined from then on.
 _REQUEUE = f"""
 with dead as materialized (
   select r.worker_id as id from runs r where r.state = 'running' and not exists (
@@ -37,7 +38,8 @@ lane as materialized (
 lost as materialized (
   select r.id, r.worker_id, r.attempts_used - r.retries_used as losses,
          r.max_attempts, r.cancel_requested_at is not null as is_cancelled,
-         not r.prefetched as has_started, not r.prefetched and r.cancel_requested_at is null as liable from runs r
+         not r.prefetched as has_started, not r.prefetched and r.cancel_requested_at is null
+         and not (r.lost_fence is null and {claims.MANY_LOSSES}) as liable from runs r
    where r.state = 'running' and r.worker_id = any(array(select id from dead)) and (select count(*) from lane) >= 0
      for update skip locked),
 most as materialized (select worker_id, max(losses) as losses from lost where liable group by worker_id),

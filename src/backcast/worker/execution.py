@@ -85,7 +85,7 @@ class Execution:
                 self._flights[claim.id] = flight, claim.fence
                 if not await flights.take(self._ledger, flight, claim):
                     return _unstarted(claim, Retry(SAME, FOLLOW, claim.retries_used, behind=flight))
-        is_alone = claim.releases >= ALONE_AFTER
+        is_alone = claim.releases >= ALONE_AFTER or claim.has_many_losses
         return await self._executors.execute(claim.task, claim.id, given, retries=claim.retries_used, is_alone=is_alone)
 
     async def _left_behind(self, claim: Claim) -> AttemptResult | None:

@@ -17,7 +17,7 @@ import uvicorn
 from backcast.api.server import protocol
 from backcast.settings import Api
 from tests.support.stack import Stack, stack
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 POST = b"POST /v1/tasks/echo/runs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
@@ -113,6 +113,39 @@ async def test_the_time_in_which_the_server_does_not_read_is_not_the_clients() -
         await serving
     assert got.startswith(b"HTTP/1.1 200 "), got
     assert b"4000000" in got
+
+
+@pytest.mark.parametrize("size", [60_000, 50_000_000], ids=["small", "large"])
+@pytest.mark.parametrize("then", [b"", b"Connection: close\r\n"], ids=["kept", "closed"])
+async def test_a_reader_that_takes_nothing_of_an_answer_is_cut_off(size: int, then: bytes) -> None:
+    asked = asyncio.Event()
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        asked.set()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(2):
+            await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = uvicorn.Config(app, http=protocol(Api(), stuck=0.5), lifespan="off", log_config=None, timeout_keep_alive=1)
+    server = uvicorn.Server(config)
+
+    async def connections() -> int:
+        return len(server.server_state.connections)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as stuck:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        stuck.connect(listening.getsockname())
+        stuck.sendall(GET + then + b"\r\n")
+        await asked.wait()
+        await until(connections, lambda left: not left)
+        with contextlib.suppress(ConnectionResetError):
+            got = sum(iter(lambda: len(stuck.recv(65_536)), 0))
+            assert got < 2 * size
+        server.should_exit = True
+        await serving
 
 
 async def test_what_is_not_http_gets_a_problem_document(served: Stack) -> None:

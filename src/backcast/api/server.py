@@ -1,6 +1,6 @@
-"""The HTTP server: uvicorn, with deadlines for the head and the body of a request, so that no client can hold a
-connection by sending slowly, with a stop that answers the requests that wait for a run, and with bodies also for the
-clients that offer another protocol.
+"""The HTTP server: uvicorn, with deadlines for the head and the body of a request and for a part of its answer, so that
+no client can hold a connection by sending slowly or by taking nothing, with a stop that answers the requests that wait
+for a run, and with bodies also for the clients that offer another protocol.
 """
 
 import asyncio
@@ -25,6 +25,8 @@ LARGEST_HEAD = 64 * 1024
 """Bytes of request line and headers; httptools itself has no limit."""
 SLOWEST = 16 * 1024
 """Bytes of a body that earn a further second."""
+STUCK = 15.0
+"""Seconds in which a reader has to take a part of what waits for it."""
 
 
 class Server(uvicorn.Server):
@@ -66,7 +68,7 @@ class _Flow(FlowControl):
         super().resume_reading()
 
 
-def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
+def protocol(limits: Api, slowest: int = SLOWEST, stuck: float = STUCK) -> type[asyncio.Protocol]:
     """uvicorn's protocol with these deadlines; `slowest`: bytes a second. A request in one piece costs no timer."""
     head_timeout, body_timeout = limits.header_timeout.total_seconds(), limits.body_timeout.total_seconds()
 
@@ -79,15 +81,32 @@ def protocol(limits: Api, slowest: int = SLOWEST) -> type[asyncio.Protocol]:
         _deadline: asyncio.TimerHandle | None = None
         _data = b""
         """What came last."""
+        _unread = 0
+        """Bytes that waited for the reader at the last look, to which none can have been added since."""
+        _reading: asyncio.TimerHandle
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.flow = self._flow = _Flow(transport)
             self._deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+            self._reading = self.loop.call_later(stuck, self._check_reader)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._begin(None)
+            self._reading.cancel()
             super().connection_lost(exc)
+
+        def resume_writing(self) -> None:
+            self._unread = 0
+            super().resume_writing()
+
+        def _check_reader(self) -> None:
+            is_fixed = self._flow.write_paused or self.transport.is_closing()
+            unread = self.transport.get_write_buffer_size() if is_fixed else 0
+            if 0 < self._unread <= unread:
+                self.transport.abort()
+            self._unread = unread
+            self._reading = self.loop.call_later(stuck, self._check_reader)
 
         def data_received(self, data: bytes) -> None:
             if self._part is None and self._is_idle():

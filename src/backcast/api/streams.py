@@ -1,8 +1,8 @@
 """Answers that go on: server-sent events about runs and batches, for a bounded number of readers.
 
 A stream holds nothing but its place: it reads the next page from the ledger once the page before has been sent, so a
-slow reader costs no memory, and what it misses of the progress is left out. One that takes nothing is cut off. Lines of
-the log are read from the store, for those who ask for them.
+slow reader costs no memory, and what it misses of the progress is left out. Lines of the log are read from the store,
+for those who ask for them.
 """
 
 import asyncio
@@ -41,8 +41,6 @@ BATCH_PAUSE, BURDEN = 1.0, 20.0
 LOG_PAUSE, LOG_ASKED = 0.5, 1.0
 """Seconds between two looks of a stream at the log of its running run, and between two requests to its worker to store
 the log: a line is seen within their sum."""
-STUCK = 30.0
-"""Seconds in which a reader has to take a part of the stream."""
 _COMMENT = b":\n\n"
 _RETRY = b"retry: 1000\n\n"
 """Milliseconds after which a browser connects again, with its place, to any API process."""
@@ -316,10 +314,9 @@ class _Answer(Response):
                 if left.done():
                     return
                 if part:
-                    async with asyncio.timeout(STUCK):
-                        await send({"type": "http.response.body", "body": part, "more_body": True})
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except (TimeoutError, _BrokenOff):  # its reader takes nothing, or must see that this is not all
+        except _BrokenOff:  # its reader must see that this is not all
             scope["abort"]()  # see `server.py`
         finally:
             left.cancel()

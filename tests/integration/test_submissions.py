@@ -511,6 +511,43 @@ async def test_a_batch_is_safe_to_repeat(api: httpx.AsyncClient, ledger: Ledger)
     assert await count(ledger) == 2
 
 
+_NARROWED = """update task_types set input_schema = '{"required": ["other"]}'"""
+_REMOVED = "delete from task_types where name = 'echo'"
+
+
+@pytest.mark.parametrize(
+    ("change", "lines", "status"),
+    [
+        (_NARROWED, 0, 422),
+        (_REMOVED, 0, 404),
+        ("delete from task_types", 0, 503),
+        (_NARROWED, 30, 422),
+        (_REMOVED, 30, 422),
+    ],
+)
+async def test_a_request_is_safe_to_repeat_when_its_task_has_changed(
+    ledger: Ledger, store: Store, worker: UUID, change: str, lines: int, status: int
+) -> None:
+    await task_types.register(ledger, [ECHO.model_copy(update={"name": "another"})])
+    path, body = "/v1/tasks/echo/runs", '{"input": {"value": 1}}\n'
+    if lines:
+        path, body = "/v1/batches?task=echo", body * lines
+
+    async def post(key: str, content: str = body) -> httpx.Response:
+        async with over(ledger, store) as api:  # one that has read no task yet
+            headers = {"Idempotency-Key": key, "Content-Type": "application/jsonl" if lines else "application/json"}
+            return await api.post(path, content=content, headers=headers)
+
+    first = await post("k")
+    await ledger.execute(change)
+    again = await post("k")
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert again.headers["idempotent-replayed"] == "true"
+    assert [(await post("other")).status_code, (await post("k", body.replace("1", "2"))).status_code] == [status] * 2
+    await ledger.execute("delete from runs")
+    assert lines or (await post("k")).status_code == status
+
+
 async def test_batches_are_cancelled_while_they_are_worked_on(
     api: httpx.AsyncClient, ledger: Ledger, worker: UUID
 ) -> None:

@@ -52,10 +52,9 @@ class Rows:
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # without a name: a kill leaves nothing
         self._count = 0
-        self.left_out = set[UUID]()
 
     def __len__(self) -> int:
-        return self._count - len(self.left_out)
+        return self._count
 
     def add(self, row: New) -> None:
         try:
@@ -69,10 +68,8 @@ class Rows:
         self._file.seek(0)
         piece, size = list[New](), 0
         for line in self._file:
-            row = _ROW.validate_json(line)
-            if row.id not in self.left_out:
-                piece.append(row)
-                size += len(line)
+            piece.append(_ROW.validate_json(line))
+            size += len(line)
             if len(piece) == most or size > _IN_MEMORY:
                 yield piece
                 piece, size = [], 0
@@ -113,8 +110,6 @@ class Reader:
         self._custom_id: str | None = None
         self._named: dict[bytes, int] = {}
         """The first line of each `custom_id`, by its digest."""
-        self._late: list[_Wrong] = []
-        self._late_runs: set[UUID] = set()
         self._wrong: list[_Wrong] = []
         """The first ones."""
         self.wrong = 0
@@ -124,20 +119,13 @@ class Reader:
     async def read(self, number: int, line: bytes) -> None:
         self._custom_id = None
         try:
-            found, run_id = await self._read(number, line)
+            await self._read(number, line)
         except ClientError as error:
             self.wrong += 1
-            self._keep(self._wrong, number, error)
-        else:
-            if (error := late(found)) is not None:
-                self._late_runs.add(run_id)
-                self._keep(self._late, number, error)
+            if len(self._wrong) < KEPT:
+                self._wrong.append(_Wrong(number, self._custom_id, error.code, error.detail, error.errors[:WRONG]))
 
-    def _keep(self, some: list[_Wrong], number: int, error: ClientError) -> None:
-        if len(some) < KEPT:
-            some.append(_Wrong(number, self._custom_id, error.code, error.detail, error.errors[:WRONG]))
-
-    async def _read(self, number: int, line: bytes) -> tuple[Submission, UUID]:
+    async def _read(self, number: int, line: bytes) -> None:
         given = parse_json(line)
         if isinstance(given, dict) and isinstance(named := given.get("custom_id"), str):
             self._custom_id = named[:200]
@@ -151,6 +139,8 @@ class Reader:
             )
         known = await self._task(found.task)
         task = check_input(known, found.input)
+        if (refusal := late(found)) is not None:
+            raise refusal
         body = in_json(found.input)
         self._last = max(uuid7().int, self._last + 1)
         run_id = UUID(int=self._last)
@@ -169,7 +159,6 @@ class Reader:
                 stored_until=self._stored_until,
             )
         )
-        return found, run_id
 
     def _name(self, number: int, found: _Line) -> None:
         if found.custom_id is None:
@@ -218,16 +207,6 @@ class Reader:
             await self._backend.store.delete(self._large)
         except StoreUnavailable:
             return
-
-    @property
-    def has_late(self) -> bool:
-        return bool(self._late_runs)
-
-    def refuse_late(self) -> None:
-        """Lines whose deadline has passed are wrong, as this is no repetition of a batch."""
-        self.rows.left_out = self._late_runs
-        self.wrong += len(self._late_runs)
-        self._wrong = sorted([*self._wrong, *self._late])[:KEPT]
 
     def check(self) -> None:
         """Raises `InvalidInput` that names the wrong lines."""

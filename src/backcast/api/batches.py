@@ -19,6 +19,7 @@ from backcast.api.runs import IDEMPOTENCY_KEY, SUBMIT_PROBLEMS
 from backcast.api.submit import idempotency_key
 from backcast.errors import (
     BodyTooLarge,
+    InvalidInput,
     LedgerUnavailable,
     ResultGone,
     StoreUnavailable,
@@ -94,28 +95,34 @@ async def submit_batch(
             if len(reader.rows) + reader.wrong >= deps.limits.max_batch:
                 raise BodyTooLarge(f"A batch may have {deps.limits.max_batch} lines: send more batches.")
             await reader.read(number, line)
-            if reader.wrong >= batch_lines.WRONG and not skips:
+            if reader.wrong >= batch_lines.WRONG and not skips and key is None:
                 break
-        if reader.has_late and not (key and reader.owner and await batches.has_key(deps.ledger, reader.owner, key)):
-            reader.refuse_late()
-        if not (skips and len(reader.rows)):
-            reader.check()
-        assert reader.owner is not None
-        await _admit(deps, reader.owner, len(reader.rows), key)
-        await reader.stored()
-        kept = True  # from here on it may be recorded, even if no answer reaches us
-        submitted = await batches.submit(
-            deps.ledger,
-            batch_id,
-            reader.owner,
-            reader.rows.pieces(batches.SLICE),
-            size=len(reader.rows),
-            key=key,
-            request_hash=digest.digest(),
-            skipped=reader.wrong,
-            errors=reader.errors(),
-        )
-        kept = submitted.fresh
+        try:
+            if not (skips and len(reader.rows)):
+                reader.check()
+            assert reader.owner is not None
+            await deps.admission.admit(reader.owner, len(reader.rows))
+        except (InvalidInput, TooManyWaiting):
+            if key is None or reader.owner is None:
+                raise
+            submitted = await batches.repeated(deps.ledger, reader.owner, key, digest.digest())
+            if submitted is None:
+                raise
+        else:
+            await reader.stored()
+            kept = True  # from here on it may be recorded, even if no answer reaches us
+            submitted = await batches.submit(
+                deps.ledger,
+                batch_id,
+                reader.owner,
+                reader.rows.pieces(batches.SLICE),
+                size=len(reader.rows),
+                key=key,
+                request_hash=digest.digest(),
+                skipped=reader.wrong,
+                errors=reader.errors(),
+            )
+            kept = submitted.fresh
     finally:
         reader.rows.close()
         if not kept:
@@ -126,14 +133,6 @@ async def submit_batch(
     else:
         headers["Idempotent-Replayed"] = "true"
     return Response(submitted.batch.model_dump_json(), 202, headers, "application/json")
-
-
-async def _admit(deps: Backend, owner: str, runs: int, key: str | None) -> None:
-    try:
-        await deps.admission.admit(owner, runs)
-    except TooManyWaiting:
-        if key is None or not await batches.has_key(deps.ledger, owner, key):
-            raise
 
 
 class BatchList(BaseModel):

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from backcast import targets
 from backcast.api.deps import Backend, Known, Version
-from backcast.errors import FieldError, InvalidInput, InvalidTarget, TooManyWaiting
+from backcast.errors import FieldError, InvalidInput, InvalidTarget, NoWorkerYet, TooManyWaiting, UnknownTask
 from backcast.ledger import submissions
 from backcast.ledger.submissions import SubmittedRun
 from backcast.models import CAST, IDEMPOTENCY_KEY, JSON, KEY_RULE, Submission, TaskType, input_key, uuid7
@@ -120,17 +120,23 @@ async def submit(
     retry_of: UUID | None = None,
 ) -> SubmittedRun:
     """Check and record a run; see `Submissions.submit` for the errors. A request that was accepted before, under its
-    key, is refused neither because its deadline has passed nor because the queue is full."""
-    known = await backend.known(name)
-    task = check_input(known, submission.input, places)
-    body = in_json(submission.input)
+    key, is not refused, whatever has changed since: its task, the time, or the number of waiting runs."""
     try:
+        known = await backend.known(name)
+        task = check_input(known, submission.input, places)
+        body = in_json(submission.input)
         if (refusal := late(submission)) is not None:
             raise refusal
         await backend.admission.admit(submission.owner)
-    except (InvalidInput, TooManyWaiting):
-        if key is None or not await submissions.has_key(backend.ledger, submission.owner, key):
+    except (InvalidInput, UnknownTask, NoWorkerYet, TooManyWaiting):
+        if key is None:
             raise
+        input_hash = hashlib.sha256(in_json(submission.input)).digest()
+        request_hash = submissions.hash_of(name, submission, input_hash, retry_of)
+        earlier = await submissions.repeated(backend.ledger, submission.owner, key, request_hash)
+        if earlier is None:
+            raise
+        return earlier
     run_id = uuid7()
     large = input_key(run_id) if len(body) > submissions.INLINE_INPUT else None
     until = None

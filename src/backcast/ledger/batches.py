@@ -103,10 +103,11 @@ async def submit(
     return SubmittedBatch(_batch(row, {State.QUEUED: size}), fresh=True)
 
 
-async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
-    """Whether this owner has made a batch with this Idempotency-Key."""
-    sql = "select 1 from batches where owner = $1 and idem_key = $2"
-    return await ledger.fetchrow(sql, owner, key) is not None
+async def repeated(ledger: Ledger, owner: str, key: str, request_hash: bytes) -> SubmittedBatch | None:
+    """The answer to a request that has made a batch already, whatever would refuse it by now."""
+    sql = "select id from batches where owner = $1 and idem_key = $2 and request_hash = $3"
+    row = await ledger.fetchrow(sql, owner, key, request_hash)
+    return SubmittedBatch(await get(ledger, row["id"]), fresh=False) if row is not None else None
 
 
 def _batch(row: asyncpg.Record, states: dict[State, int], operation: UUID | None = None) -> Batch:

@@ -137,11 +137,6 @@ def new(
     stored_until: datetime | None = None,
 ) -> New:
     """Exactly one of `input_text` and `input_key` is given; `input_hash` is the digest of the input's JSON."""
-    request_hash = None
-    if idempotency_key is not None:
-        rest = submission.model_dump_json(exclude={"input", "owner"}, exclude_defaults=True)
-        repeated = b"" if retry_of is None else retry_of.bytes
-        request_hash = hashlib.sha256(b"\n".join([task.name.encode(), input_hash, rest.encode(), repeated])).digest()
     return New(
         id=run_id or uuid7(),
         task=task.name,
@@ -151,7 +146,7 @@ def new(
         run_at=submission.run_at,
         max_attempts=task.max_attempts,
         idem_key=idempotency_key,
-        request_hash=request_hash,
+        request_hash=hash_of(task.name, submission, input_hash, retry_of) if idempotency_key is not None else None,
         input=input_text,
         input_key=input_key,
         metadata=json.dumps(submission.metadata, ensure_ascii=False) if submission.metadata else "{}",
@@ -165,10 +160,20 @@ def new(
     )
 
 
-async def has_key(ledger: Ledger, owner: str, key: str) -> bool:
-    """Whether this owner has made a run with this Idempotency-Key."""
-    sql = "select 1 from idempotency_keys where owner = $1 and key = $2"
-    return await ledger.fetchrow(sql, owner, key) is not None
+def hash_of(task: str, submission: Submission, input_hash: bytes, retry_of: UUID | None) -> bytes:
+    """Two requests with the same key are the same request if their hashes are."""
+    rest = submission.model_dump_json(exclude={"input", "owner"}, exclude_defaults=True)
+    repeated = b"" if retry_of is None else retry_of.bytes
+    return hashlib.sha256(b"\n".join([task.encode(), input_hash, rest.encode(), repeated])).digest()
+
+
+async def repeated(ledger: Ledger, owner: str, key: str, request_hash: bytes) -> SubmittedRun | None:
+    """The answer to a request that has made a run already, whatever would refuse it by now."""
+    sql = "select run_id from idempotency_keys where owner = $1 and key = $2 and request_hash = $3"
+    if (row := await ledger.fetchrow(sql, owner, key, request_hash)) is None:
+        return None
+    answer = (await _earlier(ledger, {(owner, key): (row["run_id"], True)})).get((owner, key))
+    return _result(answer) if answer is not None else None
 
 
 Answer = SubmittedRun | IdempotencyConflict | Unavailable | LedgerFault | InvalidInput

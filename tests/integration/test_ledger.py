@@ -544,6 +544,21 @@ async def test_a_migration_keeps_nobody_waiting_for_long(
     await reader.close()
 
 
+async def test_transactions_leave_connections_to_others(database: str) -> None:
+    ledger, done = Ledger(database, pool=3), asyncio.Event()
+
+    async def hold() -> None:
+        async with ledger.transaction(times=10):
+            await done.wait()
+
+    held = [asyncio.create_task(hold()) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert await ledger.fetchrow("select 1") is not None
+    done.set()
+    await asyncio.gather(*held)
+    await ledger.aclose()
+
+
 async def test_a_database_that_is_away_or_empty_is_unavailable_with_a_sentence(server: object) -> None:
     away = Ledger("postgresql://postgres@127.0.0.1:1/none")
     with pytest.raises(LedgerUnavailable, match="right now"):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ FULL_FOR = 30.0
 """Seconds for which a process whose write found the disk full is not ready, unless the same write succeeds earlier."""
 LISTENS_FOR = 10.0
 """Seconds after which a connection that listens is tried: a firewall or a lost machine ends it without a word."""
+_AT_ONCE = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -116,6 +118,7 @@ class Ledger:
     ) -> None:
         self._url = database_urls.for_asyncpg(url)
         self._size = pool
+        self._turns = asyncio.Semaphore(max(1, pool // 3))
         self.timeout = timeout.total_seconds()
         self._name = {"application_name": name}
         self._keeps_sessions = False
@@ -190,12 +193,14 @@ class Ledger:
             return True
 
     @contextlib.asynccontextmanager
-    async def _connection(self, sql: str = "", *, times: int = 1) -> AsyncIterator[Any]:
+    async def _connection(
+        self, sql: str = "", *, times: int = 1, turn: AbstractAsyncContextManager[Any] = _AT_ONCE
+    ) -> AsyncIterator[Any]:
         """A pooled connection, for so many times `timeout` in all: the wait for it counts, and so does a look at the
         schema."""
         timeout = times * self.timeout
         try:
-            async with asyncio.timeout(timeout), self._reached(sql):
+            async with asyncio.timeout(timeout), turn, self._reached(sql):
                 pool = await self._connections()
                 connection = await pool.acquire()
                 try:
@@ -229,8 +234,9 @@ class Ledger:
 
     @contextlib.asynccontextmanager
     async def transaction(self, *, times: int = 1) -> AsyncIterator[asyncpg.Connection]:
-        """A connection with an open transaction, committed at the end; so many times `timeout` holds for all of it."""
-        async with self._connection(times=times) as connection:
+        """A connection with an open transaction, committed at the end; so many times `timeout` holds for all of it. A
+        third of the connections serve transactions, which may wait long for each other, and leave the others free."""
+        async with self._connection(times=times, turn=self._turns) as connection:
             try:
                 await connection.execute("begin")
                 yield connection

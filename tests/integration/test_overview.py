@@ -135,7 +135,7 @@ async def test_workers(api: httpx.AsyncClient, ledger: Ledger) -> None:
     assert faded(5, since=began) <= shown["per_minute"] <= 5
     assert is_age(shown["heartbeat_age_seconds"], 0, began)
     problem(await api.get(f"/v1/workers/{uuid4()}"), 404, "unknown_worker")
-    problem(await api.get("/v1/workers/42"), 422, "invalid_input")
+    problem(await api.get("/v1/workers/42"), 404, "unknown_worker")
 
 
 async def test_tasks(api: httpx.AsyncClient, ledger: Ledger) -> None:

@@ -36,6 +36,7 @@ from backcast.errors import (
     UnknownBatch,
     UnknownOperation,
     UnknownRun,
+    UnknownWorker,
 )
 from backcast.models import Name
 
@@ -84,6 +85,14 @@ def respond(error: BackcastError) -> Response:
     return Response(json.dumps(body), error.status, headers, MEDIA_TYPE)
 
 
+_NO_UUID = {
+    "run_id": UnknownRun("A run id is a UUID: use the one that the submission returned."),
+    "batch_id": UnknownBatch("A batch id is a UUID: use the one that the submission returned."),
+    "operation_id": UnknownOperation("An operation id is a UUID: use the one that the request returned."),
+    "worker_id": UnknownWorker("A worker id is a UUID: see GET /v1/workers."),
+}
+
+
 def install(app: FastAPI) -> None:
     """The one place where errors become responses."""
     reported = dict[type[Unavailable], float]()
@@ -101,12 +110,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:  # pyright: ignore[reportUnusedFunction]
         fields = error.errors()
-        if fields[0]["loc"][:2] == ("path", "run_id"):
-            return respond(UnknownRun("A run id is a UUID: use the one that the submission returned."))
-        if fields[0]["loc"][:2] == ("path", "batch_id"):
-            return respond(UnknownBatch("A batch id is a UUID: use the one that the submission returned."))
-        if fields[0]["loc"][:2] == ("path", "operation_id"):
-            return respond(UnknownOperation("An operation id is a UUID: use the one that the request returned."))
+        first = fields[0]["loc"]
+        if first[0] == "path" and first[-1] in _NO_UUID:
+            return respond(_NO_UUID[first[-1]])
         where = tuple(FieldError("/".join(map(str, field["loc"])), field["msg"]) for field in fields)
         return respond(InvalidInput(f"{where[0].pointer}: {where[0].detail}.", errors=where))
 

@@ -4,9 +4,12 @@ for a run, and with bodies also for the clients that offer another protocol.
 """
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import socket
 import sys
+import termios
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
@@ -25,7 +28,7 @@ LARGEST_HEAD = 64 * 1024
 """Bytes of request line and headers; httptools itself has no limit."""
 SLOWEST = 16 * 1024
 """Bytes of a body that earn a further second."""
-STUCK = 15.0
+STUCK = 60.0
 """Seconds in which a reader has to take a part of what waits for it."""
 
 
@@ -88,6 +91,7 @@ def protocol(limits: Api, slowest: int = SLOWEST, stuck: float = STUCK) -> type[
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.flow = self._flow = _Flow(transport)
+            self._socket = transport.get_extra_info("socket")
             self._deadline = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
             self._reading = self.loop.call_later(stuck, self._check_reader)
 
@@ -102,11 +106,17 @@ def protocol(limits: Api, slowest: int = SLOWEST, stuck: float = STUCK) -> type[
 
         def _check_reader(self) -> None:
             is_fixed = self._flow.write_paused or self.transport.is_closing()
-            unread = self.transport.get_write_buffer_size() if is_fixed else 0
+            unread = self.transport.get_write_buffer_size() + self._sent() if is_fixed else 0
             if 0 < self._unread <= unread:
                 self.transport.abort()
             self._unread = unread
             self._reading = self.loop.call_later(stuck, self._check_reader)
+
+        def _sent(self) -> int:
+            """Bytes that the system has taken for the reader, who has not: its buffer empties a megabyte at a time."""
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                return int.from_bytes(fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            return 0
 
         def data_received(self, data: bytes) -> None:
             if self._part is None and self._is_idle():

@@ -30,7 +30,7 @@ class CastManyOptions(SubmitOptions, total=False):
 
 
 class CastResult(NamedTuple, Generic[T]):
-    """What became of one row: a value, or the error of its run."""
+    """What became of one row: a value, or the error of its run, or why it has none."""
 
     id: UUID | None
     """Of the run; a row that is no JSON, or that the service refuses, has none."""
@@ -100,6 +100,8 @@ class Rows:
         try:
             batch = yield from batches.submit_many(CAST, [self._shape.input(row) for row in rows], **self._options)
         except (InvalidInput, BodyTooLarge) as error:
+            if error.errors and not any("/input" in each.pointer for each in error.errors):
+                raise  # it is about the options of all rows
             if len(rows) == 1:
                 return [CastResult(None, None, RunError(error.detail, code=error.code))]
             half = len(rows) // 2

@@ -41,6 +41,11 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 class _Handler(logging.Handler):
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without the handler's lock: a destructor may log while the loop has the lock of a run's reports."""
+        self.emit(record)
+        return True
+
     def emit(self, record: logging.LogRecord) -> None:
         if (reporter := REPORTER.get()) is None:
             return

@@ -169,11 +169,11 @@ def _go_on() -> bool:
     return task is not None and task.uncancel() >= 0
 
 
-def _ignore(*_: Any) -> None:
+def _ignore(*_: Any, **__: Any) -> None:
     pass
 
 
-async def _ignore_later(*_: Any) -> None:
+async def _ignore_later(*_: Any, **__: Any) -> None:
     pass
 
 

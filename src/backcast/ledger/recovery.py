@@ -24,7 +24,7 @@ _MOVED = ended.moved(
 # started; later only against those of them with the most counted losses. A run with two losses runs alone
 # (`Claim.is_quarantined`), so its third is its own. A loss does not count against prefetched runs, but they are not
 # prefetched again: if one did start, unseen, its next loss counts. Nor does the first loss of a worker count against a
-# run that has many losses of executors: it is quarantined from then on.
+# run that has many losses of executors, or against those beside it: it is quarantined from then on.
 _REQUEUE = f"""
 with dead as materialized (
   select r.worker_id as id from runs r where r.state = 'running' and not exists (
@@ -42,7 +42,8 @@ lost as materialized (
          and not (r.lost_fence is null and {claims.MANY_LOSSES}) as liable from runs r
    where r.state = 'running' and r.worker_id = any(array(select id from dead)) and (select count(*) from lane) >= 0
      for update skip locked),
-most as materialized (select worker_id, max(losses) as losses from lost where liable group by worker_id),
+most as materialized (
+  select worker_id, max(losses) as losses from lost where has_started and not is_cancelled group by worker_id),
 counting as materialized (
   select l.id from lost l join most m on m.worker_id = l.worker_id and m.losses = l.losses where l.liable),
 judged as materialized (

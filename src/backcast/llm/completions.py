@@ -33,7 +33,10 @@ _REFUSED = (400, 422)
 _NEW, _OLD = "max_completion_tokens", "max_tokens"
 _OPENAI = re.compile(r"(.+\.)?api\.openai\.com|.+\.openai\.azure\.com")
 """Hosts that refuse both names at once."""
-_TOO_LARGE = re.compile(r"max_(completion_)?tokens[^{}]{,60}(large|range|at most|less than|exceed|maximum)")
+_BOUND = r"(large|great|range|at most \d|less than|exceed|maximum|between|[<>≤≥]=?)"
+_TOO_LARGE = re.compile(
+    rf"max_(completion_)?tokens[^{{}}]{{,60}}{_BOUND}|{_BOUND}[^{{}}]{{,60}}max_(completion_)?tokens", re.IGNORECASE
+)
 """A refusal of the limit itself: by another name, the server might ignore it."""
 _names = WeakKeyDictionary[openai.AsyncOpenAI, tuple[str, ...]]()
 """The limit's name that a client's provider takes, where it has refused the other one."""

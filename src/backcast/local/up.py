@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backcast import client
-from backcast.errors import BackcastError, ConfigurationError, Unavailable
+from backcast.errors import BackcastError, ConfigurationError, LedgerUnavailable, Unavailable
 from backcast.ledger import pauses, provisioning
 from backcast.ledger.connection import Ledger
 from backcast.ledger.migration import migrate
@@ -264,6 +264,7 @@ class _Up:
         is_missing = (
             self._serves_model
             and self._model.weights is None
+            and self._model.base_url is None
             and weights.find(self._model.cache, self._weights) is None
         )
         await self._pause_casts(is_missing)
@@ -271,19 +272,23 @@ class _Up:
             return
         while is_missing and not await asyncio.to_thread(self._fetch):  # noqa: ASYNC110  # there is no event for the network's return
             await asyncio.sleep(60)
-        await self._bring_up("model")
         await self._pause_casts(False)
+        await self._bring_up("model")
 
     async def _pause_casts(self, is_paused: bool) -> None:
         """Pause casts while there is no model for them, or end our pause, perhaps of an earlier start. Somebody else's
         stays."""
-        async with contextlib.aclosing(Ledger(self._database("backcast"), pool=1, name=_OURS)) as ledger:
-            there = await pauses.of(ledger, PauseKind.TASK, CAST)
-            if is_paused and there is None:
-                asked = PauseRequest(reason="The model's file is not here yet.", by=_OURS)
-                await pauses.pause(ledger, PauseKind.TASK, CAST, asked)
-            elif there is not None and there.by == _OURS and not is_paused:
-                await pauses.resume(ledger, PauseKind.TASK, CAST)
+        while True:
+            with contextlib.suppress(LedgerUnavailable):
+                async with contextlib.aclosing(Ledger(self._database("backcast"), pool=1, name=_OURS)) as ledger:
+                    there = await pauses.of(ledger, PauseKind.TASK, CAST)
+                    if is_paused and there is None:
+                        asked = PauseRequest(reason="The model's file is not here yet.", by=_OURS)
+                        await pauses.pause(ledger, PauseKind.TASK, CAST, asked)
+                    elif there is not None and there.by == _OURS and not is_paused:
+                        await pauses.resume(ledger, PauseKind.TASK, CAST)
+                    return
+            await asyncio.sleep(1)
 
     def _fetch(self) -> bool:
         """Download the model's file, in a thread; whether it is there now."""

@@ -125,9 +125,10 @@ class Executors:
         how = {"may_block": served.may_block or 0.0}
         if served.is_isolated:
             return await self._execute_isolated(name, run, given, retries=retries, **how)
-        if (is_alone and not self._quarantines.locked()) or any(child.has(run) for child in self._all):
+        goes_on = bool(ready := self._ready()) and all(child.has(run) for child in ready)
+        if goes_on or (is_alone and not self._quarantines.locked()):
             return await self._execute_quarantined(name, run, given, retries=retries, **how)
-        child = await self._free()
+        child = await self._free(run)
         try:
             return await child.execute(name, run, given, retries=retries, **how)
         except ExecutorEnded as ended:
@@ -137,7 +138,7 @@ class Executors:
 
     async def cache_key(self, name: str, run: UUID, given: bytes, *, retries: int) -> str | None:
         """None as well if it can't be known whose doing the end of an executor was: the attempt will show."""
-        child = await self._free()
+        child = await self._free(run)
         try:
             return await child.cache_key(name, run, given, retries=retries)
         except ExecutorEnded as ended:
@@ -145,11 +146,14 @@ class Executors:
                 return None
             raise
 
-    async def _free(self) -> Child:
-        """The executor with the most room, once there is one."""
+    def _ready(self) -> list[Child]:
+        return [child for child in self._seats if child is not None and child.is_ready]
+
+    async def _free(self, run: UUID) -> Child:
+        """The executor with the most room, once there is one that executes nothing of this run any more."""
         while True:
             self.changed.clear()
-            ready = [child for child in self._seats if child is not None and child.is_ready]
+            ready = [child for child in self._ready() if not child.has(run)]
             best = max(ready, key=lambda child: child.capacity - child.taken, default=None)
             if best is not None and best.taken < best.capacity:
                 return best
@@ -173,8 +177,10 @@ class Executors:
         self._quarantined += 1
         try:
             async with self._quarantines:
-                while self._quarantine and self._quarantine[0].ended.is_set():
-                    self._quarantine.popleft()
+                while self._quarantine and (
+                    self._quarantine[0].ended.is_set() or self._is_worn(self._quarantine[0], 0)
+                ):
+                    self._retire(self._quarantine.popleft())
                 if self._quarantine:
                     try:
                         return await self._execute_with(self._quarantine.popleft(), name, run, given, **how)

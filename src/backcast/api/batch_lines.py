@@ -33,8 +33,8 @@ from backcast.ledger.submissions import New
 from backcast.models import JSON, Name, Submission, input_key, uuid7
 
 WRONG = 20
-"""Wrong lines that are reported; after them the rest is not read, unless it is to go on without them. Also the errors
-of a line that are kept."""
+"""Wrong lines that are reported; after them the rest is not read, unless it is to go on without them, or may repeat an
+earlier batch. Also the errors of a line that are kept."""
 KEPT = 1000
 """Skipped lines whose errors are kept."""
 _TURN = 0.01

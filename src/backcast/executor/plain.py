@@ -123,7 +123,7 @@ class Job:
         return await self.threads.wait(self.function()(), within=limit, margin=MARGIN)
 
     def keeps_slot(self, cause: BaseException | None) -> bool:
-        """Whether code may go on that was too late: the next attempt is not made beside it."""
+        """Whether code may go on that was too late: the next attempt is not made beside it in this process."""
         is_late = isinstance(cause, RunTimeout)
         return is_late and (not self.task.isasync or self.threads.goes_on(self.run_id.bytes))
 

@@ -137,7 +137,7 @@ class Threads:
             raise Overdue from where
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """Call it in a thread that no code of another run can keep."""
+        """Call it in another thread than that of the run, which may not have ended."""
         return await self._loop.run_in_executor(self._own, contextvars.copy_context().run, work)
 
     def close(self) -> None:

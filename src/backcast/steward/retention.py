@@ -53,7 +53,7 @@ class Retention:
 
     def _steps(self) -> Iterator[Awaitable[object]]:
         yield ended.make_ahead(self.ledger)
-        yield self._stored()  # before the rows go: the results of their lost attempts have a known run
+        yield self._stored()  # before the rows go, if it can: the results of lost attempts have a known run until then
         if self.keep is not None:
             yield self._old_runs(self.keep, self._longest)
             yield maintenance.remove_empty_batches(self.ledger, self.keep)

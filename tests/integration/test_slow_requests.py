@@ -148,6 +148,31 @@ async def test_a_reader_that_takes_nothing_of_an_answer_is_cut_off(size: int, th
         await serving
 
 
+async def test_a_reader_that_takes_an_answer_slowly_gets_all_of_it() -> None:
+    """The server's own buffer empties a megabyte at a time, which takes this reader more than two looks."""
+    size = 6_000_000
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol(Api(), stuck=0.5), lifespan="off", log_config=None))
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        slow.setblocking(False)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        loop, got = asyncio.get_running_loop(), 0
+        await loop.sock_connect(slow, listening.getsockname())
+        await loop.sock_sendall(slow, GET + b"\r\n")
+        while got < size:
+            piece = await loop.sock_recv(slow, 32_768)
+            assert piece, f"cut off after {got} bytes"
+            got += len(piece)
+            await asyncio.sleep(0.03)
+        server.should_exit = True
+        await serving
+
+
 async def test_what_is_not_http_gets_a_problem_document(served: Stack) -> None:
     connect = [
         b"CONNECT %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % to for to in (b"localhost:1", b"/v1/runs", b"/livez")

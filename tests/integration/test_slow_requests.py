@@ -156,7 +156,7 @@ async def test_a_reader_that_takes_an_answer_slowly_gets_all_of_it() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
         await send({"type": "http.response.body", "body": b"x" * size})
 
-    server = uvicorn.Server(uvicorn.Config(app, http=protocol(Api(), stuck=0.5), lifespan="off", log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol(Api(), stuck=1), lifespan="off", log_config=None))
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         slow.setblocking(False)
@@ -168,7 +168,7 @@ async def test_a_reader_that_takes_an_answer_slowly_gets_all_of_it() -> None:
             piece = await loop.sock_recv(slow, 32_768)
             assert piece, f"cut off after {got} bytes"
             got += len(piece)
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.06)
         server.should_exit = True
         await serving
 

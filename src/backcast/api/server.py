@@ -11,7 +11,6 @@ import socket
 import sys
 import termios
 import time
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
 import httptools
@@ -35,7 +34,9 @@ STUCK = 60.0
 class Server(uvicorn.Server):
     """Serves while `beside` is entered, which serves the probes and metrics of this process."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, beside: AbstractAsyncContextManager[Any]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, beside: contextlib.AbstractAsyncContextManager[Any]
+    ) -> None:
         super().__init__(config)
         self._app, self._beside = app, beside
 

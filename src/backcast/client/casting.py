@@ -82,9 +82,9 @@ class Rows:
         """The results of the next rows, in their order; none at the end."""
         while len(self._under_way) < _BATCHES and (some := list(islice(self._rows, _ROWS))):
             sent = yield from self._send(some)
-            if self._submitted == 0 and not any(isinstance(each, UUID) for each in sent):
-                [refused, *_] = [each.error for each in sent if isinstance(each, CastResult)]
-                raise InvalidInput(f"None of the first rows is taken. The first one: {refused}")
+            refused = [each for each in sent if isinstance(each, CastResult)]
+            if self._submitted == 0 and len(refused) == len(sent):
+                raise InvalidInput(f"None of the first rows is taken. The first one: {refused[0].error}")
             self._under_way += sent
             self._submitted += len(some)
             self._show(0)

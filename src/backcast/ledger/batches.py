@@ -73,21 +73,24 @@ async def submit(
         StoreUnavailable: the batch has taken so long that its stored inputs may be gone.
     """
     ready, held = set[str](), set[str]()
+
+    def note(runs: Sequence[asyncpg.Record]) -> None:
+        ready.update(run["pool"] for run in runs if run["state"] == "queued")
+        held.update(run["lane"] for run in runs if run["state"] == "held")
+
     try:
         async with ledger.transaction(times=1 + size // _IN_TIME) as connection:
             row = await connection.fetchrow(_RECORD, batch_id, owner, key, request_hash, size, skipped, errors)
             assert row is not None
-            number = 0
-            for number, piece in enumerate(pieces if row["fresh"] else (), 1):  # noqa: B007  # used below
+            statements = 0
+            for piece in pieces if row["fresh"] else ():
                 recorded = await connection.fetch(INSERT, *columns(piece))
                 if not recorded:
                     raise too_late()
-                ready |= {run["pool"] for run in recorded if run["state"] == "queued"}
-                held |= {run["lane"] for run in recorded if run["state"] == "held"}
-            if number > 1:
-                changed = await connection.fetch(_LOOK_AGAIN, batch_id)
-                ready |= {run["pool"] for run in changed if run["state"] == "queued"}
-                held |= {run["lane"] for run in changed if run["state"] == "held"}
+                note(recorded)
+                statements += 1
+            if statements > 1:
+                note(await connection.fetch(_LOOK_AGAIN, batch_id))
     except REFUSED as error:
         raise InvalidInput(f"The batch can't be stored: {error}.") from None
     if not row["fresh"]:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -194,7 +193,7 @@ class Ledger:
 
     @contextlib.asynccontextmanager
     async def _connection(
-        self, sql: str = "", *, times: int = 1, turn: AbstractAsyncContextManager[Any] = _AT_ONCE
+        self, sql: str = "", *, times: int = 1, turn: contextlib.AbstractAsyncContextManager[Any] = _AT_ONCE
     ) -> AsyncIterator[Any]:
         """A pooled connection, for so many times `timeout` in all: the wait for it counts, and so does a look at the
         schema."""
